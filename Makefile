@@ -1,0 +1,49 @@
+# Everything runs in .venv, which the first target that needs it sets up.
+# Another interpreter: make PYTHON=python3.12 test (after "make clean" if .venv exists already).
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint clean
+
+help:  ## this list
+	@echo "ptq4dit_jax targets (each sets up .venv where it needs it):"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
+		printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+install: $(INSTALLED)  ## create .venv and install the package with its tests' dependencies
+
+$(INSTALLED): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "No '$(PYTHON)' found; name a Python 3.11 or newer: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "ptq4dit_jax needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1); name another: make PYTHON=..." >&2; exit 1; }
+	@echo "Creating .venv with $$($(PYTHON) -V 2>&1) ..."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install --upgrade pip
+	@echo "Installing into .venv (JAX, Flax, Orbax and the test tools; a few minutes the first time) ..."
+	@$(PIP) install -e '.[test]'
+	@touch $@
+	@echo "Installed."
+
+demo: $(INSTALLED)  ## quantize the shipped digits model and draw samples beside the float model's
+	@$(BIN)/python -m ptq4dit_jax.demo
+
+test: $(INSTALLED)  ## run every test
+	@$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-fast: $(INSTALLED)  ## run the tests that take seconds
+	@$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+
+lint: $(INSTALLED)  ## check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:  ## remove .venv and every cache; results in out/ stay
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,47 @@
+"""Post-training quantization of Diffusion Transformers in JAX: W8A8 and W4A8 with real integers.
+
+import jax, jax.numpy as jnp, ptq4dit_jax as ptq
+
+dit = ptq.load("models/digits")
+q = ptq.quantize(dit, ptq.QuantConfig(weight_bits=4), key=jax.random.key(0))
+ptq.save(q, "out/digits-w4a8")
+images = ptq.sample(q, labels=jnp.arange(10), key=jax.random.key(1), steps=50, cfg_scale=1.5)
+"""
+
+from ptq4dit_jax.calibration import CalibrationData, sample_trajectories, stored_rows
+from ptq4dit_jax.checkpoints import load, save
+from ptq4dit_jax.config import QuantConfig
+from ptq4dit_jax.diffusion import NoiseSchedule, Sampler, guided_apply
+from ptq4dit_jax.dit import PRESETS, DiTConfig
+from ptq4dit_jax.engine import QuantizedDiT, describe, reference
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.evaluation import compare, write_report
+from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.ptq import quantize
+from ptq4dit_jax.sampling import sample, to_uint8
+from ptq4dit_jax.sharding import data_mesh
+
+__all__ = [
+    "PRESETS",
+    "CalibrationData",
+    "DiTConfig",
+    "FloatDiT",
+    "NoiseSchedule",
+    "Ptq4ditError",
+    "QuantConfig",
+    "QuantizedDiT",
+    "Sampler",
+    "compare",
+    "data_mesh",
+    "describe",
+    "guided_apply",
+    "load",
+    "quantize",
+    "reference",
+    "sample",
+    "sample_trajectories",
+    "save",
+    "stored_rows",
+    "to_uint8",
+    "write_report",
+]

@@ -1,0 +1,62 @@
+"""Loading and saving models of every kind: a table from the ``kind`` in a folder to the code that knows it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from ptq4dit_jax.checkpoints import float_dit, quantized_dit, store
+from ptq4dit_jax.engine import QuantizedDiT
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.model import FloatDiT
+
+__all__ = ["Model", "load", "save"]
+
+Model: TypeAlias = FloatDiT | QuantizedDiT
+
+
+class _Kind(NamedTuple):
+    type: type
+    save: Callable[..., Path]
+    load: Callable[..., Any]
+
+
+_KINDS = {
+    float_dit.KIND: _Kind(FloatDiT, float_dit.save_float, float_dit.load_float),
+    quantized_dit.KIND: _Kind(QuantizedDiT, quantized_dit.save_quantized, quantized_dit.load_quantized),
+}
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """The model in a folder, float or quantized, on the default device.
+
+    Raises:
+      Ptq4ditError: ``path`` is no model, is damaged or incomplete, or was written by a newer version.
+    """
+    arrays, meta = store.read(path)
+    if meta["kind"] not in _KINDS:
+        raise Ptq4ditError(
+            f"{path} holds a model of kind {meta['kind']!r}; this version knows {', '.join(_KINDS)}: upgrade ptq4dit_jax."
+        )
+    return _KINDS[meta["kind"]].load(arrays, meta)
+
+
+def save(
+    model: Model, path: str | os.PathLike[str], *, provenance: Mapping[str, Any] | None = None, overwrite: bool = False
+) -> Path:
+    """Writes a model to a folder, whole or not at all, and returns the folder's absolute path.
+
+    Args:
+      model: float or quantized.
+      path: must not exist, unless ``overwrite``, which replaces the model in a folder and leaves other files there alone.
+      provenance: where the model comes from, as JSON can hold it; versions of the software are added.
+
+    Raises:
+      Ptq4ditError: ``path`` exists, holds something else than a model, or cannot be written; the model is inconsistent.
+    """
+    for kind in _KINDS.values():
+        if isinstance(model, kind.type):
+            return kind.save(model, path, provenance, overwrite)
+    raise Ptq4ditError(f"An object of type {type(model).__name__} is no model that can be saved.")

@@ -1,0 +1,116 @@
+"""Float models in a model folder: parameters under names like ``blocks/qkv/kernel``, settings as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from ptq4dit_jax.checkpoints import store
+from ptq4dit_jax.diffusion import NoiseSchedule
+from ptq4dit_jax.dit import DiTConfig, init_params
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.model import FloatDiT
+
+KIND = "float_dit"
+_FLOATS = ("float32", "bfloat16", "float16")
+_Settings = TypeVar("_Settings")
+
+
+def save_float(
+    model: FloatDiT, path: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None, overwrite: bool = False
+) -> Path:
+    """Writes the model to a folder and returns its absolute path; ``provenance`` is anything that JSON can hold.
+
+    Raises:
+      Ptq4ditError: the parameters are not those of ``model.config``, the model carries fake quantizers, or as
+        :func:`ptq4dit_jax.checkpoints.store.write`.
+    """
+    if jax.tree.leaves(model.quantizers):
+        raise Ptq4ditError("This float model carries fake quantizers, which cannot be saved; save the quantized model instead.")
+    arrays = flatten(model.params)
+    dtype = str(np.dtype(model.dtype)) if "final/kernel" in arrays else "float32"
+    check_arrays(arrays, _expected(model.config, dtype), "This float model cannot be saved")
+    meta = {"kind": KIND, **model_meta(model.config, model.schedule), "dtype": dtype, "provenance": dict(provenance or {})}
+    return store.write(path, arrays, meta, overwrite=overwrite)
+
+
+def load_float(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> FloatDiT:
+    """The model that :func:`ptq4dit_jax.checkpoints.store.read` has read, with its parameters on the default device.
+
+    Raises:
+      Ptq4ditError: an unknown, missing or invalid setting in ``meta``; arrays that are missing, too many, or of another shape
+        or dtype than the settings ask for, all named at once.
+    """
+    config, schedule = read_model_meta(meta)
+    dtype = meta.get("dtype")
+    if dtype not in _FLOATS:
+        raise Ptq4ditError(f"The model's dtype is {dtype!r}; a float model computes in {', '.join(_FLOATS)}.")
+    check_arrays(arrays, _expected(config, dtype), "This is no complete float model")
+    params = traverse_util.unflatten_dict({name: jnp.asarray(array) for name, array in arrays.items()}, sep="/")
+    return FloatDiT(params=params, config=config, schedule=schedule)
+
+
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested parameters as a flat dict with names joined by ``/``; a flat dict stays as it is."""
+    return traverse_util.flatten_dict(dict(params), sep="/")
+
+
+def source_hash(arrays: Mapping[str, Any]) -> str:
+    """The content hash of a model's parameters, flat or nested: what a model folder records as ``content_sha256``."""
+    return store.content_hash(flatten(arrays))
+
+
+def model_meta(config: DiTConfig, schedule: NoiseSchedule) -> dict[str, Any]:
+    """The part of ``meta`` that describes the network, float or quantized."""
+    return {"config": config.to_dict(), "schedule": dataclasses.asdict(schedule)}
+
+
+def read_model_meta(meta: Mapping[str, Any]) -> tuple[DiTConfig, NoiseSchedule]:
+    """The inverse of :func:`model_meta`."""
+    return settings_from_json(DiTConfig, meta.get("config")), settings_from_json(NoiseSchedule, meta.get("schedule"))
+
+
+def settings_from_json(cls: type[_Settings], values: Any) -> _Settings:
+    """A dataclass of plain fields (bool, int, float, str) from its JSON form; fields with a default may be left out."""
+    if not isinstance(values, dict):
+        raise Ptq4ditError(f"The model's {cls.__name__} is missing or is no JSON object, but {values!r}.")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(fields)):
+        raise Ptq4ditError(f"The model's {cls.__name__} has the unknown setting {', '.join(unknown)}; upgrade ptq4dit_jax.")
+    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    if missing := sorted(required - set(values)):
+        raise Ptq4ditError(f"The model's {cls.__name__} lacks {', '.join(missing)}.")
+    types = typing.get_type_hints(cls)
+    for name, value in values.items():
+        # To Python, bool is an int; JSON writes a whole float as an int where people edit it.
+        accepted = (int, float) if types[name] is float else (types[name],)
+        if type(value) not in accepted:
+            raise Ptq4ditError(f"The model's {cls.__name__} has {name} = {value!r}, which is no {types[name].__name__}.")
+    return cls(**{name: types[name](value) for name, value in values.items()})
+
+
+def _expected(config: DiTConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+    abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return {name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype)) for name, leaf in flatten(abstract).items()}
+
+
+def check_arrays(arrays: Mapping[str, Any], expected: Mapping[str, jax.ShapeDtypeStruct], lead: str) -> None:
+    """Raises one sentence that names every missing, unexpected or mis-shaped array at once."""
+    missing, unexpected = sorted(expected.keys() - arrays.keys()), sorted(arrays.keys() - expected.keys())
+    wrong = [
+        f"{name} is {a.dtype} {tuple(a.shape)}, not {expected[name].dtype} {expected[name].shape}"
+        for name, a in sorted(arrays.items())
+        if name in expected and (tuple(a.shape), a.dtype) != (expected[name].shape, expected[name].dtype)
+    ]
+    faults = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unexpected: {', '.join(unexpected)}"] * bool(unexpected)
+    if faults := faults + wrong:
+        raise Ptq4ditError(f"{lead}; against its config, {'; '.join(faults)}.")

@@ -1,0 +1,107 @@
+"""Quantized models in a model folder: packed integers, scales and biases, and as JSON what each layer is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptq4dit_jax.checkpoints import store
+from ptq4dit_jax.checkpoints.float_dit import check_arrays, model_meta, read_model_meta
+from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.quantizers import ActQuantizer, QTensor, check_bits
+
+KIND = "quantized_dit"
+
+
+def save_quantized(
+    model: QuantizedDiT, path: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None, overwrite: bool = False
+) -> Path:
+    """Writes the model to a folder and returns its absolute path; ``provenance`` is added to what the model carries.
+
+    Raises:
+      Ptq4ditError: as :func:`ptq4dit_jax.checkpoints.store.write`.
+    """
+    meta = {
+        "kind": KIND,
+        **model_meta(model.config, model.schedule),
+        "num_groups": model.num_groups,
+        "linears": {name: _linear_spec(layer) for name, layer in model.linears.items()},
+        "sites": {name: _act_spec(act) for name, act in model.sites.items()},
+        "provenance": {**model.provenance.facts, **(provenance or {})},
+    }
+    return store.write(path, _flatten(model), meta, overwrite=overwrite)
+
+
+def load_quantized(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> QuantizedDiT:
+    """The model that :func:`ptq4dit_jax.checkpoints.store.read` has read, on the default device.
+
+    Raises:
+      Ptq4ditError: settings that are missing or invalid; arrays that are missing, too many, or of another shape or dtype than
+        the settings ask for, all named at once.
+    """
+    config, schedule = read_model_meta(meta)
+    try:
+        skeleton = _skeleton(config, meta["linears"], meta["sites"], meta["num_groups"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Ptq4ditError(f"This quantized model's config.json lacks or garbles {error}; the folder is damaged.") from error
+    expected = _flatten(skeleton)
+    check_arrays(arrays, expected, "This is no complete quantized model")
+    leaves = [jnp.asarray(arrays[name]) for name in expected]
+    model = jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
+    return model.replace(schedule=schedule, provenance=Provenance(dict(meta.get("provenance", {}))))
+
+
+def _flatten(model: QuantizedDiT) -> dict[str, Any]:
+    """Leaves by path, such as ``linears/blocks.qkv/weight/values``, in the order of the pytree."""
+    leaves = jax.tree_util.tree_leaves_with_path(model)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _act_spec(act: ActQuantizer) -> dict[str, Any]:
+    return {"bits": act.bits, "dynamic": act.dynamic, "balanced": act.balance is not None}
+
+
+def _linear_spec(layer: QLinear) -> dict[str, Any]:
+    return {"weight_bits": layer.weight.bits, "act": None if layer.act is None else _act_spec(layer.act)}
+
+
+def _skeleton(config: DiTConfig, linears: Mapping[str, Any], sites: Mapping[str, Any], num_groups: int) -> QuantizedDiT:
+    """The model with shapes and dtypes for leaves."""
+
+    def leaf(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
+
+    def act(spec: Mapping[str, Any], lead: tuple[int, ...], K: int) -> ActQuantizer:
+        table = (None, None) if spec["dynamic"] else (leaf("float32", *lead, num_groups), leaf("int32", *lead, num_groups))
+        balance = leaf("float32", *lead, K) if spec["balanced"] else None
+        return ActQuantizer(*table, balance, bits=check_bits("act bits", spec["bits"]), dynamic=bool(spec["dynamic"]))
+
+    def linear(name: str, spec: Mapping[str, Any]) -> QLinear:
+        lead, (K, N) = _lead(config, name), config.linear_shapes[name]
+        bits = check_bits(f"The width of {name}", spec["weight_bits"])
+        packed = bits <= 4
+        values = leaf("uint8", *lead, N, -(-K // 2)) if packed else leaf("int8", *lead, N, K)
+        weight = QTensor(values, leaf("float32", *lead, N), leaf("int8", *lead, N) if packed else None, K, bits)
+        quantizer = None if spec["act"] is None else act(spec["act"], lead, K)
+        groups = 1 if quantizer is None or quantizer.dynamic else num_groups
+        return QLinear(weight=weight, bias=leaf("float32", *lead, groups, N), act=quantizer)
+
+    return QuantizedDiT(
+        linears={name: linear(name, linears[name]) for name in config.linear_shapes},
+        sites={name: act(spec, _lead(config, name), config.hidden_size) for name, spec in sites.items()},
+        label_embed=leaf("float32", config.num_classes + config.null_class, config.hidden_size),
+        group_edges=leaf("int32", num_groups - 1),
+        config=config,
+    )
+
+
+def _lead(config: DiTConfig, name: str) -> tuple[int, ...]:
+    return (config.depth,) if name.startswith("blocks.") else ()

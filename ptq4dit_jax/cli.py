@@ -1,0 +1,293 @@
+"""The command line: ``ptq4dit info | quantize | sample | evaluate``. Thin; all work is in the library."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import jax
+import numpy as np
+import typer
+
+from ptq4dit_jax import checkpoints, ptq, sampling
+from ptq4dit_jax.calibration import stored_rows
+from ptq4dit_jax.checkpoints import store
+from ptq4dit_jax.config import LAYERS, POLICIES, QuantConfig
+from ptq4dit_jax.engine import QuantizedDiT, describe
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.evaluation import compare, image_grid, num_bytes, plain, write_report
+from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.terminal import (
+    all_devices_mesh,
+    check_target,
+    console,
+    devices_line,
+    load_model,
+    megabytes,
+    parse_labels,
+    print_table,
+    read_arrays,
+    stages,
+    write_file,
+    write_json,
+)  # fmt: skip
+
+app = typer.Typer(
+    name="ptq4dit",
+    help="Post-training quantization of Diffusion Transformers: W8A8 and W4A8 with real integers, in JAX.",
+    epilog="A MODEL is a folder written by this program, or random:PRESET (random weights), for example random:DiT-S/2.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, or random:PRESET[@SIZE].", show_default=False)]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", metavar="FILE")]
+Seed = Annotated[int, typer.Option(help="Seed of all noise; the same seed gives the same bytes.")]
+Steps = Annotated[str, typer.Option(help="Sampler steps: a count, or a respacing such as ddim50.")]
+SamplerOption = Annotated[str, typer.Option("--sampler", help="ddpm, ddim or dpm++2m.")]
+Eta = Annotated[float, typer.Option(help="Noise of the ddim sampler, 0 to 1.")]
+CfgScale = Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")]
+CfgChannels = Annotated[str, typer.Option(help="Guide the first3 channels, as Meta's code does, or all.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per compiled call; all at once by default.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+def _summary(model: checkpoints.Model) -> dict[str, Any]:
+    c = model.config
+    return {
+        "kind": "quantized" if isinstance(model, QuantizedDiT) else "float",
+        "shape": f"depth {c.depth}, width {c.hidden_size}, {c.num_heads} heads, patch {c.patch_size}",
+        "image": f"{c.input_size} x {c.input_size} x {c.in_channels}",
+        "classes": c.num_classes,
+        "learned_sigma": c.learn_sigma,
+        "parameters": sum(k * n * (c.depth if name.startswith("blocks.") else 1) for name, (k, n) in c.linear_shapes.items()),
+        "bytes": num_bytes(model),
+    }
+
+
+@app.command()
+def info(model: ModelArgument, json: Json = None) -> None:
+    """Shows what a model is: its shape, its size and, if quantized, what runs for each layer."""
+    loaded = load_model(model)
+    summary = _summary(loaded)
+    for key, value in summary.items():
+        console.print(f"{key.replace('_', ' '):>14}  {megabytes(value) if key == 'bytes' else value}")
+    rows = describe(loaded) if isinstance(loaded, QuantizedDiT) else []
+    if rows:
+        print_table("Layers", [{k: v for k, v in row.items() if k != "integer"} for row in rows])
+    facts: dict[str, Any] = {}
+    if not model.startswith("random:"):
+        facts = store.read_config(model).get("provenance", {})
+    for key, value in facts.items():
+        console.print(f"{key.replace('_', ' '):>14}  {value}")
+    write_json(json, {**summary, "config": loaded.config.to_dict(), "layers": rows, "provenance": facts})
+
+
+@app.command()
+def quantize(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="Folder to write the quantized model to.", show_default=False)],
+    weight_bits: Annotated[int, typer.Option(help="Width of the weights, 2 to 8.")] = 8,
+    act_bits: Annotated[int, typer.Option(help="Width of the activations, 2 to 8.")] = 8,
+    balance: Annotated[str, typer.Option(help="Salience balancing: none, csb or csb+ssc.")] = QuantConfig.balance,
+    ssc: Annotated[str, typer.Option(help="SSC weighs steps (the paper) or rows (the official code).")] = "steps",
+    temperature: Annotated[float, typer.Option(help="Temperature of SSC's softmax.")] = 1.0,
+    calib_steps: Annotated[int, typer.Option(help="Evenly spaced sampler steps to calibrate on.")] = 25,
+    calib_rows: Annotated[int, typer.Option(help="Rows at each of them; half are null twins under guidance.")] = 64,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Stored rows instead: an npz with x (M, H, W, C), t (M,) and y (M,).", metavar="FILE")
+    ] = None,
+    steps: Steps = "50",
+    sampler: SamplerOption = "ddpm",
+    eta: Eta = 0.0,
+    cfg_scale: CfgScale = 1.5,
+    cfg_channels: CfgChannels = "first3",
+    policy: Annotated[
+        str, typer.Option(help=f"{', '.join(POLICIES)}; then layer=bits or layer=bits:float. Layers: {', '.join(LAYERS)}.")
+    ] = QuantConfig.policy,
+    step_groups: Annotated[int, typer.Option(help="Activation ranges per group of steps.")] = QuantConfig.step_groups,
+    dynamic: Annotated[
+        str, typer.Option(help="Sites scaled per row at run time, comma-separated: blocks.qkv_in,...")
+    ] = ",".join(QuantConfig.dynamic_sites),
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The paper's settings to the letter, but for the options above.")
+    ] = False,
+    row_batch: Annotated[int | None, typer.Option(help="Rows per calibration pass, to bound memory.")] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    json: Json = None,
+) -> None:
+    """Quantizes a float model after training: calibrate, balance and fold, choose ranges, pack, save."""
+    options = {
+        "weight_bits": weight_bits, "act_bits": act_bits, "balance": balance, "ssc": ssc, "temperature": temperature,
+        "calib_steps": calib_steps, "calib_rows": calib_rows, "sampler": sampler, "steps": steps, "eta": eta,
+        "cfg_scale": cfg_scale, "cfg_channels": cfg_channels,
+    }  # fmt: skip
+    if paper:
+        config = QuantConfig.paper(**cast(Any, options))
+    else:
+        sites = tuple(name.strip() for name in dynamic.split(",") if name.strip())
+        config = QuantConfig(**cast(Any, options), policy=policy, step_groups=step_groups, dynamic_sites=sites)
+    check_target(out, overwrite)
+    dit = load_model(model)
+    if not isinstance(dit, FloatDiT):
+        raise Ptq4ditError(f"{model} is quantized already; quantize the float model that it came from.")
+    rows = None
+    if calibration is not None:
+        arrays = read_arrays(calibration, ("x", "t", "y"))
+        if len(arrays) != 3:
+            raise Ptq4ditError(
+                f"{calibration} must hold the arrays x, t and y; it holds {', '.join(arrays) or 'none of them'}."
+            )
+        rows = stored_rows(**arrays, config=dit.config)
+
+    console.print(
+        f"Quantizing {model} to W{weight_bits}A{act_bits} on {devices_line()}: balance {config.balance}, policy {config.policy}"
+    )
+    started = time.perf_counter()
+    with stages() as report:
+        quantized = ptq.quantize(
+            dit,
+            config,
+            key=jax.random.key(seed),
+            calibration=rows,
+            row_batch=row_batch,
+            mesh=all_devices_mesh(),
+            progress=report,
+        )
+    seconds = time.perf_counter() - started
+    print_table("Layers", [{k: v for k, v in row.items() if k != "integer"} for row in describe(quantized)])
+    where = checkpoints.save(quantized, out, provenance={"source": model, "seed": seed}, overwrite=overwrite)
+    before, after = num_bytes(dit), num_bytes(quantized)
+    console.print(f"{megabytes(before)} -> {megabytes(after)} ({before / after:.1f}x smaller) in {seconds:.1f} s")
+    console.print(f"Model: {where}")
+    write_json(json, {"float_bytes": before, "bytes": after, "seconds": seconds, "settings": config.to_dict(),
+                      "layers": describe(quantized), "out": str(out)})  # fmt: skip
+
+
+@app.command()
+def sample(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="A .png grid, or an .npz in ADM's form (arr_0, uint8 NHWC).", show_default=False)],
+    labels: Annotated[str, typer.Option(help="Class labels: 0-9, or 1,3,5-7.")] = "0",
+    repeat: Annotated[int, typer.Option(help="Samples of each label.")] = 1,
+    steps: Steps = "50",
+    sampler: SamplerOption = "ddpm",
+    eta: Eta = 0.0,
+    cfg_scale: CfgScale = 1.5,
+    cfg_channels: CfgChannels = "first3",
+    batch_size: BatchSize = None,
+    noise: Annotated[
+        Path | None,
+        typer.Option(help="An npz with noise (N, H, W, C) and, if wanted, step_noise (S, N, H, W, C).", metavar="FILE"),
+    ] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    json: Json = None,
+) -> None:
+    """Samples images from a float or quantized model, the whole chain in one compiled program."""
+    if out.suffix not in (".png", ".npz"):
+        raise Ptq4ditError(f"--out must end in .png or .npz, not {out.name!r}.")
+    check_target(out, overwrite)
+    wanted = parse_labels(labels, repeat)
+    loaded = load_model(model)
+    if out.suffix == ".png" and loaded.config.in_channels not in (1, 3):
+        raise Ptq4ditError(
+            f"{model} makes latents of {loaded.config.in_channels} channels, not pictures; use an --out that ends in .npz."
+        )
+    given = {} if noise is None else read_arrays(noise, ("noise", "step_noise"))
+    console.print(
+        f"Sampling {len(wanted)} images from {model} on {devices_line()}: {sampler}, {steps} steps, guidance {cfg_scale}"
+    )
+    started = time.perf_counter()
+    with stages() as report:
+        images = sampling.sample(
+            cast(Any, loaded), wanted, jax.random.key(seed), steps=steps, sampler=cast(Any, sampler), eta=eta,
+            cfg_scale=cfg_scale, cfg_channels=cast(Any, cfg_channels), batch_size=batch_size, mesh=all_devices_mesh(),
+            progress=lambda done, total: report("sample", done, total), **given,
+        )  # fmt: skip
+    seconds = time.perf_counter() - started
+    if out.suffix == ".png":
+        picture = image_grid(images, columns=len(wanted) // repeat if repeat > 1 else None)
+        where = write_file(out, lambda file: picture.save(file, "PNG"))
+    elif loaded.config.in_channels in (1, 3):
+        where = write_file(out, lambda file: np.savez(file, arr_0=sampling.to_uint8(images), labels=wanted))
+    else:
+        where = write_file(out, lambda file: np.savez(file, latents=images, labels=wanted))
+    console.print(f"{len(wanted)} images in {seconds:.1f} s, compilation included")
+    console.print(f"Images: {where}")
+    write_json(
+        json, {"images": len(wanted), "seconds": seconds, "steps": steps, "sampler": sampler, "seed": seed, "out": str(out)}
+    )
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    against: Annotated[str, typer.Option(help="The float model to compare with.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the report: Markdown, plots, JSON.", show_default=False)] = Path(
+        "report"
+    ),
+    labels: Annotated[str | None, typer.Option(help="Class labels: 0-9, or 1,3,5-7; all classes by default.")] = None,
+    repeat: Annotated[int, typer.Option(help="Samples of each label.")] = 4,
+    steps: Steps = "50",
+    sampler: SamplerOption = "ddpm",
+    eta: Eta = 0.0,
+    cfg_scale: CfgScale = 1.5,
+    cfg_channels: CfgChannels = "first3",
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    json: Json = None,
+) -> None:
+    """Measures a model against the float model on the same noise and writes a report with pictures."""
+    check_target(out, overwrite)
+    reference, other = load_model(against), load_model(model)
+    if not isinstance(reference, FloatDiT):
+        raise Ptq4ditError(f"--against must be a float model; {against} is quantized.")
+    wanted = parse_labels(labels or f"0-{min(reference.config.num_classes, 64) - 1}", repeat)
+    sampling.check_labels(wanted, reference.config)
+    name = Path(model).name
+    console.print(f"Comparing {model} with {against} on {devices_line()}: {len(wanted)} images, {sampler}, {steps} steps")
+    with stages() as report:
+        comparison = compare(
+            reference, {name: cast(Any, other)}, labels=wanted, key=jax.random.key(seed), steps=steps,
+            sampler=cast(Any, sampler), eta=eta, cfg_scale=cfg_scale, cfg_channels=cast(Any, cfg_channels),
+            batch_size=batch_size, seed=seed, progress=lambda done, total: report("compare", done, total),
+        )  # fmt: skip
+    rows = describe(other) if isinstance(other, QuantizedDiT) else None
+    where = write_report(
+        out, comparison, title=f"{name} against {Path(against).name}", describe_rows=rows,
+        settings={"model": model, "against": against, "seed": seed}, overwrite=overwrite,
+    )  # fmt: skip
+    print_table("Same noise, against the float model", [
+        {"model": key, "SQNR of noise (dB)": f.sqnr_db, "PSNR (dB)": f.psnr_interval.mean, "SSIM": f.ssim_interval.mean,
+         "size": megabytes(f.num_bytes)}
+        for key, f in comparison.figures.items()
+    ])  # fmt: skip
+    console.print(f"Report: {where / 'report.md'}")
+    write_json(json, plain(comparison.to_json()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the program; a user's mistake becomes one sentence on stderr and exit status 1."""
+    try:
+        app(args=arguments, prog_name="ptq4dit", standalone_mode=True)
+    except Ptq4ditError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

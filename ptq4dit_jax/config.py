@@ -1,0 +1,145 @@
+"""Settings of a quantization run, and the policy that gives each layer its width."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+from ptq4dit_jax.diffusion import Sampler, SamplerName
+from ptq4dit_jax.dit import BLOCK_SITES, EDGE_SITES, GuidedChannels
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.quantizers import check_bits
+from ptq4dit_jax.ranges import RangeSearch
+
+Balance = Literal["none", "csb", "csb+ssc"]
+SscAxis = Literal["steps", "rows"]
+
+EDGE_LAYERS = tuple(EDGE_SITES.values())
+LAYERS = (*EDGE_LAYERS, *(f"blocks.{layer}" for layer in BLOCK_SITES.values() if layer))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRule:
+    """Width of a layer's weights, and whether its input is quantized (then the product runs on integers)."""
+
+    weight_bits: int
+    integer: bool = True
+
+
+#: What each named policy changes against "uniform", where every layer has ``weight_bits`` and integer inputs (the paper).
+POLICIES: dict[str, dict[str, LayerRule]] = {
+    "uniform": {},
+    "edges8": {layer: LayerRule(8) for layer in EDGE_LAYERS},
+    "edges8-float": {layer: LayerRule(8, integer=False) for layer in EDGE_LAYERS},
+    "small8": {layer: LayerRule(8) for layer in (*EDGE_LAYERS, "blocks.adaLN")},
+}
+
+
+def layer_rules(policy: str, weight_bits: int) -> dict[str, LayerRule]:
+    """The rule of every layer for a policy such as ``edges8`` or ``uniform,blocks.adaLN=8,final=8:float``.
+
+    A policy is a name from ``POLICIES``, then any number of ``layer=bits`` or ``layer=bits:float`` (integer weights, float
+    input).
+    """
+    name, *overrides = [part.strip() for part in policy.split(",")]
+    if name not in POLICIES:
+        raise Ptq4ditError(f"Unknown policy {name!r}; the policies are {', '.join(POLICIES)}, then layer=bits for exceptions.")
+    rules = {layer: LayerRule(weight_bits) for layer in LAYERS} | POLICIES[name]
+    for override in overrides:
+        layer, _, value = override.partition("=")
+        bits, _, kind = value.partition(":")
+        if layer not in rules:
+            raise Ptq4ditError(f"Unknown layer {layer!r} in the policy; the layers are {', '.join(LAYERS)}.")
+        if not bits.isdigit() or kind not in ("", "float"):
+            raise Ptq4ditError(f"Policy {override!r} must read layer=bits or layer=bits:float, for example final=8.")
+        rules[layer] = LayerRule(check_bits(f"The width of {layer}", int(bits)), integer=kind != "float")
+    return rules
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise Ptq4ditError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """Everything that decides the result of :func:`ptq4dit_jax.quantize`, besides the model and the key.
+
+    Attributes:
+      weight_bits, act_bits: 2 to 8.
+      balance: ``none``, ``csb`` (salience of the middle calibration step) or ``csb+ssc`` (salience weighted over all steps).
+      ssc: what SSC weighs: ``steps`` (the paper) or single ``rows`` (the official code).
+      temperature: of SSC's softmax.
+      exponent: of the balancing factors; 0.5 is CSB, 0 no balancing.
+      balance_fc2: balances fc2 as well; the factors sit in the quantization of the GELU output.
+      equalize_v: gives v's channels equal ranges by folding factors into qkv and their inverse into proj_in, which costs
+        nothing.
+      range_search: how ranges are chosen, see :mod:`ptq4dit_jax.ranges`.
+      weigh_inputs: weight ranges minimize the expected output error (each input channel counts by its mean square) instead of
+        the plain error of the weights.
+      policy: widths of single layers, see :func:`layer_rules`.
+      step_groups: activation ranges per group of steps; 1 is the paper's.
+      dynamic_sites: sites, such as ``blocks.qkv_in``, scaled per row at run time instead of by calibrated ranges.
+      calib_steps, calib_rows: evenly spaced steps of the sampling chain, and rows at each.
+      sampler, cfg_scale, cfg_channels: how calibration rows are sampled; use what the model will be sampled with.
+    """
+
+    weight_bits: int = 8
+    act_bits: int = 8
+    balance: Balance = "csb+ssc"
+    ssc: SscAxis = "steps"
+    temperature: float = 1.0
+    exponent: float = 0.5
+    balance_fc2: bool = True
+    equalize_v: bool = True
+    range_search: RangeSearch = "mse"
+    weigh_inputs: bool = True
+    policy: str = "edges8"
+    step_groups: int = 1
+    dynamic_sites: tuple[str, ...] = ()
+    calib_steps: int = 25
+    calib_rows: int = 64
+    sampler: SamplerName = "ddpm"
+    steps: int | str = 50
+    eta: float = 0.0
+    cfg_scale: float = 1.5
+    cfg_channels: GuidedChannels = "first3"
+
+    def __post_init__(self) -> None:
+        check_bits("weight_bits", self.weight_bits)
+        check_bits("act_bits", self.act_bits)
+        _check_choice("balance", self.balance, get_args(Balance))
+        _check_choice("ssc", self.ssc, get_args(SscAxis))
+        _check_choice("range_search", self.range_search, get_args(RangeSearch))
+        _check_choice("cfg_channels", self.cfg_channels, get_args(GuidedChannels))
+        if not self.temperature > 0:
+            raise Ptq4ditError(f"temperature must be positive, not {self.temperature}.")
+        if not 0 <= self.exponent <= 1:
+            raise Ptq4ditError(f"exponent must lie between 0 (no balancing) and 1, not {self.exponent}.")
+        if not 1 <= self.step_groups <= self.calib_steps:
+            raise Ptq4ditError(f"step_groups must be 1 to the {self.calib_steps} calibration steps, not {self.step_groups}.")
+        static = {f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer} | set(EDGE_SITES)
+        for name in self.dynamic_sites:
+            _check_choice("dynamic_sites", name, tuple(sorted(static)))
+        _ = self.walk
+        self.rules  # noqa: B018  (raises on a policy that cannot be read)
+
+    @classmethod
+    def paper(cls, weight_bits: int = 8, **overrides: Any) -> QuantConfig:
+        """The paper's method to the letter: CSB and SSC on qkv, proj and fc1, one static range per tensor for activations,
+        every linear at the same width; ranges by the official code's three percentiles; 25 steps of 32 pairs of rows."""
+        paper = {
+            "balance_fc2": False, "equalize_v": False, "weigh_inputs": False, "range_search": "percentile", "policy": "uniform",
+        }  # fmt: skip
+        return cls(weight_bits=weight_bits, **{**paper, **overrides})
+
+    @property
+    def walk(self) -> Sampler:
+        return Sampler(name=self.sampler, steps=self.steps, eta=self.eta)
+
+    @property
+    def rules(self) -> dict[str, LayerRule]:
+        return layer_rules(self.policy, self.weight_bits)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

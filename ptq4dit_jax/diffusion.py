@@ -1,0 +1,272 @@
+"""Gaussian diffusion: schedule, respacing, samplers, and the sampling chain as one ``lax.scan``.
+
+Every sampler here is, per step, a linear map of the current image, the predicted clean image and the previous prediction,
+
+    x0 = x0_from_x * x - x0_from_eps * eps
+    x' = from_x * x + from_x0 * x0 + from_x0_prev * x0_prev + sigma * z
+
+so a sampler is a table of coefficients (:class:`StepTables`), made in float64 by :meth:`Sampler.tables` and scanned
+over. DDPM with a learned variance interpolates ``log sigma^2`` between two more table columns. Sources: Ho et al. 2020,
+Nichol & Dhariwal 2021 (learned range), Song et al. 2021 (DDIM, eta), Lu et al. 2022 (DPM-Solver++ 2M, midpoint).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from ptq4dit_jax.dit import DiTConfig, GuidedChannels, combine_guidance
+from ptq4dit_jax.errors import Ptq4ditError
+
+SamplerName = Literal["ddpm", "ddim", "dpm++2m"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """The linear schedule that a model was trained with. Tables are float64 NumPy arrays of length ``num_timesteps``."""
+
+    num_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    @property
+    def betas(self) -> np.ndarray:
+        return np.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=np.float64)
+
+    @property
+    def alpha_bars(self) -> np.ndarray:
+        """Cumulative products of ``1 - beta``: the squared signal level after each step."""
+        return np.cumprod(1.0 - self.betas)
+
+    def add_noise(self, x0: jax.Array, t_B: jax.Array, noise: jax.Array) -> jax.Array:
+        """``sqrt(abar_t) x0 + sqrt(1 - abar_t) noise``: one draw of q(x_t | x_0)."""
+        abar = jnp.asarray(self.alpha_bars, jnp.float32)[t_B].reshape(-1, *[1] * (x0.ndim - 1))
+        return jnp.sqrt(abar) * x0 + jnp.sqrt(1 - abar) * noise
+
+
+def respace(num_timesteps: int, steps: int | str) -> np.ndarray:
+    """Timesteps that are kept, ascending.
+
+    ``N`` (or ``"N"``) spreads N steps evenly from 0 to the last, rounding half to even; ``"ddimN"`` takes the first stride that
+    gives exactly N steps from 0. Both are Meta's rules.
+    """
+    spec = str(steps).strip()
+    count_text = spec.removeprefix("ddim")
+    if not count_text.isdigit() or not 1 <= int(count_text) <= num_timesteps:
+        raise Ptq4ditError(f"Sampler steps must be 1 to {num_timesteps}, or 'ddimN' with such an N, not {steps!r}.")
+    count = int(count_text)
+    if spec.startswith("ddim"):
+        for hop in range(1, num_timesteps + 1):
+            kept = np.arange(0, num_timesteps, hop)
+            if len(kept) == count:
+                return kept
+        raise Ptq4ditError(f"No stride over {num_timesteps} timesteps gives exactly {count} steps; use '{count}' instead.")
+    stride = (num_timesteps - 1) / (count - 1) if count > 1 else 1.0
+    # Meta sums the stride up instead of multiplying it, which rounds differently for some N; the sum is what models saw.
+    return np.cumsum([0.0] + [stride] * (count - 1)).round().astype(int)
+
+
+@struct.dataclass
+class StepTables:
+    """Coefficients of a sampler in the order they are used, noisiest step first; every array is (S,).
+
+    ``log_var_min`` and ``log_var_max`` matter only where the variance is learned, ``sigma`` only where it is not.
+    """
+
+    t: Any
+    x0_from_x: Any
+    x0_from_eps: Any
+    from_x: Any
+    from_x0: Any
+    from_x0_prev: Any
+    sigma: Any
+    log_var_min: Any
+    log_var_max: Any
+    not_last: Any
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.t)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How to walk from noise to image.
+
+    ``steps`` is a count or a respacing string (:func:`respace`); a plain count means "ddimN" spacing for ``ddim`` where
+    a stride exists, linspace for ``dpm++2m``, and Meta's even spacing for ``ddpm``. ``eta`` is DDIM's noise (0 is
+    deterministic).
+    """
+
+    name: SamplerName = "ddpm"
+    steps: int | str = 50
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(SamplerName):
+            raise Ptq4ditError(f"Unknown sampler {self.name!r}; the samplers are {', '.join(get_args(SamplerName))}.")
+        if not 0.0 <= self.eta <= 1.0:
+            raise Ptq4ditError(f"DDIM eta must lie between 0 and 1, not {self.eta}.")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps add noise, so that the chain needs a key or explicit step noise."""
+        return self.name == "ddpm" or (self.name == "ddim" and self.eta > 0)
+
+    def timesteps(self, num_timesteps: int) -> np.ndarray:
+        """Timesteps of the training schedule that the network sees, descending."""
+        if self.name == "dpm++2m" and str(self.steps).isdigit():
+            count = len(respace(num_timesteps, self.steps))
+            return np.linspace(0, num_timesteps - 1, count + 1).round()[::-1][:-1].astype(int)
+        steps: int | str = self.steps
+        if self.name == "ddim" and str(steps).isdigit() and num_timesteps % int(steps or 1) == 0:
+            steps = f"ddim{steps}"
+        return respace(num_timesteps, steps)[::-1]
+
+    def tables(self, schedule: NoiseSchedule, *, dtype: Any = np.float32) -> StepTables:
+        """Coefficient tables, computed in float64 and cast to ``dtype`` at the end."""
+        t = self.timesteps(schedule.num_timesteps)
+        abar = schedule.alpha_bars[t]
+        abar_prev = np.append(abar[1:], 1.0)
+        zeros = np.zeros(len(t))
+        rows: dict[str, np.ndarray] = {
+            "x0_from_x": np.sqrt(1 / abar), "x0_from_eps": np.sqrt(1 / abar - 1), "from_x0_prev": zeros, "sigma": zeros,
+            "log_var_min": zeros, "log_var_max": zeros, "not_last": np.append(np.ones(len(t) - 1), 0.0),
+        }  # fmt: skip
+        make = {"ddpm": _ddpm_rows, "ddim": _ddim_rows, "dpm++2m": _dpmpp_rows}[self.name]
+        rows |= make(abar, abar_prev, self.eta)
+        return StepTables(t=t.astype(np.int32), **{name: row.astype(dtype) for name, row in rows.items()})
+
+
+def _ddpm_rows(abar: np.ndarray, abar_prev: np.ndarray, eta: float) -> dict[str, np.ndarray]:
+    alpha = abar / abar_prev
+    beta = 1 - alpha
+    variance = beta * (1 - abar_prev) / (1 - abar)
+    # The last step's posterior variance is 0; its logarithm is replaced by that of the step before (Meta's clipping).
+    clipped = np.append(variance[:-1], variance[-2] if len(variance) > 1 else beta[-1])
+    return {
+        "from_x": (1 - abar_prev) * np.sqrt(alpha) / (1 - abar),
+        "from_x0": beta * np.sqrt(abar_prev) / (1 - abar),
+        "sigma": np.sqrt(clipped),
+        "log_var_min": np.log(clipped),
+        "log_var_max": np.log(beta),
+    }
+
+
+def _ddim_rows(abar: np.ndarray, abar_prev: np.ndarray, eta: float) -> dict[str, np.ndarray]:
+    sigma = eta * np.sqrt((1 - abar_prev) / (1 - abar)) * np.sqrt(1 - abar / abar_prev)
+    direction = np.sqrt(1 - abar_prev - sigma**2)
+    eps_from_x, eps_from_x0 = np.sqrt(1 / (1 - abar)), np.sqrt(abar / (1 - abar))
+    return {
+        "from_x": direction * eps_from_x,
+        "from_x0": np.sqrt(abar_prev) - direction * eps_from_x0,
+        "sigma": sigma,
+    }
+
+
+def _dpmpp_rows(abar: np.ndarray, abar_prev: np.ndarray, eta: float) -> dict[str, np.ndarray]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_snr = 0.5 * np.log(abar / (1 - abar))
+        h = 0.5 * np.log(abar_prev / (1 - abar_prev)) - log_snr  # infinite at the last step, which returns x0
+        gain = -np.sqrt(abar_prev) * np.expm1(-h)
+        slope = h / (2 * np.append(np.nan, h[:-1]))  # 1 / (2 r) with r = h_prev / h
+    slope[0] = slope[-1] = 0.0  # first order where there is no previous prediction, and at the end
+    return {
+        "from_x": np.sqrt((1 - abar_prev) / (1 - abar)),
+        "from_x0": gain * (1 + slope),
+        "from_x0_prev": -gain * slope,
+    }
+
+
+#: Image, previous prediction of the clean image, kept inputs.
+_Carry = tuple[jax.Array, jax.Array, jax.Array]
+
+
+class Network(Protocol):
+    """What a sampler needs of a model, float or quantized: a pytree with the raw network output as ``apply``."""
+
+    config: DiTConfig
+    schedule: NoiseSchedule
+
+    def apply(self, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array: ...
+
+
+def guided_apply(
+    model: Network, x: jax.Array, t: jax.Array, y: jax.Array, cfg_scale: jax.Array | float, channels: GuidedChannels = "first3"
+) -> jax.Array:
+    """Raw output under classifier-free guidance: one call on the rows and their null twins, (B, H, W, out_channels).
+
+    ``t`` is (B,), or (1,) where all rows share it.
+    """
+    labels = jnp.concatenate([y, jnp.full_like(y, model.config.null_label)])
+    out = model.apply(jnp.concatenate([x, x]), t if t.shape[0] == 1 else jnp.concatenate([t, t]), labels)
+    conditional, unconditional = jnp.split(out, 2)
+    return combine_guidance(conditional, unconditional, cfg_scale, model.config.in_channels, channels)
+
+
+def sample_noise(key: jax.Array, indices_B: jax.Array, step: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise (B, *shape) that depends on the key, each sample's global index and the step only.
+
+    Step 0 is the initial noise; step ``i + 1`` is what step ``i`` of the chain adds.
+    """
+
+    def draw(index: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, index), step), shape)
+
+    return jax.vmap(draw)(indices_B)
+
+
+def denoise(
+    predict: Callable[[jax.Array, jax.Array], jax.Array],
+    tables: StepTables,
+    x_T: jax.Array,
+    step_noise: Callable[[jax.Array], jax.Array] | None,
+    *,
+    learned_variance: bool,
+    keep_slots: jax.Array | None = None,
+    num_kept: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the chain: one scan over the steps.
+
+    Args:
+      predict: ``(x (B, H, W, C), t ()) -> raw output (B, H, W, C or 2C)``.
+      tables: the sampler's coefficients, S steps.
+      x_T: initial noise (B, H, W, C).
+      step_noise: ``step () -> (B, H, W, C)``, or None for a deterministic sampler.
+      learned_variance: whether the second half of the channels interpolates the log variance (DDPM only).
+      keep_slots: (S,) int32; where it is below ``num_kept``, the *input* of that step is stored in that slot.
+
+    Returns:
+      The sample (B, H, W, C) and the kept inputs (num_kept, B, H, W, C).
+    """
+    channels = x_T.shape[-1]
+
+    def step(carry: _Carry, row: tuple[StepTables, jax.Array, jax.Array]) -> tuple[_Carry, None]:
+        x, x0_prev, kept = carry
+        table, index, slot = row
+        if num_kept:
+            kept = kept.at[slot].set(x, mode="drop")
+        out = predict(x, table.t).astype(x.dtype)
+        x0 = table.x0_from_x * x - table.x0_from_eps * out[..., :channels]
+        new = table.from_x * x + table.from_x0 * x0 + table.from_x0_prev * x0_prev
+        if step_noise is not None:
+            sigma = table.sigma
+            if learned_variance:
+                fraction = (out[..., channels:] + 1) / 2
+                sigma = jnp.exp(0.5 * (fraction * table.log_var_max + (1 - fraction) * table.log_var_min))
+            new = new + table.not_last * sigma * step_noise(index)
+        return (new, x0, kept), None
+
+    num_steps = tables.num_steps
+    slots = jnp.full((num_steps,), num_kept, jnp.int32) if keep_slots is None else keep_slots
+    kept = jnp.zeros((num_kept, *x_T.shape), x_T.dtype)
+    carry = (x_T, jnp.zeros_like(x_T), kept)
+    rows = (jax.tree.map(jnp.asarray, tables), jnp.arange(num_steps), slots)
+    (x, _, kept), _ = jax.lax.scan(step, carry, rows)
+    return x, kept

@@ -1,0 +1,323 @@
+"""The Diffusion Transformer (Peebles & Xie, 2023) in Flax: float only, knows nothing of integers.
+
+Dimension letters, used as name suffixes throughout the package:
+
+    B batch    T tokens    D width (hidden size)    A attention heads    d head width    K/N in/out features of a linear
+    H, W, C    height, width and channels of an image (NHWC)             L depth (stacked blocks)
+
+**Sites.** Every activation that can be quantized or observed passes through :func:`site`, which looks for two variable
+collections. ``quantizers`` holds callables ``x -> x`` (fake quantization, or a balancing factor); ``observers`` holds objects
+with ``observe(x) -> observer``, run after the quantizer, so they see what the layer receives. Both are pytrees; with neither
+present the site is the identity. The float model, calibration and fake quantization are therefore one code path, chosen by the
+variables that are passed in. Blocks are scanned, so a block's variables carry a leading depth axis L.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from ptq4dit_jax.errors import Ptq4ditError
+
+#: Depth, width and heads of the published sizes; each exists with patch size 2, 4 and 8.
+_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+PRESETS = tuple(f"DiT-{size}/{patch}" for size in _SIZES for patch in (2, 4, 8))
+
+#: Sites inside a block that can be quantized, and the linear layer each one feeds (None: an attention product).
+BLOCK_SITES = {
+    "adaLN_in": "adaLN", "qkv_in": "qkv", "q": None, "k": None, "v": None, "probs": None,
+    "proj_in": "proj", "fc1_in": "fc1", "fc2_in": "fc2",
+}  # fmt: skip
+#: The same outside the blocks.
+EDGE_SITES = {
+    "patch_in": "patch_embed", "time_in": "time_fc1", "time_hidden": "time_fc2",
+    "final_adaLN_in": "final_adaLN", "final_in": "final",
+}  # fmt: skip
+#: Outputs that balancing leaves unchanged; only ever observed, to compare two models layer by layer.
+PROBE_SITES = ("proj_out", "fc1_out", "fc2_out", "block_out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Shape of a DiT. ``input_size`` is the side of the (square) image or latent.
+
+    ``freq_shift`` and ``mlp_norm_eps`` exist because diffusers computes another function from the same weights (1 and 1e-5);
+    the defaults are Meta's, with which the published weights were trained.
+    """
+
+    input_size: int
+    patch_size: int
+    in_channels: int
+    hidden_size: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    null_class: bool = True
+    learn_sigma: bool = True
+    frequency_size: int = 256
+    freq_shift: float = 0.0
+    mlp_norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise Ptq4ditError(f"DiT {name} must be a positive integer, not {value!r}.")
+        if self.input_size % self.patch_size:
+            raise Ptq4ditError(f"DiT input_size {self.input_size} is not a multiple of patch_size {self.patch_size}.")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise Ptq4ditError(
+                f"DiT hidden_size {self.hidden_size} must be a multiple of num_heads ({self.num_heads}) and of 4."
+            )
+        if self.frequency_size < 2 or self.frequency_size % 2:
+            raise Ptq4ditError(f"DiT frequency_size must be even and positive, not {self.frequency_size}.")
+
+    @classmethod
+    def preset(cls, name: str, *, input_size: int = 32, in_channels: int = 4, **overrides: Any) -> DiTConfig:
+        """A published size by name, e.g. ``DiT-XL/2``; ``input_size`` 32 is 256 px, 64 is 512 px through the SD VAE."""
+        if name not in PRESETS:
+            raise Ptq4ditError(f"Unknown DiT preset {name!r}; the presets are {', '.join(PRESETS)}.")
+        size, patch = name.removeprefix("DiT-").split("/")
+        depth, hidden_size, num_heads = _SIZES[size]
+        shape = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}
+        return cls(**{**shape, "input_size": input_size, "in_channels": in_channels, **overrides})
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for "no class" in guidance: the last row of the table."""
+        if not self.null_class:
+            raise Ptq4ditError("This DiT was trained without a null class, so it cannot be guided; use cfg_scale 1.")
+        return self.num_classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (self.input_size, self.input_size, self.in_channels)
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(K, N) of every linear layer; block layers are named ``blocks.<layer>``."""
+        D, F, P = self.hidden_size, self.mlp_size, self.patch_size**2
+        return {
+            "patch_embed": (P * self.in_channels, D), "time_fc1": (self.frequency_size, D), "time_fc2": (D, D),
+            "blocks.adaLN": (D, 6 * D), "blocks.qkv": (D, 3 * D), "blocks.proj": (D, D),
+            "blocks.fc1": (D, F), "blocks.fc2": (F, D),
+            "final_adaLN": (D, 2 * D), "final": (D, P * self.out_channels),
+        }  # fmt: skip
+
+    @property
+    def site_features(self) -> dict[str, tuple[int, ...]]:
+        """Trailing shape of the activation at every site that can be quantized; block sites are named ``blocks.<site>``."""
+        shapes = self.linear_shapes
+        heads = (self.num_heads, self.head_width)
+        features = {f"blocks.{name}": heads if name in "qkv" else (self.num_tokens,) for name in BLOCK_SITES}
+        features |= {f"blocks.{name}": shapes[f"blocks.{layer}"][:1] for name, layer in BLOCK_SITES.items() if layer}
+        return features | {name: shapes[layer][:1] for name, layer in EDGE_SITES.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def site(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
+    """Quantizes and observes ``x`` if the variables of ``module`` say so; see the module docstring."""
+    if module.has_variable("quantizers", name):
+        x = module.get_variable("quantizers", name)(x)
+    if module.has_variable("observers", name):
+        module.put_variable("observers", name, module.get_variable("observers", name).observe(x))
+    return x
+
+
+def nest_sites(by_name: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns ``{"blocks.q": a, "final_in": b}`` into the tree of a variable collection, ``{"blocks": {"q": a}, "final_in":
+    b}``."""
+    tree: dict[str, Any] = {name: value for name, value in by_name.items() if not name.startswith("blocks.")}
+    blocks = {name.removeprefix("blocks."): value for name, value in by_name.items() if name.startswith("blocks.")}
+    return tree | ({"blocks": blocks} if blocks else {})
+
+
+def flatten_sites(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`nest_sites`."""
+    blocks = {f"blocks.{name}": value for name, value in tree.get("blocks", {}).items()}
+    return {name: value for name, value in tree.items() if name != "blocks"} | blocks
+
+
+def position_embedding(config: DiTConfig) -> np.ndarray:
+    """Fixed 2-D sine-cosine table (T, D); the first half of D encodes the column, the second half the row."""
+    side, quarter = config.input_size // config.patch_size, config.hidden_size // 4
+    omega = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
+    row, column = np.divmod(np.arange(side * side), side)
+    angles = [position[:, None] * omega for position in (column, row)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+def timestep_frequencies(config: DiTConfig, t_B: jax.Array) -> jax.Array:
+    """Sinusoidal features (B, frequency_size) of the timestep, cosines first."""
+    half = config.frequency_size // 2
+    frequencies = np.exp(-math.log(10000.0) * np.arange(half) / (half - config.freq_shift)).astype(np.float32)
+    angles = t_B.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def patchify(config: DiTConfig, x_BHWC: jax.Array) -> jax.Array:
+    """(B, H, W, C) to tokens (B, T, P*P*C), row-major; inside a token (row, column, channel), channel fastest."""
+    p = config.patch_size
+    return einops.rearrange(x_BHWC, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
+
+
+def unpatchify(config: DiTConfig, x_BTK: jax.Array) -> jax.Array:
+    """The inverse of :func:`patchify`, for any number of channels."""
+    p, side = config.patch_size, config.input_size // config.patch_size
+    return einops.rearrange(x_BTK, "b (h w) (p q c) -> b (h p) (w q) c", h=side, w=side, p=p, q=p)
+
+
+def at_least_float32(dtype: DTypeLike) -> DTypeLike:
+    """The type to accumulate in: float32, or float64 where the computation already is."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """LayerNorm without affine parameters over the last axis; statistics in float32 at least."""
+    wide = x.astype(at_least_float32(x.dtype))
+    centered = wide - wide.mean(-1, keepdims=True)
+    return (centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def modulate(x_BTD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
+    """adaLN: ``x * (1 + scale) + shift``."""
+    return x_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+def softmax(logits: jax.Array) -> jax.Array:
+    """Softmax over the last axis in float32 at least, returned in the input's dtype."""
+    return jax.nn.softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1).astype(logits.dtype)
+
+
+class _Block(nn.Module):
+    config: DiTConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, silu_c_BD: jax.Array) -> tuple[jax.Array, None]:
+        config = self.config
+        D, A = config.hidden_size, config.num_heads
+
+        def dense(features: int, name: str, **kwargs: Any) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name, **kwargs)
+
+        modulation = dense(6 * D, "adaLN")(site(self, "adaLN_in", silu_c_BD))
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
+
+        h_BTD = site(self, "qkv_in", modulate(layer_norm(x_BTD), shift_attn, scale_attn))
+        qkv = einops.rearrange(dense(3 * D, "qkv")(h_BTD), "b t (n a d) -> n b t a d", n=3, a=A)
+        q_BTAd, k_BTAd, v_BTAd = (site(self, name, part) for name, part in zip("qkv", qkv, strict=True))
+        logits_BATT = jnp.einsum("bqad,bkad->baqk", q_BTAd, k_BTAd) * config.head_width**-0.5
+        probs_BATT = site(self, "probs", softmax(logits_BATT))
+        out_BTD = einops.rearrange(jnp.einsum("baqk,bkad->bqad", probs_BATT, v_BTAd), "b t a d -> b t (a d)")
+        out_BTD = site(self, "proj_out", dense(D, "proj")(site(self, "proj_in", out_BTD)))
+        x_BTD = x_BTD + gate_attn[:, None] * out_BTD
+
+        h_BTD = site(self, "fc1_in", modulate(layer_norm(x_BTD, config.mlp_norm_eps), shift_mlp, scale_mlp))
+        h_BTF = nn.gelu(site(self, "fc1_out", dense(config.mlp_size, "fc1")(h_BTD)), approximate=True)
+        h_BTD = site(self, "fc2_out", dense(D, "fc2")(site(self, "fc2_in", h_BTF)))
+        x_BTD = site(self, "block_out", x_BTD + gate_mlp[:, None] * h_BTD)
+        return x_BTD, None
+
+
+class DiT(nn.Module):
+    """The network. ``dtype`` is the compute type; LayerNorm and softmax always reduce in float32.
+
+    Variables: ``params``, with all block parameters stacked on a leading depth axis, and optionally ``quantizers`` and
+    ``observers`` (module docstring). Kernels are (K, N), Flax's order.
+    """
+
+    config: DiTConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike) -> jax.Array:
+        """Raw network output (B, H, W, out_channels): predicted noise, then the variance channels if sigma is learned.
+
+        Args:
+          x_BHWC: noised images or latents, (B, input_size, input_size, in_channels).
+          t_B: timesteps of the training schedule (0 is the cleanest), (B,), integer or float.
+          y_B: class labels, (B,) int32; ``config.null_label`` for "no class".
+        """
+        config = self.config
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+
+        tokens = site(self, "patch_in", patchify(config, jnp.asarray(x_BHWC, self.dtype)))
+        x_BTD = dense(config.hidden_size, "patch_embed")(tokens) + jnp.asarray(position_embedding(config), self.dtype)
+
+        frequencies = site(self, "time_in", timestep_frequencies(config, jnp.asarray(t_B)).astype(self.dtype))
+        hidden = site(self, "time_hidden", nn.silu(dense(config.hidden_size, "time_fc1")(frequencies)))
+        labels = nn.Embed(config.num_classes + config.null_class, config.hidden_size, dtype=self.dtype, name="label_embed")
+        silu_c_BD = nn.silu(dense(config.hidden_size, "time_fc2")(hidden) + labels(jnp.asarray(y_B)))
+
+        blocks = nn.scan(
+            _Block,
+            variable_axes={"params": 0, "quantizers": 0, "observers": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=config.depth,
+        )
+        x_BTD, _ = blocks(config, self.dtype, name="blocks")(x_BTD, silu_c_BD)
+
+        modulation = dense(2 * config.hidden_size, "final_adaLN")(site(self, "final_adaLN_in", silu_c_BD))
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        h_BTD = site(self, "final_in", modulate(layer_norm(x_BTD), shift, scale))
+        return unpatchify(config, dense(config.patch_size**2 * config.out_channels, "final")(h_BTD))
+
+
+def init_params(config: DiTConfig, key: jax.Array, *, adaln_zero: bool = True) -> dict[str, Any]:
+    """Random parameters. ``adaln_zero`` zeroes the modulation and the final layer as for training; False keeps every path
+    alive, which is what tests and benchmarks want."""
+    image = jnp.zeros((1, *config.image_shape))
+    params = jax.jit(DiT(config).init)(key, image, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
+    if adaln_zero:
+        zeros = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("final_adaLN", "final")}
+        blocks = {**params["blocks"], "adaLN": jax.tree.map(jnp.zeros_like, params["blocks"]["adaLN"])}
+        params = {**params, **zeros, "blocks": blocks}
+    return params
+
+
+GuidedChannels = Literal["first3", "all"]
+
+
+def combine_guidance(
+    conditional: jax.Array, unconditional: jax.Array, cfg_scale: ArrayLike, in_channels: int, channels: GuidedChannels
+) -> jax.Array:
+    """Classifier-free guidance ``u + cfg_scale (c - u)`` on the noise channels of raw outputs (B, H, W, out_channels).
+
+    ``first3`` guides channels 0..2 only, as Meta's code does; every other channel is the conditional row's. ``all`` guides all
+    noise channels, as most other code does. Variance channels are never guided.
+    """
+    guided = in_channels if channels == "all" else min(3, in_channels)
+    eps = unconditional[..., :guided] + cfg_scale * (conditional[..., :guided] - unconditional[..., :guided])
+    return jnp.concatenate([eps, conditional[..., guided:]], axis=-1)

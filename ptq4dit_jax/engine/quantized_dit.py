@@ -1,0 +1,180 @@
+"""The integer DiT: one forward over a pytree of stacked integer layers. What users run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import ArrayLike
+
+from ptq4dit_jax import dit
+from ptq4dit_jax.diffusion import NoiseSchedule
+from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.engine.layers import QLinear, attention
+from ptq4dit_jax.model import FloatDiT, step_group
+from ptq4dit_jax.quantizers import ActQuantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where a quantized model came from: settings, source hash, versions. Equal to any other, so that ``jit`` treats two
+    models of one shape alike."""
+
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+
+@struct.dataclass
+class QuantizedDiT:
+    """A quantized DiT, self-contained; a pytree.
+
+    ``linears`` holds every linear layer by the names of ``config.linear_shapes``; layers of blocks carry a leading depth axis.
+    ``sites`` holds the quantizers of ``blocks.q``, ``blocks.k``, ``blocks.v`` and ``blocks.probs``. ``label_embed``
+    (num_classes [+ 1], D) stays float32: it is looked up, not multiplied. ``group_edges`` (G - 1,) int32 are the timesteps that
+    part the groups of steps. ``dtype`` is the type of everything between the integer products.
+    """
+
+    linears: dict[str, QLinear]
+    sites: dict[str, ActQuantizer]
+    label_embed: Any
+    group_edges: Any
+    config: DiTConfig = struct.field(pytree_node=False)
+    schedule: NoiseSchedule = struct.field(pytree_node=False, default=NoiseSchedule())
+    dtype: str = struct.field(pytree_node=False, default="float32")
+    backend: str = struct.field(pytree_node=False, default="xla")
+    provenance: Provenance = struct.field(pytree_node=False, default=Provenance())
+
+    def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike) -> jax.Array:
+        """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep."""
+        return _forward(self, jnp.asarray(x_BHWC, self.dtype), jnp.asarray(t_B), jnp.asarray(y_B))
+
+    @property
+    def num_groups(self) -> int:
+        return self.group_edges.shape[0] + 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all integers, scales and biases."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+def _split_blocks(by_name: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("blocks."): value for name, value in by_name.items() if name.startswith("blocks.")}
+
+
+def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array:
+    config, backend = model.config, model.backend
+    group = step_group(model.group_edges, t_B)
+    linears = {name: layer.at_group(group) for name, layer in model.linears.items()}
+    sites = _split_blocks({name: quantizer.at_group(group) for name, quantizer in model.sites.items()})
+
+    x_BTD = linears["patch_embed"](dit.patchify(config, x_BHWC), backend) + jnp.asarray(
+        dit.position_embedding(config), model.dtype
+    )
+    hidden = jax.nn.silu(linears["time_fc1"](dit.timestep_frequencies(config, t_B).astype(model.dtype), backend))
+    silu_c_BD = jax.nn.silu(linears["time_fc2"](hidden, backend) + model.label_embed[y_B].astype(model.dtype))
+
+    def block(x_BTD: jax.Array, layers: tuple[dict[str, QLinear], dict[str, ActQuantizer]]) -> tuple[jax.Array, None]:
+        return _block(config, *layers, x_BTD, silu_c_BD, backend), None
+
+    x_BTD, _ = jax.lax.scan(block, x_BTD, (_split_blocks(linears), sites))
+
+    shift, scale = jnp.split(linears["final_adaLN"](silu_c_BD, backend), 2, axis=-1)
+    h_BTD = dit.modulate(dit.layer_norm(x_BTD), shift, scale)
+    return dit.unpatchify(config, linears["final"](h_BTD, backend))
+
+
+def _block(
+    config: DiTConfig,
+    linears: dict[str, QLinear],
+    sites: dict[str, ActQuantizer],
+    x_BTD: jax.Array,
+    silu_c_BD: jax.Array,
+    backend: str,
+) -> jax.Array:
+    modulation = linears["adaLN"](silu_c_BD, backend)
+    shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
+
+    qkv = linears["qkv"](dit.modulate(dit.layer_norm(x_BTD), shift_attn, scale_attn), backend)
+    q_BATd, k_BATd, v_BATd = einops.rearrange(qkv, "b t (n a d) -> n b a t d", n=3, a=config.num_heads)
+    out_BATd = attention(q_BATd, k_BATd, v_BATd, sites, dit.softmax, backend)
+    out_BTD = linears["proj"](einops.rearrange(out_BATd, "b a t d -> b t (a d)"), backend)
+    x_BTD = x_BTD + gate_attn[:, None] * out_BTD
+
+    h_BTD = dit.modulate(dit.layer_norm(x_BTD, config.mlp_norm_eps), shift_mlp, scale_mlp)
+    h_BTF = jax.nn.gelu(linears["fc1"](h_BTD, backend), approximate=True)
+    return x_BTD + gate_mlp[:, None] * linears["fc2"](h_BTF, backend)
+
+
+def reference(model: QuantizedDiT) -> FloatDiT:
+    """The fake-quant twin: the float forward with de-quantized weights and quantizers at the sites.
+
+    It is what the engine is tested against, and what reconstruction and layer-by-layer reports look into.
+    """
+    params: dict[str, Any] = {"label_embed": {"embedding": model.label_embed}, "blocks": {}}
+    quantizers = dict(model.sites)
+    inputs = {f"blocks.{layer}": f"blocks.{name}" for name, layer in dit.BLOCK_SITES.items() if layer}
+    inputs |= {layer: name for name, layer in dit.EDGE_SITES.items()}
+    for name, layer in model.linears.items():
+        tree = {"kernel": jnp.swapaxes(layer.weight.dequantize(), -1, -2), "bias": layer.float_bias}
+        if name.startswith("blocks."):
+            params["blocks"][name.removeprefix("blocks.")] = tree
+        else:
+            params[name] = tree
+        if layer.act is not None:
+            quantizers[inputs[name]] = layer.act
+    return FloatDiT(
+        params=params,
+        config=model.config,
+        schedule=model.schedule,
+        quantizers=dit.nest_sites(quantizers),
+        group_edges=model.group_edges,
+    )
+
+
+def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
+    """What runs for each layer and each product of attention: name, shape, bits, input ranges, and the arithmetic."""
+    rows = []
+    for name, layer in model.linears.items():
+        depth = f"{model.config.depth} x " if name.startswith("blocks.") else ""
+        N, K = layer.weight.shape[-2:]
+        rows.append(
+            {
+                "layer": name,
+                "shape": f"{depth}{K} -> {N}",
+                "weight_bits": layer.weight.bits,
+                "act_bits": layer.act.bits if layer.act else 32,
+                "ranges": _ranges(layer.act),
+                "runs": "int8 x int8 -> int32" if layer.integer else "float32 on de-quantized weights",
+                "integer": layer.integer,
+            }
+        )
+    for product, (left, right) in {"q @ k": ("q", "k"), "probs @ v": ("probs", "v")}.items():
+        a, b = model.sites[f"blocks.{left}"], model.sites[f"blocks.{right}"]
+        rows.append(
+            {
+                "layer": f"blocks.{product}",
+                "shape": f"{model.config.depth} x {model.config.num_heads} heads",
+                "weight_bits": b.bits,
+                "act_bits": a.bits,
+                "ranges": _ranges(a),
+                "runs": "int8 x int8 -> int32",
+                "integer": True,
+            }
+        )
+    return rows
+
+
+def _ranges(act: ActQuantizer | None) -> str:
+    if act is None:
+        return "none"
+    if act.dynamic:
+        return "per row"
+    groups = act.scale.shape[-1]
+    return ("per tensor" if groups == 1 else f"per tensor, {groups} groups of steps") + (
+        ", balanced" if act.balance is not None else ""
+    )

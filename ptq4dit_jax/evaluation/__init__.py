@@ -1,0 +1,40 @@
+"""How good a quantized model is: paired metrics, comparisons of two models, plots and a report."""
+
+from ptq4dit_jax.evaluation.compare import (
+    NOISE_FLOOR,
+    REFERENCE,
+    Comparison,
+    ModelFigures,
+    compare,
+    num_bytes,
+    plain,
+    same_noise_images,
+)
+from ptq4dit_jax.evaluation.metrics import Interval, bootstrap_interval, psnr_db, sqnr_db, ssim
+from ptq4dit_jax.evaluation.plots import image_grid, salience_figure, sample_grid
+from ptq4dit_jax.evaluation.probes import LAYER_SITES, layer_sqnr, predicted_noise, step_sqnr
+from ptq4dit_jax.evaluation.report import write_report
+
+__all__ = [
+    "LAYER_SITES",
+    "NOISE_FLOOR",
+    "REFERENCE",
+    "Comparison",
+    "Interval",
+    "ModelFigures",
+    "bootstrap_interval",
+    "compare",
+    "image_grid",
+    "layer_sqnr",
+    "num_bytes",
+    "plain",
+    "predicted_noise",
+    "psnr_db",
+    "salience_figure",
+    "same_noise_images",
+    "sample_grid",
+    "sqnr_db",
+    "ssim",
+    "step_sqnr",
+    "write_report",
+]

@@ -1,0 +1,241 @@
+"""A float model against approximations of it: predicted noise, layer outputs, and images on the same noise.
+
+Every figure is paired: both models see the same inputs, labels and noise. Beside the models of interest stands a noise floor,
+the reference computing in bfloat16: an approximation that comes near it has lost nothing that anyone keeps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from ptq4dit_jax.diffusion import Network, Sampler, SamplerName
+from ptq4dit_jax.dit import GuidedChannels
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.evaluation import metrics
+from ptq4dit_jax.evaluation.metrics import Interval
+from ptq4dit_jax.evaluation.probes import layer_sqnr_along, predicted_noise
+from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.sampling import Progress, check_labels, run_chain, sample
+
+REFERENCE, NOISE_FLOOR = "float32", "bfloat16"
+_LAYER_STEPS, _LAYER_ROWS = 5, 16
+_IMAGES_PER_CALL = 256
+
+
+def same_noise_images(
+    models: Mapping[str, Network], labels: ArrayLike, key: jax.Array, *, progress: Progress | None = None, **settings: Any
+) -> dict[str, np.ndarray]:
+    """Images (N, H, W, C) of every model on the same noise; ``settings`` go to :func:`ptq4dit_jax.sampling.sample`.
+
+    ``progress`` is called with (images done, images in all) over all models together.
+    """
+    images = {}
+    for index, (name, model) in enumerate(models.items()):
+        images[name] = sample(model, labels, key, progress=_within(progress, index, len(models)), **settings)
+    return images
+
+
+def _within(progress: Progress | None, index: int, count: int) -> Progress | None:
+    """``progress`` of part ``index`` of ``count`` parts of equal size, in terms of the whole."""
+    return None if progress is None else lambda done, total: progress(index * total + done, count * total)
+
+
+def num_bytes(model: Any) -> int:
+    """Bytes of all arrays of a model as they lie in memory; packed integers count as they are packed."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFigures:
+    """One model against the reference.
+
+    ``sqnr_db`` is of the guided noise prediction with powers summed over all steps and rows, ``step_sqnr_db`` (S,) of each
+    step, ``layer_sqnr_db`` (L,) by site. ``psnr_db`` and ``ssim`` (N,) are of the sampled images, with bootstrap intervals of
+    their means.
+    """
+
+    num_bytes: int
+    sqnr_db: float
+    step_sqnr_db: np.ndarray
+    layer_sqnr_db: dict[str, np.ndarray]
+    psnr_db: np.ndarray
+    psnr_interval: Interval
+    ssim: np.ndarray
+    ssim_interval: Interval
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All figures of :func:`compare`.
+
+    ``figures`` holds the noise floor (:data:`NOISE_FLOOR`) first, then the other models; ``images`` (N, H, W, C) also the
+    reference (:data:`REFERENCE`), first. ``timesteps`` (S,) are those of ``step_sqnr_db``, noisiest first. ``data_range`` is
+    what PSNR and SSIM count as full scale: 2 for images, the span of the reference's samples for latents.
+    """
+
+    figures: dict[str, ModelFigures]
+    reference_bytes: int
+    timesteps: np.ndarray
+    labels: np.ndarray
+    images: dict[str, np.ndarray]
+    data_range: float
+    settings: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the images as plain dicts, lists, strings and finite numbers; what is not finite becomes None."""
+        return {
+            "reference": {"name": REFERENCE, "num_bytes": self.reference_bytes},
+            "noise_floor": NOISE_FLOOR,
+            "models": {name: plain(dataclasses.asdict(figures)) for name, figures in self.figures.items()},
+            "timesteps": self.timesteps.tolist(),
+            "labels": self.labels.tolist(),
+            "data_range": self.data_range,
+            "settings": plain(self.settings),
+        }
+
+
+def plain(value: Any) -> Any:
+    """``value`` in JSON's types: arrays become lists, named tuples dicts, non-finite numbers None, the unknown its text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return plain(value._asdict())
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return plain(np.asarray(value).tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _check_models(reference: FloatDiT, others: Mapping[str, Network]) -> None:
+    for name, model in others.items():
+        if name in (REFERENCE, NOISE_FLOOR):
+            raise Ptq4ditError(f"A compared model cannot be named {name!r}, which is a row of every comparison; rename it.")
+        for part in ("config", "schedule"):
+            ours, theirs = (dataclasses.asdict(getattr(m, part)) for m in (reference, model))
+            differing = [f"{key} ({ours[key]} against {theirs[key]})" for key in ours if ours[key] != theirs[key]]
+            if differing:
+                raise Ptq4ditError(
+                    f"Model {name!r} is not a quantization of the reference: they differ in {', '.join(differing)}; "
+                    "compare it with the model that it was made from."
+                )
+
+
+def _evenly(count: int, wanted: int) -> np.ndarray:
+    """At most ``wanted`` positions spread over ``count``, both ends among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int))
+
+
+def _full_scale(images: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
+    """Images clipped to what would be written, and their range; latents as they are, and the span of the reference's."""
+    if images[REFERENCE].shape[-1] in (1, 3):
+        return {name: array.clip(-1, 1) for name, array in images.items()}, metrics.DATA_RANGE
+    return images, float(np.ptp(images[REFERENCE]))
+
+
+_sqnr_db = jax.jit(metrics.sqnr_db, static_argnames="axis")
+_psnr_db, _ssim = jax.jit(metrics.psnr_db), jax.jit(metrics.ssim)
+
+
+def _per_image(metric: Callable[..., jax.Array], reference: np.ndarray, images: np.ndarray, data_range: float) -> np.ndarray:
+    """A metric (N,) some images at a time."""
+    starts = range(0, len(images), _IMAGES_PER_CALL)
+    pairs = ((array[start : start + _IMAGES_PER_CALL] for array in (reference, images)) for start in starts)
+    return np.concatenate([np.asarray(metric(*pair, data_range)) for pair in pairs])
+
+
+def compare(
+    reference: FloatDiT,
+    others: Mapping[str, Network],
+    *,
+    labels: ArrayLike,
+    key: jax.Array,
+    steps: int | str = 50,
+    sampler: SamplerName = "ddpm",
+    eta: float = 0.0,
+    cfg_scale: float = 1.5,
+    cfg_channels: GuidedChannels = "first3",
+    batch_size: int | None = None,
+    sqnr_steps: int = 25,
+    sqnr_rows: int = 64,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Measures ``others`` and the noise floor against ``reference`` computing in float32.
+
+    Args:
+      reference: the float model.
+      others: models by the name they get in the report.
+      labels: (N,) classes to sample for the image figures.
+      key: of the noise, shared by all models.
+      steps, sampler, eta, cfg_scale, cfg_channels, batch_size: as for :func:`ptq4dit_jax.sampling.sample`.
+      sqnr_steps: at how many evenly spaced steps of the reference's own trajectories predictions are compared.
+      sqnr_rows: on how many of the labels, evenly spaced; at most ``batch_size``.
+      seed: of the bootstrap.
+      progress: called with (images done, images in all) while sampling.
+    """
+    _check_models(reference, others)
+    if sqnr_steps < 1 or sqnr_rows < 1:
+        raise Ptq4ditError(f"SQNR needs at least one step and one row, not {sqnr_steps} steps and {sqnr_rows} rows.")
+    reference = reference.astype(jnp.float32)
+    config, labels_N = reference.config, check_labels(labels, reference.config)
+    walk = Sampler(name=sampler, steps=steps, eta=eta)
+    timesteps = walk.timesteps(reference.schedule.num_timesteps)
+    models = {NOISE_FLOOR: reference.astype(jnp.bfloat16), **others}
+
+    kept = _evenly(len(timesteps), sqnr_steps)
+    rows = _evenly(len(labels_N), min(sqnr_rows, batch_size or sqnr_rows))
+    t_S, y_B = timesteps[kept], labels_N[rows]
+    sampled, inputs = run_chain(
+        reference, y_B, key, walk, cfg_scale=cfg_scale, cfg_channels=cfg_channels, keep_steps=kept
+    )  # fmt: skip
+    # Where the trajectories are those of all labels, their ends are the reference's images.
+    pending = models if len(rows) == len(labels_N) else {REFERENCE: reference, **models}
+    images = {REFERENCE: sampled} | same_noise_images(
+        pending, labels_N, key, progress=progress,
+        steps=steps, sampler=sampler, eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels, batch_size=batch_size,
+    )  # fmt: skip
+
+    images, data_range = _full_scale(images)
+
+    # Layers are compared on a few rows of a few steps: their activations are held whole.
+    few = _evenly(len(kept), _LAYER_STEPS)
+    layer_inputs, layer_labels = inputs[few, :_LAYER_ROWS], y_B[:_LAYER_ROWS]
+    if cfg_scale != 1.0:
+        layer_inputs = np.concatenate([layer_inputs] * 2, axis=1)
+        layer_labels = np.concatenate([layer_labels, np.full_like(layer_labels, config.null_label)])
+
+    noise = predicted_noise(reference, inputs, t_S, y_B, cfg_scale, cfg_channels)
+    figures = {}
+    for name, model in models.items():
+        other_noise = predicted_noise(model, inputs, t_S, y_B, cfg_scale, cfg_channels)
+        psnr = _per_image(_psnr_db, images[REFERENCE], images[name], data_range)
+        ssim = _per_image(_ssim, images[REFERENCE], images[name], data_range)
+        figures[name] = ModelFigures(
+            num_bytes=num_bytes(model),
+            sqnr_db=float(_sqnr_db(noise, other_noise)),
+            step_sqnr_db=np.asarray(_sqnr_db(noise, other_noise, axis=(1, 2, 3, 4))),
+            layer_sqnr_db=layer_sqnr_along(reference, model, layer_inputs, t_S[few], layer_labels),
+            psnr_db=psnr,
+            psnr_interval=metrics.bootstrap_interval(psnr, seed),
+            ssim=ssim,
+            ssim_interval=metrics.bootstrap_interval(ssim, seed),
+        )
+    return Comparison(
+        figures=figures, reference_bytes=num_bytes(reference), timesteps=t_S, labels=labels_N, images=images,
+        data_range=data_range,
+        settings={
+            "sampler": sampler, "steps": steps, "eta": eta, "cfg_scale": cfg_scale, "cfg_channels": cfg_channels,
+            "images": len(labels_N), "sqnr_steps": len(kept), "sqnr_rows": len(rows), "bootstrap_seed": seed,
+        },
+    )  # fmt: skip

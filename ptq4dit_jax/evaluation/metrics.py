@@ -1,0 +1,165 @@
+"""Paired metrics: how far an approximation is from a reference that saw the same noise.
+
+Scores of distributions (FID and friends) cannot rank nearly lossless quantizers: their own sampling error is larger than the
+differences. Signal-to-noise ratios and image similarities of pairs can. Everything here is a pure function of arrays. The three
+metrics run under ``jit``; the bootstrap runs on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from ptq4dit_jax.errors import Ptq4ditError
+
+#: Images in [-1, 1] span this range.
+DATA_RANGE = 2.0
+_SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
+_SSIM_K1, _SSIM_K2 = 0.01, 0.03
+_BOOTSTRAP_CHUNK = 1 << 20
+
+
+class Interval(NamedTuple):
+    """A mean and the bounds of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def power_ratio_db(signal: ArrayLike, error: ArrayLike) -> jax.Array:
+    """``10 log10(signal / error)``; no error is +inf whatever the signal, an error without a signal is -inf, NaN stays NaN."""
+    signal, error = jnp.asarray(signal), jnp.asarray(error)
+    ratio_db = 10 * (jnp.log10(signal) - jnp.log10(error))
+    return jnp.where(error == 0, jnp.where(jnp.isnan(signal), jnp.nan, jnp.inf), ratio_db)
+
+
+def sqnr_db(reference: ArrayLike, approximation: ArrayLike, axis: int | Sequence[int] | None = None) -> jax.Array:
+    """Signal-to-quantization-noise ratio in dB: power of ``reference`` over power of the error, reduced over ``axis``.
+
+    Args:
+      reference: any shape; computed in float32 at least.
+      approximation: the same shape.
+      axis: what to reduce over; everything by default.
+
+    Returns:
+      Float array of the axes that are left. Identical inputs give +inf.
+    """
+    reference, approximation = _pair(reference, approximation)
+    axes = axis if axis is None or isinstance(axis, int) else tuple(axis)
+    error = jnp.square(reference - approximation).sum(axes)
+    return power_ratio_db(jnp.square(reference).sum(axes), error)
+
+
+def psnr_db(reference: ArrayLike, images: ArrayLike, data_range: float = DATA_RANGE) -> jax.Array:
+    """Peak signal-to-noise ratio in dB of each image, (N,): ``10 log10(data_range^2 / MSE)``, +inf where identical.
+
+    Args:
+      reference: (N, H, W, C).
+      images: the same shape.
+      data_range: what the values span, 2 for images in [-1, 1].
+    """
+    reference, images = _images(reference, images)
+    mse = jnp.square(reference - images).mean((1, 2, 3))
+    return power_ratio_db(jnp.full_like(mse, data_range**2), mse)
+
+
+def ssim(reference: ArrayLike, images: ArrayLike, data_range: float = DATA_RANGE) -> jax.Array:
+    """Structural similarity of each image, (N,), at most 1 (Wang et al., 2004).
+
+    Gaussian window of 11 pixels with sigma 1.5, K1 = 0.01, K2 = 0.03, weighted population moments; the map is averaged over the
+    windows that lie wholly inside the image and over the channels. Where a side is shorter than 11 pixels the window is the
+    largest odd number that fits and sigma shrinks in proportion (7 pixels and 0.95 for 8x8). SSIM is defined for intensities
+    that start at zero, so ``data_range / 2`` is added first and the figures are those of the same images in 8 bits.
+
+    Args:
+      reference: (N, H, W, C), centered on zero.
+      images: the same shape.
+      data_range: what the values span, 2 for images in [-1, 1].
+    """
+    reference, images = _images(reference, images)
+    _, height, width, _ = reference.shape
+    rows_PH, columns_QW = _window_means(height), _window_means(width)
+
+    def blur(x: jax.Array) -> jax.Array:
+        return jnp.einsum("ph,qw,nhwc->npqc", rows_PH, columns_QW, x, precision=jax.lax.Precision.HIGHEST)
+
+    mean_r, mean_i = blur(reference), blur(images)
+    var_r = blur(reference * reference) - mean_r * mean_r
+    var_i = blur(images * images) - mean_i * mean_i
+    covariance = blur(reference * images) - mean_r * mean_i
+    c1, c2 = (_SSIM_K1 * data_range) ** 2, (_SSIM_K2 * data_range) ** 2
+    # Only the luminance term depends on where zero lies; the other moments are more exact around the middle.
+    light_r, light_i = mean_r + data_range / 2, mean_i + data_range / 2
+    luminance = (2 * light_r * light_i + c1) / (light_r * light_r + light_i * light_i + c1)
+    structure = (2 * covariance + c2) / (var_r + var_i + c2)
+    return (luminance * structure).mean((1, 2, 3))
+
+
+def bootstrap_interval(values: ArrayLike, seed: int = 0, *, level: float = 0.95, resamples: int = 2000) -> Interval:
+    """Mean of ``values`` (N,) with its percentile-bootstrap interval; the same seed gives the same interval.
+
+    An infinite value, which is what a pair of identical images scores in dB, counts as the largest finite one (the smallest for
+    -inf), so that a few perfect pairs neither hide the others nor vanish; where no value is finite the interval is that
+    infinity. NaN anywhere gives NaN.
+
+    Args:
+      values: (N,), one figure per sample.
+      seed: of the resampling.
+      level: coverage, between 0 and 1.
+      resamples: how many.
+    """
+    array = np.asarray(values, np.float64).ravel()
+    if array.size == 0:
+        raise Ptq4ditError("A bootstrap interval needs at least one value, and none was given.")
+    if not 0 < level < 1 or resamples < 1:
+        raise Ptq4ditError(
+            f"A bootstrap interval needs a level between 0 and 1 and at least one resample, not level {level} and {resamples}."
+        )
+    finite = array[np.isfinite(array)]
+    if np.isnan(array).any() or (finite.size == 0 and np.unique(array).size > 1):
+        return Interval(np.nan, np.nan, np.nan)
+    if finite.size == 0:
+        return Interval(*[float(array[0])] * 3)
+    array = array.clip(finite.min(), finite.max())
+
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _BOOTSTRAP_CHUNK // array.size)
+    means = [
+        array[rng.integers(array.size, size=(min(chunk, resamples - start), array.size))].mean(1)
+        for start in range(0, resamples, chunk)
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(array.mean()), float(low), float(high))
+
+
+def _pair(reference: ArrayLike, approximation: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    first, second = jnp.asarray(reference), jnp.asarray(approximation)
+    if first.shape != second.shape:
+        raise Ptq4ditError(f"Paired metrics need two arrays of one shape, not {first.shape} and {second.shape}.")
+    dtype = jnp.promote_types(jnp.promote_types(first.dtype, second.dtype), jnp.float32)
+    return first.astype(dtype), second.astype(dtype)
+
+
+def _images(reference: ArrayLike, images: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    first, second = _pair(reference, images)
+    if first.ndim != 4:
+        raise Ptq4ditError(f"Image metrics need arrays (N, H, W, C), not {first.shape}.")
+    return first, second
+
+
+def _window_means(size: int) -> np.ndarray:
+    """Matrix (P, size) whose rows are the Gaussian window at each of its P positions inside ``size`` pixels."""
+    window = min(_SSIM_WINDOW, size - 1 + size % 2)
+    offsets = np.arange(window) - window // 2
+    weights = np.exp(-0.5 * (offsets / (_SSIM_SIGMA * window / _SSIM_WINDOW)) ** 2)
+    positions = size - window + 1
+    matrix = np.zeros((positions, size))
+    for position in range(positions):
+        matrix[position, position : position + window] = weights / weights.sum()
+    return matrix.astype(np.float32)

@@ -1,0 +1,232 @@
+"""Figures of the report and grids of samples.
+
+Figures use matplotlib's object-oriented interface only: no ``pyplot``, so no global state and no display. Colors are Okabe and
+Ito's, which the color-blind can tell apart; every line also has a marker of its own. Grids are made with Pillow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.typing import ArrayLike
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.evaluation.compare import NOISE_FLOOR, Comparison
+from ptq4dit_jax.sampling import to_uint8
+
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_MARKERS = "osD^vP*"
+_GRAY = "#777777"
+_WIDTH = 8.0  # inches; 960 pixels at the report's 120 dpi
+_STRIP_POINTS = 1000
+
+_SITE_TITLES = {
+    "q": "q", "k": "k", "proj_out": "attention projection", "fc1_out": "fc1", "fc2_out": "fc2", "block_out": "block output",
+}  # fmt: skip
+
+
+def step_sqnr_figure(comparison: Comparison) -> Figure:
+    """SQNR of the guided noise prediction at each step, one line per model, sampling from left to right."""
+    figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
+    axes = _style(figure.add_subplot())
+    for name, figures in comparison.figures.items():
+        axes.plot(comparison.timesteps, _finite(figures.step_sqnr_db), label=_caption(name), **_line(comparison, name))
+    axes.set(xlabel="timestep (noise on the left, image on the right)", ylabel="SQNR (dB)")
+    axes.set_title("Predicted noise against float32", loc="left")
+    axes.invert_xaxis()
+    _legend(figure, axes)
+    return figure
+
+
+def layer_sqnr_figure(comparison: Comparison) -> Figure:
+    """SQNR of each site's output along the depth, a panel per site on one scale."""
+    sites = list(next(iter(comparison.figures.values())).layer_sqnr_db)
+    figure = Figure(figsize=(_WIDTH, 4.8), layout="constrained")
+    grid = figure.subplots(2, -(-len(sites) // 2), sharex=True, sharey=True, squeeze=False)
+    for index, (axes, site) in enumerate(zip(grid.flat, sites, strict=False)):
+        _style(axes)
+        for name, figures in comparison.figures.items():
+            values = figures.layer_sqnr_db[site]
+            axes.plot(np.arange(len(values)), _finite(values), label=_caption(name), **_line(comparison, name))
+        axes.set_title(_SITE_TITLES.get(site, site), loc="left", fontsize=10)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if index % grid.shape[1] == 0:
+            axes.set_ylabel("SQNR (dB)")
+        if index >= grid.shape[1]:
+            axes.set_xlabel("block")
+    _legend(figure, grid[0, 0])
+    return figure
+
+
+def psnr_figure(comparison: Comparison) -> Figure:
+    """PSNR of every image against the reference's on the same noise, with the mean and its interval."""
+    names = list(comparison.figures)
+    figure = Figure(figsize=(_WIDTH, 1.2 + 0.6 * len(names)), layout="constrained")
+    axes = _style(figure.add_subplot())
+    jitter = np.random.default_rng(0).uniform(-0.28, 0.28, _STRIP_POINTS)
+    labels = []
+    for row, name in enumerate(names):
+        figures = comparison.figures[name]
+        values = figures.psnr_db[:_STRIP_POINTS]
+        color = _line(comparison, name)["color"]
+        axes.scatter(_finite(values), row + jitter[: len(values)], s=12, color=color, alpha=0.35, linewidths=0)
+        mean, low, high = figures.psnr_interval
+        if np.isfinite(mean):
+            error = [[mean - low], [high - mean]]
+            axes.errorbar(mean, row, xerr=error, fmt="o", color="black", markersize=5, capsize=5, linewidth=2, zorder=3)
+        identical = int(np.isposinf(figures.psnr_db).sum())
+        labels.append(_caption(name) + (f"\n{identical} identical" if identical else ""))
+    axes.set_yticks(range(len(names)), labels)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("PSNR (dB); black: mean and 95 % interval")
+    axes.set_title(f"Images against float32 on the same noise ({len(comparison.labels)} samples)", loc="left")
+    return figure
+
+
+def salience_figure(
+    before: tuple[ArrayLike, ArrayLike], after: tuple[ArrayLike, ArrayLike], *, title: str = "Salience of the input channels"
+) -> Figure:
+    """Salience of one layer's input channels before and after balancing, as in the paper's figures but on logarithmic scales.
+
+    Args:
+      before: ``(max |X_j|, max |W_j|)``, each (K,): the largest activation of each input channel and its largest weight.
+      after: the same of the balanced layer.
+      title: what is shown, e.g. the layer's name.
+    """
+    figure = Figure(figsize=(_WIDTH, 4.4), layout="constrained")
+    grid = figure.subplots(2, 2, sharex=True, sharey="row")
+    for row, what in enumerate(("max |X| of activations", "max |W| of weights")):
+        pair = [np.asarray(saliences[row], np.float64) for saliences in (before, after)]
+        for salience in pair:
+            if salience.ndim != 1 or salience.size == 0:
+                raise Ptq4ditError(f"Salience to plot must have one value per channel (K,), not the shape {salience.shape}.")
+        positive = np.concatenate([salience[salience > 0] for salience in pair])
+        floor, top = (positive.min(), positive.max()) if positive.size else (0.1, 1.0)
+        for axes, salience, when in zip(grid[row], pair, ("before balancing", "after balancing"), strict=True):
+            _style(axes)
+            axes.set_yscale("log")
+            # Filled steps with an outline: a bar among thousands would be too thin to see. Dead channels lie on the floor.
+            axes.fill_between(
+                np.arange(len(salience) + 1) - 0.5, floor / 2, np.append(salience, salience[-1]).clip(floor / 2),
+                step="post", color=_COLORS[row], linewidth=0.7,
+            )  # fmt: skip
+            axes.set_xlim(-0.5, len(salience) - 0.5)
+            median = np.median(salience)
+            if median > 0:
+                axes.axhline(median, color="black", linewidth=0.8, linestyle=":")
+                ratio = f"largest / median = {salience.max() / median:.1f}"
+                axes.text(0.98, 0.96, ratio, transform=axes.transAxes, ha="right", va="top", fontsize=9, color="#333333")
+            if row == 0:
+                axes.set_title(when, loc="left", fontsize=10)
+            else:
+                axes.set_xlabel("input channel")
+        # Room above for the text.
+        grid[row, 0].set_ylim(floor / 2, top * (top / floor) ** 0.2 * 1.2)
+        grid[row, 0].set_ylabel(what, fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def image_grid(images: ArrayLike, *, columns: int | None = None, cell: int = 64, gap: int = 2) -> Image.Image:
+    """Images side by side on white, in reading order.
+
+    Args:
+      images: (N, H, W, C) in [-1, 1], C 1 or 3.
+      columns: how many per row; near-square by default.
+      cell: images with a shorter side are enlarged by a whole factor to at least this many pixels, without smoothing.
+      gap: pixels between images.
+    """
+    tiles = _tiles(images, cell)
+    if columns is not None and columns < 1:
+        raise Ptq4ditError(f"A grid needs at least one column, not {columns}.")
+    count, height, width = tiles.shape[:3]
+    across = min(count, columns or int(np.ceil(np.sqrt(count * height / width))))
+    down = -(-count // across)
+    canvas = np.full((down * (height + gap) - gap, across * (width + gap) - gap, 3), 255, np.uint8)
+    for index, tile in enumerate(tiles):
+        top, left = index // across * (height + gap), index % across * (width + gap)
+        canvas[top : top + height, left : left + width] = tile
+    return Image.fromarray(canvas)
+
+
+def sample_grid(
+    images: Mapping[str, ArrayLike], labels: Sequence[int] | ArrayLike, *, columns: int = 10, cell: int = 64
+) -> Image.Image:
+    """Samples of several models on the same noise: a row per model with its name, a column per sample with its class.
+
+    Args:
+      images: (N, H, W, C) of each model, in [-1, 1], C 1 or 3.
+      labels: (N,) the classes.
+      columns: shows the first so many samples.
+      cell: as for :func:`image_grid`.
+    """
+    classes = np.asarray(labels)[:columns]
+    rows = [image_grid(np.asarray(array)[:columns], columns=columns, cell=cell, gap=4) for array in images.values()]
+    if not rows or any(row.size != rows[0].size for row in rows):
+        raise Ptq4ditError("Samples side by side need at least one model and the same number and size of images from each.")
+    font = ImageFont.load_default(size=16)
+    captions = [_caption(name) for name in images]
+    margin, header = int(max(font.getlength(caption) for caption in captions)) + 24, 28
+    width, height = rows[0].size
+    canvas = Image.new("RGB", (margin + width + 4, header + len(rows) * (height + 4)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for index, label in enumerate(classes):
+        center = margin + (index + 0.5) * (width + 4) / len(classes) - 2
+        draw.text((center, header / 2), str(label), fill="#333333", font=font, anchor="mm")
+    for index, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        top = header + index * (height + 4)
+        canvas.paste(row, (margin, top))
+        draw.text((margin - 12, top + height / 2), caption, fill="#333333", font=font, anchor="rm")
+    return canvas
+
+
+def _tiles(images: ArrayLike, cell: int) -> np.ndarray:
+    """Enlarged RGB (N, H', W', 3) uint8."""
+    array = np.asarray(images)
+    if array.ndim != 4 or array.shape[0] == 0:
+        raise Ptq4ditError(f"A grid needs images of shape (N, H, W, C) with N at least 1, not {array.shape}.")
+    channels = array.shape[-1]
+    if channels not in (1, 3):
+        raise Ptq4ditError(
+            f"Samples with {channels} channels are latents, not images; write them to a .npz file and decode them with the "
+            "autoencoder of the model."
+        )
+    factor = max(1, -(-cell // min(array.shape[1:3])))
+    pixels = to_uint8(array).repeat(factor, 1).repeat(factor, 2)
+    return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """Infinities as NaN, which leaves a gap in a line."""
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _caption(name: str) -> str:
+    return f"{name} (noise floor)" if name == NOISE_FLOOR else name
+
+
+def _line(comparison: Comparison, name: str) -> dict[str, Any]:
+    if name == NOISE_FLOOR:
+        return {"color": _GRAY, "linestyle": "--", "linewidth": 1.5}
+    index = [other for other in comparison.figures if other != NOISE_FLOOR].index(name)
+    return {
+        "color": _COLORS[index % len(_COLORS)], "marker": _MARKERS[index % len(_MARKERS)], "markersize": 4, "linewidth": 1.8,
+    }  # fmt: skip
+
+
+def _style(axes: Axes) -> Axes:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(visible=True, color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return axes
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)

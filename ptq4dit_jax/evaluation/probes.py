@@ -1,0 +1,170 @@
+"""Where two models of one shape part: in the noise they predict, step by step, and in what each layer of each block gives."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.typing import ArrayLike
+
+from ptq4dit_jax.diffusion import Network, guided_apply
+from ptq4dit_jax.dit import PROBE_SITES, GuidedChannels
+from ptq4dit_jax.evaluation import metrics
+from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.sampling import check_labels
+
+#: Block sites whose float value balancing leaves unchanged, so that they can be compared between models.
+LAYER_SITES = ("q", "k", *PROBE_SITES)
+
+
+@struct.dataclass
+class _Capture:
+    """Observer that keeps what it sees."""
+
+    value: jax.Array
+
+    def observe(self, x: jax.Array) -> _Capture:
+        return _Capture(x)
+
+
+@struct.dataclass
+class _Powers:
+    """Sums of squares of a reference and of what another value misses of it."""
+
+    signal: jax.Array
+    error: jax.Array
+
+
+@struct.dataclass
+class _Against:
+    """Observer that reduces the deviation from a captured reference, so that one model's activations are held, not both."""
+
+    reference: jax.Array
+
+    def observe(self, x: jax.Array) -> _Powers:
+        reference = self.reference.astype(jnp.float32)
+        return _Powers(jnp.square(reference).sum(), jnp.square(x.astype(jnp.float32) - reference).sum())
+
+
+@jax.jit
+def _captured(reference: FloatDiT, x: jax.Array, t: jax.Array, y: jax.Array) -> dict[str, _Against]:
+    nothing = _Capture(jnp.zeros(reference.config.depth))
+    _, seen = reference.observe({"blocks": dict.fromkeys(LAYER_SITES, nothing)}, x, t, y)
+    return {name: _Against(capture.value) for name, capture in seen["blocks"].items()}
+
+
+@jax.jit
+def _deviation(other: FloatDiT, against: dict[str, _Against], x: jax.Array, t: jax.Array, y: jax.Array) -> dict[str, _Powers]:
+    _, powers = other.observe({"blocks": against}, x, t, y)
+    return powers["blocks"]
+
+
+def _layer_powers(reference: FloatDiT, other: FloatDiT, x: ArrayLike, t: ArrayLike, y: ArrayLike) -> dict[str, _Powers]:
+    # Two programs, so that the reference's is compiled once whatever it is compared with.
+    batch = jnp.asarray(x), jnp.asarray(t), jnp.asarray(y)
+    return _deviation(other, _captured(reference, *batch), *batch)
+
+
+def _with_sites(model: Any) -> FloatDiT:
+    """The model itself if it has sites, else the fake-quant twin of a quantized model."""
+    if isinstance(model, FloatDiT):
+        return model
+    from ptq4dit_jax import engine  # the engine is the larger import, and comparing float models does not need it
+
+    return engine.reference(model)
+
+
+def layer_sqnr(reference_model: FloatDiT, other: Network, x: ArrayLike, t: ArrayLike, y: ArrayLike) -> dict[str, np.ndarray]:
+    """SQNR in dB of every block's :data:`LAYER_SITES`, each model fed by its own earlier layers: site -> (L,).
+
+    Args:
+      reference_model: the float model.
+      other: a float model or a quantized one, which is observed through its fake-quant twin.
+      x: (B, H, W, C) network inputs.
+      t: (B,) timesteps, or (1,) where all rows share it.
+      y: (B,) labels.
+    """
+    return _layer_decibels([_layer_powers(reference_model, _with_sites(other), x, t, y)])
+
+
+def layer_sqnr_along(
+    reference_model: FloatDiT, other: Network, inputs: np.ndarray, t: np.ndarray, labels: np.ndarray
+) -> dict[str, np.ndarray]:
+    """:func:`layer_sqnr` with powers summed over steps, one step a batch as a sampler runs it.
+
+    Args:
+      inputs: (S, N, H, W, C) network inputs.
+      t: (S,) timesteps.
+      labels: (N,) labels.
+    """
+    twin = _with_sites(other)
+    return _layer_decibels(
+        [_layer_powers(reference_model, twin, x, t_1, labels) for x, t_1 in zip(inputs, t[:, None], strict=True)]
+    )
+
+
+def _layer_decibels(batches: list[dict[str, _Powers]]) -> dict[str, np.ndarray]:
+    sums: dict[str, _Powers] = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *batches)
+    return {name: np.asarray(metrics.power_ratio_db(sums[name].signal, sums[name].error)) for name in LAYER_SITES}
+
+
+@partial(jax.jit, static_argnames=("guided", "channels"))
+def _predict_steps(
+    model: Any,
+    inputs: jax.Array,
+    t_S: jax.Array,
+    y_B: jax.Array,
+    cfg_scale: jax.Array,
+    *,
+    guided: bool,
+    channels: GuidedChannels,
+) -> jax.Array:
+    def predict(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, t = row
+        out = guided_apply(model, x, t[None], y_B, cfg_scale, channels) if guided else model.apply(x, t[None], y_B)
+        return out[..., : model.config.in_channels].astype(jnp.float32)
+
+    return jax.lax.map(predict, (inputs, t_S))
+
+
+def predicted_noise(
+    model: Network,
+    inputs: ArrayLike,
+    t: ArrayLike,
+    labels: ArrayLike,
+    cfg_scale: float,
+    cfg_channels: GuidedChannels = "first3",
+) -> np.ndarray:
+    """Guided noise prediction at fixed inputs, without variance channels: (S, N, H, W, C) float32.
+
+    Args:
+      model: a float or quantized model.
+      inputs: (S, N, H, W, C) inputs of S steps.
+      t: (S,) timestep of each.
+      labels: (N,) class labels.
+      cfg_scale: guidance; 1 turns it off.
+      cfg_channels: as for :func:`ptq4dit_jax.sampling.sample`.
+    """
+    y_B = jnp.asarray(check_labels(labels, model.config))
+    out = _predict_steps(
+        model, jnp.asarray(inputs), jnp.asarray(t), y_B, jnp.float32(cfg_scale), guided=cfg_scale != 1.0, channels=cfg_channels
+    )
+    return np.asarray(out)
+
+
+def step_sqnr(
+    reference_model: Network,
+    other: Network,
+    inputs: ArrayLike,
+    t: ArrayLike,
+    labels: ArrayLike,
+    cfg_scale: float,
+    cfg_channels: GuidedChannels = "first3",
+) -> np.ndarray:
+    """SQNR in dB of the guided noise prediction at each step, (S,); arguments as for :func:`predicted_noise`."""
+    first, second = (predicted_noise(m, inputs, t, labels, cfg_scale, cfg_channels) for m in (reference_model, other))
+    return np.asarray(metrics.sqnr_db(first, second, axis=(1, 2, 3, 4)))

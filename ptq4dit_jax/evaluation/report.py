@@ -1,0 +1,229 @@
+"""The report folder: a Markdown page with tables and pictures, the same figures as JSON, and nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import json
+import platform
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.evaluation import plots
+from ptq4dit_jax.evaluation.compare import NOISE_FLOOR, REFERENCE, Comparison, ModelFigures, plain
+from ptq4dit_jax.evaluation.metrics import Interval
+
+_DPI = 120
+_PACKAGES = ("ptq4dit-jax", "jax", "jaxlib", "flax", "numpy")
+
+
+def write_report(
+    folder: str | Path,
+    comparison: Comparison,
+    *,
+    title: str,
+    describe_rows: Sequence[Mapping[str, Any]] | None = None,
+    settings: Mapping[str, Any],
+    overwrite: bool = False,
+) -> Path:
+    """Writes ``report.md``, ``report.json`` and the pictures they show into ``folder``, all or nothing.
+
+    Args:
+      folder: created with its parents; written beside itself first and renamed when complete.
+      comparison: from :func:`ptq4dit_jax.evaluation.compare.compare`.
+      title: heading of the page.
+      describe_rows: one mapping per layer that says what runs, e.g. ``QuantizedDiT.describe()``; its keys become columns.
+      settings: whatever else made the figures (paths, bit widths); shown beside the comparison's own settings.
+      overwrite: replaces a report that is already there. A folder that holds anything else is never replaced.
+
+    Returns:
+      The absolute path of the folder.
+
+    Raises:
+      Ptq4ditError: the folder exists and must not be replaced, or cannot be written.
+    """
+    target = Path(folder).expanduser().resolve()
+    if target.exists():
+        if not overwrite:
+            raise Ptq4ditError(f"{target} exists; choose another folder for the report, or allow overwriting it.")
+        if not target.is_dir() or (any(target.iterdir()) and not (target / "report.json").is_file()):
+            raise Ptq4ditError(f"{target} is not a report, so it is not replaced; choose another folder for the report.")
+
+    everything = {**comparison.settings, **settings}
+    document = {
+        "title": title,
+        **comparison.to_json(),
+        "layers": plain(list(describe_rows or [])),
+        "settings": plain(everything),
+        "provenance": _provenance(),
+    }
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    made = list(itertools.takewhile(lambda parent: not parent.exists(), target.parents))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        pictures = _write_pictures(temporary, comparison)
+        (temporary / "report.md").write_text(_page(comparison, document, pictures), encoding="utf-8")
+        (temporary / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        made = []
+    except OSError as error:
+        raise Ptq4ditError(
+            f"The report cannot be written to {target}: {error.strerror or error}; choose a folder that can be written."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+    return target
+
+
+def _provenance() -> dict[str, Any]:
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # a source tree that is not installed
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _write_pictures(folder: Path, comparison: Comparison) -> dict[str, str]:
+    """Writes the PNGs and returns file name -> alternative text."""
+    pictures = {}
+    if next(iter(comparison.images.values())).shape[-1] in (1, 3):
+        plots.sample_grid(comparison.images, comparison.labels).save(folder / "samples.png")
+        pictures["samples.png"] = "Samples of every model on the same noise"
+    for name, make, text in (
+        ("psnr.png", plots.psnr_figure, "PSNR of every image against the reference"),
+        ("sqnr_steps.png", plots.step_sqnr_figure, "SQNR of the predicted noise at each step"),
+        ("sqnr_layers.png", plots.layer_sqnr_figure, "SQNR of each layer along the depth"),
+    ):
+        make(comparison).savefig(folder / name, dpi=_DPI)
+        pictures[name] = text
+    return pictures
+
+
+def _page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
+    settings = comparison.settings
+    guidance = "no guidance" if settings["cfg_scale"] == 1 else f"guidance {settings['cfg_scale']:g}"
+    kind = "images" if "samples.png" in pictures else "latents"
+
+    def picture(name: str) -> list[str]:
+        return [f"![{pictures[name]}]({name})", ""] if name in pictures else []
+
+    quality = [
+        [
+            _label(name),
+            _decibels(f.sqnr_db),
+            _interval(f.psnr_interval, 1),
+            _worst(f),
+            _interval(f.ssim_interval, 4),
+            _mib(f.num_bytes),
+        ]
+        for name, f in comparison.figures.items()
+    ]
+    sizes = [
+        [_label(name), f"{count:,}", _mib(count), f"{comparison.reference_bytes / count:.2f} x"]
+        for name, count in [(REFERENCE, comparison.reference_bytes)] + [(n, f.num_bytes) for n, f in comparison.figures.items()]
+    ]
+    lines = [
+        f"# {document['title']}",
+        "",
+        f"Every model against {REFERENCE} on the same noise and labels: {settings['images']} {kind}, {settings['steps']} steps "
+        f"of {settings['sampler']}, {guidance}. The noise floor is the float model computing in bfloat16.",
+        "",
+        *picture("samples.png"),
+        "## Quality",
+        "",
+        *_table(["model", "SQNR of predicted noise (dB)", "PSNR (dB)", "worst 1 % PSNR (dB)", "SSIM", "size (MiB)"], quality),
+        "",
+        f"Means with 95 % bootstrap intervals. SQNR: guided noise prediction at {settings['sqnr_steps']} steps of the "
+        f"reference's own trajectories, {settings['sqnr_rows']} rows. PSNR and SSIM: {kind} of the whole chain, data range "
+        f"{comparison.data_range:g}.",
+        "",
+        *picture("psnr.png"),
+        *picture("sqnr_steps.png"),
+        *picture("sqnr_layers.png"),
+        "## Sizes",
+        "",
+        *_table(["model", "bytes", "MiB", f"smaller than {REFERENCE}"], sizes),
+        "",
+    ]
+    if document["layers"]:
+        columns = list(dict.fromkeys(key for row in document["layers"] for key in row))
+        rows = [[_text(row.get(column)) for column in columns] for row in document["layers"]]
+        lines += ["## What each layer runs", "", *_table(columns, rows), ""]
+    for heading in ("settings", "provenance"):
+        rows = [[key, _text(value)] for key, value in _flatten(document[heading])]
+        lines += [f"## {heading.capitalize()}", "", *_table([heading, "value"], rows), ""]
+    return "\n".join(lines)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [columns, *rows]]
+    cells.insert(1, ["---"] * len(columns))
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)
+
+
+def _label(name: str) -> str:
+    return f"{name} (noise floor)" if name == NOISE_FLOOR else name
+
+
+def _number(value: float, digits: int) -> str:
+    if np.isposinf(value):
+        return "identical"
+    return f"{value:.{digits}f}" if np.isfinite(value) else "not finite"
+
+
+def _decibels(value: float) -> str:
+    return _number(value, 1)
+
+
+def _interval(interval: Interval, digits: int) -> str:
+    mean = _number(interval.mean, digits)
+    return f"{mean} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]" if np.isfinite(interval.mean) else mean
+
+
+def _worst(figures: ModelFigures) -> str:
+    """The PSNR that one image in a hundred stays below."""
+    return _decibels(float(np.quantile(figures.psnr_db, 0.01, method="lower")))
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.2f}"

@@ -1,0 +1,87 @@
+"""A float DiT with everything needed to sample from it: parameters, shape, and the schedule it was trained with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.typing import ArrayLike, DTypeLike
+
+from ptq4dit_jax.diffusion import NoiseSchedule
+from ptq4dit_jax.dit import DiT, DiTConfig, flatten_sites, init_params, nest_sites
+
+
+@struct.dataclass
+class FloatDiT:
+    """A float model; a pytree whose leaves are the parameters.
+
+    ``params`` is the tree of :func:`ptq4dit_jax.dit.init_params`; block parameters carry a leading depth axis. The compute
+    type is the type of the kernels. ``quantizers`` (see the module docstring of :mod:`ptq4dit_jax.dit`) is empty for a
+    plain model; where they hold tables over groups of steps, ``group_edges`` (G - 1,) int32 are the timesteps that part the
+    groups.
+    """
+
+    params: Any
+    config: DiTConfig = struct.field(pytree_node=False)
+    schedule: NoiseSchedule = struct.field(pytree_node=False, default=NoiseSchedule())
+    quantizers: Any = struct.field(default_factory=dict)
+    group_edges: Any = struct.field(default_factory=lambda: jnp.zeros((0,), jnp.int32))
+
+    @classmethod
+    def init(cls, config: DiTConfig, key: jax.Array, *, adaln_zero: bool = False) -> FloatDiT:
+        """A model with random parameters; with ``adaln_zero`` as one starts training, without it every path matters."""
+        return cls(params=init_params(config, key, adaln_zero=adaln_zero), config=config)
+
+    @property
+    def dtype(self) -> DTypeLike:
+        return self.params["final"]["kernel"].dtype
+
+    def _variables(self, t_B: ArrayLike) -> dict[str, Any]:
+        if not self.quantizers:
+            return {"params": self.params}
+        group = step_group(self.group_edges, jnp.asarray(t_B))
+        select = lambda q: q.at_group(group) if hasattr(q, "at_group") else q
+        selected = {name: select(quantizer) for name, quantizer in flatten_sites(self.quantizers).items()}
+        return {"params": self.params, "quantizers": nest_sites(selected)}
+
+    def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike) -> jax.Array:
+        """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep."""
+        return DiT(self.config, self.dtype).apply(self._variables(t_B), x_BHWC, t_B, y_B)
+
+    def observe(self, observers: Any, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike) -> tuple[jax.Array, Any]:
+        """The output, and ``observers`` (a tree of objects by site) after they have seen this batch."""
+        variables = self._variables(t_B) | {"observers": observers}
+        out, new = DiT(self.config, self.dtype).apply(variables, x_BHWC, t_B, y_B, mutable=["observers"])
+        return out, new["observers"]
+
+    def astype(self, dtype: DTypeLike) -> FloatDiT:
+        """The same model computing in ``dtype``."""
+        return self.replace(params=jax.tree.map(lambda a: a.astype(dtype), self.params))  # type: ignore[attr-defined]
+
+    @property
+    def num_params(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    def jitted(self) -> Any:
+        """``apply`` compiled, with the model as an argument so that models of one shape share the program."""
+        return jax.tree_util.Partial(_jitted_apply, self)
+
+
+def step_group(edges: jax.Array, t_B: jax.Array) -> jax.Array:
+    """The group of steps that timesteps fall in, noisiest group 0: the number of ``edges`` (G - 1,) above t.
+
+    (B,) int32, or () for a shared timestep of shape (1,).
+    """
+    group = (t_B[:, None] < edges).sum(-1, dtype=jnp.int32)
+    return group[0] if t_B.shape[0] == 1 else group
+
+
+_jitted_apply = jax.jit(lambda model, x, t, y: model.apply(x, t, y))
+
+
+def has_nonfinite(tree: Any) -> list[str]:
+    """Paths of leaves that hold NaN or infinity."""
+    flags = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a: ~jnp.isfinite(a).all(), tree))
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, flag in flags if bool(flag)]

@@ -1,0 +1,266 @@
+"""The pipeline: calibrate, balance and fold, choose ranges on the folded model, pack. Each stage is a function of the ones
+before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+
+from ptq4dit_jax import salience, sharding
+from ptq4dit_jax.calibration import CalibrationData, ChannelExtremes, channel_extremes, histograms, sample_trajectories
+from ptq4dit_jax.checkpoints.float_dit import source_hash
+from ptq4dit_jax.config import QuantConfig
+from ptq4dit_jax.dit import BLOCK_SITES, EDGE_SITES, nest_sites
+from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.folding import fold
+from ptq4dit_jax.model import FloatDiT, has_nonfinite
+from ptq4dit_jax.quantizers import ActQuantizer, Balance
+from ptq4dit_jax.ranges import activation_parameters, quantize_weight
+
+#: Called with (stage, units done, units in all).
+StageProgress = Callable[[str, int, int], None]
+
+_SITE_OF_LAYER = {f"blocks.{layer}": f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer} | {
+    layer: name for name, layer in EDGE_SITES.items()
+}
+_ATTENTION_SITES = tuple(f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer is None)
+_BALANCED_SITES = ("qkv_in", "proj_in", "fc1_in")
+
+
+@struct.dataclass
+class Balancing:
+    """What balancing decided, for each balanced block site: ``factors`` (L, K), and what the paper plots.
+
+    ``activation_salience`` (S, L, K) and ``weight_salience`` (L, K) before balancing; SSC's ``eta`` and ``rho``, (S, L) or
+    (S * R, L), empty without SSC.
+    """
+
+    factors: dict[str, Any]
+    activation_salience: dict[str, Any]
+    weight_salience: dict[str, Any]
+    eta: dict[str, Any]
+    rho: dict[str, Any]
+
+
+def quantize(
+    model: FloatDiT,
+    config: QuantConfig | None = None,
+    *,
+    key: jax.Array,
+    calibration: CalibrationData | None = None,
+    row_batch: int | None = None,
+    mesh: Mesh | None = None,
+    progress: StageProgress | None = None,
+) -> QuantizedDiT:
+    """Quantizes a float DiT after training with PTQ4DiT.
+
+    Args:
+      model: the float model.
+      config: settings; ``QuantConfig()`` is W8A8 by our best measured settings, ``QuantConfig.paper()`` the paper's.
+      key: seed of the calibration noise; not used where ``calibration`` is given.
+      calibration: stored rows (:func:`ptq4dit_jax.calibration.stored_rows`) instead of sampling them.
+      row_batch: rows per calibration pass, to bound memory; the largest divisor of the row count below it is used.
+      mesh: shards the calibration rows over ``data``.
+      progress: called as stages advance.
+
+    Returns:
+      The integer model, self-contained.
+    """
+    config = config or QuantConfig()
+    report = progress or (lambda stage, done, total: None)
+    if bad := has_nonfinite(model.params):
+        raise Ptq4ditError(f"The weights hold NaN or infinity in {', '.join(bad[:3])}; a model must be finite to be quantized.")
+    source_sha256 = source_hash(model.params)
+    model = sharding.replicate(mesh, model.astype(jnp.float32))
+    source = "given" if calibration is not None else f"sampled, key {jax.random.key_data(key).tolist()}"
+    if calibration is None:
+        calibration = sample_trajectories(
+            model, key, config.walk, steps=config.calib_steps, rows=config.calib_rows, cfg_scale=config.cfg_scale,
+            cfg_channels=config.cfg_channels, batch_size=row_batch, mesh=mesh,
+            progress=lambda done, total: report("sample calibration rows", done, total),
+        )  # fmt: skip
+    if calibration.num_steps < config.step_groups:
+        raise Ptq4ditError(f"{config.step_groups} step groups need as many calibration steps, not {calibration.num_steps}.")
+    rows = _row_batch(calibration.num_rows, row_batch, sharding.data_size(mesh))
+    calibration = calibration.replace(
+        x=sharding.shard(mesh, calibration.x, 1), y=sharding.shard(mesh, calibration.y, 1)
+    ) if calibration.num_rows % sharding.data_size(mesh) == 0 else calibration  # fmt: skip
+
+    report("gather channel statistics", 0, 1)
+    extremes = channel_extremes(model, calibration, sites=tuple(model.config.site_features), row_batch=rows)
+    balancing = balance(model, config, extremes, calibration, rows)
+    report("gather channel statistics", 1, 1)
+    folded, residual = apply_balancing(model, balancing.factors)
+
+    report("choose activation ranges", 0, 1)
+    acts, edges = activation_quantizers(folded, config, calibration, extremes, balancing.factors, residual, rows)
+    report("choose activation ranges", 1, 1)
+    layers = list(_SITE_OF_LAYER)
+    linears = {}
+    for done, name in enumerate(layers):
+        report("choose weight ranges", done, len(layers))
+        site = _SITE_OF_LAYER[name]
+        importance = _input_power(extremes[site], site, balancing.factors) if config.weigh_inputs else None
+        linears[name] = quantize_linear(folded, config, name, acts.get(site), importance)
+    report("choose weight ranges", len(layers), len(layers))
+    return QuantizedDiT(
+        linears=linears,
+        sites={name: acts[name] for name in _ATTENTION_SITES},
+        label_embed=folded.params["label_embed"]["embedding"],
+        group_edges=edges,
+        config=model.config,
+        schedule=model.schedule,
+        provenance=Provenance(
+            {
+                "source_sha256": source_sha256,
+                "settings": config.to_dict(),
+                "calibration": {"rows": source, "steps": calibration.num_steps, "rows_per_step": calibration.num_rows},
+            }
+        ),
+    )
+
+
+def _row_batch(num_rows: int, wanted: int | None, parts: int) -> int:
+    """The largest divisor of ``num_rows`` that is at most ``wanted`` and, where possible, a multiple of the mesh's
+    ``parts``."""
+    divisors = [d for d in range(1, num_rows + 1) if num_rows % d == 0 and d <= (wanted or num_rows)] or [1]
+    return max(divisors, key=lambda d: (d % parts == 0, d))
+
+
+def _static_sites(config: QuantConfig) -> tuple[str, ...]:
+    """Sites that need calibrated ranges; balanced sites need channel extremes in any case."""
+    integer = [site for layer, site in _SITE_OF_LAYER.items() if config.rules[layer].integer]
+    balanced = [f"blocks.{name}" for name in _balanced(config)]
+    return tuple(dict.fromkeys((*integer, *_ATTENTION_SITES, *balanced)))
+
+
+def _balanced(config: QuantConfig) -> tuple[str, ...]:
+    """Block sites to balance; balancing serves a quantized input, so layers fed by floats are left alone."""
+    if config.balance == "none":
+        return ()
+    names = (*_BALANCED_SITES, "fc2_in") if config.balance_fc2 else _BALANCED_SITES
+    return tuple(name for name in names if _is_integer(config, f"blocks.{name}"))
+
+
+def balance(
+    model: FloatDiT,
+    config: QuantConfig,
+    extremes: Mapping[str, ChannelExtremes],
+    calibration: CalibrationData,
+    row_batch: int | None = None,
+) -> Balancing:
+    """Balancing factors from channel extremes (S, L, K) at every calibration step (PTQ4DiT eqs. 4-11)."""
+    names = _balanced(config)
+    out = Balancing(factors={}, activation_salience={}, weight_salience={}, eta={}, rho={})
+    by_row: dict[str, ChannelExtremes] = {}
+    if names and config.balance == "csb+ssc" and config.ssc == "rows":
+        sites = tuple(f"blocks.{name}" for name in names)
+        by_row = channel_extremes(model, calibration, sites=sites, per_row=True, row_batch=row_batch)
+    for name in names:
+        site, layer = f"blocks.{name}", name.removesuffix("_in")
+        s_x = extremes[site].salience
+        s_w = salience.weight_salience(model.params["blocks"][layer]["kernel"])
+        if config.balance == "csb":
+            chosen = s_x[s_x.shape[0] // 2]
+        else:
+            if by_row:
+                rows = jnp.moveaxis(by_row[site].salience, 2, 1)  # (S, R, L, K)
+                samples = rows.reshape(-1, *rows.shape[2:])
+            else:
+                samples = s_x
+            chosen, out.eta[name], out.rho[name] = jax.jit(salience.ssc_salience)(samples, s_w, config.temperature)
+        out.factors[name] = salience.balancing_factors(chosen, s_w, config.exponent)
+        out.activation_salience[name], out.weight_salience[name] = s_x, s_w
+    if config.equalize_v and _is_integer(config, "blocks.proj_in"):
+        s_v = extremes["blocks.v"].salience.max(0)
+        out.factors["v"] = salience.equalizing_factors(s_v.reshape(s_v.shape[0], -1))
+    return out
+
+
+def apply_balancing(model: FloatDiT, factors: Mapping[str, jax.Array]) -> tuple[FloatDiT, dict[str, jax.Array]]:
+    """The folded float model, the same function as before, and the factors (L, K) that remain at proj_in and fc2_in."""
+    blocks, residual = jax.jit(fold)(model.params["blocks"], dict(factors))
+    quantizers = nest_sites({f"blocks.{name}": Balance(factor) for name, factor in residual.items()})
+    params = {**model.params, "blocks": blocks}
+    return model.replace(params=params, quantizers=quantizers), residual  # type: ignore[attr-defined]
+
+
+def activation_quantizers(
+    folded: FloatDiT,
+    config: QuantConfig,
+    calibration: CalibrationData,
+    extremes: Mapping[str, ChannelExtremes],
+    factors: Mapping[str, jax.Array],
+    residual: Mapping[str, jax.Array],
+    row_batch: int | None = None,
+) -> tuple[dict[str, ActQuantizer], jax.Array]:
+    """Quantizers of all sites, ranges chosen on the folded model; and the timesteps that part the groups of steps (G - 1,).
+
+    Leaves are ([L,] G) for scale and zero point.
+    """
+    G, S = config.step_groups, calibration.num_steps
+    groups = np.arange(S) * G // S
+    last_of_group = np.searchsorted(groups, np.arange(1, G)) - 1
+    edges = jnp.asarray(np.asarray(calibration.t)[last_of_group], jnp.int32)
+
+    ranges = {}
+    for name in _static_sites(config):
+        if name in config.dynamic_sites or not _is_integer(config, name):
+            continue
+        low, high = extremes[name].low, extremes[name].high
+        block_site = name.removeprefix("blocks.")
+        factor = residual.get(block_site, factors.get(block_site, jnp.ones(())))
+        if block_site == "proj_in" and "v" in factors:
+            factor = factor * factors["v"]  # the extremes were seen before v was equalized
+        factor = factor.reshape(factor.shape[0], *low.shape[2:]) if factor.ndim else factor
+        feature_axes = tuple(range(2 if name.startswith("blocks.") else 1, low.ndim))
+        low, high = (low * factor).min(feature_axes), (high * factor).max(feature_axes)
+        ranges[name] = (
+            jax.ops.segment_min(low, groups, num_segments=G),
+            jax.ops.segment_max(high, groups, num_segments=G),
+        )
+    counted = histograms(folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch)
+
+    acts = {}
+    for name, h in counted.items():
+        scale, zero_point = activation_parameters(h.low, h.high, h.counts, config.act_bits, config.range_search)
+        acts[name] = ActQuantizer(
+            scale=jnp.moveaxis(scale, 0, -1),
+            zero_point=jnp.moveaxis(zero_point, 0, -1),
+            balance=residual.get(name.removeprefix("blocks.")),
+            bits=config.act_bits,
+        )
+    for name in config.dynamic_sites:
+        acts[name] = ActQuantizer(
+            scale=None, zero_point=None, balance=residual.get(name.removeprefix("blocks.")), bits=config.act_bits, dynamic=True
+        )
+    return acts, edges
+
+
+def _is_integer(config: QuantConfig, site: str) -> bool:
+    layers = [layer for layer, name in _SITE_OF_LAYER.items() if name == site]
+    return not layers or config.rules[layers[0]].integer
+
+
+def quantize_linear(
+    folded: FloatDiT, config: QuantConfig, name: str, act: ActQuantizer | None, importance: jax.Array | None = None
+) -> QLinear:
+    """Quantizes and packs one layer (for a block layer: all blocks at once); ``importance`` ([L,] K) weighs its inputs."""
+    tree = folded.params
+    for part in name.split("."):
+        tree = tree[part]
+    kernel = jnp.swapaxes(tree["kernel"], -1, -2)
+    weight = quantize_weight(kernel, config.rules[name].weight_bits, config.range_search, importance)
+    return QLinear.pack(weight, tree["bias"], act)
+
+
+def _input_power(statistics: ChannelExtremes, site: str, factors: Mapping[str, jax.Array]) -> jax.Array:
+    """Mean square of each balanced input channel over all steps, ([L,] K)."""
+    return statistics.power.mean(0) * jnp.square(factors.get(site.removeprefix("blocks."), 1.0))

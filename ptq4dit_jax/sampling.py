@@ -1,0 +1,192 @@
+"""Sampling images from a float or quantized model: micro-batches, meshes, and deterministic noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from ptq4dit_jax import sharding
+from ptq4dit_jax.diffusion import Network, Sampler, SamplerName, StepTables, denoise, guided_apply, sample_noise
+from ptq4dit_jax.dit import DiTConfig, GuidedChannels
+from ptq4dit_jax.errors import Ptq4ditError
+
+Progress = Callable[[int, int], None]
+
+
+@partial(jax.jit, static_argnames=("stochastic", "learned_variance", "guided", "channels", "num_kept"))
+def sample_batch(
+    model: Any,
+    tables: StepTables,
+    key: jax.Array,
+    indices_B: jax.Array,
+    labels_B: jax.Array,
+    cfg_scale: jax.Array,
+    noise: jax.Array | None,
+    step_noise: jax.Array | None,
+    keep_slots: jax.Array | None,
+    *,
+    stochastic: bool,
+    learned_variance: bool,
+    guided: bool,
+    channels: GuidedChannels,
+    num_kept: int,
+) -> tuple[jax.Array, jax.Array]:
+    """One compiled program from noise to images: (B, H, W, C) and the kept step inputs (num_kept, B, H, W, C)."""
+    shape = model.config.image_shape
+    x_T = sample_noise(key, indices_B, 0, shape) if noise is None else noise
+
+    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+        t_1 = t[None]
+        if guided:
+            return guided_apply(model, x, t_1, labels_B, cfg_scale, channels)
+        return model.apply(x, t_1, labels_B)
+
+    def draw(step: jax.Array) -> jax.Array:
+        return sample_noise(key, indices_B, step + 1, shape) if step_noise is None else step_noise[step]
+
+    return denoise(
+        predict, tables, x_T, draw if stochastic else None,
+        learned_variance=learned_variance, keep_slots=keep_slots, num_kept=num_kept,
+    )  # fmt: skip
+
+
+def check_labels(labels: ArrayLike, config: DiTConfig) -> np.ndarray:
+    """Labels as (N,) int32, or an error that names the first one out of range."""
+    array = np.atleast_1d(np.asarray(labels))
+    if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise Ptq4ditError(f"Labels must be a non-empty list of integers, not {labels!r}.")
+    top = config.num_classes - 1 + config.null_class
+    wrong = array[(array < 0) | (array > top)]
+    if wrong.size:
+        null = f" ({top} is the null class)" if config.null_class else ""
+        raise Ptq4ditError(f"Label {wrong[0]} is out of range; this model has classes 0 to {config.num_classes - 1}{null}.")
+    return array.astype(np.int32)
+
+
+def _check_noise(name: str, array: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    if array is None:
+        return None
+    given = np.asarray(array, np.float32)
+    if given.shape != shape:
+        raise Ptq4ditError(f"{name} must have shape {shape}, not {given.shape}.")
+    return given
+
+
+def _pad(array: Any, size: int, axis: int = 0) -> Any:
+    """Repeats the last row along ``axis`` up to ``size``, so that every micro-batch has one shape."""
+    missing = size - array.shape[axis]
+    return np.concatenate([array, np.repeat(np.take(array, [-1], axis), missing, axis)], axis) if missing else array
+
+
+def sample(
+    model: Network,
+    labels: ArrayLike,
+    key: jax.Array,
+    *,
+    steps: int | str = 50,
+    sampler: SamplerName = "ddpm",
+    eta: float = 0.0,
+    cfg_scale: float = 1.5,
+    cfg_channels: GuidedChannels = "first3",
+    batch_size: int | None = None,
+    noise: ArrayLike | None = None,
+    step_noise: ArrayLike | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Samples one image (or latent) per label.
+
+    Args:
+      model: a :class:`FloatDiT` or :class:`QuantizedDiT`.
+      labels: (N,) class labels.
+      key: the seed; sample ``i`` sees noise made of the key and ``i`` alone, whatever the batch size or the devices.
+      steps: sampler steps, a count or a respacing string such as "ddim50".
+      sampler: "ddpm" (ancestral, learned variance where the model has one), "ddim" or "dpm++2m".
+      eta: noise of DDIM, 0 to 1.
+      cfg_scale: classifier-free guidance; 1 turns it off and halves the work.
+      cfg_channels: guide the "first3" channels as Meta's code does, or "all".
+      batch_size: images per compiled call (all at once by default); the last batch is padded.
+      noise: initial noise (N, H, W, C) instead of the key's.
+      step_noise: per-step noise (S, N, H, W, C) for stochastic samplers instead of the key's.
+      mesh: shards each batch over the mesh's ``data`` axis.
+      progress: called with (images done, images in all) after each batch.
+
+    Returns:
+      (N, H, W, C) float32, on the host, in the range that the model was trained on.
+    """
+    walk = Sampler(name=sampler, steps=steps, eta=eta)
+    images, _ = run_chain(
+        model, labels, key, walk, cfg_scale=cfg_scale, cfg_channels=cfg_channels, batch_size=batch_size,
+        noise=noise, step_noise=step_noise, mesh=mesh, progress=progress,
+    )  # fmt: skip
+    return images
+
+
+def run_chain(
+    model: Network,
+    labels: ArrayLike,
+    key: jax.Array,
+    walk: Sampler,
+    *,
+    cfg_scale: float,
+    cfg_channels: GuidedChannels = "first3",
+    batch_size: int | None = None,
+    noise: ArrayLike | None = None,
+    step_noise: ArrayLike | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+    keep_steps: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`sample`, returning besides the images the inputs of the steps ``keep_steps`` (positions in the chain, noisiest 0):
+    (len(keep_steps), N, H, W, C)."""
+    config = model.config
+    labels_N = check_labels(labels, config)
+    total, shape = len(labels_N), config.image_shape
+    tables = walk.tables(model.schedule)
+    noise = _check_noise("noise", noise, (total, *shape))
+    step_noise = _check_noise("step_noise", step_noise, (tables.num_steps, total, *shape))
+    guided = cfg_scale != 1.0
+    if guided:
+        _ = config.null_label  # raises where guidance is impossible
+    parts = sharding.data_size(mesh)
+    batch = min(batch_size or total, total)
+    if batch < 1:
+        raise Ptq4ditError(f"batch_size must be positive, not {batch_size}.")
+    batch = -(-batch // parts) * parts
+
+    slots = None
+    num_kept = 0 if keep_steps is None else len(keep_steps)
+    if keep_steps is not None:
+        slots = np.full(tables.num_steps, num_kept, np.int32)
+        slots[keep_steps] = np.arange(num_kept)
+
+    model, tables, key, slots, scale = sharding.replicate(mesh, (model, tables, key, slots, np.float32(cfg_scale)))
+    images, kept = [], []
+    for start in range(0, total, batch):
+        stop = min(start + batch, total)
+        rows = [np.arange(start, stop, dtype=np.int32), labels_N[start:stop]]
+        indices, batch_labels = sharding.shard(mesh, [_pad(row, batch) for row in rows])
+        x_T = None if noise is None else sharding.shard(mesh, _pad(noise[start:stop], batch))
+        z = None if step_noise is None else sharding.shard(mesh, _pad(step_noise[:, start:stop], batch, 1), axis=1)
+        x, inputs = sample_batch(
+            model, tables, key, indices, batch_labels, scale, x_T, z, slots,
+            stochastic=walk.stochastic, learned_variance=config.learn_sigma and walk.name == "ddpm",
+            guided=guided, channels=cfg_channels, num_kept=num_kept,
+        )  # fmt: skip
+        images.append(np.asarray(x, np.float32)[: stop - start])
+        kept.append(np.asarray(inputs, np.float32)[:, : stop - start])
+        if progress is not None:
+            progress(stop, total)
+    return np.concatenate(images), np.concatenate(kept, axis=1)
+
+
+def to_uint8(images: ArrayLike) -> np.ndarray:
+    """Images in [-1, 1] to uint8 by Meta's rule: ``clip(127.5 x + 128, 0, 255)``, truncated."""
+    return np.asarray(jnp.clip(127.5 * jnp.asarray(images) + 128, 0, 255)).astype(np.uint8)
