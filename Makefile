@@ -31,13 +31,13 @@ $(INSTALLED): pyproject.toml
 	@echo "Installed."
 
 demo: $(INSTALLED)  ## quantize the shipped digits model and draw samples beside the float model's
-	@$(BIN)/python -m ptq4dit_jax.demo
+	@$(BIN)/python -m models.digits.demo
 
 test: $(INSTALLED)  ## run every test
-	@$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)  ## run the tests that take seconds
-	@$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## check style and types
 	@$(BIN)/ruff check .

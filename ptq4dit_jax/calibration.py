@@ -192,11 +192,11 @@ def channel_extremes(
 
     observers = nest_sites({name: start(name) for name in sites})
 
-    def step(_: None, batch: CalibrationData) -> tuple[None, Any]:
+    def step(carry: None, batch: CalibrationData) -> tuple[None, Any]:
         _, seen = model.observe(observers, batch.x, _timestep(batch, rows if per_row else 1), batch.y)
-        return None, seen
+        return carry, seen
 
-    _, seen = jax.lax.scan(step, None, jax.tree.map(jnp.asarray, data.batched(rows)))
+    _, gathered = jax.lax.scan(step, None, jax.tree.map(jnp.asarray, data.batched(rows)))
 
     def merge(name: str, stat: ChannelExtremes) -> ChannelExtremes:
         """Joins the micro-batches of a step: (S * C, ...) to (S, ...)."""
@@ -211,7 +211,7 @@ def channel_extremes(
 
         return jax.tree.map(join, split)
 
-    return {name: merge(name, stat) for name, stat in flatten_sites(seen).items()}
+    return {name: merge(name, stat) for name, stat in flatten_sites(gathered).items()}
 
 
 @partial(jax.jit, static_argnames=("num_groups", "row_batch"))

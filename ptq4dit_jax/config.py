@@ -78,7 +78,7 @@ class QuantConfig:
       weigh_inputs: weight ranges minimize the expected output error (each input channel counts by its mean square) instead of
         the plain error of the weights.
       policy: widths of single layers, see :func:`layer_rules`.
-      step_groups: activation ranges per group of steps; 1 is the paper's.
+      step_groups: activation ranges per group of steps, at most one a calibration step; 1 is the paper's.
       dynamic_sites: sites, such as ``blocks.qkv_in``, scaled per row at run time instead of by calibrated ranges.
       calib_steps, calib_rows: evenly spaced steps of the sampling chain, and rows at each.
       sampler, cfg_scale, cfg_channels: how calibration rows are sampled; use what the model will be sampled with.
@@ -94,8 +94,8 @@ class QuantConfig:
     equalize_v: bool = True
     range_search: RangeSearch = "mse"
     weigh_inputs: bool = True
-    policy: str = "edges8"
-    step_groups: int = 1
+    policy: str = "edges8-float"
+    step_groups: int = 5
     dynamic_sites: tuple[str, ...] = ()
     calib_steps: int = 25
     calib_rows: int = 64
@@ -116,8 +116,8 @@ class QuantConfig:
             raise Ptq4ditError(f"temperature must be positive, not {self.temperature}.")
         if not 0 <= self.exponent <= 1:
             raise Ptq4ditError(f"exponent must lie between 0 (no balancing) and 1, not {self.exponent}.")
-        if not 1 <= self.step_groups <= self.calib_steps:
-            raise Ptq4ditError(f"step_groups must be 1 to the {self.calib_steps} calibration steps, not {self.step_groups}.")
+        if self.step_groups < 1:
+            raise Ptq4ditError(f"step_groups must be at least 1, not {self.step_groups}.")
         static = {f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer} | set(EDGE_SITES)
         for name in self.dynamic_sites:
             _check_choice("dynamic_sites", name, tuple(sorted(static)))
@@ -130,6 +130,7 @@ class QuantConfig:
         every linear at the same width; ranges by the official code's three percentiles; 25 steps of 32 pairs of rows."""
         paper = {
             "balance_fc2": False, "equalize_v": False, "weigh_inputs": False, "range_search": "percentile", "policy": "uniform",
+            "step_groups": 1,
         }  # fmt: skip
         return cls(weight_bits=weight_bits, **{**paper, **overrides})
 

@@ -58,11 +58,11 @@ def respace(num_timesteps: int, steps: int | str) -> np.ndarray:
     """
     spec = str(steps).strip()
     count_text = spec.removeprefix("ddim")
-    if not count_text.isdigit() or not 1 <= int(count_text) <= num_timesteps:
+    if not (count_text.isascii() and count_text.isdigit()) or not 1 <= int(count_text) <= num_timesteps:
         raise Ptq4ditError(f"Sampler steps must be 1 to {num_timesteps}, or 'ddimN' with such an N, not {steps!r}.")
     count = int(count_text)
     if spec.startswith("ddim"):
-        for hop in range(1, num_timesteps + 1):
+        for hop in range(1, num_timesteps):
             kept = np.arange(0, num_timesteps, hop)
             if len(kept) == count:
                 return kept
@@ -99,9 +99,9 @@ class StepTables:
 class Sampler:
     """How to walk from noise to image.
 
-    ``steps`` is a count or a respacing string (:func:`respace`); a plain count means "ddimN" spacing for ``ddim`` where
-    a stride exists, linspace for ``dpm++2m``, and Meta's even spacing for ``ddpm``. ``eta`` is DDIM's noise (0 is
-    deterministic).
+    ``steps`` is a count or a respacing string (:func:`respace`). A plain count N means Meta's even spacing for ``ddpm``,
+    linspace for ``dpm++2m``, and for ``ddim`` "ddimN" where N divides the number of timesteps, else even spacing. ``eta``
+    is DDIM's noise (0 is deterministic).
     """
 
     name: SamplerName = "ddpm"
@@ -121,13 +121,17 @@ class Sampler:
 
     def timesteps(self, num_timesteps: int) -> np.ndarray:
         """Timesteps of the training schedule that the network sees, descending."""
-        if self.name == "dpm++2m" and str(self.steps).isdigit():
-            count = len(respace(num_timesteps, self.steps))
+        kept = respace(num_timesteps, self.steps)[::-1]
+        count, plain = len(kept), not str(self.steps).strip().startswith("ddim")
+        if plain and self.name == "dpm++2m":
+            if count >= num_timesteps:
+                raise Ptq4ditError(
+                    f"dpm++2m takes at most {num_timesteps - 1} steps over {num_timesteps} timesteps, not {count}."
+                )
             return np.linspace(0, num_timesteps - 1, count + 1).round()[::-1][:-1].astype(int)
-        steps: int | str = self.steps
-        if self.name == "ddim" and str(steps).isdigit() and num_timesteps % int(steps or 1) == 0:
-            steps = f"ddim{steps}"
-        return respace(num_timesteps, steps)[::-1]
+        if plain and self.name == "ddim" and count > 1 and num_timesteps % count == 0:
+            return respace(num_timesteps, f"ddim{count}")[::-1]
+        return kept
 
     def tables(self, schedule: NoiseSchedule, *, dtype: Any = np.float32) -> StepTables:
         """Coefficient tables, computed in float64 and cast to ``dtype`` at the end."""
@@ -210,16 +214,17 @@ def guided_apply(
     return combine_guidance(conditional, unconditional, cfg_scale, model.config.in_channels, channels)
 
 
-def sample_noise(key: jax.Array, indices_B: jax.Array, step: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise (B, *shape) that depends on the key, each sample's global index and the step only.
+def sample_keys(key: jax.Array, indices_B: jax.Array) -> jax.Array:
+    """One key per sample, (B,), from the seed and the sample's global index."""
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices_B)
+
+
+def sample_noise(keys_B: jax.Array, step: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise (B, *shape) that depends on each sample's key and the step only.
 
     Step 0 is the initial noise; step ``i + 1`` is what step ``i`` of the chain adds.
     """
-
-    def draw(index: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, index), step), shape)
-
-    return jax.vmap(draw)(indices_B)
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys_B)
 
 
 def denoise(

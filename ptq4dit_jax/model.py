@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,8 @@ class FloatDiT:
 
     def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike) -> jax.Array:
         """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep."""
-        return DiT(self.config, self.dtype).apply(self._variables(t_B), x_BHWC, t_B, y_B)
+        out = DiT(self.config, self.dtype).apply(self._variables(t_B), x_BHWC, t_B, y_B)
+        return cast(jax.Array, out)
 
     def observe(self, observers: Any, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike) -> tuple[jax.Array, Any]:
         """The output, and ``observers`` (a tree of objects by site) after they have seen this batch."""

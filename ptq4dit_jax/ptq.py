@@ -86,12 +86,10 @@ def quantize(
             cfg_channels=config.cfg_channels, batch_size=row_batch, mesh=mesh,
             progress=lambda done, total: report("sample calibration rows", done, total),
         )  # fmt: skip
-    if calibration.num_steps < config.step_groups:
-        raise Ptq4ditError(f"{config.step_groups} step groups need as many calibration steps, not {calibration.num_steps}.")
     rows = _row_batch(calibration.num_rows, row_batch, sharding.data_size(mesh))
-    calibration = calibration.replace(
-        x=sharding.shard(mesh, calibration.x, 1), y=sharding.shard(mesh, calibration.y, 1)
-    ) if calibration.num_rows % sharding.data_size(mesh) == 0 else calibration  # fmt: skip
+    if calibration.num_rows % sharding.data_size(mesh) == 0:
+        x, y = sharding.shard(mesh, (calibration.x, calibration.y), axis=1)
+        calibration = CalibrationData(x=x, t=calibration.t, y=y)
 
     report("gather channel statistics", 0, 1)
     extremes = channel_extremes(model, calibration, sites=tuple(model.config.site_features), row_batch=rows)
@@ -205,7 +203,8 @@ def activation_quantizers(
 
     Leaves are ([L,] G) for scale and zero point.
     """
-    G, S = config.step_groups, calibration.num_steps
+    S = calibration.num_steps
+    G = min(config.step_groups, S)
     groups = np.arange(S) * G // S
     last_of_group = np.searchsorted(groups, np.arange(1, G)) - 1
     edges = jnp.asarray(np.asarray(calibration.t)[last_of_group], jnp.int32)

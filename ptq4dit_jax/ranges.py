@@ -19,6 +19,10 @@ _WEIGHT_SHRINKS = tuple(float(x) for x in np.linspace(1.0, 0.4, 31))
 _REFINEMENTS = 3
 
 
+#: Least error so far, and the scale and zero point that gave it; each (..., N).
+_Best = tuple[jax.Array, jax.Array, jax.Array]
+
+
 def _weight_parameters(low: jax.Array, high: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     """Scale and (float) zero point of weight ranges that hold 0."""
     qmin, qmax = weight_code_range(bits)
@@ -59,13 +63,11 @@ def quantize_weight(w: jax.Array, bits: int, search: RangeSearch = "mse", import
         shrinks = jnp.asarray(_WEIGHT_SHRINKS, w.dtype).reshape(-1, *[1] * low.ndim)
         candidates = (shrinks * low, shrinks * high)
 
-    def try_candidate(
-        best: tuple[jax.Array, ...], candidate: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, ...], None]:
+    def try_candidate(best: _Best, candidate: tuple[jax.Array, jax.Array]) -> tuple[_Best, None]:
         scale, zero_point = _weight_parameters(*candidate, bits)
         loss = error(scale, zero_point)
-        new = (loss, scale, zero_point)
-        return tuple(jnp.where(loss < best[0], a, b) for a, b in zip(new, best, strict=True)), None
+        better = loss < best[0]
+        return (jnp.minimum(loss, best[0]), jnp.where(better, scale, best[1]), jnp.where(better, zero_point, best[2])), None
 
     start = (jnp.full_like(low, jnp.inf), jnp.ones_like(low), jnp.zeros_like(low))
     (_, scale, zero_point), _ = jax.lax.scan(try_candidate, start, candidates)
@@ -132,5 +134,5 @@ def activation_parameters(
         official code's choice among three; ``minmax`` keeps the edges.
     """
     flat = (low.ravel(), high.ravel(), counts.reshape(-1, counts.shape[-1]))
-    low_best, high_best = jax.lax.map(lambda row: _search_one(*row, bits, search), flat)
+    low_best, high_best = jax.lax.map(lambda row: _search_one(row[0], row[1], row[2], bits, search), flat)
     return affine_parameters(low_best.reshape(low.shape), high_best.reshape(low.shape), bits)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from ptq4dit_jax import sharding
-from ptq4dit_jax.diffusion import Network, Sampler, SamplerName, StepTables, denoise, guided_apply, sample_noise
+from ptq4dit_jax.diffusion import Network, Sampler, SamplerName, StepTables, denoise, guided_apply, sample_keys, sample_noise
 from ptq4dit_jax.dit import DiTConfig, GuidedChannels
 from ptq4dit_jax.errors import Ptq4ditError
 
@@ -40,7 +40,8 @@ def sample_batch(
 ) -> tuple[jax.Array, jax.Array]:
     """One compiled program from noise to images: (B, H, W, C) and the kept step inputs (num_kept, B, H, W, C)."""
     shape = model.config.image_shape
-    x_T = sample_noise(key, indices_B, 0, shape) if noise is None else noise
+    keys_B = sample_keys(key, indices_B)
+    x_T = sample_noise(keys_B, 0, shape) if noise is None else noise
 
     def predict(x: jax.Array, t: jax.Array) -> jax.Array:
         t_1 = t[None]
@@ -49,7 +50,7 @@ def sample_batch(
         return model.apply(x, t_1, labels_B)
 
     def draw(step: jax.Array) -> jax.Array:
-        return sample_noise(key, indices_B, step + 1, shape) if step_noise is None else step_noise[step]
+        return sample_noise(keys_B, step + 1, shape) if step_noise is None else step_noise[step]
 
     return denoise(
         predict, tables, x_T, draw if stochastic else None,
@@ -77,6 +78,15 @@ def _check_noise(name: str, array: ArrayLike | None, shape: tuple[int, ...]) -> 
     if given.shape != shape:
         raise Ptq4ditError(f"{name} must have shape {shape}, not {given.shape}.")
     return given
+
+
+def _batch_invariant(key: jax.Array) -> jax.Array:
+    """The key as threefry: under ``vmap``, XLA's own generators (rbg) draw numbers that depend on the rest of the batch."""
+    threefry = jax.random.key_impl(jax.random.key(0, impl="threefry2x32"))
+    typed = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+    if jax.random.key_impl(typed) == threefry:
+        return typed
+    return jax.random.wrap_key_data(jax.random.key_data(typed)[:2], impl="threefry2x32")
 
 
 def _pad(array: Any, size: int, axis: int = 0) -> Any:
@@ -156,7 +166,7 @@ def run_chain(
     if guided:
         _ = config.null_label  # raises where guidance is impossible
     parts = sharding.data_size(mesh)
-    batch = min(batch_size or total, total)
+    batch = total if batch_size is None else min(batch_size, total)
     if batch < 1:
         raise Ptq4ditError(f"batch_size must be positive, not {batch_size}.")
     batch = -(-batch // parts) * parts
@@ -167,6 +177,7 @@ def run_chain(
         slots = np.full(tables.num_steps, num_kept, np.int32)
         slots[keep_steps] = np.arange(num_kept)
 
+    key = _batch_invariant(key)
     model, tables, key, slots, scale = sharding.replicate(mesh, (model, tables, key, slots, np.float32(cfg_scale)))
     images, kept = [], []
     for start in range(0, total, batch):
@@ -180,6 +191,7 @@ def run_chain(
             stochastic=walk.stochastic, learned_variance=config.learn_sigma and walk.name == "ddpm",
             guided=guided, channels=cfg_channels, num_kept=num_kept,
         )  # fmt: skip
+        x, inputs = jax.device_get((x, inputs))
         images.append(np.asarray(x, np.float32)[: stop - start])
         kept.append(np.asarray(inputs, np.float32)[:, : stop - start])
         if progress is not None:

@@ -27,10 +27,10 @@ def data_size(mesh: Mesh | None) -> int:
 
 
 def replicate(mesh: Mesh | None, tree: Any) -> Any:
-    """The tree with every leaf whole on every device; unchanged without a mesh or where it is already so."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """The tree with every leaf whole on every device of the mesh, or without one on the default device."""
+    return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
 
 def shard(mesh: Mesh | None, tree: Any, axis: int = 0) -> Any:
-    """The tree with axis ``axis`` of every leaf cut over ``data``; unchanged without a mesh."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*[None] * axis, "data")))
+    """The tree with axis ``axis`` of every leaf cut over ``data``, or without a mesh on the default device."""
+    return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec(*[None] * axis, "data")))

@@ -80,9 +80,14 @@ def _skeleton(config: DiTConfig, linears: Mapping[str, Any], sites: Mapping[str,
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
     def act(spec: Mapping[str, Any], lead: tuple[int, ...], K: int) -> ActQuantizer:
-        table = (None, None) if spec["dynamic"] else (leaf("float32", *lead, num_groups), leaf("int32", *lead, num_groups))
-        balance = leaf("float32", *lead, K) if spec["balanced"] else None
-        return ActQuantizer(*table, balance, bits=check_bits("act bits", spec["bits"]), dynamic=bool(spec["dynamic"]))
+        dynamic = bool(spec["dynamic"])
+        return ActQuantizer(
+            scale=None if dynamic else leaf("float32", *lead, num_groups),
+            zero_point=None if dynamic else leaf("int32", *lead, num_groups),
+            balance=leaf("float32", *lead, K) if spec["balanced"] else None,
+            bits=check_bits("act_bits", spec["bits"]),
+            dynamic=dynamic,
+        )
 
     def linear(name: str, spec: Mapping[str, Any]) -> QLinear:
         lead, (K, N) = _lead(config, name), config.linear_shapes[name]

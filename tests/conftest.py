@@ -1,0 +1,58 @@
+"""Shared fixtures: a tiny random model, eight virtual devices, and the form that every user-facing error must have."""
+
+import os
+
+# Read once, when JAX starts its CPU backend: multi-device tests then run in this process.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import helpers
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh
+
+from ptq4dit_jax import sharding
+from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.model import FloatDiT
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> DiTConfig:
+    """A shape in which no two axes that could be mixed up are equal: L = 3, A = 4, d = 8, T = 16, D = 32, null class 10."""
+    return DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=3, num_heads=4, num_classes=10)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config: DiTConfig) -> FloatDiT:
+    """Random parameters of that shape, on the device, with every path alive."""
+    return jax.tree.map(jnp.asarray, helpers.tiny_model(**tiny_config.to_dict()))
+
+
+@pytest.fixture(scope="session")
+def mesh8() -> Mesh:
+    """A data mesh over eight devices, virtual ones on CPU."""
+    if jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, this process has {jax.device_count()}")
+    return sharding.data_mesh(jax.devices()[:8])
+
+
+@pytest.fixture(scope="session")
+def raises_sentence() -> Callable[..., AbstractContextManager[None]]:
+    """``with raises_sentence("11", "0 to 9"):`` expects a :class:`Ptq4ditError`, one sentence with these parts."""
+
+    @contextmanager
+    def check(*parts: str) -> Iterator[None]:
+        with pytest.raises(Ptq4ditError) as caught:
+            yield
+        message = str(caught.value)
+        assert re.fullmatch(r"[A-Za-z].*\.", message), f"not one line that ends in a full stop: {message!r}"
+        assert not re.search(r"\.\s+[A-Z]", message), f"more than one sentence: {message!r}"
+        for part in parts:
+            assert part in message, f"{part!r} is not in {message!r}"
+
+    return check

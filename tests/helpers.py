@@ -1,0 +1,73 @@
+"""What several test modules share: a small model, the same model with salient channels, and how far two arrays are apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from ptq4dit_jax.dit import DiTConfig, init_params
+from ptq4dit_jax.model import FloatDiT
+
+
+def tiny_config(**overrides: Any) -> DiTConfig:
+    """A DiT that compiles in a second. Its 9 tokens are a size that no other axis has, so a token axis can be recognized."""
+    shape = {
+        "input_size": 6, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5,
+        "frequency_size": 16,
+    }  # fmt: skip
+    return DiTConfig(**{**shape, **overrides})
+
+
+def tiny_model(seed: int = 0, **overrides: Any) -> FloatDiT:
+    """A random model in which every path matters: modulation, gates and biases are not zero. Leaves are NumPy arrays, (K, N)
+    kernels have standard deviation ``K**-0.5``, and nothing is compiled to make them."""
+    config = tiny_config(**overrides)
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        deviation = {"kernel": leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 1.0, "bias": 0.1, "embedding": 1.0}[path[-1].key]
+        return (deviation * rng.standard_normal(leaf.shape)).astype(np.float32)
+
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return FloatDiT(params=jax.tree_util.tree_map_with_path(draw, shapes), config=config)
+
+
+def salient_model(model: FloatDiT, *, share: float = 0.02, gain: float = 30.0, seed: int = 0) -> FloatDiT:
+    """The same float function with ``share`` (at least one) of the inputs of qkv, fc1 and proj made ``gain`` times as large.
+
+    For qkv and fc1 the adaLN linear makes them so, for proj the v columns of qkv; the rows of the kernel take it back.
+    Written in NumPy, one channel at a time, so that it shares nothing with ``ptq4dit_jax.folding``.
+    """
+    depth, width = model.config.depth, model.config.hidden_size
+    blocks = jax.tree.map(np.array, model.params["blocks"])
+    rng = np.random.default_rng(seed)
+    count = max(1, round(share * width))
+    for layer in range(depth):
+        for name, shift, scale in (("qkv", 0, 1), ("fc1", 3, 4)):
+            for channel in rng.choice(width, count, replace=False):
+                for chunk in (shift, scale):
+                    blocks["adaLN"]["kernel"][layer, :, chunk * width + channel] *= gain
+                    blocks["adaLN"]["bias"][layer, chunk * width + channel] *= gain
+                blocks["adaLN"]["bias"][layer, scale * width + channel] += gain - 1
+                blocks[name]["kernel"][layer, channel] /= gain
+        for channel in rng.choice(width, count, replace=False):
+            blocks["qkv"]["kernel"][layer, :, 2 * width + channel] *= gain
+            blocks["qkv"]["bias"][layer, 2 * width + channel] *= gain
+            blocks["proj"]["kernel"][layer, channel] /= gain
+    return model.replace(params={**model.params, "blocks": blocks})
+
+
+def random_inputs(config: DiTConfig, rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Noised images (rows, H, W, C) float32 and labels (rows,) int32, the null class among them."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(rows, dtype=np.int32) % (config.num_classes + config.null_class)
+    return rng.standard_normal((rows, *config.image_shape), np.float32), labels
+
+
+def relative_error(actual: ArrayLike, expected: ArrayLike) -> float:
+    """Euclidean distance over the norm of what is expected."""
+    a, b = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))

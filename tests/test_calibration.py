@@ -1,0 +1,442 @@
+"""Calibration against plain Python loops over full activations, and the promise that the scan lets nothing large out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import struct
+from helpers import relative_error, tiny_config, tiny_model
+
+from ptq4dit_jax.calibration import (
+    HISTOGRAM_BINS,
+    CalibrationData,
+    ChannelExtremes,
+    Histogram,
+    channel_extremes,
+    histograms,
+    sample_trajectories,
+    spread_labels,
+    stored_rows,
+)
+from ptq4dit_jax.diffusion import Sampler, sample_noise
+from ptq4dit_jax.dit import flatten_sites, nest_sites
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.sampling import run_chain
+
+STEPS, ROWS = 3, 4
+CONFIG = tiny_config()
+SITES = tuple(CONFIG.site_features)
+
+
+@struct.dataclass
+class Capture:
+    """Observer that keeps the whole activation."""
+
+    value: Any
+
+    def observe(self, x: jax.Array) -> Capture:
+        return Capture(x)
+
+
+@jax.jit
+def capture(model: FloatDiT, x: jax.Array, t: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+    empty = {name: Capture(jnp.zeros(CONFIG.depth if name.startswith("blocks.") else ())) for name in SITES}
+    _, seen = model.observe(nest_sites(empty), x, t, y)
+    return {name: captured.value for name, captured in flatten_sites(seen).items()}
+
+
+@pytest.fixture(scope="module")
+def model() -> FloatDiT:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def data() -> CalibrationData:
+    """Rows that grow from step to step and labels that repeat nowhere, so that mixing up steps or rows shows."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(STEPS, ROWS, *CONFIG.image_shape)) * np.array([1, 2, 4]).reshape(STEPS, 1, 1, 1, 1)
+    return CalibrationData(
+        x=x.astype(np.float32),
+        t=np.array([999, 500, 20], np.int32),
+        y=np.array([[0, 1, 2, 3], [4, 5, 0, 1], [2, 2, 5, 4]], np.int32),
+    )
+
+
+@pytest.fixture(scope="module")
+def activations(model: FloatDiT, data: CalibrationData) -> list[dict[str, np.ndarray]]:
+    """Every activation of every step by a plain loop; (L, ...) at block sites."""
+    t = np.repeat(data.t[:, None], ROWS, axis=1)
+    return [jax.tree.map(np.asarray, capture(model, data.x[s], t[s], data.y[s])) for s in range(STEPS)]
+
+
+def expected_extremes(activations: list[dict[str, np.ndarray]], name: str, per_row: bool) -> tuple[np.ndarray, ...]:
+    """Least value, greatest value and mean square per feature: (S, [L,] [R,] *features)."""
+    features = CONFIG.site_features[name]
+    statistics: list[list[np.ndarray]] = [[], [], []]
+    for step in activations:
+        layers = step[name] if name.startswith("blocks.") else step[name][None]
+        keep = (len(layers), ROWS) if per_row else (len(layers),)
+        values = layers.reshape(*keep, -1, *features)
+        shape = keep[0 if name.startswith("blocks.") else 1 :] + features
+        for found, reduce in zip(statistics, (values.min, values.max, np.square(values).mean), strict=True):
+            found.append(reduce(len(keep)).reshape(shape))
+    return tuple(np.stack(found) for found in statistics)
+
+
+# --- per-channel extremes
+
+
+@pytest.mark.parametrize("row_batch", [None, 2])
+@pytest.mark.parametrize("per_row", [False, True], ids=["merged", "per row"])
+def test_extremes_equal_a_plain_loop(
+    model: FloatDiT, data: CalibrationData, activations: list[dict[str, np.ndarray]], per_row: bool, row_batch: int | None
+) -> None:
+    seen = channel_extremes(model, data, sites=SITES, per_row=per_row, row_batch=row_batch)
+    assert set(seen) == set(SITES)
+    for name in SITES:
+        low, high, power = expected_extremes(activations, name, per_row)
+        depth = (CONFIG.depth,) if name.startswith("blocks.") else ()
+        assert low.shape == (STEPS, *depth, *((ROWS,) if per_row else ()), *CONFIG.site_features[name])
+        assert seen[name].low.shape == low.shape, name
+        np.testing.assert_allclose(seen[name].low, low, rtol=1e-5, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(seen[name].high, high, rtol=1e-5, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(seen[name].power, power, rtol=1e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(seen[name].salience, np.maximum(np.abs(low), np.abs(high)), rtol=1e-5, atol=2e-5)
+
+
+def test_the_loop_tells_steps_and_rows_apart(activations: list[dict[str, np.ndarray]]) -> None:
+    """Guards the comparison above: had all steps or rows the same extremes, it could not fail."""
+    low, _, _ = expected_extremes(activations, "blocks.qkv_in", True)
+    assert np.abs(low[0] - low[1]).max() > 0.1
+    assert np.abs(low[:, :, 0] - low[:, :, 1]).max() > 0.1
+
+
+def test_only_the_sites_asked_for_are_observed(model: FloatDiT, data: CalibrationData) -> None:
+    shapes = jax.eval_shape(partial(channel_extremes, sites=("blocks.v", "final_in")), model, data)
+    assert set(shapes) == {"blocks.v", "final_in"}
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_extremes_of_an_array_equal_numpy(per_row: bool) -> None:
+    rng = np.random.default_rng(1)
+    first, second = rng.normal(size=(2, 4, 6, 2, 5)).astype(np.float32)  # (batches, rows, tokens, heads, head width)
+    shape = (4, 2, 5) if per_row else (2, 5)
+    observer = ChannelExtremes(
+        low=jnp.full(shape, jnp.inf), high=jnp.full(shape, -jnp.inf), power=jnp.zeros(shape), per_row=per_row
+    )
+    seen = observer.observe(jnp.asarray(first)).observe(jnp.asarray(second))
+    both = np.concatenate([first, second], axis=1)  # more tokens
+    axes = (1,) if per_row else (0, 1)
+    np.testing.assert_array_equal(seen.low, both.min(axes))
+    np.testing.assert_array_equal(seen.high, both.max(axes))
+    np.testing.assert_array_equal(seen.salience, np.abs(both).max(axes))
+    np.testing.assert_allclose(seen.power, np.square(second).mean(axes), rtol=1e-6)
+
+
+# --- histograms
+
+
+def test_a_histogram_equals_numpy() -> None:
+    """Values stay clear of the edges of the bins, where one rounding more or less moves a count."""
+    rng = np.random.default_rng(2)
+    low, high, bins = np.float32(-3), np.float32(5), 64
+    width = (high - low) / bins
+    x = low + (rng.integers(0, bins, 5000) + rng.uniform(0.05, 0.95, 5000)) * width
+    x[:20] += 100 * np.sign(x[:20])  # beyond the ends
+    x = x.astype(np.float32).reshape(10, 500)
+    start = Histogram(low, high, jnp.arange(bins, dtype=jnp.float32))
+    expected = np.arange(bins) + np.histogram(np.clip(x, low, high), bins, (low, high))[0]
+    np.testing.assert_array_equal(start.observe(jnp.asarray(x)).counts, expected)
+    np.testing.assert_array_equal(jax.jit(lambda h, x: h.observe(x))(start, x).counts, expected)
+
+
+def test_a_histogram_without_width_counts_everything() -> None:
+    seen = Histogram(jnp.float32(2), jnp.float32(2), jnp.zeros(8)).observe(jnp.full((3, 5), 2.0))
+    np.testing.assert_array_equal(seen.counts, [15] + [0] * 7)
+
+
+def test_counts_go_on_beyond_what_float32_counts_in_ones() -> None:
+    """2^24 + 1 is no float32. DiT-XL/2 at the default settings puts far more softmax outputs than that into the first bin."""
+    full = Histogram(jnp.float32(0), jnp.float32(1), jnp.full(4, 2.0**24))
+    seen = full.observe(jnp.full(1000, 0.1))
+    np.testing.assert_array_equal(seen.counts, [2**24 + 1000, 2**24, 2**24, 2**24])
+
+
+@pytest.mark.parametrize("row_batch", [None, 2])
+def test_histograms_equal_numpy_per_group(
+    model: FloatDiT, data: CalibrationData, activations: list[dict[str, np.ndarray]], row_batch: int | None
+) -> None:
+    """Two groups with ranges of their own, one for each layer; the first range of group 0 is too narrow on purpose."""
+    groups = np.array([0, 1, 0], np.int32)
+    ranges = {}
+    for name in SITES:
+        low, high, _ = expected_extremes(activations, name, False)
+        all_but_depth = (0, *range(low.ndim - len(CONFIG.site_features[name]), low.ndim))
+        ranges[name] = tuple(
+            np.stack([pick(part[groups == g], all_but_depth) for g in range(2)]) * np.float32(1.01)
+            for part, pick in ((low, np.min), (high, np.max))
+        )
+        ranges[name][0][0] *= 0.5
+    seen = histograms(model, data, groups, ranges, num_groups=2, row_batch=row_batch)
+    assert set(seen) == set(SITES)
+    for name in SITES:
+        low, high = ranges[name]
+        counts = np.asarray(seen[name].counts)
+        assert counts.shape == (*low.shape, HISTOGRAM_BINS)
+        np.testing.assert_array_equal(seen[name].low, low)
+        np.testing.assert_array_equal(seen[name].high, high)
+        for group in range(2):
+            steps = [activations[s][name] for s in range(STEPS) if groups[s] == group]
+            layers = [np.stack(steps)[:, layer] for layer in range(CONFIG.depth)] if low.ndim == 2 else [np.stack(steps)]
+            for layer, values in enumerate(layers):
+                index = (group, layer) if low.ndim == 2 else (group,)
+                clipped = np.clip(values, low[index], high[index])
+                expected, _ = np.histogram(clipped, HISTOGRAM_BINS, (low[index], high[index]))
+                passes = ROWS // (row_batch or ROWS)
+                # All rows share the timestep, so the sites that see nothing else run on one row a pass.
+                share = passes / ROWS if name in ("time_in", "time_hidden") else 1
+                assert counts[index].sum() == share * values.size
+                expected = expected * share
+                difference = np.abs(np.cumsum(counts[index]) - np.cumsum(expected))
+                assert difference.max() <= max(2, 2e-3 * values.size), (name, index)  # an ulp moves a value to the next bin
+
+
+# --- nothing large leaves the scan
+
+
+def scan_outputs(jaxpr: Any) -> Iterator[tuple[int, ...]]:
+    """Shapes of what the outermost scans of a program return."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield from (variable.aval.shape for variable in equation.outvars)
+            continue
+        for parameter in equation.params.values():
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from scan_outputs(inner)
+
+
+def group_ranges(groups: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    shape = {name: (groups, CONFIG.depth) if name.startswith("blocks.") else (groups,) for name in SITES}
+    return {name: (np.full(shape[name], -1, np.float32), np.ones(shape[name], np.float32)) for name in SITES}
+
+
+def rows_like(data: CalibrationData, rows: int) -> CalibrationData:
+    cut = lambda a: np.resize(a, (STEPS, rows, *a.shape[2:]))
+    return CalibrationData(x=cut(data.x), t=data.t, y=cut(data.y))
+
+
+#: Softmax outputs have the key token as their last axis: their extremes are per key, a vector.
+CHANNEL_SITES = tuple(name for name in SITES if name != "blocks.probs")
+
+
+def test_the_check_for_a_token_axis_can_fail(model: FloatDiT, data: CalibrationData) -> None:
+    def leaks(model: FloatDiT, data: CalibrationData) -> Any:
+        step = lambda carry, batch: (carry, capture(model, batch.x, batch.t[None], batch.y)["blocks.qkv_in"])
+        return jax.lax.scan(step, None, data)[1]
+
+    shapes = list(scan_outputs(jax.make_jaxpr(jax.jit(leaks))(model, jax.tree.map(jnp.asarray, data)).jaxpr))
+    assert any(CONFIG.num_tokens in shape for shape in shapes)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_no_token_axis_leaves_the_scan_over_steps(model: FloatDiT, data: CalibrationData, per_row: bool) -> None:
+    program = jax.make_jaxpr(partial(channel_extremes, sites=CHANNEL_SITES, per_row=per_row, row_batch=2))(model, data)
+    shapes = list(scan_outputs(program.jaxpr))
+    assert len(shapes) == 3 * len(CHANNEL_SITES)
+    assert all(CONFIG.num_tokens not in shape for shape in shapes)
+    assert all(CONFIG.num_tokens not in variable.aval.shape for variable in program.jaxpr.outvars)
+
+
+def test_no_token_axis_leaves_the_scan_of_histograms(model: FloatDiT, data: CalibrationData) -> None:
+    program = jax.make_jaxpr(partial(histograms, num_groups=2))(model, data, np.array([0, 0, 1]), group_ranges(2))
+    shapes = list(scan_outputs(program.jaxpr))
+    assert len(shapes) == 3 * len(SITES)
+    assert all(CONFIG.num_tokens not in shape for shape in shapes)
+
+
+def test_one_scan_walks_the_steps(model: FloatDiT, data: CalibrationData) -> None:
+    """One compiled pass whatever the number of steps: the program for 3 steps is as long as the program for 2."""
+    shorter = CalibrationData(x=data.x[:2], t=data.t[:2], y=data.y[:2])
+    programs = [jax.make_jaxpr(partial(channel_extremes, sites=("blocks.v",)))(model, rows) for rows in (data, shorter)]
+    lengths = [str(program).count("\n") for program in programs]
+    assert lengths[0] == lengths[1]
+
+
+def sizes(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_statistics_do_not_grow_with_the_rows(model: FloatDiT, data: CalibrationData) -> None:
+    few, many = rows_like(data, 4), rows_like(data, 64)
+    extremes = lambda rows, **how: sizes(jax.eval_shape(partial(channel_extremes, sites=SITES, **how), model, rows))
+    assert extremes(few) == extremes(many) == extremes(many, row_batch=8)
+    assert extremes(many, per_row=True) == 64 * extremes(many)
+
+    ranges, groups = group_ranges(2), np.array([0, 0, 1])
+    counted = [jax.eval_shape(partial(histograms, num_groups=2), model, rows, groups, ranges) for rows in (few, many)]
+    assert sizes(counted[0]) == sizes(counted[1])
+    layers = sum(CONFIG.depth if name.startswith("blocks.") else 1 for name in SITES)
+    assert sizes(counted[0]) == 2 * layers * (HISTOGRAM_BINS + 2)
+
+
+def test_micro_batches_keep_rows_and_steps_together(data: CalibrationData) -> None:
+    batched = data.batched(2)
+    assert batched.x.shape == (STEPS * 2, 2, *CONFIG.image_shape)
+    for step in range(STEPS):
+        for part in range(2):
+            index = 2 * step + part
+            assert batched.t[index] == data.t[step]
+            np.testing.assert_array_equal(batched.x[index], data.x[step, 2 * part : 2 * part + 2])
+            np.testing.assert_array_equal(batched.y[index], data.y[step, 2 * part : 2 * part + 2])
+
+
+# --- trajectories
+
+
+def test_trajectories_are_the_inputs_of_the_samplers_steps(model: FloatDiT) -> None:
+    walk, key = Sampler(name="ddpm", steps=10), jax.random.key(3)
+    data = sample_trajectories(model, key, walk, steps=5, rows=12, cfg_scale=2.0)
+    assert (data.num_steps, data.num_rows) == (5, 12)
+    assert (data.x.dtype, data.t.dtype, data.y.dtype) == (np.float32, np.int32, np.int32)
+
+    positions = [0, 2, 4, 7, 9]  # of 10, as evenly as whole numbers allow: 0, 2.25, 4.5, 6.75, 9
+    np.testing.assert_array_equal(data.t, np.linspace(999, 0, 10).round()[positions])
+
+    labels = data.y[0, :6]
+    assert set(labels) == set(range(CONFIG.num_classes)), "every class is seen"
+    np.testing.assert_array_equal(data.y, np.tile([*labels, *[CONFIG.null_label] * 6], (5, 1)))
+    np.testing.assert_array_equal(data.x[:, :6], data.x[:, 6:], err_msg="a row and its null twin share x")
+
+    _, every = run_chain(model, labels, key, walk, cfg_scale=2.0, keep_steps=np.arange(10))
+    np.testing.assert_allclose(data.x[:, :6], every[positions], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(data.x[0, :6], sample_noise(key, jnp.arange(6), 0, CONFIG.image_shape), rtol=1e-6)
+
+
+def test_trajectories_without_guidance_are_all_conditional(model: FloatDiT) -> None:
+    """Every step of the chain this time, and in micro-batches, which change nothing."""
+    walk, key = Sampler(name="ddim", steps=4), jax.random.key(0)
+    reported: list[tuple[int, int]] = []
+    whole, parts = (
+        sample_trajectories(
+            model, key, walk, steps=4, rows=5, cfg_scale=1.0, batch_size=size, progress=lambda *done: reported.append(done)
+        )
+        for size in (None, 2)
+    )
+    np.testing.assert_array_equal(whole.t, [750, 500, 250, 0])
+    assert whole.x.shape == (4, 5, *CONFIG.image_shape)
+    np.testing.assert_array_equal(whole.y, [[0, 1, 2, 3, 4]] * 4)
+    assert np.abs(whole.x[:, 0] - whole.x[:, 1]).max() > 0.1, "every row has noise of its own"
+    assert relative_error(parts.x, whole.x) < 1e-4
+    np.testing.assert_array_equal(parts.y, whole.y)
+    assert reported == [(5, 5), (2, 5), (4, 5), (5, 5)]
+
+
+@pytest.mark.parametrize(("count", "classes"), [(1, 10), (4, 10), (10, 10), (25, 10), (32, 1000), (7, 1)])
+def test_labels_spread_over_all_classes(count: int, classes: int) -> None:
+    labels = spread_labels(count, classes)
+    assert labels.shape == (count,)
+    assert labels.dtype == np.int32
+    assert labels.min() >= 0
+    assert labels.max() < classes
+    times = np.bincount(labels, minlength=classes)
+    assert times.max() - times.min() <= 1
+    if 1 < count < classes:
+        assert np.ptp(np.diff(np.sort(labels))) <= 1, "as evenly as whole numbers allow"
+
+
+@pytest.mark.parametrize("steps", [0, -1, 6])
+def test_more_calibration_steps_than_sampler_steps(model: FloatDiT, steps: int) -> None:
+    with pytest.raises(Ptq4ditError, match=rf"Calibration steps must be 1 to the sampler's 5 steps, not {steps}\."):
+        sample_trajectories(model, jax.random.key(0), Sampler(steps=5), steps=steps, rows=2)
+
+
+@pytest.mark.parametrize(("rows", "cfg_scale"), [(0, 1.0), (-2, 1.0), (0, 1.5), (7, 1.5)])
+def test_impossible_numbers_of_rows(model: FloatDiT, rows: int, cfg_scale: float) -> None:
+    with pytest.raises(Ptq4ditError, match=rf"rows must be positive, and even under guidance .*, not {rows}\."):
+        sample_trajectories(model, jax.random.key(0), Sampler(steps=5), steps=2, rows=rows, cfg_scale=cfg_scale)
+
+
+def test_a_model_without_a_null_class_cannot_be_guided() -> None:
+    model = tiny_model(null_class=False)
+    with pytest.raises(Ptq4ditError, match="without a null class"):
+        sample_trajectories(model, jax.random.key(0), Sampler(steps=5), steps=2, rows=2, cfg_scale=1.5)
+
+
+# --- stored rows
+
+
+def shuffled_rows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Four rows at each of three timesteps in a random order; x names its row, and y follows from x."""
+    order = np.random.default_rng(4).permutation(12)
+    t = np.repeat([7, 999, 500], 4)[order]
+    x = np.broadcast_to(np.arange(12, dtype=np.float64)[order, None, None, None], (12, *CONFIG.image_shape))
+    return x, t, (np.arange(12) % 6)[order]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
+def test_stored_rows_are_grouped_by_timestep(dtype: type) -> None:
+    x, t, y = shuffled_rows()
+    data = stored_rows(x, t.astype(dtype), y, CONFIG)
+    assert (data.x.dtype, data.t.dtype, data.y.dtype) == (np.float32, np.int32, np.int32)
+    assert data.x.shape == (3, 4, *CONFIG.image_shape)
+    np.testing.assert_array_equal(data.t, [999, 500, 7])
+    for step, timestep in enumerate((999, 500, 7)):
+        given = [i for i in range(12) if t[i] == timestep]  # in the order given
+        np.testing.assert_array_equal(data.x[step], x[given])
+        np.testing.assert_array_equal(data.y[step], y[given])
+
+
+def test_one_timestep_is_enough() -> None:
+    data = stored_rows(np.zeros((2, *CONFIG.image_shape)), [3, 3], [0, CONFIG.null_label], CONFIG)
+    assert (data.num_steps, data.num_rows) == (1, 2)
+
+
+def test_unequally_many_rows_per_timestep() -> None:
+    x, t, y = shuffled_rows()
+    with pytest.raises(Ptq4ditError, match=r"equally many at every timestep; t=7 has 3 and t=\d+ has [45]\."):
+        stored_rows(x, np.where(np.arange(12) == np.argmax(t == 7), 500, t), y, CONFIG)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite(value: float) -> None:
+    x, t, y = shuffled_rows()
+    x = x.copy()
+    x[5, 0, 1, 2] = value
+    with pytest.raises(Ptq4ditError, match="NaN or infinity"):
+        stored_rows(x, t, y, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x, t, y: (x[..., :2], t, y),
+        lambda x, t, y: (x[:, :4], t, y),
+        lambda x, t, y: (x[0], t, y),
+        lambda x, t, y: (x[:11], t, y),
+        lambda x, t, y: (x, t[:11], y),
+        lambda x, t, y: (x, t, y[:11]),
+        lambda x, t, y: (x.swapaxes(1, 3), t, y),
+    ],
+    ids=["channels", "height", "no batch", "fewer x", "fewer t", "fewer y", "NCHW"],
+)
+def test_rows_of_a_wrong_shape(wrong: Any) -> None:
+    with pytest.raises(Ptq4ditError, match=r"Calibration rows must be x \(M, 6, 6, 3\), t \(M,\) and y \(M,\), not"):
+        stored_rows(*wrong(*shuffled_rows()), CONFIG)
+
+
+@pytest.mark.parametrize("label", [-1, CONFIG.num_classes + 1, 1000])
+def test_a_label_out_of_range(label: int) -> None:
+    x, t, y = shuffled_rows()
+    y = np.where(np.arange(12) == 3, label, y)
+    with pytest.raises(
+        Ptq4ditError, match=rf"Label {label} is out of range; this model has classes 0 to 4 \(5 is the null class\)\."
+    ):
+        stored_rows(x, t, y, CONFIG)
