@@ -32,7 +32,7 @@ if not __package__:  # run as a script: the repository's root is not on the path
 from models.digits.classifier import MAX_LEVEL, load_images, recognition_rate, to_levels, train_classifier
 from ptq4dit_jax import checkpoints
 from ptq4dit_jax.diffusion import NoiseSchedule, Sampler, StepTables
-from ptq4dit_jax.dit import DiT, DiTConfig, init_params
+from ptq4dit_jax.dit import DiTConfig, init_params
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.sampling import sample
@@ -117,7 +117,7 @@ def losses(
     """
     row = jax.tree.map(lambda a: jnp.asarray(a)[t_B].reshape(-1, 1, 1, 1), tables)
     x_t = SCHEDULE.add_noise(x0, t_B, noise)
-    eps, fraction = jnp.split(DiT(config).apply({"params": params}, x_t, t_B, y_B), 2, axis=-1)
+    eps, fraction = jnp.split(FloatDiT(params, config).apply(x_t, t_B, y_B), 2, axis=-1)
     mse = jnp.square(eps - noise).mean((1, 2, 3))
 
     def posterior_mean(clean: jax.Array) -> jax.Array:

@@ -1,0 +1,96 @@
+"""The demo: a trained DiT becomes an integer model by PTQ4DiT, is saved, loaded again, and sampled beside its float original.
+
+make demo        (or: python -m models.digits.demo --out out/demo)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import ptq4dit_jax as ptq
+from models.digits.classifier import train_classifier
+from ptq4dit_jax.engine import describe
+from ptq4dit_jax.evaluation import compare, sample_grid, write_report
+from ptq4dit_jax.terminal import console, devices_line, megabytes, print_table, stages
+
+MODEL = Path(__file__).parent
+SAMPLES_PER_CLASS = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for models, picture and report")
+    out = parser.parse_args().out
+    started = time.perf_counter()
+    key = jax.random.key(0)
+
+    dit = ptq.load(MODEL)
+    console.print(
+        f"[bold]ptq4dit_jax[/bold] on {devices_line()}: DiT on handwritten digits, {dit.num_params / 1e6:.2f} M parameters"
+    )
+    settings = [ptq.QuantConfig(weight_bits=bits) for bits in (8, 4)]
+    console.print("Calibrating on the float model's own sampling, then quantizing twice from the same rows")
+    models: dict[str, Any] = {}
+    with stages() as report:
+        first = settings[0]
+        rows = ptq.sample_trajectories(
+            dit, key, first.walk, steps=first.calib_steps, rows=first.calib_rows, cfg_scale=first.cfg_scale,
+            progress=lambda done, total: report("sample calibration rows", done, total),
+        )  # fmt: skip
+        for config in settings:
+            name = f"W{config.weight_bits}A{config.act_bits}"
+            quantized = ptq.quantize(
+                dit, config, key=key, calibration=rows,
+                progress=lambda stage, done, total, name=name: report(f"{name}: {stage}", done, total),
+            )  # fmt: skip
+            folder = ptq.save(quantized, out / f"digits-{name.lower()}", provenance={"source": "models/digits"}, overwrite=True)
+            models[name] = ptq.load(folder)
+        labels = np.repeat(np.arange(10), SAMPLES_PER_CLASS)
+        comparison = compare(
+            dit, models, labels=labels, key=jax.random.key(1), steps=first.steps, cfg_scale=first.cfg_scale,
+            progress=lambda done, total: report("sample and compare on the same noise", done, total),
+        )  # fmt: skip
+
+    rows_shown = describe(models["W4A8"])
+    integer = sum(row["integer"] for row in rows_shown)
+    console.print(
+        f"W4A8: {integer} of {len(rows_shown)} kinds of product run int8 x int8 -> int32; the others are fed by floats:"
+    )
+    console.print("  " + ", ".join(row["layer"] for row in rows_shown if not row["integer"]))
+
+    judge = train_classifier()
+    recognized = {name: float(np.mean(judge.predict(images) == labels)) for name, images in comparison.images.items()}
+    table = [{"model": "float", "size": megabytes(comparison.reference_bytes), "SQNR dB": "", "PSNR dB": "", "SSIM": "",
+              "recognized": f"{recognized['float32']:.1%}"}]  # fmt: skip
+    for name, figures in comparison.figures.items():
+        table.append({
+            "model": name, "size": megabytes(figures.num_bytes), "SQNR dB": f"{np.mean(figures.step_sqnr_db):.1f}",
+            "PSNR dB": f"{figures.psnr_interval.mean:.1f}", "SSIM": f"{figures.ssim_interval.mean:.3f}",
+            "recognized": f"{recognized[name]:.1%}",
+        })  # fmt: skip
+    print_table(f"{len(labels)} images, DDPM {first.steps} steps, guidance {first.cfg_scale}, same noise", table)
+    console.print("SQNR: of the guided noise prediction, mean over the steps. bfloat16 shows the noise floor.")
+
+    first_of_class = np.arange(10) * SAMPLES_PER_CLASS
+    shown = {name: comparison.images[name][first_of_class] for name in ("float32", *models)}
+    picture = out / "samples.png"
+    sample_grid(shown, np.arange(10)).save(picture)
+    page = write_report(
+        out / "report", comparison, title="Digits: W8A8 and W4A8 against float", describe_rows=rows_shown,
+        settings=dataclasses.asdict(settings[1]), overwrite=True,
+    )  # fmt: skip
+    console.print(f"Models:  {out / 'digits-w8a8'}, {out / 'digits-w4a8'}")
+    console.print(f"Picture: {picture}")
+    console.print(f"Report:  {page / 'report.md'}")
+    console.print(f"Done in {time.perf_counter() - started:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()
