@@ -31,6 +31,7 @@ MARKERS = ("<!-- table: benchmarks/digits.py -->", "<!-- end of table -->")
 def measure(samples: int) -> list[dict[str, Any]]:
     """One row per model: the float model, its bfloat16 noise floor, and every quantized one."""
     dit = ptq.load(ROOT / "models" / "digits")
+    assert isinstance(dit, ptq.FloatDiT)
     base = ptq.QuantConfig()
     rows = ptq.sample_trajectories(dit, jax.random.key(0), base.walk, steps=base.calib_steps, rows=base.calib_rows)
     models: dict[str, Any] = {}

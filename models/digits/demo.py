@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ import ptq4dit_jax as ptq
 from models.digits.classifier import train_classifier
 from ptq4dit_jax.engine import describe
 from ptq4dit_jax.evaluation import compare, sample_grid, write_report
+from ptq4dit_jax.ptq import StageProgress
 from ptq4dit_jax.terminal import console, devices_line, megabytes, print_table, stages
 
 MODEL = Path(__file__).parent
 SAMPLES_PER_CLASS = 10
+
+
+def _report_under(report: StageProgress, name: str, stage: str, done: int, total: int) -> None:
+    report(f"{name}: {stage}", done, total)
 
 
 def main() -> None:
@@ -32,6 +38,7 @@ def main() -> None:
     key = jax.random.key(0)
 
     dit = ptq.load(MODEL)
+    assert isinstance(dit, ptq.FloatDiT)
     console.print(
         f"[bold]ptq4dit_jax[/bold] on {devices_line()}: DiT on handwritten digits, {dit.num_params / 1e6:.2f} M parameters"
     )
@@ -48,7 +55,7 @@ def main() -> None:
             name = f"W{config.weight_bits}A{config.act_bits}"
             quantized = ptq.quantize(
                 dit, config, key=key, calibration=rows,
-                progress=lambda stage, done, total, name=name: report(f"{name}: {stage}", done, total),
+                progress=partial(_report_under, report, name),
             )  # fmt: skip
             folder = ptq.save(quantized, out / f"digits-{name.lower()}", provenance={"source": "models/digits"}, overwrite=True)
             models[name] = ptq.load(folder)

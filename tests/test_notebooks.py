@@ -1,0 +1,77 @@
+"""Every notebook runs from the first cell to the last, and what is stored in it is what a reader elsewhere may see."""
+
+import base64
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+from ipykernel.kernelspec import write_kernel_spec
+from nbclient import NotebookClient
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SECONDS_PER_CELL = 600
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def figures(notebook: Any) -> list[np.ndarray]:
+    """The pictures among the outputs, decoded."""
+    data = [output.get("data", {}) for cell in code_cells(notebook) for output in cell.outputs]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(d["image/png"])))) for d in data if "image/png" in d]
+
+
+def assert_shows_figures(notebook: Any) -> None:
+    shown = figures(notebook)
+    assert shown, "no figure was displayed"
+    assert all(np.ptp(figure[..., :3]) > 0 for figure in shown), "a figure is blank"
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.slow
+@each_notebook
+def test_runs_without_error_and_shows_figures(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # A kernel of this interpreter, whatever kernels and settings the user has.
+    write_kernel_spec(tmp_path / "kernels" / "python3")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # the eight virtual devices are this process's alone
+
+    notebook = nbformat.read(path, as_version=4)
+    for cell in code_cells(notebook):
+        cell.outputs, cell.execution_count = [], None
+    client = NotebookClient(
+        notebook, timeout=SECONDS_PER_CELL, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    )
+    client.execute()  # raises what the first failing cell raised
+    assert all(cell.execution_count for cell in code_cells(notebook))
+    assert_shows_figures(notebook)
+
+
+@each_notebook
+def test_stored_outputs_are_complete_and_portable(path: Path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "not executed once, in order"
+    assert all(not cell.metadata for cell in cells), "cells carry metadata of the run"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert_shows_figures(notebook)
+    text = "\n".join(str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", "")) for output in outputs)
+    assert not re.search(r"(?<![\w.])(/(home|root|tmp|usr|work|Users)/|[A-Z]:\\)", text), "a path of the machine it ran on"
+    assert path.stat().st_size < 600_000
