@@ -63,7 +63,7 @@ def markdown(document: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in document["table"]:
-        figures = "| | | | "
+        figures = "| | | "
         if "psnr_db" in row:
             p = row["psnr_db"]
             psnr = f"{p['mean']:.1f} ({p['low']:.1f} to {p['high']:.1f})"
