@@ -47,6 +47,8 @@ class CalibrationData:
 
     def batched(self, rows: int) -> CalibrationData:
         """The same rows cut into micro-batches of at most ``rows``: leading axis S * (R / rows). Sizes must divide."""
+        if rows < 1 or self.num_rows % rows:
+            raise Ptq4ditError(f"{self.num_rows} calibration rows cannot be cut into micro-batches of {rows}; use a divisor.")
         count = self.num_rows // rows
         cut = lambda a: a.reshape(self.num_steps * count, rows, *a.shape[2:])
         return CalibrationData(x=cut(self.x), t=jnp.repeat(self.t, count), y=cut(self.y))
@@ -98,17 +100,19 @@ def spread_labels(count: int, num_classes: int) -> np.ndarray:
     return (np.arange(count) * num_classes // count).astype(np.int32)
 
 
-def stored_rows(x: ArrayLike, t: ArrayLike, y: ArrayLike, config: DiTConfig) -> CalibrationData:
+def stored_rows(x: ArrayLike, t: ArrayLike, y: ArrayLike, config: DiTConfig, num_timesteps: int = 1000) -> CalibrationData:
     """Calibration rows given by the user: ``x`` (M, H, W, C), ``t`` (M,) integers, ``y`` (M,) labels.
 
-    Rows are grouped by timestep; every timestep must have the same number of rows.
+    Rows are grouped by timestep, of which the model's schedule has ``num_timesteps``; each must have the same number of rows.
     """
-    x_MHWC, t_M, y_M = np.asarray(x, np.float32), np.asarray(t), check_labels(y, config)
+    x_MHWC, t_M, y_M = np.asarray(x, np.float32), np.atleast_1d(t), check_labels(y, config)
     if x_MHWC.ndim != 4 or x_MHWC.shape[1:] != config.image_shape or not len(x_MHWC) == len(t_M) == len(y_M):
         raise Ptq4ditError(
             f"Calibration rows must be x (M, {', '.join(map(str, config.image_shape))}), t (M,) and y (M,), "
             f"not {x_MHWC.shape}, {t_M.shape} and {y_M.shape}."
         )
+    if not np.issubdtype(t_M.dtype, np.integer) or t_M.min() < 0 or t_M.max() >= num_timesteps:
+        raise Ptq4ditError(f"Calibration timesteps t must be integers from 0 to {num_timesteps - 1}, not {t_M.ravel()[:3]}...")
     if not np.isfinite(x_MHWC).all():
         raise Ptq4ditError("Calibration rows x contain NaN or infinity; remove those rows.")
     steps, counts = np.unique(t_M, return_counts=True)
@@ -159,7 +163,9 @@ class Histogram:
         span = self.high - self.low
         position = (x.astype(jnp.float32).ravel() - self.low) * jnp.where(span > 0, bins / span, 0.0)
         index = jnp.clip(position.astype(jnp.int32), 0, bins - 1)
-        return self.replace(counts=self.counts.at[index].add(1.0))  # type: ignore[attr-defined]
+        # Counted in integers: float32 stops counting in ones at 2^24.
+        seen = jnp.zeros(bins, jnp.int32).at[index].add(1)
+        return Histogram(low=self.low, high=self.high, counts=self.counts + seen)
 
 
 def _leading(config: DiTConfig, name: str) -> tuple[int, ...]:

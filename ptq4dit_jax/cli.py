@@ -142,7 +142,7 @@ def quantize(
             raise Ptq4ditError(
                 f"{calibration} must hold the arrays x, t and y; it holds {', '.join(arrays) or 'none of them'}."
             )
-        rows = stored_rows(**arrays, config=dit.config)
+        rows = stored_rows(**arrays, config=dit.config, num_timesteps=dit.schedule.num_timesteps)
 
     console.print(
         f"Quantizing {model} to W{weight_bits}A{act_bits} on {devices_line()}: balance {config.balance}, policy {config.policy}"

@@ -82,7 +82,10 @@ def step_group(edges: jax.Array, t_B: jax.Array) -> jax.Array:
 _jitted_apply = jax.jit(lambda model, x, t, y: model.apply(x, t, y))
 
 
+_nonfinite = jax.jit(lambda tree: jax.tree.map(lambda a: ~jnp.isfinite(a).all(), tree))
+
+
 def has_nonfinite(tree: Any) -> list[str]:
     """Paths of leaves that hold NaN or infinity."""
-    flags = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a: ~jnp.isfinite(a).all(), tree))
+    flags = jax.tree_util.tree_leaves_with_path(jax.device_get(_nonfinite(tree)))
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, flag in flags if bool(flag)]

@@ -4,6 +4,7 @@ before."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -236,7 +237,7 @@ def activation_quantizers(
             balance=residual.get(name.removeprefix("blocks.")),
             bits=config.act_bits,
         )
-    for name in config.dynamic_sites:
+    for name in filter(partial(_is_integer, config), config.dynamic_sites):
         acts[name] = ActQuantizer(
             scale=None, zero_point=None, balance=residual.get(name.removeprefix("blocks.")), bits=config.act_bits, dynamic=True
         )
@@ -257,7 +258,7 @@ def quantize_linear(
         tree = tree[part]
     kernel = jnp.swapaxes(tree["kernel"], -1, -2)
     weight = quantize_weight(kernel, config.rules[name].weight_bits, config.range_search, importance)
-    return QLinear.pack(weight, tree["bias"], act)
+    return jax.jit(QLinear.pack)(weight, tree["bias"], act)
 
 
 def _input_power(statistics: ChannelExtremes, site: str, factors: Mapping[str, jax.Array]) -> jax.Array:

@@ -1,6 +1,6 @@
 """Integers for arrays: the quantized weight, the activation quantizer, and packing. Pure functions; imports no model.
 
-Arithmetic (DESIGN): ``x = sx (xq - zx)`` and ``w = sw_n (wq - zw_n)``. Codes are rounded half to even and clipped.
+Arithmetic (docs/design.md): ``x = sx (xq - zx)`` and ``w = sw_n (wq - zw_n)``. Codes are rounded half to even and clipped.
 Activation codes use the signed range ``[-2^(b-1), 2^(b-1) - 1]`` so that they are int8 as they stand. Weights keep the
 *centered* code ``wq - zw_n``, which
 fits int8 at every width: 8-bit weights are symmetric, and narrower ones lie within ``[-(2^b - 1), 2^b - 1]``.
@@ -17,6 +17,8 @@ from flax import struct
 from ptq4dit_jax.errors import Ptq4ditError
 
 MIN_BITS, MAX_BITS = 2, 8
+#: A range below this is empty: its scale would leave float32's normal numbers.
+_EMPTY = 1e-35
 
 
 def check_bits(name: str, bits: int) -> int:
@@ -39,7 +41,7 @@ def affine_parameters(low: jax.Array, high: jax.Array, bits: int) -> tuple[jax.A
     qmin, qmax = act_code_range(bits)
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     span = high - low
-    scale = jnp.where(span > 0, span / (qmax - qmin), 1.0)
+    scale = jnp.where(span > _EMPTY, span / (qmax - qmin), 1.0)
     return scale, qmin + jnp.round(-low / scale).astype(jnp.int32)
 
 
@@ -90,7 +92,7 @@ class ActQuantizer:
         if self.dynamic:
             x = x if self.balance is None else x * self.balance
             largest = jnp.abs(x).max(-1, keepdims=True)
-            scale = jnp.where(largest > 0, largest / qmax, 1.0)
+            scale = jnp.where(largest > _EMPTY, largest / qmax, 1.0)
             return Encoded(jnp.round(x / scale).astype(jnp.int8), scale, None)
         scale = _broadcast_rows(self.scale, x.ndim).astype(x.dtype)
         zero_point = _broadcast_rows(self.zero_point, x.ndim)

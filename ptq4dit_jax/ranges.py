@@ -19,6 +19,19 @@ _WEIGHT_SHRINKS = tuple(float(x) for x in np.linspace(1.0, 0.4, 31))
 _REFINEMENTS = 3
 
 
+def _upper_quantiles(w: jax.Array) -> jax.Array:
+    """The quantiles ``PERCENTILES`` along the last axis, linearly interpolated, on a new first axis; sorts only the top."""
+    last = w.shape[-1] - 1
+    positions = [(1 - level) * last for level in PERCENTILES]  # counted from the greatest value
+    top = jax.lax.top_k(w, min(last, int(max(positions)) + 1) + 1)[0]
+    floors = [int(position) for position in positions]
+    parts = [
+        top[..., floor] + (position - floor) * (top[..., min(floor + 1, last)] - top[..., floor])
+        for position, floor in zip(positions, floors, strict=True)
+    ]
+    return jnp.stack(parts)
+
+
 #: Least error so far, and the scale and zero point that gave it; each (..., N).
 _Best = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -56,12 +69,12 @@ def quantize_weight(w: jax.Array, bits: int, search: RangeSearch = "mse", import
 
     if search == "minmax":
         candidates = (low[None], high[None])
-    elif search == "percentile":
-        levels = jnp.asarray(PERCENTILES, w.dtype)
-        candidates = (jnp.minimum(jnp.quantile(w, 1 - levels, axis=-1), 0), jnp.maximum(jnp.quantile(w, levels, axis=-1), 0))
     else:
+        candidates = (jnp.minimum(-_upper_quantiles(-w), 0), jnp.maximum(_upper_quantiles(w), 0))
+    if search == "mse":
         shrinks = jnp.asarray(_WEIGHT_SHRINKS, w.dtype).reshape(-1, *[1] * low.ndim)
-        candidates = (shrinks * low, shrinks * high)
+        lows, highs = candidates
+        candidates = (jnp.concatenate([shrinks * low, lows]), jnp.concatenate([shrinks * high, highs]))
 
     def try_candidate(best: _Best, candidate: tuple[jax.Array, jax.Array]) -> tuple[_Best, None]:
         scale, zero_point = _weight_parameters(*candidate, bits)
@@ -104,19 +117,21 @@ def _search_one(
         winner = jnp.argmin(errors)
         return lows[winner], highs[winner]
 
+    if search == "minmax":
+        return jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    cumulative = jnp.cumsum(counts)
+    levels = jnp.asarray(PERCENTILES, low.dtype)
+    edge = lambda level: low + (jnp.searchsorted(cumulative, level) + 1.0) * (high - low) / bins
+    lows, highs = jnp.minimum(jax.vmap(edge)(1 - levels), 0), jnp.maximum(jax.vmap(edge)(levels), 0)
     if search == "percentile":
-        cumulative = jnp.cumsum(counts)
-        levels = jnp.asarray(PERCENTILES, jnp.float32)
-        edge = lambda level: low + (jnp.searchsorted(cumulative, level) + 1.0) * (high - low) / bins
-        return best(jnp.minimum(jax.vmap(edge)(1 - levels), 0), jnp.maximum(jax.vmap(edge)(levels), 0))
+        return best(lows, highs)
 
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
-    if search == "minmax":
-        return low, high
     for ends in ((0.1, 1.0, 19), (0.95, 1.05, 11)):
-        grid = jnp.linspace(*ends, dtype=low.dtype)
-        a, b = jnp.meshgrid(grid, grid)
-        low, high = best(low * a.ravel(), high * b.ravel())
+        a, b = jnp.meshgrid(*[jnp.linspace(*ends, dtype=low.dtype)] * 2)
+        lows, highs = jnp.append(low * a.ravel(), lows), jnp.append(high * b.ravel(), highs)
+        low, high = best(lows, highs)
+        lows, highs = low[None], high[None]
     return low, high
 
 

@@ -77,7 +77,7 @@ def balancing_factors(
     for salience in (activation_salience, weight_salience):
         alive &= salience > DEAD_CHANNEL * salience.max(-1, keepdims=True)
     safe = lambda s: jnp.where(alive, s, 1.0)
-    return (safe(weight_salience) / safe(activation_salience)) ** exponent
+    return safe(weight_salience) ** exponent / safe(activation_salience) ** exponent
 
 
 def equalizing_factors(salience: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from ptq4dit_jax.evaluation.compare import (
     same_noise_images,
 )
 from ptq4dit_jax.evaluation.metrics import Interval, bootstrap_interval, psnr_db, sqnr_db, ssim
-from ptq4dit_jax.evaluation.plots import image_grid, salience_figure, sample_grid
+from ptq4dit_jax.evaluation.plots import image_grid, salience_figure, sample_grid, step_sqnr_figure
 from ptq4dit_jax.evaluation.probes import LAYER_SITES, layer_sqnr, predicted_noise, step_sqnr
 from ptq4dit_jax.evaluation.report import write_report
 
@@ -36,5 +36,6 @@ __all__ = [
     "sqnr_db",
     "ssim",
     "step_sqnr",
+    "step_sqnr_figure",
     "write_report",
 ]

@@ -41,7 +41,7 @@ def write_report(
       folder: created with its parents; written beside itself first and renamed when complete.
       comparison: from :func:`ptq4dit_jax.evaluation.compare.compare`.
       title: heading of the page.
-      describe_rows: one mapping per layer that says what runs, e.g. ``QuantizedDiT.describe()``; its keys become columns.
+      describe_rows: one mapping per layer that says what runs, e.g. :func:`ptq4dit_jax.describe`; its keys become columns.
       settings: whatever else made the figures (paths, bit widths); shown beside the comparison's own settings.
       overwrite: replaces a report that is already there. A folder that holds anything else is never replaced.
 

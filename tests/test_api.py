@@ -1,0 +1,89 @@
+"""The public names, and the example of the package's docstring as a user would run it."""
+
+import inspect
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+
+import ptq4dit_jax as ptq
+from ptq4dit_jax.checkpoints import store
+
+DIGITS = Path(__file__).resolve().parents[1] / "models/digits"
+SHORTER = {
+    "QuantConfig(weight_bits=4)": "QuantConfig(weight_bits=4, calib_steps=2, calib_rows=4, steps=4)",
+    "jnp.arange(10)": "jnp.arange(4)",
+    "steps=50": "steps=4",
+}
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """The names that the docstring's example leaves behind, run with fewer steps, and the folder that it ran in."""
+    code = inspect.cleandoc(ptq.__doc__ or "").partition("\n\n")[2]
+    for text, shorter in SHORTER.items():
+        assert code.count(text) == 1
+        code = code.replace(text, shorter)
+    folder = tmp_path_factory.mktemp("example")
+    (folder / "models").symlink_to(DIGITS.parent)
+    names: dict = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(code, names)
+    return names, folder
+
+
+def test_public_names():
+    assert len(set(ptq.__all__)) == len(ptq.__all__)
+    for name in ptq.__all__:
+        assert getattr(ptq, name) is not None
+        assert inspect.getdoc(getattr(ptq, name)), f"{name} has no docstring"
+    assert {"load", "save", "quantize", "sample", "QuantConfig", "compare", "stored_rows", "to_uint8"} <= set(ptq.__all__)
+    assert issubclass(ptq.Ptq4ditError, ValueError)
+
+
+def test_the_example_of_the_docstring(example):
+    names, folder = example
+    assert isinstance(names["dit"], ptq.FloatDiT)
+    assert isinstance(names["q"], ptq.QuantizedDiT)
+    images = names["images"]
+    assert (images.shape, images.dtype) == ((4, 8, 8, 1), np.float32)
+    assert np.isfinite(images).all()
+    assert images.std() > 0.1
+    facts = store.read_config(folder / "out/digits-w4a8")["provenance"]
+    assert facts["source_sha256"] == store.read_config(DIGITS)["content_sha256"]
+    assert facts["settings"]["weight_bits"] == 4
+
+
+def test_what_was_saved_gives_the_same_bytes(example):
+    names, folder = example
+    loaded = ptq.load(folder / "out/digits-w4a8")
+    again = ptq.sample(loaded, labels=jnp.arange(4), key=jax.random.key(1), steps=4, cfg_scale=1.5)
+    assert again.tobytes() == names["images"].tobytes()
+    other = ptq.sample(loaded, labels=jnp.arange(4), key=jax.random.key(2), steps=4, cfg_scale=1.5)
+    assert other.tobytes() != again.tobytes()
+
+
+def test_float_and_quantized_models_have_one_face(example):
+    rng = np.random.default_rng(0)
+    x, t, y = rng.standard_normal((4, 8, 8, 1)).astype(np.float32), np.array([999, 500, 20, 0]), np.array([0, 9, 10, 3])
+    outputs = [jax.jit(lambda m, *rows: m.apply(*rows))(example[0][name], x, t, y) for name in ("dit", "q")]
+    assert all(out.shape == (4, 8, 8, 2) and out.dtype == jnp.float32 for out in outputs)
+    assert 0 < relative_error(outputs[1][..., :1], outputs[0][..., :1]) < 0.5
+
+
+def test_describe_says_what_runs(example):
+    rows = {row["layer"]: row for row in ptq.describe(example[0]["q"])}
+    assert set(ptq.load(DIGITS).config.linear_shapes) | {"blocks.q @ k", "blocks.probs @ v"} == set(rows)
+    for layer in ("blocks.qkv", "blocks.proj", "blocks.fc1", "blocks.fc2", "blocks.adaLN"):
+        assert (rows[layer]["weight_bits"], rows[layer]["act_bits"], rows[layer]["integer"]) == (4, 8, True)
+
+
+def test_the_model_is_its_config_and_its_parameters():
+    dit = ptq.load(DIGITS)
+    assert dit.num_params == sum(np.prod(a["shape"], dtype=int) for a in store.read_config(DIGITS)["arrays"].values())
+    assert ptq.DiTConfig(**dit.config.to_dict()) == dit.config
+    assert len(ptq.PRESETS) == 12

@@ -1,0 +1,165 @@
+"""Settings: what each policy gives each layer, the paper's values, and a sentence for every setting that cannot be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+
+from ptq4dit_jax.config import EDGE_LAYERS, LAYERS, POLICIES, LayerRule, QuantConfig, layer_rules
+from ptq4dit_jax.diffusion import Sampler
+from ptq4dit_jax.dit import DiTConfig
+
+BLOCK_LAYERS = {"blocks.adaLN", "blocks.qkv", "blocks.proj", "blocks.fc1", "blocks.fc2"}
+Sentence = Callable[..., AbstractContextManager[None]]
+
+
+def test_layers_are_those_of_the_network() -> None:
+    shapes = DiTConfig.preset("DiT-S/2").linear_shapes
+    assert set(LAYERS) == set(shapes)
+    assert set(EDGE_LAYERS) == set(shapes) - BLOCK_LAYERS == {"patch_embed", "time_fc1", "time_fc2", "final_adaLN", "final"}
+    assert len(LAYERS) == len(set(LAYERS)) == 10
+
+
+@pytest.mark.parametrize(
+    ("policy", "edge", "adaln"),
+    [
+        ("uniform", LayerRule(4), LayerRule(4)),
+        ("edges8", LayerRule(8), LayerRule(4)),
+        ("edges8-float", LayerRule(8, integer=False), LayerRule(4)),
+        ("small8", LayerRule(8), LayerRule(8)),
+    ],
+)
+def test_named_policies(policy: str, edge: LayerRule, adaln: LayerRule) -> None:
+    rules = layer_rules(policy, 4)
+    assert set(rules) == set(LAYERS)
+    assert {rules[name] for name in EDGE_LAYERS} == {edge}
+    assert rules["blocks.adaLN"] == adaln
+    assert {rules[name] for name in BLOCK_LAYERS - {"blocks.adaLN"}} == {LayerRule(4)}
+
+
+def test_every_named_policy_is_tested_above() -> None:
+    assert set(POLICIES) == {"uniform", "edges8", "edges8-float", "small8"}
+
+
+def test_exceptions_follow_the_name_and_the_last_one_holds() -> None:
+    rules = layer_rules(" edges8-float, blocks.adaLN=8 ,final=6,blocks.fc2=5:float,final=3", 4)
+    assert rules["blocks.adaLN"] == LayerRule(8)
+    assert rules["blocks.fc2"] == LayerRule(5, integer=False)
+    assert rules["final"] == LayerRule(3)
+    assert rules["patch_embed"] == LayerRule(8, integer=False)
+    assert rules["blocks.qkv"] == LayerRule(4)
+
+
+def test_a_policy_leaves_the_named_ones_as_they_were() -> None:
+    layer_rules("edges8,final=2", 4)
+    assert POLICIES["edges8"]["final"] == LayerRule(8)
+
+
+@pytest.mark.parametrize(
+    ("policy", "parts"),
+    [
+        ("best", ("'best'", "uniform", "edges8-float")),
+        ("", ("''", "uniform")),
+        ("uniform,fc1=8", ("'fc1'", "blocks.fc1")),
+        ("uniform,blocks.0.fc1=8", ("'blocks.0.fc1'",)),
+        ("uniform,", ("Unknown layer ''",)),
+        ("uniform,final", ("'final'", "layer=bits")),
+        ("uniform,final=", ("'final='", "layer=bits")),
+        ("uniform,final=eight", ("'final=eight'", "layer=bits")),
+        ("uniform,final=-4", ("'final=-4'", "layer=bits")),
+        ("uniform,final=8:int", ("'final=8:int'", "layer=bits:float")),
+        ("uniform,final=1", ("The width of final", "2 to 8", "1")),
+        ("uniform,final=16", ("The width of final", "2 to 8", "16")),
+    ],
+)
+def test_a_policy_that_cannot_be_read(policy: str, parts: tuple[str, ...], raises_sentence: Sentence) -> None:
+    with raises_sentence(*parts):
+        layer_rules(policy, 4)
+    with raises_sentence(*parts):
+        QuantConfig(policy=policy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"weight_bits": 1}, ("weight_bits", "2 to 8", "1")),
+        ({"weight_bits": 9}, ("weight_bits", "2 to 8", "9")),
+        ({"weight_bits": 4.0}, ("weight_bits", "integer", "4.0")),
+        ({"weight_bits": "4"}, ("weight_bits", "integer", "'4'")),
+        ({"act_bits": 1}, ("act_bits", "2 to 8", "1")),
+        ({"act_bits": 9}, ("act_bits", "2 to 8", "9")),
+        ({"act_bits": 0}, ("act_bits", "2 to 8", "0")),
+        ({"balance": "csb+"}, ("balance", "csb+ssc", "'csb+'")),
+        ({"balance": "CSB"}, ("balance", "csb", "'CSB'")),
+        ({"ssc": "tokens"}, ("ssc", "steps", "rows", "'tokens'")),
+        ({"range_search": "l1"}, ("range_search", "mse", "'l1'")),
+        ({"temperature": 0.0}, ("temperature", "positive", "0.0")),
+        ({"temperature": -1.0}, ("temperature", "positive", "-1.0")),
+        ({"temperature": float("nan")}, ("temperature", "positive", "nan")),
+        ({"exponent": -0.1}, ("exponent", "between 0", "-0.1")),
+        ({"exponent": 1.5}, ("exponent", "and 1", "1.5")),
+        ({"exponent": float("nan")}, ("exponent", "nan")),
+        ({"step_groups": 0}, ("step_groups", "25", "0")),
+        ({"step_groups": 26}, ("step_groups", "25", "26")),
+        ({"step_groups": 3, "calib_steps": 2}, ("step_groups", "2", "3")),
+        ({"dynamic_sites": ("qkv_in",)}, ("dynamic_sites", "blocks.qkv_in", "'qkv_in'")),
+        ({"dynamic_sites": ("blocks.probs",)}, ("dynamic_sites", "'blocks.probs'")),
+        ({"sampler": "euler"}, ("sampler", "'euler'", "ddpm")),
+        ({"eta": 2.0}, ("eta", "2.0")),
+        ({"cfg_channels": "first4"}, ("cfg_channels", "first3", "'first4'")),
+    ],
+)
+def test_a_setting_that_cannot_be(settings: dict[str, Any], parts: tuple[str, ...], raises_sentence: Sentence) -> None:
+    with raises_sentence(*parts):
+        QuantConfig(**settings)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_width_is_allowed(bits: int) -> None:
+    config = QuantConfig(weight_bits=bits, act_bits=bits, policy="uniform")
+    assert {rule.weight_bits for rule in config.rules.values()} == {bits}
+
+
+def test_the_paper() -> None:
+    """CSB with exponent 1/2 and SSC with temperature 1 on qkv, proj and fc1 alone; static ranges; all linears alike."""
+    for bits in (8, 4):
+        paper = QuantConfig.paper(weight_bits=bits)
+        assert (paper.weight_bits, paper.act_bits) == (bits, 8)
+        assert (paper.balance, paper.ssc, paper.temperature, paper.exponent) == ("csb+ssc", "steps", 1.0, 0.5)
+        assert not paper.balance_fc2
+        assert not paper.equalize_v
+        assert not paper.weigh_inputs
+        assert paper.range_search == "percentile"
+        assert (paper.step_groups, paper.dynamic_sites) == (1, ())
+        assert (paper.calib_steps, paper.calib_rows) == (25, 64)
+        assert set(paper.rules.values()) == {LayerRule(bits)}
+
+
+def test_the_paper_with_exceptions() -> None:
+    paper = QuantConfig.paper(4, balance="csb", range_search="mse")
+    assert (paper.balance, paper.range_search, paper.balance_fc2) == ("csb", "mse", False)
+
+
+def test_defaults_quantize_every_layer() -> None:
+    config = QuantConfig()
+    assert (config.weight_bits, config.act_bits, config.balance) == (8, 8, "csb+ssc")
+    assert all(rule.integer for rule in config.rules.values())
+
+
+def test_the_walk_is_the_samplers() -> None:
+    assert QuantConfig(sampler="ddim", steps="ddim25", eta=0.5).walk == Sampler(name="ddim", steps="ddim25", eta=0.5)
+
+
+def test_settings_are_json_and_come_back() -> None:
+    config = QuantConfig.paper(4, dynamic_sites=("blocks.qkv_in",), step_groups=5, steps="ddim25")
+    stored = json.loads(json.dumps(config.to_dict()))
+    assert QuantConfig(**{**stored, "dynamic_sites": tuple(stored["dynamic_sites"])}) == config
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        QuantConfig().weight_bits = 4  # type: ignore[misc]
