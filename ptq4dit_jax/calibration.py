@@ -106,7 +106,7 @@ def stored_rows(x: ArrayLike, t: ArrayLike, y: ArrayLike, config: DiTConfig, num
     Rows are grouped by timestep, of which the model's schedule has ``num_timesteps``; each must have the same number of rows.
     """
     x_MHWC, t_M, y_M = np.asarray(x, np.float32), np.atleast_1d(t), check_labels(y, config)
-    if x_MHWC.ndim != 4 or x_MHWC.shape[1:] != config.image_shape or not len(x_MHWC) == len(t_M) == len(y_M):
+    if x_MHWC.ndim != 4 or x_MHWC.shape[1:] != config.image_shape or not t_M.shape == y_M.shape == x_MHWC.shape[:1]:
         raise Ptq4ditError(
             f"Calibration rows must be x (M, {', '.join(map(str, config.image_shape))}), t (M,) and y (M,), "
             f"not {x_MHWC.shape}, {t_M.shape} and {y_M.shape}."

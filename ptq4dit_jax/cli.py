@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import jax
 import numpy as np
 import typer
 
@@ -15,6 +14,7 @@ from ptq4dit_jax import checkpoints, ptq, sampling
 from ptq4dit_jax.calibration import stored_rows
 from ptq4dit_jax.checkpoints import store
 from ptq4dit_jax.config import LAYERS, POLICIES, QuantConfig
+from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, describe
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import compare, image_grid, num_bytes, plain, write_report
@@ -29,6 +29,7 @@ from ptq4dit_jax.terminal import (
     parse_labels,
     print_table,
     read_arrays,
+    read_key,
     stages,
     write_file,
     write_json,
@@ -43,7 +44,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-ModelArgument = Annotated[str, typer.Argument(help="A model folder, or random:PRESET[@SIZE].", show_default=False)]
+ModelArgument = Annotated[str, typer.Argument(help="A model folder, random:PRESET or random:PRESET@SIZE.", show_default=False)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", metavar="FILE")]
 Seed = Annotated[int, typer.Option(help="Seed of all noise; the same seed gives the same bytes.")]
 Steps = Annotated[str, typer.Option(help="Sampler steps: a count, or a respacing such as ddim50.")]
@@ -55,6 +56,12 @@ BatchSize = Annotated[int | None, typer.Option(help="Images per compiled call; a
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
+def _num_parameters(c: DiTConfig) -> int:
+    """Of the float network: weights, biases and the table of labels."""
+    table = (c.num_classes + c.null_class) * c.hidden_size
+    return table + sum((k + 1) * n * (c.depth if name.startswith("blocks.") else 1) for name, (k, n) in c.linear_shapes.items())
+
+
 def _summary(model: checkpoints.Model) -> dict[str, Any]:
     c = model.config
     return {
@@ -63,7 +70,7 @@ def _summary(model: checkpoints.Model) -> dict[str, Any]:
         "image": f"{c.input_size} x {c.input_size} x {c.in_channels}",
         "classes": c.num_classes,
         "learned_sigma": c.learn_sigma,
-        "parameters": sum(k * n * (c.depth if name.startswith("blocks.") else 1) for name, (k, n) in c.linear_shapes.items()),
+        "parameters": _num_parameters(c),
         "bytes": num_bytes(model),
     }
 
@@ -71,6 +78,7 @@ def _summary(model: checkpoints.Model) -> dict[str, Any]:
 @app.command()
 def info(model: ModelArgument, json: Json = None) -> None:
     """Shows what a model is: its shape, its size and, if quantized, what runs for each layer."""
+    check_target(json, overwrite=True)
     loaded = load_model(model)
     summary = _summary(loaded)
     for key, value in summary.items():
@@ -106,12 +114,22 @@ def quantize(
     cfg_scale: CfgScale = 1.5,
     cfg_channels: CfgChannels = "first3",
     policy: Annotated[
-        str, typer.Option(help=f"{', '.join(POLICIES)}; then layer=bits or layer=bits:float. Layers: {', '.join(LAYERS)}.")
-    ] = QuantConfig.policy,
-    step_groups: Annotated[int, typer.Option(help="Activation ranges per group of steps.")] = QuantConfig.step_groups,
+        str | None,
+        typer.Option(
+            help=f"{', '.join(POLICIES)}; then layer=bits or layer=bits:float. Layers: {', '.join(LAYERS)}.",
+            show_default=QuantConfig.policy,
+        ),
+    ] = None,
+    step_groups: Annotated[
+        int | None, typer.Option(help="Activation ranges per group of steps.", show_default=str(QuantConfig.step_groups))
+    ] = None,
     dynamic: Annotated[
-        str, typer.Option(help="Sites scaled per row at run time, comma-separated: blocks.qkv_in,...")
-    ] = ",".join(QuantConfig.dynamic_sites),
+        str | None,
+        typer.Option(
+            help="Sites scaled per row at run time, comma-separated: blocks.qkv_in,...",
+            show_default=",".join(QuantConfig.dynamic_sites) or "none",
+        ),
+    ] = None,
     paper: Annotated[
         bool, typer.Option("--paper", help="The paper's settings to the letter, but for the options above.")
     ] = False,
@@ -121,27 +139,24 @@ def quantize(
     json: Json = None,
 ) -> None:
     """Quantizes a float model after training: calibrate, balance and fold, choose ranges, pack, save."""
-    options = {
+    options: dict[str, Any] = {
         "weight_bits": weight_bits, "act_bits": act_bits, "balance": balance, "ssc": ssc, "temperature": temperature,
         "calib_steps": calib_steps, "calib_rows": calib_rows, "sampler": sampler, "steps": steps, "eta": eta,
         "cfg_scale": cfg_scale, "cfg_channels": cfg_channels,
     }  # fmt: skip
-    if paper:
-        config = QuantConfig.paper(**cast(Any, options))
-    else:
-        sites = tuple(name.strip() for name in dynamic.split(",") if name.strip())
-        config = QuantConfig(**cast(Any, options), policy=policy, step_groups=step_groups, dynamic_sites=sites)
-    check_target(out, overwrite)
+    sites = None if dynamic is None else tuple(name.strip() for name in dynamic.split(",") if name.strip())
+    given = {"policy": policy, "step_groups": step_groups, "dynamic_sites": sites}
+    options |= {name: value for name, value in given.items() if value is not None}
+    config = (QuantConfig.paper if paper else QuantConfig)(**cast(Any, options))
+    key = read_key(seed)
+    check_target(out, overwrite, "config.json")
+    check_target(json, overwrite=True)
     dit = load_model(model)
     if not isinstance(dit, FloatDiT):
         raise Ptq4ditError(f"{model} is quantized already; quantize the float model that it came from.")
     rows = None
     if calibration is not None:
         arrays = read_arrays(calibration, ("x", "t", "y"))
-        if len(arrays) != 3:
-            raise Ptq4ditError(
-                f"{calibration} must hold the arrays x, t and y; it holds {', '.join(arrays) or 'none of them'}."
-            )
         rows = stored_rows(**arrays, config=dit.config, num_timesteps=dit.schedule.num_timesteps)
 
     console.print(
@@ -152,7 +167,7 @@ def quantize(
         quantized = ptq.quantize(
             dit,
             config,
-            key=jax.random.key(seed),
+            key=key,
             calibration=rows,
             row_batch=row_batch,
             mesh=all_devices_mesh(),
@@ -191,21 +206,23 @@ def sample(
     """Samples images from a float or quantized model, the whole chain in one compiled program."""
     if out.suffix not in (".png", ".npz"):
         raise Ptq4ditError(f"--out must end in .png or .npz, not {out.name!r}.")
+    key = read_key(seed)
     check_target(out, overwrite)
+    check_target(json, overwrite=True)
     wanted = parse_labels(labels, repeat)
     loaded = load_model(model)
     if out.suffix == ".png" and loaded.config.in_channels not in (1, 3):
         raise Ptq4ditError(
             f"{model} makes latents of {loaded.config.in_channels} channels, not pictures; use an --out that ends in .npz."
         )
-    given = {} if noise is None else read_arrays(noise, ("noise", "step_noise"))
+    given = {} if noise is None else read_arrays(noise, ("noise",), ("step_noise",))
     console.print(
         f"Sampling {len(wanted)} images from {model} on {devices_line()}: {sampler}, {steps} steps, guidance {cfg_scale}"
     )
     started = time.perf_counter()
     with stages() as report:
         images = sampling.sample(
-            cast(Any, loaded), wanted, jax.random.key(seed), steps=steps, sampler=cast(Any, sampler), eta=eta,
+            cast(Any, loaded), wanted, key, steps=steps, sampler=cast(Any, sampler), eta=eta,
             cfg_scale=cfg_scale, cfg_channels=cast(Any, cfg_channels), batch_size=batch_size, mesh=all_devices_mesh(),
             progress=lambda done, total: report("sample", done, total), **given,
         )  # fmt: skip
@@ -244,23 +261,25 @@ def evaluate(
     json: Json = None,
 ) -> None:
     """Measures a model against the float model on the same noise and writes a report with pictures."""
-    check_target(out, overwrite)
+    key = read_key(seed)
+    check_target(out, overwrite, "report.json")
+    check_target(json, overwrite=True)
     reference, other = load_model(against), load_model(model)
     if not isinstance(reference, FloatDiT):
         raise Ptq4ditError(f"--against must be a float model; {against} is quantized.")
     wanted = parse_labels(labels or f"0-{min(reference.config.num_classes, 64) - 1}", repeat)
     sampling.check_labels(wanted, reference.config)
-    name = Path(model).name
+    name = Path(model).resolve().name
     console.print(f"Comparing {model} with {against} on {devices_line()}: {len(wanted)} images, {sampler}, {steps} steps")
     with stages() as report:
         comparison = compare(
-            reference, {name: cast(Any, other)}, labels=wanted, key=jax.random.key(seed), steps=steps,
+            reference, {name: cast(Any, other)}, labels=wanted, key=key, steps=steps,
             sampler=cast(Any, sampler), eta=eta, cfg_scale=cfg_scale, cfg_channels=cast(Any, cfg_channels),
             batch_size=batch_size, seed=seed, progress=lambda done, total: report("compare", done, total),
         )  # fmt: skip
     rows = describe(other) if isinstance(other, QuantizedDiT) else None
     where = write_report(
-        out, comparison, title=f"{name} against {Path(against).name}", describe_rows=rows,
+        out, comparison, title=f"{name} against {Path(against).resolve().name}", describe_rows=rows,
         settings={"model": model, "against": against, "seed": seed}, overwrite=overwrite,
     )  # fmt: skip
     print_table("Same noise, against the float model", [

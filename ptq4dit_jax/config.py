@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal, get_args
 
 from ptq4dit_jax.diffusion import Sampler, SamplerName
@@ -50,7 +51,7 @@ def layer_rules(policy: str, weight_bits: int) -> dict[str, LayerRule]:
         bits, _, kind = value.partition(":")
         if layer not in rules:
             raise Ptq4ditError(f"Unknown layer {layer!r} in the policy; the layers are {', '.join(LAYERS)}.")
-        if not bits.isdigit() or kind not in ("", "float"):
+        if not (bits.isascii() and bits.isdigit()) or kind not in ("", "float"):
             raise Ptq4ditError(f"Policy {override!r} must read layer=bits or layer=bits:float, for example final=8.")
         rules[layer] = LayerRule(check_bits(f"The width of {layer}", int(bits)), integer=kind != "float")
     return rules
@@ -112,8 +113,10 @@ class QuantConfig:
         _check_choice("ssc", self.ssc, get_args(SscAxis))
         _check_choice("range_search", self.range_search, get_args(RangeSearch))
         _check_choice("cfg_channels", self.cfg_channels, get_args(GuidedChannels))
-        if not self.temperature > 0:
-            raise Ptq4ditError(f"temperature must be positive, not {self.temperature}.")
+        if not 0 < self.temperature < math.inf:
+            raise Ptq4ditError(f"temperature must be positive and finite, not {self.temperature}.")
+        if not math.isfinite(self.cfg_scale):
+            raise Ptq4ditError(f"cfg_scale must be a finite number, not {self.cfg_scale}.")
         if not 0 <= self.exponent <= 1:
             raise Ptq4ditError(f"exponent must lie between 0 (no balancing) and 1, not {self.exponent}.")
         if self.step_groups < 1:

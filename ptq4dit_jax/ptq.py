@@ -23,7 +23,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.quantizers import ActQuantizer, Balance
-from ptq4dit_jax.ranges import activation_parameters, quantize_weight
+from ptq4dit_jax.ranges import RangeSearch, activation_parameters, quantize_weight
 
 #: Called with (stage, units done, units in all).
 StageProgress = Callable[[str, int, int], None]
@@ -256,9 +256,22 @@ def quantize_linear(
     tree = folded.params
     for part in name.split("."):
         tree = tree[part]
-    kernel = jnp.swapaxes(tree["kernel"], -1, -2)
-    weight = quantize_weight(kernel, config.rules[name].weight_bits, config.range_search, importance)
-    return jax.jit(QLinear.pack)(weight, tree["bias"], act)
+    bits = config.rules[name].weight_bits
+    return _quantize_and_pack(tree["kernel"], tree["bias"], act, importance, bits=bits, search=config.range_search)
+
+
+@partial(jax.jit, static_argnames=("bits", "search"))
+def _quantize_and_pack(
+    kernel: jax.Array,
+    bias: jax.Array,
+    act: ActQuantizer | None,
+    importance: jax.Array | None,
+    *,
+    bits: int,
+    search: RangeSearch,
+) -> QLinear:
+    weight = quantize_weight(jnp.swapaxes(kernel, -1, -2), bits, search, importance)
+    return QLinear.pack(weight, bias, act)
 
 
 def _input_power(statistics: ChannelExtremes, site: str, factors: Mapping[str, jax.Array]) -> jax.Array:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 from ptq4dit_jax import sharding
@@ -20,7 +20,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 Progress = Callable[[int, int], None]
 
 
-@partial(jax.jit, static_argnames=("stochastic", "learned_variance", "guided", "channels", "num_kept"))
+@partial(jax.jit, static_argnames=("stochastic", "learned_variance", "guided", "channels", "num_kept", "mesh"))
 def sample_batch(
     model: Any,
     tables: StepTables,
@@ -37,25 +37,50 @@ def sample_batch(
     guided: bool,
     channels: GuidedChannels,
     num_kept: int,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One compiled program from noise to images: (B, H, W, C) and the kept step inputs (num_kept, B, H, W, C)."""
-    shape = model.config.image_shape
-    keys_B = sample_keys(key, indices_B)
-    x_T = sample_noise(keys_B, 0, shape) if noise is None else noise
+    """One compiled program from noise to images: (B, H, W, C) and the kept step inputs (num_kept, B, H, W, C).
 
-    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-        t_1 = t[None]
-        if guided:
-            return guided_apply(model, x, t_1, labels_B, cfg_scale, channels)
-        return model.apply(x, t_1, labels_B)
+    With a mesh every device runs the program of a single device on its share of the batch (``shard_map``). Left to the
+    the same chain is fused differently, rounds differently in the last bit, and a quantizer turns that into another code.
+    """
 
-    def draw(step: jax.Array) -> jax.Array:
-        return sample_noise(keys_B, step + 1, shape) if step_noise is None else step_noise[step]
+    def chain(
+        model: Any,
+        tables: StepTables,
+        key: jax.Array,
+        indices_B: jax.Array,
+        labels_B: jax.Array,
+        cfg_scale: jax.Array,
+        noise: jax.Array | None,
+        step_noise: jax.Array | None,
+        keep_slots: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        shape = model.config.image_shape
+        keys_B = sample_keys(key, indices_B)
+        x_T = sample_noise(keys_B, 0, shape) if noise is None else noise
 
-    return denoise(
-        predict, tables, x_T, draw if stochastic else None,
-        learned_variance=learned_variance, keep_slots=keep_slots, num_kept=num_kept,
-    )  # fmt: skip
+        def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+            t_1 = t[None]
+            if guided:
+                return guided_apply(model, x, t_1, labels_B, cfg_scale, channels)
+            return model.apply(x, t_1, labels_B)
+
+        def draw(step: jax.Array) -> jax.Array:
+            return sample_noise(keys_B, step + 1, shape) if step_noise is None else step_noise[step]
+
+        return denoise(
+            predict, tables, x_T, draw if stochastic else None,
+            learned_variance=learned_variance, keep_slots=keep_slots, num_kept=num_kept,
+        )  # fmt: skip
+
+    if mesh is not None:
+        whole, rows, rows_of_steps = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
+        chain = jax.shard_map(
+            chain, mesh=mesh, in_specs=(whole, whole, whole, rows, rows, whole, rows, rows_of_steps, whole),
+            out_specs=(rows, rows_of_steps), check_vma=False,
+        )  # fmt: skip
+    return chain(model, tables, key, indices_B, labels_B, cfg_scale, noise, step_noise, keep_slots)
 
 
 def check_labels(labels: ArrayLike, config: DiTConfig) -> np.ndarray:
@@ -77,6 +102,8 @@ def _check_noise(name: str, array: ArrayLike | None, shape: tuple[int, ...]) -> 
     given = np.asarray(array, np.float32)
     if given.shape != shape:
         raise Ptq4ditError(f"{name} must have shape {shape}, not {given.shape}.")
+    if not np.isfinite(given).all():
+        raise Ptq4ditError(f"{name} contains NaN or infinity.")
     return given
 
 
@@ -162,6 +189,10 @@ def run_chain(
     tables = walk.tables(model.schedule)
     noise = _check_noise("noise", noise, (total, *shape))
     step_noise = _check_noise("step_noise", step_noise, (tables.num_steps, total, *shape))
+    if not np.isfinite(cfg_scale):
+        raise Ptq4ditError(f"cfg_scale must be a finite number, not {cfg_scale}.")
+    if cfg_channels not in get_args(GuidedChannels):
+        raise Ptq4ditError(f"cfg_channels must be one of {', '.join(get_args(GuidedChannels))}, not {cfg_channels!r}.")
     guided = cfg_scale != 1.0
     if guided:
         _ = config.null_label  # raises where guidance is impossible
@@ -189,7 +220,7 @@ def run_chain(
         x, inputs = sample_batch(
             model, tables, key, indices, batch_labels, scale, x_T, z, slots,
             stochastic=walk.stochastic, learned_variance=config.learn_sigma and walk.name == "ddpm",
-            guided=guided, channels=cfg_channels, num_kept=num_kept,
+            guided=guided, channels=cfg_channels, num_kept=num_kept, mesh=mesh,
         )  # fmt: skip
         x, inputs = jax.device_get((x, inputs))
         images.append(np.asarray(x, np.float32)[: stop - start])

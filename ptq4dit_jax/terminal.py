@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
+from zlib import error as ZlibError
 
 import jax
 import numpy as np
@@ -22,9 +23,12 @@ from rich.table import Table
 from ptq4dit_jax import checkpoints, sharding
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.model import FloatDiT, has_nonfinite
 
-console = Console(highlight=False, soft_wrap=True)
+# Without markup and emoji: paths are printed as they are, whatever brackets and colons they hold.
+console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+_MAX_LABEL = 10**6
 
 
 @contextlib.contextmanager
@@ -46,7 +50,10 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of one shape as a table; the keys of the first are the headings."""
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
     for key, value in rows[0].items():
-        table.add_column(key.replace("_", " "), justify="right" if isinstance(value, (int, float)) else "left")
+        # The first column names the row: it is never cut off.
+        table.add_column(
+            key.replace("_", " "), justify="right" if isinstance(value, (int, float)) else "left", no_wrap=not table.columns
+        )
     for row in rows:
         table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(table)
@@ -70,9 +77,12 @@ def megabytes(count: int) -> str:
 def load_model(name: str) -> checkpoints.Model:
     """A model folder, or ``random:PRESET[@SIZE]``: a published size with random weights, for trying things out."""
     if not name.startswith("random:"):
-        return checkpoints.load(name)
+        model = checkpoints.load(name)
+        if bad := has_nonfinite(model):
+            raise Ptq4ditError(f"The model in {name} holds NaN or infinity in {', '.join(bad[:3])}, so it is of no use.")
+        return model
     preset, _, size = name.removeprefix("random:").partition("@")
-    if size and not size.isdigit():
+    if size and not (size.isascii() and size.isdigit()):
         raise Ptq4ditError(f"The latent size in {name!r} must be a number, for example random:DiT-S/2@32.")
     return FloatDiT.init(DiTConfig.preset(preset, input_size=int(size or 32)), jax.random.key(0))
 
@@ -82,30 +92,64 @@ def parse_labels(text: str, repeat: int = 1) -> np.ndarray:
     labels: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match or (match[2] and int(match[2]) < int(match[1])):
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
             raise Ptq4ditError(f"Labels {text!r} must be numbers and ranges such as 0-9 or 1,3,5-7.")
-        labels += range(int(match[1]), int(match[2] or match[1]) + 1)
+        if last > _MAX_LABEL:
+            raise Ptq4ditError(f"Label {last} is out of range; no model has so many classes.")
+        labels += range(first, last + 1)
     if repeat < 1:
         raise Ptq4ditError(f"--repeat must be positive, not {repeat}.")
     return np.array(labels * repeat, np.int32)
 
 
-def read_arrays(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The named arrays of an npz file, without ever unpickling; absent ones are left out."""
+def read_key(seed: int) -> jax.Array:
+    """The key of a seed; JAX would take any other seed modulo 2^32, so that two seeds gave the same noise."""
+    if not 0 <= seed < 2**32:
+        raise Ptq4ditError(f"--seed must be 0 to {2**32 - 1}, not {seed}.")
+    return jax.random.key(seed)
+
+
+def read_arrays(path: str | os.PathLike[str], required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """The named arrays of an npz file, which hold numbers, without ever unpickling; absent optional ones are left out."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names if name in file}
-    except (OSError, ValueError, BadZipFile, TypeError, AttributeError) as error:
-        raise Ptq4ditError(f"{os.fspath(path)} cannot be read as an .npz file of plain arrays ({error}).") from error
+            arrays = {name: file[name] for name in (*required, *optional) if name in file}
+            present = ", ".join(file) or "nothing"
+    except (OSError, EOFError, ValueError, BadZipFile, ZlibError, TypeError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition(". ")[0].rstrip(".")
+        raise Ptq4ditError(f"{os.fspath(path)} cannot be read as an .npz file of plain arrays ({reason}).") from error
+    if missing := [name for name in required if name not in arrays]:
+        raise Ptq4ditError(f"{os.fspath(path)} must hold the array {', '.join(missing)}; it holds {present}.")
+    for name, array in arrays.items():
+        if array.dtype.kind not in "iuf":
+            raise Ptq4ditError(f"The array {name} in {os.fspath(path)} must hold numbers, not {array.dtype}.")
+    return arrays
 
 
-def check_target(path: Path, overwrite: bool) -> None:
-    """Refuses an output that exists (unless ``overwrite``) or cannot be made, before any long work."""
-    target = path.expanduser().absolute()
-    if target.exists() and not overwrite:
-        raise Ptq4ditError(f"{path} exists; choose another path, or pass --overwrite to replace it.")
-    parent = next(folder for folder in target.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+def check_target(path: Path | None, overwrite: bool, folder_with: str | None = None) -> None:
+    """Refuses an output that exists (unless ``overwrite``) or cannot be made, before any long work.
+
+    An output is a file, or a folder known by the file ``folder_with`` in it; a folder of anything else is never replaced.
+    """
+    if path is None:
+        return
+    try:
+        target = path.expanduser().absolute()
+        if target.exists():
+            if not overwrite:
+                raise Ptq4ditError(f"{path} exists; choose another path, or pass --overwrite to replace it.")
+            if folder_with is None and target.is_dir():
+                raise Ptq4ditError(f"{path} is a folder, which a file cannot replace; choose another path.")
+            if folder_with and not (target / folder_with).is_file() and not (target.is_dir() and not any(target.iterdir())):
+                raise Ptq4ditError(f"{path} holds something else, so it is not overwritten; choose another path.")
+        parent = next(folder for folder in target.parents if folder.exists())
+        writable = parent.is_dir() and os.access(parent, os.W_OK)
+    except (OSError, RuntimeError) as error:
+        raise Ptq4ditError(
+            f"Cannot write {path} ({getattr(error, 'strerror', None) or error}); choose another path."
+        ) from error
+    if not writable:
         raise Ptq4ditError(f"Cannot write {path}: {parent} is not a folder that you may write to.")
 
 
@@ -113,6 +157,7 @@ def write_file(path: Path, write: Callable[[Any], None]) -> Path:
     """Writes a file beside its place and moves it there when complete; returns the absolute path."""
     target = path.expanduser().absolute()
     temporary = None
+    made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
@@ -120,6 +165,7 @@ def write_file(path: Path, write: Callable[[Any], None]) -> Path:
             write(file)
         temporary.chmod(0o644)
         temporary.replace(target)
+        made = []
     except OSError as error:
         raise Ptq4ditError(
             f"Cannot write {path} ({error.strerror or error}); check its permissions and the free space."
@@ -127,6 +173,9 @@ def write_file(path: Path, write: Callable[[Any], None]) -> Path:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
     return target
 
 

@@ -21,7 +21,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 
 KIND = "float_dit"
-_FLOATS = ("float32", "bfloat16", "float16")
+FLOATS = ("float32", "bfloat16", "float16")
 _Settings = TypeVar("_Settings")
 
 
@@ -52,8 +52,8 @@ def load_float(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Flo
     """
     config, schedule = read_model_meta(meta)
     dtype = meta.get("dtype")
-    if dtype not in _FLOATS:
-        raise Ptq4ditError(f"The model's dtype is {dtype!r}; a float model computes in {', '.join(_FLOATS)}.")
+    if dtype not in FLOATS:
+        raise Ptq4ditError(f"The model's dtype is {dtype!r}; a float model computes in {', '.join(FLOATS)}.")
     check_arrays(arrays, _expected(config, dtype), "This is no complete float model")
     params = traverse_util.unflatten_dict({name: jnp.asarray(array) for name, array in arrays.items()}, sep="/")
     return FloatDiT(params=params, config=config, schedule=schedule)

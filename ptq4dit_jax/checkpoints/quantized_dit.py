@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq4dit_jax.checkpoints import store
-from ptq4dit_jax.checkpoints.float_dit import check_arrays, model_meta, read_model_meta
-from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.checkpoints.float_dit import FLOATS, check_arrays, model_meta, read_model_meta
+from ptq4dit_jax.dit import BLOCK_SITES, DiTConfig
 from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.quantizers import ActQuantizer, QTensor, check_bits
 
 KIND = "quantized_dit"
+_SITES = tuple(f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer is None)
 
 
 def save_quantized(
@@ -32,6 +33,7 @@ def save_quantized(
     meta = {
         "kind": KIND,
         **model_meta(model.config, model.schedule),
+        "dtype": model.dtype,
         "num_groups": model.num_groups,
         "linears": {name: _linear_spec(layer) for name, layer in model.linears.items()},
         "sites": {name: _act_spec(act) for name, act in model.sites.items()},
@@ -48,15 +50,20 @@ def load_quantized(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) ->
         the settings ask for, all named at once.
     """
     config, schedule = read_model_meta(meta)
+    if (dtype := meta.get("dtype", "float32")) not in FLOATS:
+        raise Ptq4ditError(f"The model's dtype is {dtype!r}; a quantized model computes in {', '.join(FLOATS)}.")
+    num_groups = meta.get("num_groups")
+    if type(num_groups) is not int or num_groups < 1:
+        raise Ptq4ditError(f"The model's num_groups is {num_groups!r}, not a positive integer; the folder is damaged.")
     try:
-        skeleton = _skeleton(config, meta["linears"], meta["sites"], meta["num_groups"])
+        skeleton = _skeleton(config, meta["linears"], meta["sites"], num_groups)
     except (KeyError, TypeError, AttributeError) as error:
         raise Ptq4ditError(f"This quantized model's config.json lacks or garbles {error}; the folder is damaged.") from error
     expected = _flatten(skeleton)
     check_arrays(arrays, expected, "This is no complete quantized model")
     leaves = [jnp.asarray(arrays[name]) for name in expected]
     model = jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
-    return model.replace(schedule=schedule, provenance=Provenance(dict(meta.get("provenance", {}))))
+    return model.replace(schedule=schedule, dtype=dtype, provenance=Provenance(dict(meta.get("provenance", {}))))
 
 
 def _flatten(model: QuantizedDiT) -> dict[str, Any]:
@@ -101,7 +108,7 @@ def _skeleton(config: DiTConfig, linears: Mapping[str, Any], sites: Mapping[str,
 
     return QuantizedDiT(
         linears={name: linear(name, linears[name]) for name in config.linear_shapes},
-        sites={name: act(spec, _lead(config, name), config.hidden_size) for name, spec in sites.items()},
+        sites={name: act(sites[name], _lead(config, name), config.hidden_size) for name in _SITES},
         label_embed=leaf("float32", config.num_classes + config.null_class, config.hidden_size),
         group_edges=leaf("int32", num_groups - 1),
         config=config,

@@ -161,6 +161,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise Ptq4ditError(f"{newer}; this one reads up to {VERSION}: upgrade ptq4dit_jax.")
     if not isinstance(config.get("kind"), str):
         raise Ptq4ditError(f"{source / _CONFIG} does not say what kind of model this is; copy, download or quantize it again.")
+    if not isinstance(config.get("provenance", {}), dict):
+        raise Ptq4ditError(f"The provenance in {source / _CONFIG} is no JSON object; copy, download or quantize it again.")
     return config
 
 

@@ -187,6 +187,8 @@ def compare(
     _check_models(reference, others)
     if sqnr_steps < 1 or sqnr_rows < 1:
         raise Ptq4ditError(f"SQNR needs at least one step and one row, not {sqnr_steps} steps and {sqnr_rows} rows.")
+    if batch_size is not None and batch_size < 1:
+        raise Ptq4ditError(f"batch_size must be positive, not {batch_size}.")
     reference = reference.astype(jnp.float32)
     config, labels_N = reference.config, check_labels(labels, reference.config)
     walk = Sampler(name=sampler, steps=steps, eta=eta)

@@ -1,0 +1,385 @@
+"""The pipeline: what it decides, what each setting does to the result, the law of salient channels, and its errors."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import random_inputs, relative_error, salient_model, tiny_model
+from jax.sharding import Mesh
+
+import ptq4dit_jax as ptq
+from ptq4dit_jax.calibration import CalibrationData, ChannelExtremes, channel_extremes
+from ptq4dit_jax.checkpoints.float_dit import source_hash
+from ptq4dit_jax.config import EDGE_LAYERS, LAYERS
+from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.ptq import apply_balancing, balance
+
+DIGITS = Path(__file__).parents[1] / "models" / "digits"
+KEY = jax.random.key(0)
+Sentence = Callable[..., AbstractContextManager[None]]
+
+apply = jax.jit(lambda model, x, t, y: model.apply(x, t, y))
+guided = jax.jit(lambda model, x, t, y: ptq.guided_apply(model, x, t, y, 1.5))
+
+
+@pytest.fixture(scope="module")
+def model() -> FloatDiT:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def rows(model: FloatDiT) -> CalibrationData:
+    """Three steps of eight rows, different at each step."""
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((3, 8, *model.config.image_shape)) * np.array([1.0, 0.8, 0.6]).reshape(3, 1, 1, 1, 1)
+    y = np.tile(np.arange(8, dtype=np.int32) % 6, (3, 1))
+    return CalibrationData(x=x.astype(np.float32), t=np.array([900, 400, 0], np.int32), y=y)
+
+
+@pytest.fixture(scope="module")
+def extremes(model: FloatDiT, rows: CalibrationData) -> dict[str, ChannelExtremes]:
+    return channel_extremes(model, rows, sites=tuple(model.config.site_features))
+
+
+@pytest.fixture(scope="module")
+def w4a8(model: FloatDiT, rows: CalibrationData) -> ptq.QuantizedDiT:
+    return ptq.quantize(model, ptq.QuantConfig(weight_bits=4), key=KEY, calibration=rows)
+
+
+def same_bytes(a: Any, b: Any) -> bool:
+    leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in (a, b)]
+    assert len(leaves[0]) == len(leaves[1])
+    return all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in zip(*leaves, strict=True))
+
+
+def error(model: FloatDiT, q: ptq.QuantizedDiT) -> float:
+    x, y = random_inputs(model.config, 6)
+    t = np.array([400])
+    return relative_error(apply(q, x, t, y), apply(model, x, t, y))
+
+
+# What comes out.
+
+
+def test_the_result_says_where_it_comes_from(model: FloatDiT, w4a8: ptq.QuantizedDiT) -> None:
+    facts = w4a8.provenance.facts
+    assert facts["source_sha256"] == source_hash(model.params)
+    assert facts["settings"] == ptq.QuantConfig(weight_bits=4).to_dict()
+    assert facts["calibration"] == {"rows": "given", "steps": 3, "rows_per_step": 8}
+    assert w4a8.config == model.config
+    assert w4a8.schedule == model.schedule
+
+
+def test_the_source_is_left_as_it_was(model: FloatDiT, w4a8: ptq.QuantizedDiT) -> None:
+    assert w4a8.num_groups == 3
+    assert same_bytes(model.params, tiny_model().params)
+
+
+def test_the_default_feeds_the_edges_with_floats(w4a8: ptq.QuantizedDiT) -> None:
+    table = {row["layer"]: row for row in ptq.describe(w4a8)}
+    for name in LAYERS:
+        edge = name in EDGE_LAYERS
+        assert table[name]["integer"] is not edge
+        assert table[name]["weight_bits"] == (8 if edge else 4)
+        assert table[name]["act_bits"] == (32 if edge else 8)
+        assert table[name]["runs"] == ("float32 on de-quantized weights" if edge else "int8 x int8 -> int32")
+
+
+def test_a_policy_gives_each_layer_the_width_asked_for(model: FloatDiT, rows: CalibrationData) -> None:
+    policy = "uniform,blocks.adaLN=6,final=8:float,blocks.fc2=3,blocks.qkv=4:float"
+    q = ptq.quantize(model, ptq.QuantConfig(weight_bits=4, policy=policy), key=KEY, calibration=rows)
+    bits = {row["layer"]: row["weight_bits"] for row in ptq.describe(q)}
+    expected = dict.fromkeys(LAYERS, 4) | {"blocks.adaLN": 6, "final": 8, "blocks.fc2": 3}
+    assert {name: bits[name] for name in LAYERS} == expected
+    assert {row["layer"] for row in ptq.describe(q) if not row["integer"]} == {"final", "blocks.qkv"}
+    assert q.linears["blocks.fc2"].act.balance is not None
+    assert error(model, q) < 0.5
+
+
+def test_weights_hold_codes_of_their_width(w4a8: ptq.QuantizedDiT) -> None:
+    for name, layer in w4a8.linears.items():
+        codes = np.asarray(layer.weight.codes(), int)
+        spread = codes.max(-1) - codes.min(-1)
+        assert spread.max() <= (15 if layer.weight.bits == 4 else 254), name
+        assert np.median(spread) > (8 if layer.weight.bits == 4 else 128), name  # and use it
+
+
+def test_dynamic_sites_keep_no_ranges(model: FloatDiT, rows: CalibrationData) -> None:
+    q = ptq.quantize(
+        model, ptq.QuantConfig(dynamic_sites=("blocks.qkv_in", "blocks.fc2_in")), key=KEY, calibration=rows
+    )  # fmt: skip
+    for layer, dynamic in (("blocks.qkv", True), ("blocks.fc2", True), ("blocks.fc1", False)):
+        act = q.linears[layer].act
+        assert act.dynamic is dynamic
+        assert (act.scale is None) is dynamic
+    assert q.linears["blocks.fc2"].act.balance.shape == (2, 128)
+    assert error(model, q) < 0.05
+
+
+# What the settings do.
+
+
+@pytest.mark.slow
+def test_every_width_runs_and_fewer_bits_cost_more(model: FloatDiT, rows: CalibrationData) -> None:
+    """Weights from 2 to 8 bits with 8-bit activations, then the other way round."""
+
+    def errors(setting: str) -> list[float]:
+        configs = [ptq.QuantConfig(policy="uniform", step_groups=1, **{setting: bits}) for bits in range(2, 9)]
+        return [error(model, ptq.quantize(model, config, key=KEY, calibration=rows)) for config in configs]
+
+    for setting in ("weight_bits", "act_bits"):
+        found = errors(setting)
+        assert all(fewer > more for fewer, more in itertools.pairwise(found)), (setting, found)
+        assert found[0] > 5 * found[-1]
+        assert found[-1] < 0.05
+
+
+def test_one_key_one_result(model: FloatDiT) -> None:
+    config = ptq.QuantConfig(weight_bits=4, calib_steps=2, calib_rows=4, steps=4, sampler="ddim", step_groups=2)
+    first, again, other = (ptq.quantize(model, config, key=jax.random.key(seed)) for seed in (0, 0, 1))
+    assert same_bytes(first, again)
+    assert not same_bytes(first, other)
+    assert first.provenance.facts["calibration"] == {"rows": "sampled, key [0, 0]", "steps": 2, "rows_per_step": 4}
+
+
+def test_stored_rows_stand_in_for_sampled_ones(model: FloatDiT) -> None:
+    config = ptq.QuantConfig(weight_bits=4, calib_steps=2, calib_rows=4, steps=4, sampler="ddim", step_groups=2)
+    sampled = ptq.quantize(model, config, key=KEY)
+    data = ptq.sample_trajectories(model, KEY, config.walk, steps=2, rows=4, cfg_scale=config.cfg_scale)
+    flat = ptq.stored_rows(data.x.reshape(-1, *data.x.shape[2:]), np.repeat(data.t, 4), data.y.ravel(), model.config)
+    assert same_bytes(ptq.quantize(model, config, key=jax.random.key(9), calibration=flat), sampled)
+
+
+def test_more_groups_than_calibration_steps_are_as_many_as_steps(model: FloatDiT, rows: CalibrationData) -> None:
+    q = ptq.quantize(model, ptq.QuantConfig(step_groups=20), key=KEY, calibration=rows)
+    assert q.num_groups == 3
+    np.testing.assert_array_equal(q.group_edges, [900, 400])
+
+
+def test_row_batches_bound_memory_and_change_nothing(model: FloatDiT, rows: CalibrationData, w4a8: ptq.QuantizedDiT) -> None:
+    batched = ptq.quantize(model, ptq.QuantConfig(weight_bits=4), key=KEY, calibration=rows, row_batch=3)  # runs as 2
+    assert_nearly_same(batched, w4a8)
+
+
+@pytest.mark.parametrize("count", [8, 6])
+def test_calibration_over_eight_devices(
+    model: FloatDiT, rows: CalibrationData, w4a8: ptq.QuantizedDiT, mesh8: Mesh, count: int
+) -> None:
+    """Rows are cut over the devices where they divide, and stay whole where they do not."""
+    config = ptq.QuantConfig(weight_bits=4)
+    part = CalibrationData(x=rows.x[:, :count], t=rows.t, y=rows.y[:, :count])
+    alone = w4a8 if count == 8 else ptq.quantize(model, config, key=KEY, calibration=part)
+    assert_nearly_same(ptq.quantize(model, config, key=KEY, calibration=part, mesh=mesh8), alone)
+
+
+def assert_nearly_same(a: ptq.QuantizedDiT, b: ptq.QuantizedDiT) -> None:
+    """Equal up to sums taken in another order: an extreme may differ in its last digit and move a code here and there."""
+    for name in b.linears:
+        codes = [np.asarray(q.linears[name].weight.codes(), int) for q in (a, b)]
+        assert (codes[0] != codes[1]).mean() < 2e-3, name
+        np.testing.assert_allclose(a.linears[name].weight.scale, b.linears[name].weight.scale, rtol=1e-3)
+    for name, act in b.sites.items():
+        np.testing.assert_allclose(a.sites[name].scale, act.scale, rtol=1e-2)
+    np.testing.assert_array_equal(a.group_edges, b.group_edges)
+
+
+def test_progress_tells_each_stage_to_its_end(model: FloatDiT) -> None:
+    seen: list[tuple[str, int, int]] = []
+    config = ptq.QuantConfig(calib_steps=2, calib_rows=4, steps=4, sampler="ddim")
+    ptq.quantize(model, config, key=KEY, progress=lambda *report: seen.append(report))
+    stages = list(dict.fromkeys(stage for stage, _, _ in seen))
+    assert stages == [
+        "sample calibration rows", "gather channel statistics", "choose activation ranges", "choose weight ranges",
+    ]  # fmt: skip
+    for stage in stages:
+        counts = [(done, total) for name, done, total in seen if name == stage]
+        assert counts[-1][0] == counts[-1][1]
+        assert counts == sorted(counts)
+
+
+# Balancing.
+
+
+def test_csb_takes_the_middle_step(model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes]) -> None:
+    found = balance(model, ptq.QuantConfig(balance="csb"), extremes, rows)
+    assert set(found.factors) == {"qkv_in", "proj_in", "fc1_in", "fc2_in", "v"}
+    for name, layer in (("qkv_in", "qkv"), ("proj_in", "proj"), ("fc1_in", "fc1"), ("fc2_in", "fc2")):
+        seen = extremes[f"blocks.{name}"]
+        s_x = np.maximum(np.abs(seen.low[1]), np.abs(seen.high[1]))
+        s_w = np.abs(model.params["blocks"][layer]["kernel"]).max(-1)
+        np.testing.assert_allclose(found.factors[name], np.sqrt(s_w / s_x), rtol=1e-5)
+    assert found.eta == found.rho == {}
+
+
+@pytest.mark.parametrize("ssc", ["steps", "rows"])
+def test_ssc_weighs_steps_or_single_rows(
+    model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes], ssc: str
+) -> None:
+    found = balance(model, ptq.QuantConfig(ssc=ssc, temperature=0.5), extremes, rows)  # type: ignore[arg-type]
+    samples = 3 if ssc == "steps" else 3 * 8
+    for name in ("qkv_in", "proj_in", "fc1_in", "fc2_in"):
+        eta, rho = np.asarray(found.eta[name], np.float64), np.asarray(found.rho[name], np.float64)
+        assert eta.shape == rho.shape == (samples, model.config.depth)
+        assert found.activation_salience[name].shape[:2] == (3, model.config.depth)
+        weights = np.exp(-rho / 0.5)
+        np.testing.assert_allclose(eta, weights / weights.sum(0), rtol=1e-5)
+        assert np.all(np.isfinite(found.factors[name]) & (np.asarray(found.factors[name]) > 0))
+
+
+def test_what_is_not_balanced(model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes]) -> None:
+    sites = lambda **settings: set(balance(model, ptq.QuantConfig(**settings), extremes, rows).factors)
+    assert sites(balance="none", equalize_v=False) == set()
+    assert sites(balance="none") == {"v"}
+    assert sites(balance="csb", balance_fc2=False, equalize_v=False) == {"qkv_in", "proj_in", "fc1_in"}
+    assert sites(balance="csb", policy="uniform,blocks.proj=8:float,blocks.fc1=8:float") == {"qkv_in", "fc2_in"}
+
+
+def test_exponent_zero_is_no_balancing(model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes]) -> None:
+    found = balance(model, ptq.QuantConfig(exponent=0.0, equalize_v=False), extremes, rows)
+    for factor in found.factors.values():
+        np.testing.assert_array_equal(factor, np.ones_like(factor))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"balance": "none"}, {"balance": "csb"}, {"balance": "csb+ssc"}, {"ssc": "rows"}, {"equalize_v": False, "exponent": 1.0}],
+)
+def test_folding_leaves_the_float_output_unchanged(rows: CalibrationData, settings: dict[str, Any]) -> None:
+    model = salient_model(tiny_model(), share=0.05)
+    extremes = channel_extremes(model, rows, sites=tuple(model.config.site_features))
+    folded, _ = apply_balancing(model, balance(model, ptq.QuantConfig(**settings), extremes, rows).factors)
+    for step in range(3):
+        batch = rows.x[step], rows.t[step : step + 1], rows.y[step]
+        assert relative_error(apply(folded, *batch), apply(model, *batch)) < 1e-5
+
+
+# The law of salient channels, on the trained model.
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[FloatDiT, FloatDiT]:
+    """The trained model, and the same function with 2 % of the channels into qkv, fc1 and proj 30 times larger."""
+    model = ptq.load(DIGITS)
+    assert isinstance(model, FloatDiT)
+    return model, salient_model(model)
+
+
+def trajectories(model: FloatDiT, seed: int) -> CalibrationData:
+    return ptq.sample_trajectories(
+        model, jax.random.key(seed), ptq.Sampler(name="ddpm", steps=10), steps=5, rows=20, cfg_scale=1.5
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digit_rows(digits: tuple[FloatDiT, FloatDiT]) -> tuple[CalibrationData, CalibrationData]:
+    """Rows to calibrate on, and others to measure on."""
+    return trajectories(digits[0], 0), trajectories(digits[0], 5)
+
+
+def sqnr(reference: FloatDiT, other: FloatDiT | ptq.QuantizedDiT, data: CalibrationData) -> float:
+    """Of the guided predicted noise, in dB, the mean over the steps."""
+    found = []
+    for step in range(data.num_steps):
+        half = data.num_rows // 2
+        batch = data.x[step, :half], data.t[step : step + 1], data.y[step, :half]
+        exact, seen = (np.asarray(guided(m, *batch), np.float64)[..., :1] for m in (reference, other))
+        found.append(10 * np.log10(np.square(exact).sum() / np.square(seen - exact).sum()))
+    return float(np.mean(found))
+
+
+def test_the_salient_model_is_the_same_function(
+    digits: tuple[FloatDiT, FloatDiT], digit_rows: tuple[CalibrationData, CalibrationData]
+) -> None:
+    assert sqnr(*digits, digit_rows[1]) > 110
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["edges8-float", "edges8"])
+def test_salient_channels_ruin_the_unbalanced_model_and_not_the_balanced_one(
+    digits: tuple[FloatDiT, FloatDiT], digit_rows: tuple[CalibrationData, CalibrationData], policy: str
+) -> None:
+    """W4A8: without balancing at least 6 dB are lost; with it the salient model is as good as the untouched one."""
+    plain, salient = digits
+    calibration, held_out = digit_rows
+
+    def lost(balance: str) -> float:
+        config = ptq.QuantConfig(weight_bits=4, balance=balance, policy=policy, step_groups=1)  # type: ignore[arg-type]
+        quality = [
+            sqnr(plain, ptq.quantize(model, config, key=KEY, calibration=calibration), held_out) for model in (plain, salient)
+        ]
+        print(f"{policy} {balance}: {quality[0]:.2f} dB untouched, {quality[1]:.2f} dB salient")
+        return quality[0] - quality[1]
+
+    assert lost("none") > 6
+    assert abs(lost("csb")) < 0.5
+    assert abs(lost("csb+ssc")) < 0.5
+
+
+@pytest.mark.slow
+def test_a_dead_channel_does_no_harm(rows: CalibrationData, model: FloatDiT) -> None:
+    """A channel that no input or no weight uses: everything stays finite, and the others are quantized as well as before."""
+    blocks = jax.tree.map(np.array, model.params["blocks"])
+    blocks["fc2"]["kernel"][:, 3] = 0
+    for chunk in (0, 1):  # shift 0, 1 + scale 0: the first channel of qkv_in is constant zero
+        blocks["adaLN"]["kernel"][:, :, chunk * 32] = 0
+        blocks["adaLN"]["bias"][:, chunk * 32] = -chunk
+    dead = model.replace(params={**model.params, "blocks": blocks})
+    q = ptq.quantize(dead, ptq.QuantConfig(), key=KEY, calibration=rows)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(q) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    assert error(dead, q) < 0.05
+
+
+# Errors.
+
+
+def with_value(model: FloatDiT, value: float) -> FloatDiT:
+    blocks = jax.tree.map(np.array, model.params["blocks"])
+    blocks["fc1"]["kernel"][1, 2, 3] = value
+    return model.replace(params={**model.params, "blocks": blocks})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_must_be_finite(model: FloatDiT, rows: CalibrationData, value: float, raises_sentence: Sentence) -> None:
+    with raises_sentence("NaN or infinity", "blocks/fc1/kernel"):
+        ptq.quantize(with_value(model, value), key=KEY, calibration=rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"calib_steps": 5, "steps": 4}, ("Calibration steps", "4 steps", "5")),
+        ({"calib_steps": 0}, ("Calibration steps", "0")),
+        ({"calib_rows": 3, "calib_steps": 2}, ("Calibration rows", "even", "3")),
+        ({"calib_rows": 0, "calib_steps": 2}, ("Calibration rows", "0")),
+        ({"steps": 1001}, ("Sampler steps", "1 to 1000", "1001")),
+    ],
+)
+def test_calibration_that_cannot_be_sampled(
+    model: FloatDiT, settings: dict[str, Any], parts: tuple[str, ...], raises_sentence: Sentence
+) -> None:
+    with raises_sentence(*parts):
+        ptq.quantize(model, ptq.QuantConfig(**settings), key=KEY)
+
+
+def test_guidance_needs_a_null_class(raises_sentence: Sentence) -> None:
+    unguided = tiny_model(null_class=False)
+    config = ptq.QuantConfig(calib_steps=1, calib_rows=2, steps=2)
+    with raises_sentence("null class", "cfg_scale 1"):
+        ptq.quantize(unguided, config, key=KEY)
+
+
+def test_a_model_without_guidance_and_learned_variance() -> None:
+    plain = tiny_model(null_class=False, learn_sigma=False)
+    config = ptq.QuantConfig(calib_steps=1, calib_rows=3, steps=2, cfg_scale=1.0)
+    q = ptq.quantize(plain, config, key=KEY)
+    x, _ = random_inputs(plain.config, 5)
+    y, t = np.arange(5, dtype=np.int32), np.array([0])
+    assert relative_error(apply(q, x, t, y), apply(plain, x, t, y)) < 0.1
