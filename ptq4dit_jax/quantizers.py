@@ -96,7 +96,7 @@ class ActQuantizer:
             return Encoded(jnp.round(x / scale).astype(jnp.int8), scale, None)
         scale = _broadcast_rows(self.scale, x.ndim).astype(x.dtype)
         zero_point = _broadcast_rows(self.zero_point, x.ndim)
-        # A reciprocal behind a barrier: XLA would write vector / scalar as it stands in the program of one device and as vector *
+        # A reciprocal behind a barrier: XLA would keep vector / scalar in the program of one device and make it vector *
         # (1 / scalar) in that of several, a last bit that becomes another code.
         reciprocal = jax.lax.optimization_barrier(1.0 / scale)
         inverse = reciprocal if self.balance is None else self.balance * reciprocal
