@@ -42,7 +42,8 @@ def sample_batch(
     """One compiled program from noise to images: (B, H, W, C) and the kept step inputs (num_kept, B, H, W, C).
 
     With a mesh every device runs the program of a single device on its share of the batch (``shard_map``). Left to the
-    partitioner, the same chain is fused differently, rounds differently in the last bit, and a quantizer turns that into another code.
+    partitioner, the same chain is fused differently, rounds differently in the last bit, and a quantizer turns that into
+    another code.
     """
 
     def chain(
