@@ -270,8 +270,13 @@ def _quantize_and_pack(
     bits: int,
     search: RangeSearch,
 ) -> QLinear:
-    weight = quantize_weight(jnp.swapaxes(kernel, -1, -2), bits, search, importance)
-    return QLinear.pack(weight, bias, act)
+    def one(layer: tuple[jax.Array, jax.Array, ActQuantizer | None, jax.Array | None]) -> QLinear:
+        kernel, bias, act, importance = layer
+        return QLinear.pack(quantize_weight(kernel.T, bits, search, importance), bias, act)
+
+    layer = (kernel, bias, act, importance)
+    # Block after block, so that the search needs the memory of one block.
+    return jax.lax.map(one, layer) if kernel.ndim == 3 else one(layer)
 
 
 def _input_power(statistics: ChannelExtremes, site: str, factors: Mapping[str, jax.Array]) -> jax.Array:
