@@ -350,7 +350,9 @@ def test_sharding_rules(mesh8, tiny_model):
     whole = sharding.replicate(mesh8, tiny_model)
     assert all(leaf.sharding.is_fully_replicated and len(leaf.devices()) == 8 for leaf in jax.tree.leaves(whole))
     assert isinstance(whole, FloatDiT)
-    assert sharding.replicate(None, tiny_model) is tiny_model
+    there = sharding.replicate(None, tiny_model)
+    assert all(len(leaf.devices()) == 1 for leaf in jax.tree.leaves(there))
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(there), jax.tree.leaves(tiny_model), strict=True))
 
 
 @pytest.mark.parametrize("on_device", [False, True])
