@@ -275,7 +275,8 @@ def evaluate(
         comparison = compare(
             reference, {name: cast(Any, other)}, labels=wanted, key=key, steps=steps,
             sampler=cast(Any, sampler), eta=eta, cfg_scale=cfg_scale, cfg_channels=cast(Any, cfg_channels),
-            batch_size=batch_size, seed=seed, progress=lambda done, total: report("compare", done, total),
+            batch_size=batch_size, seed=seed, mesh=all_devices_mesh(),
+            progress=lambda done, total: report("compare", done, total),
         )  # fmt: skip
     rows = describe(other) if isinstance(other, QuantizedDiT) else None
     where = write_report(

@@ -22,7 +22,7 @@ from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
-from ptq4dit_jax.quantizers import ActQuantizer, Balance
+from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 from ptq4dit_jax.ranges import RangeSearch, activation_parameters, quantize_weight
 
 #: Called with (stage, units done, units in all).
@@ -257,26 +257,22 @@ def quantize_linear(
     for part in name.split("."):
         tree = tree[part]
     bits = config.rules[name].weight_bits
-    return _quantize_and_pack(tree["kernel"], tree["bias"], act, importance, bits=bits, search=config.range_search)
+    weight = _quantize_kernels(tree["kernel"], importance, bits=bits, search=config.range_search)
+    return _pack(weight, tree["bias"], act)
 
 
 @partial(jax.jit, static_argnames=("bits", "search"))
-def _quantize_and_pack(
-    kernel: jax.Array,
-    bias: jax.Array,
-    act: ActQuantizer | None,
-    importance: jax.Array | None,
-    *,
-    bits: int,
-    search: RangeSearch,
-) -> QLinear:
-    def one(layer: tuple[jax.Array, jax.Array, ActQuantizer | None, jax.Array | None]) -> QLinear:
-        kernel, bias, act, importance = layer
-        return QLinear.pack(quantize_weight(kernel.T, bits, search, importance), bias, act)
+def _quantize_kernels(kernel: jax.Array, importance: jax.Array | None, *, bits: int, search: RangeSearch) -> QTensor:
+    """([L,] K, N) to ([L,] N, K)."""
 
-    layer = (kernel, bias, act, importance)
+    def one(layer: tuple[jax.Array, jax.Array | None]) -> QTensor:
+        return quantize_weight(layer[0].T, bits, search, layer[1])
+
     # Block after block, so that the search needs the memory of one block.
-    return jax.lax.map(one, layer) if kernel.ndim == 3 else one(layer)
+    return jax.lax.map(one, (kernel, importance)) if kernel.ndim == 3 else one((kernel, importance))
+
+
+_pack = jax.jit(QLinear.pack)
 
 
 def _input_power(statistics: ChannelExtremes, site: str, factors: Mapping[str, jax.Array]) -> jax.Array:

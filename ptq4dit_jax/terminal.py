@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ptq4dit_jax import checkpoints, sharding
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
+from ptq4dit_jax.staging import staging
 
 # Without markup and emoji: paths are printed as they are, whatever brackets and colons they hold.
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -156,26 +156,10 @@ def check_target(path: Path | None, overwrite: bool, folder_with: str | None = N
 def write_file(path: Path, write: Callable[[Any], None]) -> Path:
     """Writes a file beside its place and moves it there when complete; returns the absolute path."""
     target = path.expanduser().absolute()
-    temporary = None
-    made = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            temporary = Path(file.name)
+    with staging(target) as staged:
+        with staged.open("wb") as file:
             write(file)
-        temporary.chmod(0o644)
-        temporary.replace(target)
-        made = []
-    except OSError as error:
-        raise Ptq4ditError(
-            f"Cannot write {path} ({error.strerror or error}); check its permissions and the free space."
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        staged.replace(target)
     return target
 
 

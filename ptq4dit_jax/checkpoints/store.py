@@ -10,16 +10,11 @@ renamed. Arrays without elements, which Orbax refuses, live in ``config.json`` a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import os
-import shutil
-import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,6 +25,7 @@ import orbax.checkpoint as ocp
 
 from ptq4dit_jax.checkpoints import orbax_arrays
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.staging import staging
 
 FORMAT, VERSION = "ptq4dit_jax", 1
 _CONFIG, _ARRAYS = "config.json", "arrays"
@@ -84,18 +80,15 @@ def write(path: str | os.PathLike[str], arrays: Arrays, meta: Mapping[str, Any],
     config["arrays"] = {name: {"shape": host[name].shape, "dtype": host[name].dtype.name} for name in sorted(host)}
     config["content_sha256"] = content_hash(host)
     _to_json(config)  # before anything touches the disk
-    try:
+    with staging(target) as staged:
         _check_replaceable(target, overwrite)
-        with _staging(target) as staging:
-            if stored := {name: array for name, array in host.items() if array.size}:
-                orbax_arrays.save(staging / _ARRAYS, stored)
-            files = sorted(file for file in staging.rglob("*") if file.is_file())
-            config["files"] = {file.relative_to(staging).as_posix(): file.stat().st_size for file in files}
-            (staging / _CONFIG).write_text(_to_json(config), encoding="utf-8")
-            _publish(staging, target)
-    except OSError as error:
-        reason = error.strerror or error
-        raise Ptq4ditError(f"Cannot write {target} ({reason}); check its permissions and the free space.") from error
+        staged.mkdir()
+        if stored := {name: array for name, array in host.items() if array.size}:
+            orbax_arrays.save(staged / _ARRAYS, stored)
+        files = sorted(file for file in staged.rglob("*") if file.is_file())
+        config["files"] = {file.relative_to(staged).as_posix(): file.stat().st_size for file in files}
+        (staged / _CONFIG).write_text(_to_json(config), encoding="utf-8")
+        _publish(staged, target)
     return target
 
 
@@ -230,43 +223,16 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
             raise Ptq4ditError(f"{target} holds something else than a model, so it is not overwritten; choose another path.")
 
 
-@contextlib.contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target``, which does not outlive the block; on failure, neither do parents made for it."""
-    made = list(itertools.takewhile(lambda parent: not parent.exists(), target.parents))
-    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        yield staging
-    except BaseException:
-        _remove(staging)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-    _remove(staging)
-
-
-def _remove(folder: Path) -> None:
-    # After a failed save, writes that Orbax had under way may still add files.
-    for _ in range(20):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(0.05)
-
-
-def _publish(staging: Path, target: Path) -> None:
+def _publish(staged: Path, target: Path) -> None:
     if not target.exists():
-        staging.rename(target)
+        staged.rename(target)
         return
     # Inside an existing folder only the model is exchanged: a card or a recipe beside it belongs to the user. Without a
     # config.json the folder counts as no model, so that one goes first and comes last.
-    replaced = staging / "replaced"
+    replaced = staged / "replaced"
     replaced.mkdir()
     moves = [(target / name, replaced / name) for name in (_CONFIG, _ARRAYS) if (target / name).exists()]
-    moves += [(staging / name, target / name) for name in (_ARRAYS, _CONFIG) if (staging / name).exists()]
+    moves += [(staged / name, target / name) for name in (_ARRAYS, _CONFIG) if (staged / name).exists()]
     done: list[tuple[Path, Path]] = []
     try:
         for source, destination in moves:

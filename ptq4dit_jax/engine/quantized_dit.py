@@ -139,7 +139,8 @@ def reference(model: QuantizedDiT) -> FloatDiT:
 def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
     """What runs for each layer and each product of attention: name, shape, bits, input ranges, and the arithmetic."""
     rows = []
-    for name, layer in model.linears.items():
+    for name in model.config.linear_shapes:  # JAX sorts the names of a pytree it rebuilds
+        layer = model.linears[name]
         depth = f"{model.config.depth} x " if name.startswith("blocks.") else ""
         N, K = layer.weight.shape[-2:]
         rows.append(

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from ptq4dit_jax.diffusion import Network, Sampler, SamplerName
@@ -169,6 +170,7 @@ def compare(
     sqnr_steps: int = 25,
     sqnr_rows: int = 64,
     seed: int = 0,
+    mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Measures ``others`` and the noise floor against ``reference`` computing in float32.
@@ -182,6 +184,7 @@ def compare(
       sqnr_steps: at how many evenly spaced steps of the reference's own trajectories predictions are compared.
       sqnr_rows: on how many of the labels, evenly spaced; at most ``batch_size``.
       seed: of the bootstrap.
+      mesh: shards the sampling over ``data``; the rest runs on one device.
       progress: called with (images done, images in all) while sampling.
     """
     _check_models(reference, others)
@@ -199,12 +202,13 @@ def compare(
     rows = _evenly(len(labels_N), min(sqnr_rows, batch_size or sqnr_rows))
     t_S, y_B = timesteps[kept], labels_N[rows]
     sampled, inputs = run_chain(
-        reference, y_B, key, walk, cfg_scale=cfg_scale, cfg_channels=cfg_channels, keep_steps=kept
+        reference, y_B, key, walk, cfg_scale=cfg_scale, cfg_channels=cfg_channels, mesh=mesh,
+        keep_steps=kept,
     )  # fmt: skip
     # Where the trajectories are those of all labels, their ends are the reference's images.
     pending = models if len(rows) == len(labels_N) else {REFERENCE: reference, **models}
     images = {REFERENCE: sampled} | same_noise_images(
-        pending, labels_N, key, progress=progress,
+        pending, labels_N, key, progress=progress, mesh=mesh,
         steps=steps, sampler=sampler, eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels, batch_size=batch_size,
     )  # fmt: skip
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import itertools
 import json
 import platform
 import shutil
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +18,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import plots
 from ptq4dit_jax.evaluation.compare import NOISE_FLOOR, REFERENCE, Comparison, ModelFigures, plain
 from ptq4dit_jax.evaluation.metrics import Interval
+from ptq4dit_jax.staging import staging
 
 _DPI = 120
 _PACKAGES = ("ptq4dit-jax", "jax", "jaxlib", "flax", "numpy")
@@ -66,27 +64,14 @@ def write_report(
         "settings": plain(everything),
         "provenance": _provenance(),
     }
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
-    made = list(itertools.takewhile(lambda parent: not parent.exists(), target.parents))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        pictures = _write_pictures(temporary, comparison)
-        (temporary / "report.md").write_text(_page(comparison, document, pictures), encoding="utf-8")
-        (temporary / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with staging(target) as staged:
+        staged.mkdir()
+        pictures = _write_pictures(staged, comparison)
+        (staged / "report.md").write_text(_page(comparison, document, pictures), encoding="utf-8")
+        (staged / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)
-        temporary.rename(target)
-        made = []
-    except OSError as error:
-        raise Ptq4ditError(
-            f"The report cannot be written to {target}: {error.strerror or error}; choose a folder that can be written."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        staged.rename(target)
     return target
 
 
