@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 from ptq4dit_jax import checkpoints, ptq, sampling
 from ptq4dit_jax.calibration import stored_rows
 from ptq4dit_jax.checkpoints import store
-from ptq4dit_jax.config import LAYERS, POLICIES, QuantConfig
+from ptq4dit_jax.config import LAYERS, POLICIES, QuantConfig, Reconstruction
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, describe
 from ptq4dit_jax.errors import Ptq4ditError
@@ -134,6 +135,13 @@ def quantize(
         bool, typer.Option("--paper", help="The paper's settings to the letter, but for the options above.")
     ] = False,
     row_batch: Annotated[int | None, typer.Option(help="Rows per calibration pass, to bound memory.")] = None,
+    reconstruct: Annotated[
+        bool, typer.Option("--reconstruct", help="Then learn roundings (AdaRound) and activation scales, block by block.")
+    ] = False,
+    iterations: Annotated[int, typer.Option(help="Iterations of --reconstruct for each block.")] = Reconstruction.iterations,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start --reconstruct over instead of going on where an earlier run stopped.")
+    ] = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     json: Json = None,
@@ -147,6 +155,9 @@ def quantize(
     sites = None if dynamic is None else tuple(name.strip() for name in dynamic.split(",") if name.strip())
     given = {"policy": policy, "step_groups": step_groups, "dynamic_sites": sites}
     options |= {name: value for name, value in given.items() if value is not None}
+    if reconstruct:
+        options["reconstruction"] = Reconstruction(iterations=iterations)
+    state = out.with_name(f".{out.name}.reconstruction") if reconstruct else None
     config = (QuantConfig.paper if paper else QuantConfig)(**cast(Any, options))
     key = read_key(seed)
     check_target(out, overwrite, "config.json")
@@ -171,11 +182,15 @@ def quantize(
             calibration=rows,
             row_batch=row_batch,
             mesh=all_devices_mesh(),
+            state=state,
+            fresh=fresh,
             progress=report,
         )
     seconds = time.perf_counter() - started
     print_table("Layers", [{k: v for k, v in row.items() if k != "integer"} for row in describe(quantized)])
     where = checkpoints.save(quantized, out, provenance={"source": model, "seed": seed}, overwrite=overwrite)
+    if state is not None:
+        shutil.rmtree(state)
     before, after = num_bytes(dit), num_bytes(quantized)
     console.print(f"{megabytes(before)} -> {megabytes(after)} ({before / after:.1f}x smaller) in {seconds:.1f} s")
     console.print(f"Model: {where}")

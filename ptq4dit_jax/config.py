@@ -63,6 +63,49 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """How block reconstruction learns roundings and activation scales (:mod:`ptq4dit_jax.reconstruction`).
+
+    Attributes:
+      iterations: for each part: the embedders, every block, the final layer.
+      batch_size: rows of an iteration, one from each of as many strata of the calibration rows; a multiple of the devices.
+      rounding_rate, scale_rate: Adam's learning rates of the rounding variables and of the logarithms of activation scales;
+        the latter decays to 0 by a cosine, the former if ``decay_rounding``.
+      regularizer: weight of undecided roundings against the error, both counted per weight.
+      exponents: of the regularizer, first and last.
+      warmup: part of the iterations without regularizer.
+      row_weights: ``plain``, or ``steps``: rows count inversely to the float part's mean square change at their step.
+      dtype: compute type; ``auto`` is bfloat16 on GPU and TPU and float32 on CPU.
+    """
+
+    iterations: int = 2000
+    batch_size: int = 32
+    rounding_rate: float = 1e-2
+    decay_rounding: bool = True
+    scale_rate: float = 1e-3
+    regularizer: float = 0.1
+    exponents: tuple[float, float] = (20.0, 2.0)
+    warmup: float = 0.2
+    row_weights: Literal["plain", "steps"] = "plain"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise Ptq4ditError(f"Reconstruction {name} must be a positive integer, not {value!r}.")
+        for name in ("rounding_rate", "scale_rate", "regularizer"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise Ptq4ditError(f"Reconstruction {name} must be finite and not negative, not {getattr(self, name)}.")
+        if not 0 <= self.warmup < 1:
+            raise Ptq4ditError(f"Reconstruction warmup must be at least 0 and below 1, not {self.warmup}.")
+        if len(self.exponents) != 2 or not all(1 <= value < math.inf for value in self.exponents):
+            raise Ptq4ditError(f"Reconstruction exponents must be two numbers of at least 1, not {self.exponents}.")
+        _check_choice("Reconstruction row_weights", self.row_weights, ("plain", "steps"))
+        _check_choice("Reconstruction dtype", self.dtype, ("auto", "bfloat16", "float32"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """Everything that decides the result of :func:`ptq4dit_jax.quantize`, besides the model and the key.
 
@@ -83,6 +126,7 @@ class QuantConfig:
       dynamic_sites: sites, such as ``blocks.qkv_in``, scaled per row at run time instead of by calibrated ranges.
       calib_steps, calib_rows: evenly spaced steps of the sampling chain, and rows at each.
       sampler, cfg_scale, cfg_channels: how calibration rows are sampled; use what the model will be sampled with.
+      reconstruction: learns roundings and activation scales after all ranges are chosen; None leaves it out.
     """
 
     weight_bits: int = 8
@@ -105,6 +149,7 @@ class QuantConfig:
     eta: float = 0.0
     cfg_scale: float = 1.5
     cfg_channels: GuidedChannels = "first3"
+    reconstruction: Reconstruction | None = None
 
     def __post_init__(self) -> None:
         check_bits("weight_bits", self.weight_bits)

@@ -42,6 +42,10 @@ EDGE_SITES = {
     "patch_in": "patch_embed", "time_in": "time_fc1", "time_hidden": "time_fc2",
     "final_adaLN_in": "final_adaLN", "final_in": "final",
 }  # fmt: skip
+#: The site that feeds each linear layer, both by their full names.
+SITE_OF_LAYER = {f"blocks.{layer}": f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer} | {
+    layer: name for name, layer in EDGE_SITES.items()
+}
 #: Outputs that balancing leaves unchanged; only ever observed, to compare two models layer by layer.
 PROBE_SITES = ("proj_out", "fc1_out", "fc2_out", "block_out")
 
@@ -217,7 +221,9 @@ def softmax(logits: jax.Array) -> jax.Array:
     return jax.nn.softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1).astype(logits.dtype)
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
+    """One transformer block with adaLN-Zero modulation: (B, T, D) and silu of the condition (B, D) to (B, T, D)."""
+
     config: DiTConfig
     dtype: DTypeLike
 
@@ -258,7 +264,25 @@ class DiT(nn.Module):
     config: DiTConfig
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
+    def setup(self) -> None:
+        config = self.config
+
+        def dense(features: int) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+
+        self.patch_embed = dense(config.hidden_size)
+        self.time_fc1, self.time_fc2 = dense(config.hidden_size), dense(config.hidden_size)
+        self.label_embed = nn.Embed(config.num_classes + config.null_class, config.hidden_size, dtype=self.dtype)
+        self.blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0, "quantizers": 0, "observers": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=config.depth,
+        )(config, self.dtype)
+        self.final_adaLN = dense(2 * config.hidden_size)
+        self.final = dense(config.patch_size**2 * config.out_channels)
+
     def __call__(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike) -> jax.Array:
         """Raw network output (B, H, W, out_channels): predicted noise, then the variance channels if sigma is learned.
 
@@ -267,32 +291,27 @@ class DiT(nn.Module):
           t_B: timesteps of the training schedule (0 is the cleanest), (B,), integer or float.
           y_B: class labels, (B,) int32; ``config.null_label`` for "no class".
         """
-        config = self.config
+        x_BTD, silu_c_BD = self.embed_image(x_BHWC), self.embed_condition(t_B, y_B)
+        x_BTD, _ = self.blocks(x_BTD, silu_c_BD)
+        return self.head(x_BTD, silu_c_BD)
 
-        def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name)
+    def embed_image(self, x_BHWC: ArrayLike) -> jax.Array:
+        """Tokens (B, T, D) of images, with their positions."""
+        tokens = site(self, "patch_in", patchify(self.config, jnp.asarray(x_BHWC, self.dtype)))
+        return self.patch_embed(tokens) + jnp.asarray(position_embedding(self.config), self.dtype)
 
-        tokens = site(self, "patch_in", patchify(config, jnp.asarray(x_BHWC, self.dtype)))
-        x_BTD = dense(config.hidden_size, "patch_embed")(tokens) + jnp.asarray(position_embedding(config), self.dtype)
+    def embed_condition(self, t_B: ArrayLike, y_B: ArrayLike) -> jax.Array:
+        """silu of the embedded timestep and label, (B, D): all that modulation sees of either."""
+        frequencies = site(self, "time_in", timestep_frequencies(self.config, jnp.asarray(t_B)).astype(self.dtype))
+        hidden = site(self, "time_hidden", nn.silu(self.time_fc1(frequencies)))
+        return nn.silu(self.time_fc2(hidden) + self.label_embed(jnp.asarray(y_B)))
 
-        frequencies = site(self, "time_in", timestep_frequencies(config, jnp.asarray(t_B)).astype(self.dtype))
-        hidden = site(self, "time_hidden", nn.silu(dense(config.hidden_size, "time_fc1")(frequencies)))
-        labels = nn.Embed(config.num_classes + config.null_class, config.hidden_size, dtype=self.dtype, name="label_embed")
-        silu_c_BD = nn.silu(dense(config.hidden_size, "time_fc2")(hidden) + labels(jnp.asarray(y_B)))
-
-        blocks = nn.scan(
-            _Block,
-            variable_axes={"params": 0, "quantizers": 0, "observers": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=config.depth,
-        )
-        x_BTD, _ = blocks(config, self.dtype, name="blocks")(x_BTD, silu_c_BD)
-
-        modulation = dense(2 * config.hidden_size, "final_adaLN")(site(self, "final_adaLN_in", silu_c_BD))
+    def head(self, x_BTD: jax.Array, silu_c_BD: jax.Array) -> jax.Array:
+        """The last hidden state to the network's output (B, H, W, out_channels)."""
+        modulation = self.final_adaLN(site(self, "final_adaLN_in", silu_c_BD))
         shift, scale = jnp.split(modulation, 2, axis=-1)
         h_BTD = site(self, "final_in", modulate(layer_norm(x_BTD), shift, scale))
-        return unpatchify(config, dense(config.patch_size**2 * config.out_channels, "final")(h_BTD))
+        return unpatchify(self.config, self.final(h_BTD))
 
 
 def init_params(config: DiTConfig, key: jax.Array, *, adaln_zero: bool = True) -> dict[str, Any]:

@@ -3,9 +3,11 @@ before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +18,24 @@ from jax.sharding import Mesh
 from ptq4dit_jax import salience, sharding
 from ptq4dit_jax.calibration import CalibrationData, ChannelExtremes, channel_extremes, histograms, sample_trajectories
 from ptq4dit_jax.checkpoints.float_dit import source_hash
+from ptq4dit_jax.checkpoints.store import content_hash
 from ptq4dit_jax.config import QuantConfig
-from ptq4dit_jax.dit import BLOCK_SITES, EDGE_SITES, nest_sites
+from ptq4dit_jax.dit import BLOCK_SITES, SITE_OF_LAYER, nest_sites
 from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 from ptq4dit_jax.ranges import RangeSearch, activation_parameters, quantize_weight
+from ptq4dit_jax.reconstruction import Journal, reconstruct
 
-#: Called with (stage, units done, units in all).
-StageProgress = Callable[[str, int, int], None]
 
-_SITE_OF_LAYER = {f"blocks.{layer}": f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer} | {
-    layer: name for name, layer in EDGE_SITES.items()
-}
+class StageProgress(Protocol):
+    """Called with the stage, units done, units in all, and while reconstructing a note on how it goes."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
+
+
 _ATTENTION_SITES = tuple(f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer is None)
 _BALANCED_SITES = ("qkv_in", "proj_in", "fc1_in")
 
@@ -58,6 +63,8 @@ def quantize(
     calibration: CalibrationData | None = None,
     row_batch: int | None = None,
     mesh: Mesh | None = None,
+    state: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
     progress: StageProgress | None = None,
 ) -> QuantizedDiT:
     """Quantizes a float DiT after training with PTQ4DiT.
@@ -69,16 +76,20 @@ def quantize(
       calibration: stored rows (:func:`ptq4dit_jax.calibration.stored_rows`) instead of sampling them.
       row_batch: rows per calibration pass, to bound memory; the largest divisor of the row count below it is used.
       mesh: shards the calibration rows over ``data``.
+      state: a folder for what a reconstruction has learned so far. Where it holds an interrupted run of the same model,
+        settings, key and rows, that run goes on. It is left there; delete it when the result is safe.
+      fresh: start over, whatever ``state`` holds.
       progress: called as stages advance.
 
     Returns:
       The integer model, self-contained.
     """
     config = config or QuantConfig()
-    report = progress or (lambda stage, done, total: None)
+    report = progress or (lambda stage, done, total, note="": None)
     if bad := has_nonfinite(model.params):
         raise Ptq4ditError(f"The weights hold NaN or infinity in {', '.join(bad[:3])}; a model must be finite to be quantized.")
     source_sha256 = source_hash(model.params)
+    journal = _journal(config, source_sha256, key, calibration, state, fresh)
     model = sharding.replicate(mesh, model.astype(jnp.float32))
     source = "given" if calibration is not None else f"sampled, key {jax.random.key_data(key).tolist()}"
     if calibration is None:
@@ -101,29 +112,51 @@ def quantize(
     report("choose activation ranges", 0, 1)
     acts, edges = activation_quantizers(folded, config, calibration, extremes, balancing.factors, residual, rows)
     report("choose activation ranges", 1, 1)
-    layers = list(_SITE_OF_LAYER)
+    layers = list(SITE_OF_LAYER)
     linears = {}
     for done, name in enumerate(layers):
         report("choose weight ranges", done, len(layers))
-        site = _SITE_OF_LAYER[name]
+        site = SITE_OF_LAYER[name]
         importance = _input_power(extremes[site], site, balancing.factors) if config.weigh_inputs else None
         linears[name] = quantize_linear(folded, config, name, acts.get(site), importance)
     report("choose weight ranges", len(layers), len(layers))
-    return QuantizedDiT(
+    quantized = QuantizedDiT(
         linears=linears,
         sites={name: acts[name] for name in _ATTENTION_SITES},
         label_embed=folded.params["label_embed"]["embedding"],
         group_edges=edges,
         config=model.config,
         schedule=model.schedule,
-        provenance=Provenance(
-            {
-                "source_sha256": source_sha256,
-                "settings": config.to_dict(),
-                "calibration": {"rows": source, "steps": calibration.num_steps, "rows_per_step": calibration.num_rows},
-            }
-        ),
     )
+    facts = {
+        "source_sha256": source_sha256,
+        "settings": config.to_dict(),
+        "calibration": {"rows": source, "steps": calibration.num_steps, "rows_per_step": calibration.num_rows},
+    }
+    if config.reconstruction is not None:
+        quantized, learned = reconstruct(
+            folded, quantized, calibration, config.reconstruction, key=jax.random.fold_in(key, 1), journal=journal, mesh=mesh,
+            progress=lambda part, done, total, error: report(
+                f"reconstruct {part}", done, total, f"error {error:.3f} x nearest"
+            ),
+        )  # fmt: skip
+        facts["reconstruction"] = {row.pop("part"): row for row in learned}
+    return quantized.replace(provenance=Provenance(facts))  # type: ignore[attr-defined]
+
+
+def _journal(
+    config: QuantConfig, source_sha256: str, key: jax.Array, calibration: CalibrationData | None,
+    state: str | os.PathLike[str] | None, fresh: bool,
+) -> Journal | None:  # fmt: skip
+    """Opened before any long work, so that a run that does not match is refused at once."""
+    if config.reconstruction is None or state is None:
+        return None
+    given = None if calibration is None else content_hash({name: getattr(calibration, name) for name in ("x", "t", "y")})
+    fingerprint = {
+        "weights": source_sha256, "settings": config.to_dict(), "key": jax.random.key_data(key).tolist(),
+        "calibration rows": given, "format": 1,
+    }  # fmt: skip
+    return Journal(Path(state), fingerprint, fresh=fresh)
 
 
 def _row_batch(num_rows: int, wanted: int | None, parts: int) -> int:
@@ -135,7 +168,7 @@ def _row_batch(num_rows: int, wanted: int | None, parts: int) -> int:
 
 def _static_sites(config: QuantConfig) -> tuple[str, ...]:
     """Sites that need calibrated ranges; balanced sites need channel extremes in any case."""
-    integer = [site for layer, site in _SITE_OF_LAYER.items() if config.rules[layer].integer]
+    integer = [site for layer, site in SITE_OF_LAYER.items() if config.rules[layer].integer]
     balanced = [f"blocks.{name}" for name in _balanced(config)]
     return tuple(dict.fromkeys((*integer, *_ATTENTION_SITES, *balanced)))
 
@@ -245,7 +278,7 @@ def activation_quantizers(
 
 
 def _is_integer(config: QuantConfig, site: str) -> bool:
-    layers = [layer for layer, name in _SITE_OF_LAYER.items() if name == site]
+    layers = [layer for layer, name in SITE_OF_LAYER.items() if name == site]
     return not layers or config.rules[layers[0]].integer
 
 

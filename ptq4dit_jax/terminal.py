@@ -16,13 +16,22 @@ import jax
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ptq4dit_jax import checkpoints, sharding
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
+from ptq4dit_jax.ptq import StageProgress
 from ptq4dit_jax.staging import staging
 
 # Without markup and emoji: paths are printed as they are, whatever brackets and colons they hold.
@@ -32,16 +41,19 @@ _MAX_LABEL = 10**6
 
 
 @contextlib.contextmanager
-def stages(console: Console = console) -> Iterator[Callable[[str, int, int], None]]:
-    """A live list of stages, each with a bar; yields ``report(stage, done, total)``."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+def stages(console: Console = console) -> Iterator[StageProgress]:
+    """A live list of stages, each with a bar and times past and left; yields ``report(stage, done, total)``."""
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, Any] = {}
 
-        def report(stage: str, done: int, total: int) -> None:
+        def report(stage: str, done: int, total: int, note: str = "") -> None:
             if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = progress.add_task(stage, total=total, note=note)
+            progress.update(tasks[stage], completed=done, total=total, note=note)
 
         yield report
 

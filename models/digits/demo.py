@@ -26,8 +26,8 @@ MODEL = Path(__file__).parent
 SAMPLES_PER_CLASS = 10
 
 
-def _report_under(report: StageProgress, name: str, stage: str, done: int, total: int) -> None:
-    report(f"{name}: {stage}", done, total)
+def _report_under(report: StageProgress, name: str, stage: str, done: int, total: int, note: str = "") -> None:
+    report(f"{name}: {stage}", done, total, note)
 
 
 def main() -> None:

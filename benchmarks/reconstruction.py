@@ -1,0 +1,118 @@
+"""Speed of block reconstruction at the shapes of DiT-XL/2, 256 px: milliseconds an iteration of one block.
+
+    python -m benchmarks.reconstruction --hardware "one NVIDIA H200"
+
+Random weights; a block in the middle of a shallow network of those widths, W4A8, 1600 calibration rows, batch 32. Compilation
+is timed apart. Writes benchmarks/results/reconstruction_speed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import ptq4dit_jax as ptq
+from ptq4dit_jax.calibration import CalibrationData, channel_extremes
+from ptq4dit_jax.config import Reconstruction
+from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.ptq import apply_balancing, balance
+from ptq4dit_jax.reconstruction import optimize
+from ptq4dit_jax.reconstruction.pipeline import Walk
+from ptq4dit_jax.reconstruction.units import units
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "reconstruction_speed.json"
+#: Dense bfloat16 peak, in operations a second, by a part of the device's name.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+def operations(config: DiTConfig, batch_size: int) -> float:
+    """Multiplications and additions of one iteration: a forward pass and twice that for the gradients."""
+    T, D = config.num_tokens, config.hidden_size
+    tokens = sum(k * n for name, (k, n) in config.linear_shapes.items() if name.startswith("blocks.") and "adaLN" not in name)
+    row = 2 * (T * tokens + 6 * D * D) + 2 * 2 * T * T * D
+    return 3.0 * batch_size * row
+
+
+def random_rows(config: DiTConfig, steps: int, rows: int) -> CalibrationData:
+    """Rows as a sampler would give them, but of noise."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(steps, rows, *config.image_shape)).astype(np.float32)
+    t = np.linspace(999, 0, steps).round().astype(np.int32)
+    return CalibrationData(x=x, t=t, y=rng.integers(0, config.num_classes, (steps, rows)).astype(np.int32))
+
+
+def measure(preset: str, settings: Reconstruction, timed: int, calib_rows: int) -> dict[str, Any]:
+    config = DiTConfig.preset(preset, depth=2)
+    model = ptq.FloatDiT.init(config, jax.random.key(0))
+    wanted = ptq.QuantConfig(weight_bits=4)
+    calibration = random_rows(config, wanted.calib_steps, calib_rows)
+    few = CalibrationData(x=calibration.x[:, :4], t=calibration.t, y=calibration.y[:, :4])
+    extremes = channel_extremes(model, few, sites=tuple(config.site_features))
+    folded, _ = apply_balancing(model, balance(model, wanted, extremes, few).factors)
+    quantized = ptq.quantize(model, wanted, key=jax.random.key(0), calibration=few)
+
+    walk = Walk(folded, quantized, calibration, settings, None)
+    for unit in units(config):
+        task, variables = walk.task(unit)
+        rows = walk.rows(unit)
+        outputs, before = walk.outputs(unit, variables, task, rows)
+        if unit.kind == "block" and unit.index == 1:
+            break
+        walk.advance(unit, outputs, rows.target)
+    del outputs
+    static = {"config": config, "kind": unit.kind, "settings": settings, "dtype": walk.dtype}
+    state, key = optimize.start(variables, settings), jax.random.key(0)
+    started = time.perf_counter()
+    compiled = optimize.train.lower(state, task, rows, before, key, jnp.int32(1), **static).compile()
+    compile_seconds = time.perf_counter() - started
+    state = jax.block_until_ready(compiled(state, task, rows, before, key, jnp.int32(20)))
+    started = time.perf_counter()
+    state = jax.block_until_ready(compiled(state, task, rows, before, key, jnp.int32(20 + timed)))
+    seconds = (time.perf_counter() - started) / timed
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    kind = jax.devices()[0].device_kind
+    peak = next((value for name, value in PEAKS.items() if name in kind), None)
+    flops = operations(config, settings.batch_size)
+    return {
+        "preset": preset, "dtype": walk.dtype, "batch_size": settings.batch_size, "rows": 25 * calib_rows, "iterations": timed,
+        "ms_per_iteration": 1e3 * seconds, "compile_seconds": compile_seconds, "operations": flops,
+        "share_of_bf16_peak": None if peak is None else flops / seconds / peak,
+        "arguments_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes,
+        "minutes_2000_x_28": 2000 * 28 * seconds / 60, "minutes_20000_x_28": 20000 * 28 * seconds / 60,
+        "error_after": float(state.errors[20 : 20 + timed][-50:].mean()),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="DiT-XL/2")
+    parser.add_argument("--iterations", type=int, default=500)
+    parser.add_argument("--calib-rows", type=int, default=64, help="calibration rows at each of 25 steps")
+    parser.add_argument("--hardware", help="the hardware in words")
+    parser.add_argument("--commit", help="default: asked from git")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    commit = arguments.commit or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT).strip()
+    document = {
+        "date": datetime.date.today().isoformat(), "commit": commit, "jax": jax.__version__,
+        "hardware": arguments.hardware or jax.devices()[0].device_kind,
+        **measure(arguments.preset, Reconstruction(), arguments.iterations, arguments.calib_rows),
+    }  # fmt: skip
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()

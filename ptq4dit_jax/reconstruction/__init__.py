@@ -1,0 +1,6 @@
+"""Block reconstruction: the rounding of the weights and the scales of the activations, learned part after part."""
+
+from ptq4dit_jax.reconstruction.pipeline import UnitProgress, reconstruct
+from ptq4dit_jax.reconstruction.resume import Journal
+
+__all__ = ["Journal", "UnitProgress", "reconstruct"]

@@ -1,0 +1,96 @@
+"""Activation quantizers whose step sizes are learned: fake quantization with straight-through gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ptq4dit_jax.quantizers import ActQuantizer, act_code_range
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def fake_quant(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
+    """``scale (clip(round(x / scale) + zero_point) - zero_point)`` in the type of ``x``, computed in float32.
+
+    ``scale`` float32 and ``zero_point`` int32 broadcast against ``x`` with axes of size 1. The gradient passes straight through
+    the rounding: 1 inside the range for ``x``, and for ``scale`` the rounding error inside and the end of the range outside
+    (LSQ, Esser et al., 2020).
+    """
+    return _codes(x, scale, zero_point, bits)[0].astype(x.dtype)
+
+
+def _codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The fake-quantized value, ``d value / d scale``, and whether the value is inside the range; float32."""
+    qmin, qmax = act_code_range(bits)
+    position = x.astype(jnp.float32) * (1.0 / scale)
+    rounded = jnp.round(position) + zero_point
+    inside = (rounded >= qmin) & (rounded <= qmax)
+    centered = jnp.clip(rounded, qmin, qmax) - zero_point
+    return scale * centered, centered - jnp.where(inside, position, 0.0), inside
+
+
+def _forward(
+    x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return fake_quant(x, scale, zero_point, bits), (x, scale, zero_point)
+
+
+def _backward(bits: int, saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    x, scale, zero_point = saved
+    _, slope, inside = _codes(x, scale, zero_point, bits)
+    over = tuple(axis for axis in range(x.ndim) if scale.ndim == 0 or scale.shape[axis] == 1)
+    d_scale = (g.astype(jnp.float32) * slope).sum(over, keepdims=scale.ndim > 0)
+    return jnp.where(inside, g, 0).astype(x.dtype), d_scale, None
+
+
+fake_quant.defvjp(_forward, _backward)
+
+
+@struct.dataclass
+class LearnedQuantizer:
+    """A site's quantizer during training: ``scale`` and ``zero_point`` are (B,), one for each row's group of steps."""
+
+    scale: Any
+    zero_point: Any
+    balance: Any
+    bits: int = struct.field(pytree_node=False)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x if self.balance is None else x * self.balance.astype(x.dtype)
+        rows = (-1,) + (1,) * (x.ndim - 1)
+        return fake_quant(x, self.scale.reshape(rows), self.zero_point.reshape(rows), self.bits)
+
+
+@struct.dataclass
+class DynamicQuantizer:
+    """A site scaled by each row's own extreme: nothing is learned, and the gradient passes straight through."""
+
+    act: ActQuantizer
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        balanced = x if self.act.balance is None else x * self.act.balance.astype(x.dtype)
+        return balanced + jax.lax.stop_gradient(self.act(x) - balanced)
+
+
+def scaled(act: ActQuantizer, log_scale: jax.Array) -> ActQuantizer:
+    """``act`` with its table of scales multiplied by ``exp(log_scale)``, both (G,)."""
+    return act.replace(scale=act.scale * jnp.exp(log_scale))  # type: ignore[attr-defined]
+
+
+def for_rows(acts: Mapping[str, ActQuantizer], log_scales: Mapping[str, jax.Array], group_B: jax.Array) -> dict[str, Any]:
+    """The quantizers of a batch whose rows fall into the groups of steps ``group_B`` (B,)."""
+    made: dict[str, Any] = {}
+    for name, act in acts.items():
+        if act.dynamic:
+            made[name] = DynamicQuantizer(act)
+            continue
+        # A product with rows of the identity, not a gather: its gradient is a sum in a fixed order, on a GPU too.
+        pick = jax.nn.one_hot(group_B, act.scale.shape[-1], dtype=jnp.float32)
+        scale = jnp.einsum("bg,g->b", pick, scaled(act, log_scales[name]).scale, precision="highest")
+        made[name] = LearnedQuantizer(scale, jnp.take(act.zero_point, group_B), act.balance, act.bits)
+    return made

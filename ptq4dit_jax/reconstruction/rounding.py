@@ -1,0 +1,105 @@
+"""AdaRound (Nagel et al., 2020): the choice between the two neighbouring codes of each weight as a continuous variable.
+
+Kernels are in Flax's order (..., K, N) here, as the training forward multiplies them; :class:`QTensor` holds (..., N, K).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ptq4dit_jax.quantizers import QTensor, weight_code_range
+
+#: The stretched sigmoid reaches 0 and 1 at finite values.
+GAMMA, ZETA = -0.1, 1.1
+
+
+@struct.dataclass
+class RoundedKernel:
+    """What stays fixed of a kernel whose rounding is learned.
+
+    ``base`` (..., K, N) int8 is the centered code below the weight; a weight outside the range has a ``base`` whose both
+    neighbours clip to the same code, so that it cannot move. ``scale`` (..., N) float32; ``low`` and ``high`` (..., N) int8
+    are the least and greatest centered code of each channel.
+    """
+
+    base: Any
+    scale: Any
+    low: Any
+    high: Any
+    bits: int = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, kernel: jax.Array, weight: QTensor) -> tuple[RoundedKernel, jax.Array]:
+        """The fixed part for the range that ``weight`` was quantized with, and the variables (..., K, N) float32 at which the
+        soft kernel is the float ``kernel`` (..., K, N) itself."""
+        low, high = _code_range(weight)
+        position = kernel / weight.scale[..., None, :]
+        floor = jnp.floor(position)
+        base = jnp.clip(floor, (low - 1)[..., None, :], high[..., None, :])
+        rounded = cls(
+            base=base.astype(jnp.int8),
+            scale=weight.scale,
+            low=low.astype(jnp.int8),
+            high=high.astype(jnp.int8),
+            bits=weight.bits,
+        )
+        return rounded, inverse_stretched_sigmoid(position - floor)
+
+    def soft(self, variables: jax.Array) -> jax.Array:
+        """The de-quantized kernel with fractional codes, differentiable in ``variables``."""
+        return self._dequantize(stretched_sigmoid(variables))
+
+    def hard(self, variables: jax.Array) -> jax.Array:
+        """The de-quantized kernel with the codes that ``variables`` decide for."""
+        return self._dequantize((variables >= 0).astype(jnp.float32))
+
+    def codes(self, variables: jax.Array) -> jax.Array:
+        """Centered codes (..., K, N), int8."""
+        return self._clip((variables >= 0).astype(jnp.float32)).astype(jnp.int8)
+
+    def pack(self, variables: jax.Array) -> QTensor:
+        """The quantized weight."""
+        zero_point = weight_code_range(self.bits)[0] - self.low.astype(jnp.int32)
+        codes = jnp.swapaxes(self.codes(variables), -1, -2).astype(jnp.int32) + zero_point[..., None]
+        return QTensor.from_codes(codes, self.scale, zero_point, self.bits)
+
+    def _clip(self, up: jax.Array) -> jax.Array:
+        # minimum and maximum share a tie's gradient; here a tie is a code at the end of the range, which may still move inward.
+        low, high = (end[..., None, :].astype(jnp.float32) for end in (self.low, self.high))
+        code = self.base.astype(jnp.float32) + up
+        return jnp.where(code < low, low, jnp.where(code > high, high, code))
+
+    def _dequantize(self, up: jax.Array) -> jax.Array:
+        return self._clip(up) * self.scale[..., None, :]
+
+
+def _code_range(weight: QTensor) -> tuple[jax.Array, jax.Array]:
+    """The least and greatest centered code of each channel, (..., N) int32.
+
+    Between 4 and 8 bits no zero point is kept; there the codes in use are the range.
+    """
+    if 4 < weight.bits < 8:
+        codes = weight.codes().astype(jnp.int32)
+        return codes.min(-1), codes.max(-1)
+    qmin, qmax = weight_code_range(weight.bits)
+    zero_point = jnp.zeros(weight.scale.shape, jnp.int32) if weight.zero_point is None else weight.zero_point.astype(jnp.int32)
+    return qmin - zero_point, qmax - zero_point
+
+
+def stretched_sigmoid(variables: jax.Array) -> jax.Array:
+    """``h(V)``: the part of a step that each weight is rounded up, 0 to 1."""
+    return jnp.clip(jax.nn.sigmoid(variables) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
+
+
+def inverse_stretched_sigmoid(part: jax.Array) -> jax.Array:
+    """The ``V`` with ``h(V) = part``, for parts in [0, 1]."""
+    return -jnp.log((ZETA - GAMMA) / (part - GAMMA) - 1)
+
+
+def indecision(variables: jax.Array, exponent: jax.Array) -> jax.Array:
+    """AdaRound's regularizer ``sum (1 - |2 h - 1|^exponent)``: how many roundings are not yet decided, ()."""
+    return (1 - jnp.abs(2 * stretched_sigmoid(variables) - 1) ** exponent).sum()

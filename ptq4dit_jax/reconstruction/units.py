@@ -1,0 +1,82 @@
+"""The parts of the network that are reconstructed one after another, each a pure function of its parameters and inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+import jax
+from flax import struct
+from jax.typing import DTypeLike
+
+from ptq4dit_jax.dit import BLOCK_SITES, Block, DiT, DiTConfig
+
+Kind = Literal["embed_image", "embed_condition", "block", "head"]
+
+#: Linear layers and sites of the kinds outside the blocks. Each of these kinds is a method of :class:`DiT`.
+_EDGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "embed_image": (("patch_embed",), ("patch_in",)),
+    "embed_condition": (("time_fc1", "time_fc2"), ("time_in", "time_hidden")),
+    "head": (("final_adaLN", "final"), ("final_adaLN_in", "final_in")),
+}
+_BLOCK_LAYERS = tuple(layer for layer in BLOCK_SITES.values() if layer)
+
+
+@struct.dataclass
+class Unit:
+    """One part. ``kind`` decides the program, ``index`` which block it is (0 outside the blocks)."""
+
+    kind: Kind = struct.field(pytree_node=False)
+    index: int = struct.field(pytree_node=False, default=0)
+
+    @property
+    def name(self) -> str:
+        return f"block {self.index}" if self.kind == "block" else self.kind.replace("_", " ")
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """The unit's linear layers: name inside the unit -> name in ``config.linear_shapes``."""
+        if self.kind == "block":
+            return {layer: f"blocks.{layer}" for layer in _BLOCK_LAYERS}
+        return {layer: layer for layer in _EDGES[self.kind][0]}
+
+    @property
+    def sites(self) -> dict[str, str]:
+        """The unit's sites: name inside the unit -> name in ``config.site_features``."""
+        if self.kind == "block":
+            return {site: f"blocks.{site}" for site in BLOCK_SITES}
+        return {site: site for site in _EDGES[self.kind][1]}
+
+    def of_depth(self, name: str, value: Any) -> Any:
+        """What a stacked tree holds for this unit: the slice at its depth for the names of blocks, else the whole."""
+        return jax.tree.map(lambda leaf: leaf[self.index], value) if name.startswith("blocks.") else value
+
+
+def units(config: DiTConfig) -> tuple[Unit, ...]:
+    """All parts in the order in which a hidden state passes them."""
+    blocks = (Unit("block", index) for index in range(config.depth))
+    return (Unit("embed_image"), Unit("embed_condition"), *blocks, Unit("head"))
+
+
+def apply_unit(
+    config: DiTConfig,
+    kind: Kind,
+    params: Mapping[str, Any],
+    quantizers: Mapping[str, Any],
+    inputs: tuple[Any, ...],
+    dtype: DTypeLike,
+) -> jax.Array:
+    """The output of a part for one batch.
+
+    Args:
+      config: shape of the network.
+      kind: which part.
+      params: kernels (K, N) and biases (N,) by layer; for ``embed_condition`` with ``label_embed``.
+      quantizers: callables by site, as in :mod:`ptq4dit_jax.dit`; may be empty.
+      inputs: ``embed_image`` (x_BHWC,), ``embed_condition`` (t_B, y_B), ``block`` and ``head`` (x_BTD, silu_c_BD).
+      dtype: compute type.
+    """
+    variables = {"params": params} | ({"quantizers": quantizers} if quantizers else {})
+    if kind == "block":
+        return cast(jax.Array, Block(config, dtype).apply(variables, *inputs)[0])
+    return cast(jax.Array, DiT(config, dtype).apply(variables, *inputs, method=kind))
