@@ -9,6 +9,7 @@ is timed apart. Writes benchmarks/results/reconstruction_speed.json.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import subprocess
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import ptq4dit_jax as ptq
@@ -26,8 +26,8 @@ from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.ptq import apply_balancing, balance
 from ptq4dit_jax.reconstruction import optimize
-from ptq4dit_jax.reconstruction.pipeline import Walk
 from ptq4dit_jax.reconstruction.units import units
+from ptq4dit_jax.reconstruction.walk import Walk
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "reconstruction_speed.json"
@@ -61,7 +61,9 @@ def measure(preset: str, settings: Reconstruction, timed: int, calib_rows: int) 
     folded, _ = apply_balancing(model, balance(model, wanted, extremes, few).factors)
     quantized = ptq.quantize(model, wanted, key=jax.random.key(0), calibration=few)
 
-    walk = Walk(folded, quantized, calibration, settings, None)
+    started = time.perf_counter()
+    walk = Walk(folded, quantized, calibration, settings, None)  # compiles the program of the blocks
+    compile_seconds = time.perf_counter() - started
     for unit in units(config):
         task, variables = walk.task(unit)
         rows = walk.rows(unit)
@@ -70,17 +72,11 @@ def measure(preset: str, settings: Reconstruction, timed: int, calib_rows: int) 
             break
         walk.advance(unit, outputs, rows.target)
     del outputs
-    static = {"config": config, "kind": unit.kind, "settings": settings, "dtype": walk.dtype}
     state, key = optimize.start(variables, settings), jax.random.key(0)
+    state = jax.block_until_ready(walk.train(unit, state, task, rows, before, key, 20))
     started = time.perf_counter()
-    compiled = optimize.train.lower(state, task, rows, before, key, jnp.int32(1), **static).compile()
-    compile_seconds = time.perf_counter() - started
-    state = jax.block_until_ready(compiled(state, task, rows, before, key, jnp.int32(20)))
-    started = time.perf_counter()
-    state = jax.block_until_ready(compiled(state, task, rows, before, key, jnp.int32(20 + timed)))
+    state = jax.block_until_ready(walk.train(unit, state, task, rows, before, key, 20 + timed))
     seconds = (time.perf_counter() - started) / timed
-    memory = compiled.memory_analysis()
-    assert memory is not None
     kind = jax.devices()[0].device_kind
     peak = next((value for name, value in PEAKS.items() if name in kind), None)
     flops = operations(config, settings.batch_size)
@@ -88,7 +84,7 @@ def measure(preset: str, settings: Reconstruction, timed: int, calib_rows: int) 
         "preset": preset, "dtype": walk.dtype, "batch_size": settings.batch_size, "rows": 25 * calib_rows, "iterations": timed,
         "ms_per_iteration": 1e3 * seconds, "compile_seconds": compile_seconds, "operations": flops,
         "share_of_bf16_peak": None if peak is None else flops / seconds / peak,
-        "arguments_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes,
+        "memory": dataclasses.asdict(walk.plan),
         "minutes_2000_x_28": 2000 * 28 * seconds / 60, "minutes_20000_x_28": 20000 * 28 * seconds / 60,
         "error_after": float(state.errors[20 : 20 + timed][-50:].mean()),
     }  # fmt: skip

@@ -76,6 +76,10 @@ class Reconstruction:
       warmup: part of the iterations without regularizer.
       row_weights: ``plain``, or ``steps``: rows count inversely to the float part's mean square change at their step.
       dtype: compute type; ``auto`` is bfloat16 on GPU and TPU and float32 on CPU.
+      parts: into how many parts a batch is cut whose gradients are added up one after another. 1 is the fastest. With another
+        number every number of devices that divides it gives the same integers.
+      rows_on: where hidden states are kept: ``device``, ``host`` (streamed batch by batch), or ``auto``, the device if they
+        fit.
     """
 
     iterations: int = 2000
@@ -88,12 +92,16 @@ class Reconstruction:
     warmup: float = 0.2
     row_weights: Literal["plain", "steps"] = "plain"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    parts: int = 1
+    rows_on: Literal["auto", "device", "host"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size"):
+        for name in ("iterations", "batch_size", "parts"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise Ptq4ditError(f"Reconstruction {name} must be a positive integer, not {value!r}.")
+        if self.batch_size % self.parts:
+            raise Ptq4ditError(f"A reconstruction batch of {self.batch_size} rows cannot be cut into {self.parts} equal parts.")
         for name in ("rounding_rate", "scale_rate", "regularizer"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise Ptq4ditError(f"Reconstruction {name} must be finite and not negative, not {getattr(self, name)}.")
@@ -103,6 +111,7 @@ class Reconstruction:
             raise Ptq4ditError(f"Reconstruction exponents must be two numbers of at least 1, not {self.exponents}.")
         _check_choice("Reconstruction row_weights", self.row_weights, ("plain", "steps"))
         _check_choice("Reconstruction dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        _check_choice("Reconstruction rows_on", self.rows_on, ("auto", "device", "host"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -218,7 +218,10 @@ def modulate(x_BTD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.
 
 def softmax(logits: jax.Array) -> jax.Array:
     """Softmax over the last axis in float32 at least, returned in the input's dtype."""
-    return jax.nn.softmax(logits.astype(at_least_float32(logits.dtype)), axis=-1).astype(logits.dtype)
+    wide = logits.astype(at_least_float32(logits.dtype))
+    # A product with the reciprocal: XLA compiles the gradient of the quotient otherwise for several devices than for one.
+    exp = jnp.exp(wide - jax.lax.stop_gradient(wide.max(-1, keepdims=True)))
+    return (exp * (1 / exp.sum(-1, keepdims=True))).astype(logits.dtype)
 
 
 class Block(nn.Module):

@@ -136,6 +136,7 @@ def quantize(
     if config.reconstruction is not None:
         quantized, learned = reconstruct(
             folded, quantized, calibration, config.reconstruction, key=jax.random.fold_in(key, 1), journal=journal, mesh=mesh,
+            announce=lambda plan: report("plan reconstruction", 1, 1, f"{plan}"),
             progress=lambda part, done, total, error: report(
                 f"reconstruct {part}", done, total, f"error {error:.3f} x nearest"
             ),

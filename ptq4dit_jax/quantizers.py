@@ -59,7 +59,7 @@ def _broadcast_rows(per_row: jax.Array, ndim: int) -> jax.Array:
     return per_row.reshape(per_row.shape + (1,) * (ndim - 1)) if per_row.ndim else per_row
 
 
-def _reciprocal(scale: jax.Array) -> jax.Array:
+def reciprocal(scale: jax.Array) -> jax.Array:
     """``1 / scale`` behind a barrier: XLA would keep vector / scalar in the program of one device and make it vector *
     (1 / scalar) in that of several, a last bit that becomes another code."""
     return jax.lax.optimization_barrier(1.0 / scale)
@@ -99,10 +99,10 @@ class ActQuantizer:
             x = x if self.balance is None else x * self.balance
             largest = jnp.abs(x).max(-1, keepdims=True)
             scale = jnp.where(largest > _EMPTY, largest / qmax, 1.0)
-            return Encoded(jnp.round(x * _reciprocal(scale)).astype(jnp.int8), scale, None)
+            return Encoded(jnp.round(x * reciprocal(scale)).astype(jnp.int8), scale, None)
         scale = _broadcast_rows(self.scale, x.ndim).astype(x.dtype)
         zero_point = _broadcast_rows(self.zero_point, x.ndim)
-        inverse = _reciprocal(scale) if self.balance is None else self.balance * _reciprocal(scale)
+        inverse = reciprocal(scale) if self.balance is None else self.balance * reciprocal(scale)
         codes = jnp.clip(jnp.round(x * inverse) + zero_point, qmin, qmax)
         return Encoded(codes.astype(jnp.int8), scale, zero_point)
 

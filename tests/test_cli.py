@@ -128,6 +128,17 @@ def test_the_seed_decides_the_quantized_model(w4, here):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+@pytest.mark.slow
+def test_quantize_reconstructs_and_clears_up(inputs, here):
+    calibrate = ["--weight-bits", "4", "--steps", "4", "--calib-steps", "2", "--calib-rows", "4"]
+    run("quantize", inputs / "tiny", "--out", "learned", *calibrate, "--reconstruct", "--iterations", "2")
+    facts = store.read_config("learned")["provenance"]
+    assert facts["settings"]["reconstruction"]["iterations"] == 2
+    assert list(facts["reconstruction"]) == ["embed image", "embed condition", "block 0", "block 1", "head"]
+    assert [path.name for path in here.iterdir()] == ["learned"]
+    assert isinstance(ptq.load("learned"), ptq.QuantizedDiT)
+
+
 def test_quantize_from_stored_rows(w4, here):
     """The rows that the program samples itself, handed to it in a file and in another order, give the same model."""
     dit, config = ptq.load(DIGITS), ptq.QuantConfig(steps=4)

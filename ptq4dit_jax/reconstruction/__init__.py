@@ -2,5 +2,6 @@
 
 from ptq4dit_jax.reconstruction.pipeline import UnitProgress, reconstruct
 from ptq4dit_jax.reconstruction.resume import Journal
+from ptq4dit_jax.reconstruction.walk import MemoryPlan
 
-__all__ = ["Journal", "UnitProgress", "reconstruct"]
+__all__ = ["Journal", "MemoryPlan", "UnitProgress", "reconstruct"]

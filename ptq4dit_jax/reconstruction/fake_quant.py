@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ptq4dit_jax.quantizers import ActQuantizer, act_code_range
+from ptq4dit_jax.quantizers import ActQuantizer, act_code_range, reciprocal
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -27,7 +27,7 @@ def fake_quant(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int)
 def _codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The fake-quantized value, ``d value / d scale``, and whether the value is inside the range; float32."""
     qmin, qmax = act_code_range(bits)
-    position = x.astype(jnp.float32) * (1.0 / scale)
+    position = x.astype(jnp.float32) * reciprocal(scale)
     rounded = jnp.round(position) + zero_point
     inside = (rounded >= qmin) & (rounded <= qmax)
     centered = jnp.clip(rounded, qmin, qmax) - zero_point

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
+from ptq4dit_jax import sharding
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.quantizers import ActQuantizer
@@ -92,11 +94,17 @@ def predict(
     return apply_unit(config, kind, params, for_rows(task.acts, log_scale, group_B), inputs, dtype)
 
 
-def draw(rows: Rows, key: jax.Array, iteration: jax.Array) -> Rows:
-    """One row of each stratum, (B, ...): they depend on the key and the iteration only."""
-    strata, size = rows.group.shape[1], rows.group.shape[0]
-    chosen = jax.random.randint(jax.random.fold_in(key, iteration), (strata,), 0, size)
-    # Stratum by stratum, so that a mesh that holds whole strata moves no row between devices.
+def chosen_rows(key: jax.Array, iteration: jax.Array, size: int, strata: int) -> jax.Array:
+    """Which row of each stratum an iteration draws, (B,): decided by the key and the iteration alone."""
+    return jax.random.randint(jax.random.fold_in(key, iteration), (strata,), 0, size)
+
+
+def draw(rows: Rows, key: jax.Array, iteration: jax.Array, devices: int = 1) -> Rows:
+    """One row of each stratum, (B, ...); of several ``devices`` each draws from the strata that it holds."""
+    size, here = rows.group.shape
+    chosen = chosen_rows(key, iteration, size, here * devices)
+    if devices > 1:
+        chosen = jax.lax.dynamic_slice_in_dim(chosen, here * jax.lax.axis_index("data"), here)
     pick = jax.vmap(lambda column, index: jax.lax.dynamic_index_in_dim(column, index, keepdims=False), in_axes=(1, 0))
     return jax.tree.map(lambda leaf: pick(leaf, chosen), rows)
 
@@ -115,33 +123,68 @@ def _exponent(settings: Reconstruction, progress: jax.Array) -> jax.Array:
     return last + (first - last) * 0.5 * (1 + jnp.cos(jnp.pi * part))
 
 
-@partial(jax.jit, static_argnames=("config", "kind", "settings", "dtype"), donate_argnames="state")
+def in_parts(function: Any, rows: Any, parts: int) -> Any:
+    """``function`` of each of ``parts`` equal parts of the rows (B, ...), one after another: leaves (parts, ...)."""
+    # Barriers, because XLA unrolls a loop of one part and would fuse it with what stands around it.
+    alone = lambda part: jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(part)))
+    return jax.lax.map(alone, jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), rows))
+
+
+def _mean_in_order(stacked: jax.Array) -> jax.Array:
+    """The mean over the first axis, added up from first to last."""
+    total = jax.lax.fori_loop(1, stacked.shape[0], lambda i, total: total + stacked[i], stacked[0])
+    return total / stacked.shape[0]
+
+
 def train(
     state: TrainState, task: Task, rows: Rows, nearest_error: jax.Array, key: jax.Array, stop: jax.Array,
-    *, config: DiTConfig, kind: Kind, settings: Reconstruction, dtype: str,
+    *, config: DiTConfig, kind: Kind, settings: Reconstruction, dtype: str, drawn: bool = False, devices: int = 1,
 ) -> TrainState:  # fmt: skip
-    """Iterations from the state's next one up to ``stop``.
+    """Iterations from the state's next one up to ``stop``. To be compiled with the state donated.
 
-    The loss is ``squared error / nearest_error + regularizer * indecision / weights``, times the number of weights: both terms
-    are then of the order of one per weight whatever the model, and one setting fits all.
+    ``rows`` are all rows, or with ``drawn`` the batches (n, B, ...) of the next n iterations. With several ``devices`` this is
+    the program of each, inside a ``shard_map`` over ``data``: ``rows`` are its strata, everything else is whole and the same on
+    all.
+
+    The loss is ``squared error / nearest_error + regularizer * indecision / weights``, times the number of weights: both
+    terms are then of the order of one per weight whatever the model, and one setting fits all.
     """
     for_rounding, for_scales = optimizers(settings)
+    first = state.iteration
     count = sum(kernel.base.size for kernel in task.kernels.values())
 
-    def loss(variables: Variables, batch: Rows, progress: jax.Array) -> tuple[jax.Array, jax.Array]:
-        kernels = {name: kernel.soft(variables.rounding[name]) for name, kernel in task.kernels.items()}
-        output = predict(task, kernels, variables.log_scale, batch.inputs, batch.group, config, kind, dtype)
-        error = squared_error(output, batch) / nearest_error
+    def error_gradient(variables: Variables, batch: Rows) -> tuple[jax.Array, Variables]:
+        def error(variables: Variables) -> jax.Array:
+            kernels = {name: kernel.soft(variables.rounding[name]) for name, kernel in task.kernels.items()}
+            output = predict(task, kernels, variables.log_scale, batch.inputs, batch.group, config, kind, dtype)
+            return squared_error(output, batch) / nearest_error
+
+        return jax.value_and_grad(error)(variables)
+
+    def regularizer(rounding: dict[str, jax.Array], progress: jax.Array) -> jax.Array:
+        strength = jnp.where(progress < settings.warmup, 0.0, settings.regularizer) / count
         exponent = _exponent(settings, progress)
-        undecided = sum(indecision(v, exponent) for v in variables.rounding.values())
-        strength = jnp.where(progress < settings.warmup, 0.0, settings.regularizer)
-        return count * error + strength * undecided, error
+        return strength * jnp.stack([indecision(v, exponent) for v in rounding.values()]).sum()
 
     def iterate(state: TrainState) -> TrainState:
-        batch = draw(rows, key, state.iteration)
-        grads, error = jax.grad(loss, has_aux=True)(state.variables, batch, state.iteration / settings.iterations)
-        rounding, rounding_state = for_rounding.update(grads.rounding, state.optimizer[0])
-        log_scale, scale_state = for_scales.update(grads.log_scale, state.optimizer[1])
+        position = state.iteration - first
+        batch = jax.tree.map(lambda leaf: leaf[position], rows) if drawn else draw(rows, key, state.iteration, devices)
+        # A barrier, so that what follows is one program wherever the rows come from.
+        batch = jax.lax.optimization_barrier(batch)
+        gradient = partial(error_gradient, jax.lax.optimization_barrier(state.variables))
+        if settings.parts == 1:
+            error, grads = gradient(batch)
+            if devices > 1:
+                error, grads = jax.lax.pmean((error, grads), "data")
+        else:
+            stacked = in_parts(gradient, batch, settings.parts // devices)
+            if devices > 1:
+                stacked = jax.lax.all_gather(stacked, "data", tiled=True)
+            error, grads = jax.tree.map(_mean_in_order, stacked)
+        undecided = jax.grad(regularizer)(state.variables.rounding, state.iteration / settings.iterations)
+        total = jax.tree.map(lambda a, b: count * (a + b), grads.rounding, undecided)
+        rounding, rounding_state = for_rounding.update(total, state.optimizer[0])
+        log_scale, scale_state = for_scales.update(jax.tree.map(lambda a: count * a, grads.log_scale), state.optimizer[1])
         return TrainState(
             variables=Variables(
                 optax.apply_updates(state.variables.rounding, rounding),
@@ -155,30 +198,40 @@ def train(
     return jax.lax.while_loop(lambda state: state.iteration < stop, iterate, state)
 
 
-@partial(jax.jit, static_argnames=("config", "kind", "dtype"))
 def quantized_outputs(
-    variables: Variables, task: Task, rows: Rows, *, config: DiTConfig, kind: Kind, dtype: str
+    shared: tuple[Variables, Task], rows: Rows, *, config: DiTConfig, kind: Kind, dtype: str
 ) -> tuple[jax.Array, jax.Array]:
-    """With decided roundings: the outputs (M, B, ...) that the next part is fed, and the mean squared error ()."""
+    """With decided roundings: the output (B, ...) that the next part is fed, and the mean squared error ()."""
+    variables, task = shared
     kernels = {name: kernel.hard(variables.rounding[name]) for name, kernel in task.kernels.items()}
-
-    def one(batch: Rows) -> tuple[jax.Array, jax.Array]:
-        output = predict(task, kernels, variables.log_scale, batch.inputs, batch.group, config, kind, dtype)
-        return output, squared_error(output, batch)
-
-    outputs, errors = jax.lax.map(one, rows)
-    return outputs, errors.mean()
+    output = predict(task, kernels, variables.log_scale, rows.inputs, rows.group, config, kind, dtype)
+    return output, squared_error(output, rows)
 
 
-@partial(jax.jit, static_argnames=("config", "kind", "dtype"))
 def float_outputs(
-    params: Mapping[str, Any],
-    balances: Mapping[str, Any],
-    inputs: tuple[Any, ...],
-    *,
-    config: DiTConfig,
-    kind: Kind,
-    dtype: str,
-) -> jax.Array:
-    """The float part's outputs (M, B, ...); ``balances`` are what folding left at its sites."""
-    return jax.lax.map(lambda batch: apply_unit(config, kind, params, balances, batch, dtype), inputs)
+    shared: tuple[Mapping[str, Any], Mapping[str, Any]], inputs: tuple[Any, ...], *, config: DiTConfig, kind: Kind, dtype: str
+) -> tuple[jax.Array, jax.Array]:
+    """The float part's output (B, ...), and 0; ``shared`` are its parameters and what folding left at its sites."""
+    params, balances = shared
+    return apply_unit(config, kind, params, balances, inputs, dtype), jnp.zeros(())
+
+
+@partial(jax.jit, static_argnames=("function", "config", "kind", "dtype", "parts", "mesh"))
+def over_rows(
+    function: Any, shared: Any, rows: Any,
+    *, config: DiTConfig, kind: Kind, dtype: str, parts: int = 1, mesh: Mesh | None = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """:func:`quantized_outputs` or :func:`float_outputs` of rows (M, B, ...): outputs (M, B, ...) and errors (M, parts)."""
+    devices = sharding.data_size(mesh)
+
+    def local(shared: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
+        one = partial(function, shared, config=config, kind=kind, dtype=dtype)
+        outputs, errors = jax.lax.map(lambda batch: in_parts(one, batch, max(1, parts // devices)), rows)
+        return outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:]), errors
+
+    if mesh is None:
+        return local(shared, rows)
+    strata = PartitionSpec(None, "data")
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(PartitionSpec(), strata), out_specs=(strata, strata), check_vma=False
+    )(shared, rows)  # fmt: skip

@@ -14,15 +14,14 @@ from jax.sharding import Mesh
 from ptq4dit_jax import dit, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import Reconstruction
-from ptq4dit_jax.engine import QLinear, QuantizedDiT, reference
-from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.model import FloatDiT, step_group
+from ptq4dit_jax.engine import QLinear, QuantizedDiT
+from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.quantizers import QTensor
 from ptq4dit_jax.reconstruction import optimize
 from ptq4dit_jax.reconstruction.optimize import Rows, Task, TrainState, Variables
 from ptq4dit_jax.reconstruction.resume import Journal
-from ptq4dit_jax.reconstruction.rounding import RoundedKernel
 from ptq4dit_jax.reconstruction.units import Unit, units
+from ptq4dit_jax.reconstruction.walk import MemoryPlan, Walk
 
 #: Called with (part, iterations done, iterations in all, error relative to rounding to the nearest).
 UnitProgress = Callable[[str, int, int, float], None]
@@ -53,6 +52,7 @@ def reconstruct(
     journal: Journal | None = None,
     save_every: int = 500,
     mesh: Mesh | None = None,
+    announce: Callable[[MemoryPlan], None] | None = None,
     progress: UnitProgress | None = None,
 ) -> tuple[QuantizedDiT, list[dict[str, Any]]]:
     """Learns the rounding of the weights and the scales of the activations, part after part (PTQ4DiT, section 4.3; AdaRound).
@@ -69,6 +69,7 @@ def reconstruct(
       journal: where the state is kept; with one, a run that died goes on where it was last saved.
       save_every: iterations between two such saves inside a part.
       mesh: shards every batch over ``data``.
+      announce: called once, before the first iteration, with what memory it will take.
       progress: called every hundred iterations.
 
     Returns:
@@ -77,12 +78,9 @@ def reconstruct(
     Raises:
       Ptq4ditError: the batch cannot be spread over the mesh.
     """
-    if settings.batch_size % sharding.data_size(mesh):
-        raise Ptq4ditError(
-            f"A reconstruction batch of {settings.batch_size} rows cannot be spread over {sharding.data_size(mesh)} devices; "
-            "use a multiple."
-        )
     walk = Walk(folded, quantized, calibration, settings, mesh)
+    if announce is not None:
+        announce(walk.plan)
     results, facts = [], []
     for position, unit in enumerate(units(folded.config)):
         task, variables = sharding.replicate(mesh, walk.task(unit))
@@ -94,7 +92,7 @@ def reconstruct(
             state = _optimize(unit, position, task, variables, rows, before, walk, key, journal, save_every, progress)
             variables, errors = state.variables, state.errors
         else:
-            variables, errors = walk.restore(task, variables, result), result.errors
+            variables, errors = _restored(mesh, task, variables, result), result.errors
         outputs, after = walk.outputs(unit, variables, task, rows)
         if result is None:
             result = jax.device_get(_result(task, variables, before, after, errors))
@@ -120,11 +118,8 @@ def _optimize(
     while done < settings.iterations:
         marks = (_REPORT_EVERY,) if journal is None else (_REPORT_EVERY, save_every)
         stop = min(settings.iterations, *((done // mark + 1) * mark for mark in marks))
-        state = optimize.train(
-            state, task, rows, jnp.maximum(before, _TINY), key, jnp.int32(stop),
-            config=walk.config, kind=unit.kind, settings=settings, dtype=walk.dtype,
-        )  # fmt: skip
-        done = int(state.iteration)
+        state = walk.train(unit, state, task, rows, before, key, stop)
+        done = stop
         if journal is not None and done < settings.iterations and done % save_every == 0:
             journal.save_current(position, state)
         if progress is not None and done < settings.iterations:
@@ -132,109 +127,15 @@ def _optimize(
     return state
 
 
-#: A part that rounding to the nearest already reproduces has nothing to learn, and its error must not be divided by 0.
-_TINY = 1e-30
-
-
-class Walk:
-    """The two hidden states on their way through the network, float and quantized; rows laid out as in :class:`Rows`."""
-
-    def __init__(
-        self,
-        folded: FloatDiT,
-        quantized: QuantizedDiT,
-        calibration: CalibrationData,
-        settings: Reconstruction,
-        mesh: Mesh | None,
-    ) -> None:
-        self.folded, self.quantized, self.settings, self.mesh = folded, quantized, settings, mesh
-        self.config = folded.config
-        on_cpu = jax.default_backend() == "cpu"
-        self.dtype = settings.dtype if settings.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
-        self.acts = dit.flatten_sites(reference(quantized).quantizers)
-        self.balances = dit.flatten_sites(folded.quantizers)
-
-        count = calibration.num_steps * calibration.num_rows
-        strata = settings.batch_size
-        size = -(-count // strata)
-        # Rows are in the order of the steps, so strata follow the steps, and every batch sees all of the chain. Where rows do
-        # not fill the strata, some are there twice.
-        order = (np.arange(strata * size) * count // (strata * size)).reshape(strata, size).T
-        place = lambda rows: sharding.shard(mesh, np.asarray(rows)[order], axis=1)
-        flat = lambda rows: np.asarray(rows).reshape(count, *rows.shape[2:])
-        t = np.repeat(np.asarray(calibration.t), calibration.num_rows)
-        self.x, self.t, self.y = place(flat(calibration.x)), place(t), place(flat(calibration.y))
-        self.step = place(np.repeat(np.arange(calibration.num_steps), calibration.num_rows))
-        self.group = place(np.asarray(step_group(quantized.group_edges, jnp.append(t, t[:1]))[:count]))
-        self.num_steps = calibration.num_steps
-        self.float_x = self.quant_x = self.float_c = self.quant_c = self.x
-
-    def task(self, unit: Unit) -> tuple[Task, Variables]:
-        """What is fixed and what is learned for a part, at the float weights."""
-        kernels, biases, rounding = {}, {}, {}
-        for layer, name in unit.layers.items():
-            tree = self._params(unit, layer)
-            kernels[layer], rounding[layer] = RoundedKernel.of(
-                tree["kernel"], unit.of_depth(name, self.quantized.linears[name].weight)
-            )
-            biases[layer] = tree["bias"]
-        acts = {site: unit.of_depth(name, self.acts[name]) for site, name in unit.sites.items() if name in self.acts}
-        log_scale = {site: jnp.zeros_like(act.scale) for site, act in acts.items() if not act.dynamic}
-        constants = {"label_embed": self.folded.params["label_embed"]} if unit.kind == "embed_condition" else {}
-        return Task(kernels, biases, acts, constants), Variables(rounding, log_scale)
-
-    def _params(self, unit: Unit, layer: str) -> Any:
-        if unit.kind != "block":
-            return self.folded.params[layer]
-        return jax.tree.map(lambda leaf: leaf[unit.index], self.folded.params["blocks"][layer])
-
-    def rows(self, unit: Unit) -> Rows:
-        """The part's inputs from the quantized prefix, and the float part's outputs."""
-        quant: tuple[Any, ...] = (self.quant_x, self.quant_c)
-        exact: tuple[Any, ...] = (self.float_x, self.float_c)
-        if unit.kind == "embed_image":
-            quant = exact = (self.x,)
-        elif unit.kind == "embed_condition":
-            quant = exact = (self.t, self.y)
-        params = {layer: self._params(unit, layer) for layer in unit.layers}
-        if unit.kind == "embed_condition":
-            params["label_embed"] = self.folded.params["label_embed"]
-        balances = {
-            site: unit.of_depth(name, self.balances[name]) for site, name in unit.sites.items() if name in self.balances
-        }
-        target = optimize.float_outputs(params, balances, exact, config=self.config, kind=unit.kind, dtype=self.dtype)
-        weight = jnp.ones(self.group.shape, jnp.float32)
-        if self.settings.row_weights == "steps" and unit.kind == "block":
-            weight = _step_weights(self.float_x, target, self.step, self.num_steps)
-        return Rows(inputs=quant, target=target, group=self.group, weight=weight)
-
-    def outputs(self, unit: Unit, variables: Variables, task: Task, rows: Rows) -> tuple[jax.Array, jax.Array]:
-        return optimize.quantized_outputs(variables, task, rows, config=self.config, kind=unit.kind, dtype=self.dtype)
-
-    def advance(self, unit: Unit, quantized: jax.Array, exact: jax.Array) -> None:
-        if unit.kind == "embed_condition":
-            self.quant_c, self.float_c = quantized, exact
-        elif unit.kind != "head":
-            self.quant_x, self.float_x = quantized, exact
-
-    def restore(self, task: Task, variables: Variables, result: PartResult) -> Variables:
-        """Variables that decide for the codes and scales of a stored result."""
-        rounding = {}
-        for layer, kernel in task.kernels.items():
-            codes = _with_values(kernel.pack(variables.rounding[layer]), jnp.asarray(result.values[layer])).codes()
-            up = jnp.swapaxes(codes, -1, -2).astype(jnp.int32) > kernel.base.astype(jnp.int32)
-            rounding[layer] = jnp.where(up, 1.0, -1.0)
-        log_scale = {site: jnp.asarray(result.log_scale[site]) for site in variables.log_scale}
-        return sharding.replicate(self.mesh, Variables(rounding, log_scale))
-
-
-def _step_weights(before: jax.Array, after: jax.Array, step: jax.Array, num_steps: int) -> jax.Array:
-    """Row weights (M, B) inverse to the mean square change at each row's step, of mean 1."""
-    change = jnp.square((after - before).astype(jnp.float32)).mean(tuple(range(2, after.ndim)))
-    member = jax.nn.one_hot(step, num_steps)
-    mean = jnp.einsum("mb,mbs->s", change, member) / member.sum((0, 1))
-    weight = 1 / jnp.maximum(jnp.einsum("s,mbs->mb", mean, member), _TINY)
-    return weight / weight.mean()
+def _restored(mesh: Mesh | None, task: Task, variables: Variables, result: PartResult) -> Variables:
+    """Variables that decide for the codes and scales of a stored result."""
+    rounding = {}
+    for layer, kernel in task.kernels.items():
+        codes = _with_values(kernel.pack(variables.rounding[layer]), jnp.asarray(result.values[layer])).codes()
+        up = jnp.swapaxes(codes, -1, -2).astype(jnp.int32) > kernel.base.astype(jnp.int32)
+        rounding[layer] = jnp.where(up, 1.0, -1.0)
+    log_scale = {site: jnp.asarray(result.log_scale[site]) for site in variables.log_scale}
+    return sharding.replicate(mesh, Variables(rounding, log_scale))
 
 
 def _result(task: Task, variables: Variables, before: jax.Array, after: jax.Array, errors: jax.Array) -> PartResult:

@@ -51,12 +51,12 @@ class Journal:
             found = json.loads((self.folder / _FINGERPRINT).read_text())
         except (OSError, ValueError) as error:
             raise Ptq4ditError(
-                f"{self.folder} should hold the state of a reconstruction, but there is no {_FINGERPRINT} in it; move it away."
+                f"The folder {self.folder} should hold a reconstruction's state but has no {_FINGERPRINT}; name another one."
             ) from error
         if not fresh and (differing := list(_differences(found, wanted))):
             raise Ptq4ditError(
-                f"The reconstruction begun in {self.folder} is another one: it differs in {'; '.join(differing[:4])}. "
-                "Run it with its own settings, or start over with --fresh (fresh=True)."
+                f"The reconstruction begun in {self.folder} is another one, different in {', '.join(differing[:4])}; "
+                "run it with its own settings, or start over with --fresh (fresh=True)."
             )
 
     def finished(self, position: int, like: Any) -> Any | None:
@@ -113,7 +113,7 @@ def _write(path: Path, tree: Any) -> None:
 def _read(path: Path, like: Any) -> Any | None:
     if not path.exists():
         return None
-    damaged = Ptq4ditError(f"{path} is damaged; start over with --fresh (fresh=True).")
+    damaged = Ptq4ditError(f"The state in {path} is damaged; start over with --fresh (fresh=True).")
     try:
         with np.load(path, allow_pickle=False) as file:
             leaves = [file[name] for name in _names(like)]

@@ -1,0 +1,305 @@
+"""Reconstruction of a small model from end to end: what it gains, what it may change, and that it can be interrupted."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import random_inputs, relative_error, tiny_model
+
+import ptq4dit_jax as ptq
+from ptq4dit_jax.calibration import CalibrationData, channel_extremes
+from ptq4dit_jax.config import Reconstruction
+from ptq4dit_jax.ptq import _journal, apply_balancing, balance
+from ptq4dit_jax.reconstruction import reconstruct
+from ptq4dit_jax.reconstruction.walk import _compiled
+
+pytestmark = pytest.mark.slow  # the programs of four kinds of parts are compiled
+
+KEY, SETTINGS = jax.random.key(0), Reconstruction(iterations=200, batch_size=8)
+CONFIG = ptq.QuantConfig(weight_bits=3, calib_steps=4, calib_rows=30, steps=4, step_groups=2, reconstruction=SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def model() -> ptq.FloatDiT:
+    return tiny_model()
+
+
+def rows_of(model: ptq.FloatDiT, seed: int) -> CalibrationData:
+    """30 rows at each of 4 steps, which 8 strata of 15 hold."""
+    x, y = random_inputs(model.config, 120, seed)
+    return CalibrationData(x=x.reshape(4, 30, *x.shape[1:]), t=np.array([999, 600, 300, 0], np.int32), y=y.reshape(4, 30))
+
+
+@pytest.fixture(scope="module")
+def rows(model: ptq.FloatDiT) -> CalibrationData:
+    return rows_of(model, 0)
+
+
+def quantize(model: ptq.FloatDiT, rows: CalibrationData, settings: Reconstruction | None = SETTINGS, **more: Any) -> Any:
+    config = dataclasses.replace(CONFIG, reconstruction=settings)
+    return ptq.quantize(model, config, key=more.pop("key", KEY), calibration=rows, **more)
+
+
+@pytest.fixture(scope="module")
+def nearest(model: ptq.FloatDiT, rows: CalibrationData) -> ptq.QuantizedDiT:
+    return quantize(model, rows, None)
+
+
+@pytest.fixture(scope="module")
+def learned(model: ptq.FloatDiT, rows: CalibrationData) -> ptq.QuantizedDiT:
+    return quantize(model, rows)
+
+
+def codes(q: ptq.QuantizedDiT) -> dict[str, np.ndarray]:
+    return {name: np.asarray(layer.weight.codes()).astype(int) for name, layer in q.linears.items()}
+
+
+def same_bytes(a: Any, b: Any) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+def error(model: ptq.FloatDiT, q: Any, rows: CalibrationData) -> float:
+    apply = jax.jit(lambda m, x, t, y: m.apply(x, t, y))
+    ours, exact = (np.stack([apply(m, rows.x[s], rows.t[s : s + 1], rows.y[s]) for s in range(4)]) for m in (q, model))
+    return relative_error(ours, exact)
+
+
+def test_it_lowers_the_error_on_rows_that_it_has_not_seen(model, nearest, learned):
+    held_out = rows_of(model, 1)
+    assert error(model, learned, held_out) < 0.9 * error(model, nearest, held_out)
+
+
+def test_weights_move_to_a_neighbouring_code_at_most_and_weight_scales_stay(nearest, learned):
+    before, after = codes(nearest), codes(learned)
+    moved = {name: np.abs(after[name] - before[name]) for name in before}
+    assert max(m.max() for m in moved.values()) == 1
+    for name in ("blocks.qkv", "blocks.fc2", "blocks.adaLN"):
+        assert 0.02 < moved[name].mean() < 0.6, name
+        np.testing.assert_array_equal(learned.linears[name].weight.scale, nearest.linears[name].weight.scale)
+        np.testing.assert_array_equal(learned.linears[name].act.zero_point, nearest.linears[name].act.zero_point)
+        assert np.all(np.asarray(learned.linears[name].act.scale) != np.asarray(nearest.linears[name].act.scale))
+
+
+def test_the_engine_runs_what_was_learned(model, rows, learned):
+    """Hard rounding in the training forward, the fake-quant twin and the engine are one function."""
+    twin = ptq.reference(learned)
+    assert error(twin, learned, rows) < 1e-3
+    facts = learned.provenance.facts["reconstruction"]
+    assert list(facts) == ["embed image", "embed condition", "block 0", "block 1", "head"]
+    seen = twin.apply(rows.x[1], rows.t[1:2], rows.y[1])
+    exact = model.apply(rows.x[1], rows.t[1:2], rows.y[1])
+    of_step = np.square(np.asarray(seen) - np.asarray(exact)).mean()
+    assert facts["head"]["after"] == pytest.approx(of_step, rel=0.5)
+
+
+def test_it_says_what_each_part_gained(learned):
+    for part, row in learned.provenance.facts["reconstruction"].items():
+        assert len(row["curve"]) == 50
+        assert np.isfinite(row["curve"]).all()
+        if part.startswith("block"):
+            assert row["after"] < 0.9 * row["before"]
+
+
+def test_one_seed_one_result_another_seed_another(model, rows, learned):
+    assert same_bytes(quantize(model, rows), learned)
+    assert not same_bytes(quantize(model, rows, key=jax.random.key(1)), learned)
+
+
+def test_in_parts_one_and_eight_devices_give_the_same_integers(model, rows, nearest, mesh8):
+    """All but a few in ten thousand: the gradient of a scale differs in its last bit, XLA fusing it otherwise for a mesh."""
+    settings = dataclasses.replace(SETTINGS, parts=8)
+    extremes = channel_extremes(model, rows, sites=tuple(model.config.site_features))
+    folded, _ = apply_balancing(model, balance(model, CONFIG, extremes, rows).factors)
+    alone, spread = (codes(reconstruct(folded, nearest, rows, settings, key=KEY, mesh=mesh)[0]) for mesh in (None, mesh8))
+    differing = sum((spread[name] != alone[name]).sum() for name in alone)
+    assert differing <= 1e-4 * sum(code.size for code in alone.values())
+
+
+def test_without_parts_another_number_of_devices_tips_few_roundings(model, rows, learned, mesh8):
+    """Gradients are then sums in another order: a last bit, which in the end tips roundings that hardly matter."""
+    spread = quantize(model, rows, mesh=mesh8)
+    differing = sum((codes(spread)[name] != codes(learned)[name]).sum() for name in codes(learned))
+    assert differing <= 0.02 * sum(code.size for code in codes(learned).values())
+    held_out = rows_of(model, 1)
+    assert error(model, spread, held_out) == pytest.approx(error(model, learned, held_out), rel=0.05)
+
+
+def test_rows_on_the_host_change_nothing(model, rows, learned):
+    assert same_bytes(quantize(model, rows, dataclasses.replace(SETTINGS, rows_on="host")), learned)
+
+
+def test_all_blocks_share_one_program(model, rows):
+    before = _compiled.cache_info().misses
+    quantize(model, rows, dataclasses.replace(SETTINGS, iterations=2))
+    assert _compiled.cache_info().misses == before + 4  # one for each kind of part
+
+
+def test_the_plan_is_told_before_the_first_iteration(model, rows):
+    told: list[tuple[str, str]] = []
+    quantize(
+        model, rows, dataclasses.replace(SETTINGS, iterations=1),
+        progress=lambda stage, done, total, note="": told.append((stage, note)),
+    )  # fmt: skip
+    stages = [stage for stage, _ in told]
+    note = dict(told)["plan reconstruction"]
+    assert stages.index("plan reconstruction") < stages.index("reconstruct embed image")
+    assert "GB a device" in note
+    assert "stay on the device" in note
+
+
+def test_row_weights_and_dynamic_sites(model, rows):
+    settings = dataclasses.replace(SETTINGS, iterations=3, row_weights="steps")
+    config = dataclasses.replace(CONFIG, reconstruction=settings, dynamic_sites=("blocks.qkv_in",), policy="uniform")
+    q = ptq.quantize(model, config, key=KEY, calibration=rows)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(q) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    assert error(model, q, rows) < 1
+
+
+# Interruptions.
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(part: str, iteration: int) -> Any:
+    def report(stage: str, done: int, total: int, note: str = "") -> None:
+        if stage == f"reconstruct {part}" and done >= iteration:
+            raise Stop
+
+    return report
+
+
+LONGER = dataclasses.replace(SETTINGS, iterations=610)
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(model, rows, learned, tmp_path):
+    for part in ("block 0", "head"):
+        with pytest.raises(Stop):
+            quantize(model, rows, state=tmp_path / "state", progress=stop_at(part, 100))
+    seen: list[str] = []
+    resumed = quantize(model, rows, state=tmp_path / "state", progress=lambda stage, *_, note="": seen.append(stage))
+    assert same_bytes(resumed, learned)
+    assert (tmp_path / "state" / "part-004.npz").exists()
+
+
+SCRIPT = """
+import os, signal, sys
+sys.path[:0] = sys.argv[2:]
+import test_pipeline as t
+model = t.tiny_model()
+def report(stage, done, total, note=""):
+    if stage == "reconstruct block 1" and done >= 600:
+        os.kill(os.getpid(), signal.SIGKILL)
+t.quantize(model, t.rows_of(model, 0), t.LONGER, state=sys.argv[1], progress=report)
+"""
+
+
+def test_a_run_killed_inside_a_block_goes_on_there_and_ends_with_the_same_bytes(model, rows, tmp_path):
+    here = Path(__file__).parent
+    paths = map(str, (here, here.parent, here.parent.parent))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "state"), *paths],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert sorted(path.name for path in (tmp_path / "state").iterdir()) == [
+        "current.npz", "fingerprint.json", "part-000.npz", "part-001.npz", "part-002.npz",
+    ]  # fmt: skip
+    iterations: list[int] = []
+
+    def watch(stage: str, done: int, total: int, note: str = "") -> None:
+        if stage == "reconstruct block 1":
+            iterations.append(done)
+
+    resumed = quantize(model, rows, LONGER, state=tmp_path / "state", progress=watch)
+    assert iterations == [600, 610]  # it went on from the save at 500
+    assert same_bytes(resumed, quantize(model, rows, LONGER))
+
+
+@pytest.mark.parametrize("change", ["key", "settings", "weights"])
+def test_another_run_is_refused_and_says_what_differs(change, model, rows, tmp_path, raises_sentence):
+    state = tmp_path / "state"
+    with pytest.raises(Stop):
+        quantize(model, rows, state=state, progress=stop_at("embed image", 100))
+    other: dict[str, Any] = {"model": model, "rows": rows, "settings": SETTINGS, "key": KEY}
+    if change == "key":
+        other["key"] = jax.random.key(7)
+    elif change == "settings":
+        other["settings"] = dataclasses.replace(SETTINGS, iterations=201)
+    else:
+        other["model"] = tiny_model(seed=1)
+    part = {"key": "key ([0, 0] there, [0, 7] here)", "settings": "iterations (200 there, 201 here)", "weights": "weights ("}
+    before = sorted(path.name for path in state.iterdir())
+    with raises_sentence(str(state), part[change], "--fresh"):
+        quantize(other.pop("model"), other.pop("rows"), other.pop("settings"), state=state, **other)
+    assert sorted(path.name for path in state.iterdir()) == before
+
+
+def test_fresh_starts_over(model, rows, tmp_path):
+    state = tmp_path / "state"
+    for seed in (0, 7):
+        with pytest.raises(Stop):
+            quantize(
+                model, rows, state=state, key=jax.random.key(seed), fresh=seed == 7, progress=stop_at("embed condition", 100)
+            )
+    assert _journal(dataclasses.replace(CONFIG), ptq_hash(model), jax.random.key(7), rows, state, False) is not None
+
+
+def ptq_hash(model: ptq.FloatDiT) -> str:
+    from ptq4dit_jax.checkpoints.float_dit import source_hash
+
+    return source_hash(model.params)
+
+
+def test_a_folder_of_something_else_is_left_alone(model, rows, tmp_path, raises_sentence):
+    (tmp_path / "thesis.tex").write_text("")
+    for fresh in (False, True):
+        with raises_sentence(str(tmp_path), "fingerprint.json"):
+            quantize(model, rows, state=tmp_path, fresh=fresh)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_state_is_noticed(model, rows, tmp_path, raises_sentence):
+    state = tmp_path / "state"
+    with pytest.raises(Stop):
+        quantize(model, rows, state=state, progress=stop_at("embed condition", 100))
+    part = state / "part-000.npz"
+    part.write_bytes(part.read_bytes()[:100])
+    with raises_sentence("part-000.npz is damaged", "--fresh"):
+        quantize(model, rows, state=state)
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(model, rows, mesh8, raises_sentence):
+    with raises_sentence("12 rows", "8 devices"):
+        quantize(model, rows, dataclasses.replace(SETTINGS, batch_size=12), mesh=mesh8)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "part"),
+    [
+        ({"iterations": 0}, "iterations must be a positive integer, not 0"),
+        ({"rounding_rate": -1.0}, "rounding_rate"),
+        ({"parts": 3}, "3 equal parts"),
+        ({"warmup": 1.0}, "warmup"),
+        ({"exponents": (20.0,)}, "exponents"),
+        ({"row_weights": "x"}, "row_weights"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"rows_on": "disk"}, "rows_on"),
+    ],
+)
+def test_settings_are_checked(wrong, part, raises_sentence):
+    with raises_sentence(part):
+        Reconstruction(**wrong)

@@ -1,0 +1,59 @@
+"""The parts put together are the network."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import random_inputs
+
+from ptq4dit_jax import dit
+from ptq4dit_jax.reconstruction.units import Unit, apply_unit, units
+
+
+def params_of(model, unit):
+    if unit.kind == "block":
+        return jax.tree.map(lambda leaf: leaf[unit.index], model.params["blocks"])
+    return {name: model.params[name] for name in unit.layers} | (
+        {"label_embed": model.params["label_embed"]} if unit.kind == "embed_condition" else {}
+    )
+
+
+def test_every_linear_layer_and_site_belongs_to_one_part(tiny_config):
+    parts = units(tiny_config)
+    assert [part.name for part in parts] == ["embed image", "embed condition", "block 0", "block 1", "block 2", "head"]
+    layers = [name for part in parts for name in part.layers.values()]
+    assert set(layers) == set(tiny_config.linear_shapes)
+    assert len(layers) == len(set(layers)) + 2 * 5  # three blocks share the stacked names
+    assert {name for part in parts for name in part.sites.values()} == set(tiny_config.site_features)
+
+
+def test_in_a_row_they_are_the_network(tiny_model, tiny_config):
+    x, y = random_inputs(tiny_config, 4)
+    t = np.array([0, 10, 500, 999])
+    run = lambda unit, *inputs: apply_unit(tiny_config, unit.kind, params_of(tiny_model, unit), {}, inputs, jnp.float32)
+    image, condition, *blocks, head = units(tiny_config)
+    hidden, c = run(image, x), run(condition, t, y)
+    for block in blocks:
+        hidden = run(block, hidden, c)
+    np.testing.assert_allclose(run(head, hidden, c), tiny_model.apply(x, t, y), rtol=2e-5, atol=2e-5)
+
+
+def test_quantizers_act_at_the_sites_of_a_part(tiny_model, tiny_config):
+    unit, seen = Unit("block", 1), []
+    inputs = jnp.ones((2, tiny_config.num_tokens, 32)), jnp.ones((2, 32))
+
+    def watch(name):
+        return jax.tree_util.Partial(lambda x: (seen.append((name, x.shape)), x)[1])
+
+    apply_unit(
+        tiny_config, "block", params_of(tiny_model, unit), {site: watch(site) for site in unit.sites}, inputs, jnp.float32
+    )
+    assert [name for name, _ in seen] == list(dit.BLOCK_SITES)
+    assert dict(seen)["fc2_in"] == (2, tiny_config.num_tokens, 128)
+
+
+@pytest.mark.parametrize("kind", ["block", "head"])
+def test_of_depth_takes_the_slice_of_a_block_only(kind):
+    unit, stacked = Unit(kind, 2), {"a": jnp.arange(12).reshape(4, 3)}
+    np.testing.assert_array_equal(unit.of_depth("blocks.q", stacked)["a"], [6, 7, 8])
+    np.testing.assert_array_equal(unit.of_depth("final_in", stacked)["a"], stacked["a"])
