@@ -70,8 +70,10 @@ class Journal:
 
     def current(self, position: int, like: Any) -> Any | None:
         """The state of the part at ``position`` if it was interrupted, a tree of arrays like ``like``, or None."""
-        found = _read(self.folder / _CURRENT, {"position": np.zeros((), np.int64), "state": like})
-        return None if found is None or found["position"] != position else found["state"]
+        path = self.folder / _CURRENT
+        # The position first: a run that died just after finishing a part leaves that part's state, of other shapes, behind.
+        found = _read(path, {"position": np.zeros((), np.int64)})
+        return None if found is None or found["position"] != position else _read(path, {"state": like})["state"]  # type: ignore[index]
 
     def save_current(self, position: int, state: Any) -> None:
         """Stores the state of the part at work."""
