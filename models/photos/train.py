@@ -4,7 +4,7 @@ The recipe is that of the digits model (Meta's losses, label dropout, moving ave
 photographs, computed in bfloat16 with float32 parameters; their average is stored in bfloat16. All randomness comes from the
 seed, but float sums differ between devices, so a retrained model equals the shipped one in quality, not in bytes.
 
-The defaults are what made the shipped parameters: some minutes on one NVIDIA H200, not feasible on a CPU. Where the packages
+The shipped parameters took some minutes on one NVIDIA H200 (see the card), not feasible on a CPU. Where the packages
 that bring the photographs are missing, carry the crops there in a file: see :mod:`models.photos.data`.
 """
 
