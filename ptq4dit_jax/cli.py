@@ -293,10 +293,12 @@ def evaluate(
             batch_size=batch_size, seed=seed, mesh=all_devices_mesh(),
             progress=lambda done, total: report("compare", done, total),
         )  # fmt: skip
-    rows = describe(other) if isinstance(other, QuantizedDiT) else None
+    rows, learned = None, None
+    if isinstance(other, QuantizedDiT):
+        rows, learned = describe(other), other.provenance.facts.get("reconstruction")
     where = write_report(
         out, comparison, title=f"{name} against {Path(against).resolve().name}", describe_rows=rows,
-        settings={"model": model, "against": against, "seed": seed}, overwrite=overwrite,
+        settings={"model": model, "against": against, "seed": seed}, reconstruction=learned, overwrite=overwrite,
     )  # fmt: skip
     print_table("Same noise, against the float model", [
         {"model": key, "SQNR of noise (dB)": f.sqnr_db, "PSNR (dB)": f.psnr_interval.mean, "SSIM": f.ssim_interval.mean,

@@ -11,7 +11,7 @@ from ptq4dit_jax.evaluation.compare import (
     same_noise_images,
 )
 from ptq4dit_jax.evaluation.metrics import Interval, bootstrap_interval, psnr_db, sqnr_db, ssim
-from ptq4dit_jax.evaluation.plots import image_grid, salience_figure, sample_grid, step_sqnr_figure
+from ptq4dit_jax.evaluation.plots import image_grid, reconstruction_figure, salience_figure, sample_grid, step_sqnr_figure
 from ptq4dit_jax.evaluation.probes import LAYER_SITES, layer_sqnr, predicted_noise, step_sqnr
 from ptq4dit_jax.evaluation.report import write_report
 
@@ -30,6 +30,7 @@ __all__ = [
     "plain",
     "predicted_noise",
     "psnr_db",
+    "reconstruction_figure",
     "salience_figure",
     "same_noise_images",
     "sample_grid",

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from jax.typing import ArrayLike
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -86,6 +87,39 @@ def psnr_figure(comparison: Comparison) -> Figure:
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("PSNR (dB); black: mean and 95 % interval")
     axes.set_title(f"Images against float32 on the same noise ({len(comparison.labels)} samples)", loc="left")
+    return figure
+
+
+def reconstruction_figure(parts: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Error of every part while its roundings were learned, relative to rounding to the nearest; blocks from dark to light.
+
+    Args:
+      parts: the facts of each part by its name, as :func:`ptq4dit_jax.reconstruction.reconstruct` gives them: ``before``,
+        ``after`` and ``curve``.
+    """
+    figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
+    axes = _style(figure.add_subplot())
+    blocks = [name for name in parts if name.startswith("block ")]
+    shades = dict(zip(blocks, colormaps["viridis"](np.linspace(0, 0.9, max(1, len(blocks)))), strict=True))
+    for index, (name, facts) in enumerate(parts.items()):
+        curve = np.asarray(facts["curve"], np.float64)
+        done = 100 * (np.arange(len(curve)) + 0.5) / len(curve)
+        look = {"color": shades[name]} if name in shades else {"color": _GRAY, "linestyle": ("--", ":", "-.")[index % 3]}
+        axes.plot(done, _finite(curve), linewidth=1.4, label=name, **look)
+        axes.plot(102, facts["after"] / facts["before"], marker="o", markersize=4, color=look["color"], clip_on=False)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xlim=(0, 102), xlabel="iterations done (%); dots: after the last, all weights rounded", ylim=(0, None))
+    axes.set_ylabel("squared error / that of nearest rounding")
+    axes.set_title("Reconstruction, part by part", loc="left")
+    handles, labels = axes.get_legend_handles_labels()
+    shown = [i for i, name in enumerate(labels) if name not in blocks[1:-1]]
+    figure.legend(
+        [handles[i] for i in shown],
+        [labels[i] for i in shown],
+        loc="outside lower center",
+        ncols=min(5, len(shown)),
+        frameon=False,
+    )
     return figure
 
 

@@ -31,6 +31,7 @@ def write_report(
     title: str,
     describe_rows: Sequence[Mapping[str, Any]] | None = None,
     settings: Mapping[str, Any],
+    reconstruction: Mapping[str, Mapping[str, Any]] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes ``report.md``, ``report.json`` and the pictures they show into ``folder``, all or nothing.
@@ -41,6 +42,7 @@ def write_report(
       title: heading of the page.
       describe_rows: one mapping per layer that says what runs, e.g. :func:`ptq4dit_jax.describe`; its keys become columns.
       settings: whatever else made the figures (paths, bit widths); shown beside the comparison's own settings.
+      reconstruction: facts of each reconstructed part by its name, as the provenance of a quantized model holds them.
       overwrite: replaces a report that is already there. A folder that holds anything else is never replaced.
 
     Returns:
@@ -61,12 +63,13 @@ def write_report(
         "title": title,
         **comparison.to_json(),
         "layers": plain(list(describe_rows or [])),
+        "reconstruction": plain(dict(reconstruction or {})),
         "settings": plain(everything),
         "provenance": _provenance(),
     }
     with staging(target) as staged:
         staged.mkdir()
-        pictures = _write_pictures(staged, comparison)
+        pictures = _write_pictures(staged, comparison, reconstruction or {})
         (staged / "report.md").write_text(_page(comparison, document, pictures), encoding="utf-8")
         (staged / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         if target.exists():
@@ -90,7 +93,7 @@ def _provenance() -> dict[str, Any]:
     }
 
 
-def _write_pictures(folder: Path, comparison: Comparison) -> dict[str, str]:
+def _write_pictures(folder: Path, comparison: Comparison, reconstruction: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Writes the PNGs and returns file name -> alternative text."""
     pictures = {}
     if next(iter(comparison.images.values())).shape[-1] in (1, 3):
@@ -103,6 +106,9 @@ def _write_pictures(folder: Path, comparison: Comparison) -> dict[str, str]:
     ):
         make(comparison).savefig(folder / name, dpi=_DPI)
         pictures[name] = text
+    if reconstruction:
+        plots.reconstruction_figure(reconstruction).savefig(folder / "reconstruction.png", dpi=_DPI)
+        pictures["reconstruction.png"] = "Error of every part while its roundings were learned"
     return pictures
 
 
@@ -156,6 +162,13 @@ def _page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping
         columns = list(dict.fromkeys(key for row in document["layers"] for key in row))
         rows = [[_text(row.get(column)) for column in columns] for row in document["layers"]]
         lines += ["## What each layer runs", "", *_table(columns, rows), ""]
+    if document["reconstruction"]:
+        rows = [
+            [name, f"{part['before']:.4g}", f"{part['after']:.4g}", f"{part['after'] / part['before']:.3f}"]
+            for name, part in document["reconstruction"].items()
+        ]
+        columns = ["part", "squared error, nearest rounding", "after learning", "ratio"]
+        lines += ["## Reconstruction", "", *picture("reconstruction.png"), *_table(columns, rows), ""]
     for heading in ("settings", "provenance"):
         rows = [[key, _text(value)] for key, value in _flatten(document[heading])]
         lines += [f"## {heading.capitalize()}", "", *_table([heading, "value"], rows), ""]
