@@ -8,29 +8,24 @@ row is the float model in the same run.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 import ptq4dit_jax as ptq
+from benchmarks import common
 from models.digits.classifier import train_classifier
 from ptq4dit_jax.evaluation import compare
 
-ROOT = Path(__file__).parent.parent
-CARD = ROOT / "models" / "digits" / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "digits.json"
-MARKERS = ("<!-- table: benchmarks/digits.py -->", "<!-- end of table -->")
+CARD = common.ROOT / "models" / "digits" / "README.md"
+RESULTS = common.RESULTS / "digits.json"
 
 
 def measure(samples: int) -> list[dict[str, Any]]:
     """One row per model: the float model, its bfloat16 noise floor, and every quantized one."""
-    dit = ptq.load(ROOT / "models" / "digits")
+    dit = ptq.load(common.ROOT / "models" / "digits")
     assert isinstance(dit, ptq.FloatDiT)
     base = ptq.QuantConfig()
     rows = ptq.sample_trajectories(dit, jax.random.key(0), base.walk, steps=base.calib_steps, rows=base.calib_rows)
@@ -56,8 +51,7 @@ def measure(samples: int) -> list[dict[str, Any]]:
 
 def markdown(document: dict[str, Any]) -> str:
     lines = [
-        f"{document['samples']} images, DDPM 50 steps, guidance 1.5, the same noise for all; {document['hardware']}, "
-        f"{document['date']}, commit {document['commit']}, JAX {document['jax']}.",
+        f"{document['samples']} images, DDPM 50 steps, guidance 1.5, the same noise for all; {common.source(document)}.",
         "",
         "| model | MB | SQNR of noise, dB | PSNR of images, dB (95 %) | SSIM | recognized |",
         "|---|---|---|---|---|---|",
@@ -72,35 +66,18 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_card(document: dict[str, Any]) -> None:
-    """Puts the table between the markers of the card."""
-    head, rest = CARD.read_text().split(MARKERS[0])
-    CARD.write_text(f"{head}{MARKERS[0]}\n{markdown(document)}\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__.splitlines()[0], RESULTS)
     parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--hardware", help="the hardware in words")
-    parser.add_argument("--commit", help="default: asked from git")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--card-only", action="store_true", help="only rewrite the card from the stored results")
     arguments = parser.parse_args()
     if not arguments.card_only:
         jax.config.update("jax_default_matmul_precision", "highest")  # the float reference in true float32
-        commit = (
-            arguments.commit or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT).strip()
-        )
-        document = {
-            "date": datetime.date.today().isoformat(), "commit": commit, "jax": jax.__version__,
-            "hardware": arguments.hardware or jax.devices()[0].device_kind, "samples": arguments.samples,
-            "table": measure(arguments.samples),
-        }  # fmt: skip
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+        document = {**common.header(arguments), "samples": arguments.samples, "table": measure(arguments.samples)}
+        common.write(document, arguments.out)
         print(markdown(document))
     if arguments.out == RESULTS:
-        write_card(json.loads(RESULTS.read_text()))
+        common.put_table(CARD, "digits.py", markdown(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

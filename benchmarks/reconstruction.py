@@ -1,36 +1,33 @@
-"""Speed of block reconstruction at the shapes of DiT-XL/2, 256 px: milliseconds an iteration of one block.
+"""Speed and memory of block reconstruction at the shapes of DiT-XL/2, 256 px.
 
     python -m benchmarks.reconstruction --hardware "one NVIDIA H200"
 
-Random weights; a block in the middle of a shallow network of those widths, W4A8, 1600 calibration rows, batch 32. Compilation
-is timed apart. Writes benchmarks/results/reconstruction_speed.json.
+Random weights, W4A8, 1600 calibration rows, batch 32. First milliseconds an iteration of a block in the middle of a shallow
+network of those widths, compilation apart; then a walk through the whole network with few iterations a part, for what lies
+between them and for the peak of device memory, planned and seen. Writes benchmarks/results/reconstruction_speed.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
 import json
-import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 import ptq4dit_jax as ptq
+from benchmarks import common
 from ptq4dit_jax.calibration import CalibrationData, channel_extremes
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.ptq import apply_balancing, balance
-from ptq4dit_jax.reconstruction import optimize
+from ptq4dit_jax.reconstruction import MemoryPlan, optimize, reconstruct
 from ptq4dit_jax.reconstruction.units import units
 from ptq4dit_jax.reconstruction.walk import Walk
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "reconstruction_speed.json"
+RESULTS = common.RESULTS / "reconstruction_speed.json"
 #: Dense bfloat16 peak, in operations a second, by a part of the device's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
@@ -51,16 +48,21 @@ def random_rows(config: DiTConfig, steps: int, rows: int) -> CalibrationData:
     return CalibrationData(x=x, t=t, y=rng.integers(0, config.num_classes, (steps, rows)).astype(np.int32))
 
 
-def measure(preset: str, settings: Reconstruction, timed: int, calib_rows: int) -> dict[str, Any]:
-    config = DiTConfig.preset(preset, depth=2)
+def prepared(config: DiTConfig, calib_rows: int) -> tuple[ptq.FloatDiT, ptq.QuantizedDiT, CalibrationData]:
+    """Random weights, balanced, and quantized by few rows; and the rows to reconstruct with."""
     model = ptq.FloatDiT.init(config, jax.random.key(0))
     wanted = ptq.QuantConfig(weight_bits=4)
     calibration = random_rows(config, wanted.calib_steps, calib_rows)
     few = CalibrationData(x=calibration.x[:, :4], t=calibration.t, y=calibration.y[:, :4])
-    extremes = channel_extremes(model, few, sites=tuple(config.site_features))
+    extremes = channel_extremes(model, few, sites=tuple(model.config.site_features))
     folded, _ = apply_balancing(model, balance(model, wanted, extremes, few).factors)
-    quantized = ptq.quantize(model, wanted, key=jax.random.key(0), calibration=few)
+    return folded, ptq.quantize(model, wanted, key=jax.random.key(0), calibration=few), calibration
 
+
+def measure_block(preset: str, settings: Reconstruction, timed: int, calib_rows: int) -> dict[str, Any]:
+    """Milliseconds an iteration of one block, and what follows from them."""
+    config = DiTConfig.preset(preset, depth=2)
+    folded, quantized, calibration = prepared(config, calib_rows)
     started = time.perf_counter()
     walk = Walk(folded, quantized, calibration, settings, None)  # compiles the program of the blocks
     compile_seconds = time.perf_counter() - started
@@ -90,23 +92,32 @@ def measure(preset: str, settings: Reconstruction, timed: int, calib_rows: int) 
     }  # fmt: skip
 
 
+def measure_walk(preset: str, settings: Reconstruction, calib_rows: int) -> dict[str, Any]:
+    """Seconds of a walk through the whole network, and its peak of device memory."""
+    folded, quantized, calibration = prepared(DiTConfig.preset(preset), calib_rows)
+    peak = lambda: (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    before, plans = peak(), list[MemoryPlan]()
+    started = time.perf_counter()
+    reconstruct(folded, quantized, calibration, settings, key=jax.random.key(0), announce=plans.append)
+    return {
+        "seconds": time.perf_counter() - started, "iterations_a_part": settings.iterations, "planned_peak_bytes": plans[0].peak,
+        "plan": str(plans[0]), "peak_bytes_before": before, "peak_bytes": peak(),
+    }  # fmt: skip
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__.splitlines()[0], RESULTS)
     parser.add_argument("--preset", default="DiT-XL/2")
     parser.add_argument("--iterations", type=int, default=500)
+    parser.add_argument("--walk-iterations", type=int, default=20, help="of each part in the walk through the whole network")
     parser.add_argument("--calib-rows", type=int, default=64, help="calibration rows at each of 25 steps")
-    parser.add_argument("--hardware", help="the hardware in words")
-    parser.add_argument("--commit", help="default: asked from git")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    commit = arguments.commit or subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT).strip()
     document = {
-        "date": datetime.date.today().isoformat(), "commit": commit, "jax": jax.__version__,
-        "hardware": arguments.hardware or jax.devices()[0].device_kind,
-        **measure(arguments.preset, Reconstruction(), arguments.iterations, arguments.calib_rows),
-    }  # fmt: skip
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(document, indent=1) + "\n")
+        **common.header(arguments),
+        **measure_block(arguments.preset, Reconstruction(), arguments.iterations, arguments.calib_rows),
+        "walk": measure_walk(arguments.preset, Reconstruction(iterations=arguments.walk_iterations), arguments.calib_rows),
+    }
+    common.write(document, arguments.out)
     print(json.dumps(document, indent=1))
 
 

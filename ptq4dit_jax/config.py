@@ -71,6 +71,8 @@ class Reconstruction:
       batch_size: rows of an iteration, one from each of as many strata of the calibration rows; a multiple of the devices.
       rounding_rate, scale_rate: Adam's learning rates of the rounding variables and of the logarithms of activation scales;
         the latter decays to 0 by a cosine, the former if ``decay_rounding``.
+      rounding_eps: Adam's epsilon for the rounding variables, whose gradients are of the order of 1. One as large lets a
+        weight move by how much it matters to the error: with a small one all move alike, most of them by the noise of batches.
       regularizer: weight of undecided roundings against the error, both counted per weight.
       exponents: of the regularizer, first and last.
       warmup: part of the iterations without regularizer.
@@ -84,7 +86,8 @@ class Reconstruction:
 
     iterations: int = 2000
     batch_size: int = 32
-    rounding_rate: float = 1e-2
+    rounding_rate: float = 0.3
+    rounding_eps: float = 1.0
     decay_rounding: bool = True
     scale_rate: float = 1e-3
     regularizer: float = 0.1
@@ -102,7 +105,7 @@ class Reconstruction:
                 raise Ptq4ditError(f"Reconstruction {name} must be a positive integer, not {value!r}.")
         if self.batch_size % self.parts:
             raise Ptq4ditError(f"A reconstruction batch of {self.batch_size} rows cannot be cut into {self.parts} equal parts.")
-        for name in ("rounding_rate", "scale_rate", "regularizer"):
+        for name in ("rounding_rate", "rounding_eps", "scale_rate", "regularizer"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise Ptq4ditError(f"Reconstruction {name} must be finite and not negative, not {getattr(self, name)}.")
         if not 0 <= self.warmup < 1:

@@ -71,7 +71,7 @@ def optimizers(settings: Reconstruction) -> tuple[optax.GradientTransformation, 
     """Adam for the rounding and Adam with a cosine schedule for the scales."""
     decayed = lambda rate: optax.cosine_decay_schedule(rate, settings.iterations)
     rounding_rate = decayed(settings.rounding_rate) if settings.decay_rounding else settings.rounding_rate
-    return optax.adam(rounding_rate), optax.adam(decayed(settings.scale_rate))
+    return optax.adam(rounding_rate, eps=settings.rounding_eps), optax.adam(decayed(settings.scale_rate))
 
 
 def start(variables: Variables, settings: Reconstruction) -> TrainState:

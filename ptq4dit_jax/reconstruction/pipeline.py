@@ -83,17 +83,20 @@ def reconstruct(
         announce(walk.plan)
     results, facts = [], []
     for position, unit in enumerate(units(folded.config)):
-        task, variables = sharding.replicate(mesh, walk.task(unit))
+        task, start = sharding.replicate(mesh, walk.task(unit))
         rows = walk.rows(unit)
-        before = walk.outputs(unit, variables, task, rows)[1]
-        like = jax.eval_shape(_result, task, variables, before, before, jnp.zeros((settings.iterations,)))
+        before = walk.outputs(unit, start, task, rows)[1]
+        like = jax.eval_shape(_result, task, start, before, before, jnp.zeros((settings.iterations,)))
         result = None if journal is None else journal.finished(position, like)
         if result is None:
-            state = _optimize(unit, position, task, variables, rows, before, walk, key, journal, save_every, progress)
+            state = _optimize(unit, position, task, start, rows, before, walk, key, journal, save_every, progress)
             variables, errors = state.variables, state.errors
         else:
-            variables, errors = _restored(mesh, task, variables, result), result.errors
+            variables, errors = _restored(mesh, task, start, result), result.errors
         outputs, after = walk.outputs(unit, variables, task, rows)
+        if after > before:  # not so for a result that is restored
+            variables = start
+            outputs, after = walk.outputs(unit, variables, task, rows)
         if result is None:
             result = jax.device_get(_result(task, variables, before, after, errors))
             if journal is not None:

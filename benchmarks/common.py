@@ -1,0 +1,54 @@
+"""What the benchmarks share: who, when and where of a measurement, and tables kept between markers in the documents."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def parser(description: str, out: Path) -> argparse.ArgumentParser:
+    """A command line with the options that all benchmarks have."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--hardware", help="the hardware in words")
+    made.add_argument("--commit", help="default: asked from git")
+    made.add_argument("--out", type=Path, default=out)
+    return made
+
+
+def header(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Date, commit, JAX version and hardware."""
+    commit = arguments.commit
+    if not commit:
+        commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True, cwd=ROOT).strip()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "jax": jax.__version__,
+        "hardware": arguments.hardware or jax.devices()[0].device_kind,
+    }
+
+
+def source(document: dict[str, Any]) -> str:
+    """The header in words."""
+    return f"{document['hardware']}, {document['date']}, commit {document['commit']}, JAX {document['jax']}"
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def put_table(page: Path, script: str, text: str) -> None:
+    """Replaces what stands between the script's markers in a document."""
+    start, end = f"<!-- table: benchmarks/{script} -->", "<!-- end of table -->"
+    head, rest = page.read_text().split(start)
+    page.write_text(f"{head}{start}\n{text}\n{end}{rest.split(end, 1)[1]}")
