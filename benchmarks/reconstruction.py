@@ -112,13 +112,14 @@ def main() -> None:
     parser.add_argument("--walk-iterations", type=int, default=20, help="of each part in the walk through the whole network")
     parser.add_argument("--calib-rows", type=int, default=64, help="calibration rows at each of 25 steps")
     arguments = parser.parse_args()
-    document = {
-        **common.header(arguments),
-        **measure_block(arguments.preset, Reconstruction(), arguments.iterations, arguments.calib_rows),
-        "walk": measure_walk(arguments.preset, Reconstruction(iterations=arguments.walk_iterations), arguments.calib_rows),
-    }
+    block = measure_block(arguments.preset, Reconstruction(), arguments.iterations, arguments.calib_rows)
+    document = {**common.header(arguments), **block}
+    print(json.dumps(document, indent=1), flush=True)
+    document["walk"] = measure_walk(
+        arguments.preset, Reconstruction(iterations=arguments.walk_iterations), arguments.calib_rows
+    )
+    print(json.dumps(document["walk"], indent=1))
     common.write(document, arguments.out)
-    print(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":

@@ -75,10 +75,10 @@ def optimizers(settings: Reconstruction) -> tuple[optax.GradientTransformation, 
 
 
 def start(variables: Variables, settings: Reconstruction) -> TrainState:
-    """The state before the first iteration."""
+    """The state before the first iteration; its arrays are its own, so that it may be donated."""
     for_rounding, for_scales = optimizers(settings)
     return TrainState(
-        variables=variables,
+        variables=jax.tree.map(jnp.copy, variables),
         optimizer=(for_rounding.init(variables.rounding), for_scales.init(variables.log_scale)),
         iteration=jnp.zeros((), jnp.int32),
         errors=jnp.zeros((settings.iterations,), jnp.float32),

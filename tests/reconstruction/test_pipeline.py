@@ -101,6 +101,14 @@ def test_the_engine_runs_what_was_learned(model, rows, learned):
     assert facts["head"]["after"] == pytest.approx(of_step, rel=0.5)
 
 
+def test_a_part_never_ends_worse_than_nearest_rounding(model, rows, nearest):
+    wild = dataclasses.replace(SETTINGS, iterations=3, rounding_rate=1e3, scale_rate=3.0)
+    kept = quantize(model, rows, wild)
+    ratios = [facts["after"] / facts["before"] for facts in kept.provenance.facts["reconstruction"].values()]
+    assert max(ratios) == 1.0
+    assert same_bytes(kept.linears["blocks.fc1"], nearest.linears["blocks.fc1"])
+
+
 def test_it_says_what_each_part_gained(learned):
     for part, row in learned.provenance.facts["reconstruction"].items():
         assert len(row["curve"]) == 50
@@ -124,12 +132,9 @@ def test_in_parts_one_and_eight_devices_give_the_same_integers(model, rows, near
     assert differing <= 1e-4 * sum(code.size for code in alone.values())
 
 
-def test_without_parts_another_number_of_devices_tips_few_roundings(model, rows, learned, mesh8):
+def test_without_parts_another_number_of_devices_gives_a_model_as_good(model, rows, learned, mesh8):
     """Gradients are then sums in another order: a last bit, which in the end tips roundings that hardly matter."""
-    spread = quantize(model, rows, mesh=mesh8)
-    differing = sum((codes(spread)[name] != codes(learned)[name]).sum() for name in codes(learned))
-    assert differing <= 0.02 * sum(code.size for code in codes(learned).values())
-    held_out = rows_of(model, 1)
+    spread, held_out = quantize(model, rows, mesh=mesh8), rows_of(model, 1)
     assert error(model, spread, held_out) == pytest.approx(error(model, learned, held_out), rel=0.05)
 
 
