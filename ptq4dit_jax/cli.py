@@ -127,7 +127,7 @@ def quantize(
     dynamic: Annotated[
         str | None,
         typer.Option(
-            help="Sites scaled per row at run time, comma-separated: blocks.qkv_in,...",
+            help="Sites scaled per token at run time, comma-separated: blocks.probs,blocks.fc1_in,...",
             show_default=",".join(QuantConfig.dynamic_sites) or "none",
         ),
     ] = None,

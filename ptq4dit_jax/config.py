@@ -135,7 +135,8 @@ class QuantConfig:
         the plain error of the weights.
       policy: widths of single layers, see :func:`layer_rules`.
       step_groups: activation ranges per group of steps, at most one a calibration step; 1 is the paper's.
-      dynamic_sites: sites, such as ``blocks.qkv_in``, scaled per row at run time instead of by calibrated ranges.
+      dynamic_sites: sites, such as ``blocks.qkv_in``, scaled per token at run time instead of by calibrated ranges;
+        ``blocks.probs`` per query and head. See docs/design.md for what each is worth.
       calib_steps, calib_rows: evenly spaced steps of the sampling chain, and rows at each.
       sampler, cfg_scale, cfg_channels: how calibration rows are sampled; use what the model will be sampled with.
       reconstruction: learns roundings and activation scales after all ranges are chosen; None leaves it out.
@@ -178,9 +179,9 @@ class QuantConfig:
             raise Ptq4ditError(f"exponent must lie between 0 (no balancing) and 1, not {self.exponent}.")
         if self.step_groups < 1:
             raise Ptq4ditError(f"step_groups must be at least 1, not {self.step_groups}.")
-        static = {f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer} | set(EDGE_SITES)
+        possible = {f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer or name == "probs"} | set(EDGE_SITES)
         for name in self.dynamic_sites:
-            _check_choice("dynamic_sites", name, tuple(sorted(static)))
+            _check_choice("dynamic_sites", name, tuple(sorted(possible)))
         _ = self.walk
         self.rules  # noqa: B018  (raises on a policy that cannot be read)
 

@@ -273,8 +273,9 @@ def activation_quantizers(
         )
     for name in filter(partial(_is_integer, config), config.dynamic_sites):
         acts[name] = ActQuantizer(
-            scale=None, zero_point=None, balance=residual.get(name.removeprefix("blocks.")), bits=config.act_bits, dynamic=True
-        )
+            scale=None, zero_point=None, balance=residual.get(name.removeprefix("blocks.")), bits=config.act_bits,
+            dynamic=True, nonnegative=name == "blocks.probs",
+        )  # fmt: skip
     return acts, edges
 
 

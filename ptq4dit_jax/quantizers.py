@@ -75,7 +75,8 @@ class ActQuantizer:
 
     ``balance`` (..., K) multiplies the channels before quantization (a scale vector ``scale / balance``); the layer's
     weights hold its inverse, so the result stays in the balanced domain. ``dynamic`` quantizers keep no table: each row
-    (all but the last axis) is scaled by its own largest magnitude, symmetrically; then ``scale`` and ``zero_point`` are None.
+    (all but the last axis) is scaled by its own largest magnitude, symmetrically, or over all codes where values are
+    ``nonnegative``; then ``scale`` and ``zero_point`` are None.
     """
 
     scale: Any
@@ -83,6 +84,7 @@ class ActQuantizer:
     balance: Any = None
     bits: int = struct.field(pytree_node=False, default=8)
     dynamic: bool = struct.field(pytree_node=False, default=False)
+    nonnegative: bool = struct.field(pytree_node=False, default=False)
 
     def at_group(self, group: jax.Array) -> ActQuantizer:
         """The quantizer for one group of steps, () int32, or for one group per row, (B,)."""
@@ -98,8 +100,10 @@ class ActQuantizer:
         if self.dynamic:
             x = x if self.balance is None else x * self.balance
             largest = jnp.abs(x).max(-1, keepdims=True)
-            scale = jnp.where(largest > _EMPTY, largest / qmax, 1.0)
-            return Encoded(jnp.round(x * reciprocal(scale)).astype(jnp.int8), scale, None)
+            lowest = qmin if self.nonnegative else 0
+            scale = jnp.where(largest > _EMPTY, largest / (qmax - lowest), 1.0)
+            codes = jnp.round(x * reciprocal(scale)) + lowest
+            return Encoded(codes.astype(jnp.int8), scale, jnp.int32(qmin) if self.nonnegative else None)
         scale = _broadcast_rows(self.scale, x.ndim).astype(x.dtype)
         zero_point = _broadcast_rows(self.zero_point, x.ndim)
         inverse = reciprocal(scale) if self.balance is None else self.balance * reciprocal(scale)

@@ -385,6 +385,24 @@ def test_dynamic_scales_are_per_row_and_symmetric(bits: int, x: np.ndarray) -> N
     np.testing.assert_allclose(np.abs(back).max(-1, keepdims=True), largest, rtol=1e-6)
 
 
+@every_width
+@properties
+@given(x=activations)
+def test_dynamic_scales_of_nonnegative_values_use_all_codes(bits: int, x: np.ndarray) -> None:
+    quantizer = ActQuantizer(None, None, bits=bits, dynamic=True, nonnegative=True)
+    x = np.abs(x)
+    x[0, 0] = 0
+    values, scale, zero_point = encode(quantizer, x)
+    largest, (qmin, qmax) = x.max(-1, keepdims=True), (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    assert int(zero_point) == qmin
+    np.testing.assert_allclose(scale, np.where(largest > 0, largest / np.float32(qmax - qmin), 1), rtol=1e-6)
+    assert (np.asarray(values).max(-1, keepdims=True)[largest > 0] == qmax).all()
+    assert np.asarray(values).min() >= qmin
+    back = np.asarray(fake_quant(quantizer, x), np.float64)
+    assert (np.abs(back - x) <= np.asarray(scale) / 2 * (1 + 1e-4)).all()
+    assert (back[x == 0] == 0).all()
+
+
 def test_dynamic_rows_do_not_see_each_other() -> None:
     quantizer = ActQuantizer(None, None, dynamic=True)
     x = np.random.default_rng(9).normal(size=(ROWS, TOKENS, WIDTH)).astype(np.float32)

@@ -73,7 +73,8 @@ def _flatten(model: QuantizedDiT) -> dict[str, Any]:
 
 
 def _act_spec(act: ActQuantizer) -> dict[str, Any]:
-    return {"bits": act.bits, "dynamic": act.dynamic, "balanced": act.balance is not None}
+    spec = {"bits": act.bits, "dynamic": act.dynamic, "balanced": act.balance is not None}
+    return spec | ({"nonnegative": True} if act.nonnegative else {})
 
 
 def _linear_spec(layer: QLinear) -> dict[str, Any]:
@@ -94,6 +95,7 @@ def _skeleton(config: DiTConfig, linears: Mapping[str, Any], sites: Mapping[str,
             balance=leaf("float32", *lead, K) if spec["balanced"] else None,
             bits=check_bits("act_bits", spec["bits"]),
             dynamic=dynamic,
+            nonnegative=bool(spec.get("nonnegative", False)),
         )
 
     def linear(name: str, spec: Mapping[str, Any]) -> QLinear:

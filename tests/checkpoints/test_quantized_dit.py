@@ -24,6 +24,7 @@ VARIANTS = {
     "W3A6, edges fed by floats": {"weight_bits": 3, "act_bits": 6, "float_inputs": ("patch_embed", "time_fc1", "final")},
     "groups of steps": {"weight_bits": 4, "groups": 3},
     "dynamic sites": {"weight_bits": 5, "groups": 2, "dynamic": ("blocks.qkv", "blocks.fc1"), "balanced": ("blocks.fc1",)},
+    "dynamic probabilities": {"weight_bits": 8, "dynamic": ("probs",)},
 }
 
 
@@ -38,7 +39,7 @@ def build(weight_bits, act_bits=8, groups=1, dynamic=(), balanced=(), float_inpu
     def act(lead, K=None, is_dynamic=False):
         factors = None if K is None else uniform(0.5, 2, *lead, K)
         if is_dynamic:
-            return ActQuantizer(None, None, factors, bits=act_bits, dynamic=True)
+            return ActQuantizer(None, None, factors, bits=act_bits, dynamic=True, nonnegative="probs" in dynamic)
         scale, zero_point = uniform(2, 4, *lead, groups) / 2**act_bits, rng.integers(-3, 4, (*lead, groups), np.int32)
         return ActQuantizer(scale, zero_point, factors, bits=act_bits)
 
@@ -58,7 +59,7 @@ def build(weight_bits, act_bits=8, groups=1, dynamic=(), balanced=(), float_inpu
 
     model = QuantizedDiT(
         linears={name: linear(name) for name in config.linear_shapes},
-        sites={f"blocks.{name}": act((config.depth,)) for name in ("q", "k", "v", "probs")},
+        sites={f"blocks.{name}": act((config.depth,), None, name in dynamic) for name in ("q", "k", "v", "probs")},
         label_embed=uniform(-1, 1, config.num_classes + 1, config.hidden_size),
         group_edges=np.linspace(800, 100, groups)[:-1].astype(np.int32),
         config=config,

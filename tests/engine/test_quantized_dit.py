@@ -79,7 +79,12 @@ def as_float64(model: ptq.QuantizedDiT) -> ptq.QuantizedDiT:
         pytest.param(8, "edges8", {}, id="w8a8"),
         pytest.param(4, "edges8", {}, id="w4a8"),
         pytest.param(4, "edges8-float", {"step_groups": 3}, id="float-fed-edges-and-groups-of-steps"),
-        pytest.param(8, "uniform", {"dynamic_sites": ("blocks.qkv_in", "blocks.fc1_in", "blocks.fc2_in")}, id="per-row-scales"),
+        pytest.param(
+            8,
+            "uniform",
+            {"dynamic_sites": ("blocks.qkv_in", "blocks.fc1_in", "blocks.fc2_in", "blocks.probs")},
+            id="per-row-scales",
+        ),
     ],
 )
 def test_float64_the_engine_is_the_fake_quant_model(
@@ -162,7 +167,12 @@ def test_float32_each_block_fed_the_same_hidden_state(quantized: Quantized, rows
         pytest.param(4, "edges8", {}, id="w4a8"),
         pytest.param(8, "edges8-float", {}, id="w8a8-float-fed-edges"),
         pytest.param(4, "edges8-float", {}, id="w4a8-float-fed-edges"),
-        pytest.param(8, "uniform", {"dynamic_sites": ("blocks.qkv_in", "blocks.fc1_in", "blocks.fc2_in")}, id="per-row-scales"),
+        pytest.param(
+            8,
+            "uniform",
+            {"dynamic_sites": ("blocks.qkv_in", "blocks.fc1_in", "blocks.fc2_in", "blocks.probs")},
+            id="per-row-scales",
+        ),
     ],
 )
 def test_one_and_eight_devices_give_the_same_bytes_and_so_does_a_second_run(
