@@ -69,9 +69,18 @@ def is_foreign(path: str | os.PathLike[str]) -> bool:
     """Whether there is something at ``path`` that :func:`open_tensors` would try: a file, or a folder of others' weights."""
     where = Path(path).expanduser()
     try:
-        return where.is_file() or (where.is_dir() and (is_orbax(where) or bool(weight_files(where)) or any(where.glob(_INDEX))))
+        return where.is_file() or (where.is_dir() and _holds_weights(where))
     except OSError:
         return False
+
+
+def _holds_weights(folder: Path) -> bool:
+    if (folder / "arrays").is_dir():  # a model of this package, whole or not
+        return False
+    folders = [folder, *(item for item in folder.iterdir() if item.is_dir())]
+    return any(is_orbax(item) for item in folders) or any(
+        bool(weight_files(item)) or any(item.glob(_INDEX)) for item in (folder, folder / "transformer") if item.is_dir()
+    )
 
 
 def _damaged(path: Path, error: Damaged) -> Ptq4ditError:
@@ -81,7 +90,7 @@ def _damaged(path: Path, error: Damaged) -> Ptq4ditError:
 def _kind(path: Path) -> str:
     """The key into ``_READERS``, or ``index``."""
     with path.open("rb") as file:
-        head = file.read(64)
+        head = file.read(512)
     size = path.stat().st_size
     if not head:
         raise Ptq4ditError(f"{path} is empty; copy or download it again.")
@@ -90,6 +99,8 @@ def _kind(path: Path) -> str:
             f"{path} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull` or download the file."
         )
     if head.startswith(b"PK\x03\x04"):
+        if head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy"):
+            raise Ptq4ditError(f"{path} is a file of another kind (.npz) and no checkpoint; what can be read: {_KNOWN}.")
         return "torch"
     if head[0] == 0x80 and head[2:].startswith(LEGACY_MAGIC):
         raise Ptq4ditError(f"{path} was written by torch before 1.6; load it there and save it again with a newer torch.")
@@ -132,6 +143,8 @@ def _open_folder(folder: Path) -> TensorFile:
     if is_orbax(folder):
         files = [file for file in folder.rglob("*") if file.is_file()]
         return _collect(folder, "Orbax", files, lambda: read_orbax(folder))
+    if items := [item for item in sorted(folder.iterdir()) if item.is_dir() and is_orbax(item)]:
+        return _open_items(folder, items)
     indices = sorted(folder.glob(_INDEX), key=lambda file: ("safetensors" not in file.name, file.name))
     if indices:
         return _open_shards(indices[0])
@@ -142,6 +155,13 @@ def _open_folder(folder: Path) -> TensorFile:
         names = ", ".join(file.name for file in preferred[:8]) or "nothing that is one"
         raise Ptq4ditError(f"{folder} must hold one checkpoint, and holds {names}; pass the file itself.")
     return open_tensors(preferred[0])
+
+
+def _open_items(folder: Path, items: list[Path]) -> TensorFile:
+    """A step of Orbax's CheckpointManager: items in folders of their own, whose names come first."""
+    opened = {item.name: open_tensors(item) for item in items}
+    tensors = {f"{item}.{name}": tensor for item, file in opened.items() for name, tensor in file.items()}
+    return TensorFile(tensors, folder, "Orbax", tuple(part for file in opened.values() for part in file.files))
 
 
 def _open_shards(index: Path) -> TensorFile:
