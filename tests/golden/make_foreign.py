@@ -3,13 +3,13 @@
     python tests/golden/make_foreign.py        (with torch 2.13 and diffusers 0.42; the tests need neither)
 
 meta_train.pt      a file as Meta's train.py saves: {model, ema, opt, args}. The network below has the structure and names of
-                   facebookresearch/DiT and was written for this file. 24 wide, 2 blocks, 3 heads, patch 2, 4 channels, 8x8, 10
-                   classes and a null class, learned sigma; no gate is zero.
+                   facebookresearch/DiT and was written for this file. 24 wide, 2 blocks, 3 heads, patch 2, 4 channels, 8x8,
+                   10 classes and a null class, learned sigma; no gate is zero.
 diffusers/         a pipeline folder without VAE: DiTTransformer2DModel of 2 heads of 12, 2 blocks, patch 2, 4 channels, 8x8, 10
                    classes, with its scheduler.
 outputs.npz        x (3,4,8,8) NCHW float32, t (3,), y (3,); and the outputs (3,8,8,8) in float32 of
-                   `meta_ema`, `meta_model`, `diffusers`, and `diffusers_as_meta`: diffusers with its time frequencies and its MLP
-                   norm's epsilon set to Meta's.
+                   `meta_ema`, `meta_model`, `diffusers`, and `diffusers_as_meta`: diffusers with its time frequencies and its
+                   MLP norm's epsilon set to Meta's.
 """
 
 import argparse
@@ -131,7 +131,9 @@ def main() -> None:
     for block in model.transformer_blocks:
         block.norm1.emb.load_state_dict(embedders)
     model.save_pretrained(folder / "transformer")
-    scheduler = DDIMScheduler(beta_schedule="linear", num_train_timesteps=500, beta_start=2e-4, beta_end=0.03, clip_sample=False)
+    scheduler = DDIMScheduler(
+        beta_schedule="linear", num_train_timesteps=500, beta_start=2e-4, beta_end=0.03, clip_sample=False
+    )
     scheduler.save_pretrained(folder / "scheduler")
     names = {"transformer": ["diffusers", "DiTTransformer2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", **names}, indent=2) + "\n")

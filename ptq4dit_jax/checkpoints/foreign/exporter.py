@@ -42,9 +42,9 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
         )
     target = Path(path).expanduser().absolute()
     if target.is_dir():
-        raise Ptq4ditError(f"{target} is a folder, which a file cannot replace; choose another path.")
+        raise Ptq4ditError(f"The path {target} is a folder, which a file cannot replace; choose another path.")
     if target.exists() and not overwrite:
-        raise Ptq4ditError(f"{target} exists already; choose another path, or ask for it to be overwritten.")
+        raise Ptq4ditError(f"The path {target} exists already; choose another path, or ask for it to be overwritten.")
     params = _plain_params(model)
     dtype = np.dtype(params["final/kernel"].dtype)
     check_arrays(params, expected_arrays(config, dtype.name), "This model cannot be exported")

@@ -96,7 +96,7 @@ def import_checkpoint(
 def _unsupported(file: TensorFile, layout: Layout) -> Ptq4ditError:
     name = "SiT" if layout.objective == "noise" else layout.name
     return Ptq4ditError(
-        f"{file.path} is a {name} checkpoint, trained for velocity, which is not supported yet; use one that predicts noise."
+        f"The checkpoint {file.path} is {name}, trained for velocity, which is not supported yet; use one that predicts noise."
     )
 
 
@@ -114,13 +114,19 @@ def _find_layout(file: TensorFile, ema: bool | None) -> tuple[Layout, str, bool]
         chosen = averaged or trained if ema is None else averaged if ema else trained
         if not chosen:
             other = "averaged (EMA) weights" if ema else "weights but averaged (EMA) ones"
-            raise Ptq4ditError(f"{file.path} holds no {other}; leave the choice of weights out to take those it has.")
+            raise Ptq4ditError(
+                f"The checkpoint {file.path} holds no {other}; leave the choice of weights out to take those it has."
+            )
         if len(chosen) > 1:
             names = ", ".join(root.rstrip(".") or "the top level" for root in chosen[:SHOWN])
-            raise Ptq4ditError(f"{file.path} holds {len(chosen)} sets of weights, at {names}; save the wanted one alone.")
+            raise Ptq4ditError(
+                f"The checkpoint {file.path} holds {len(chosen)} sets of weights, at {names}; save the wanted one alone."
+            )
         return layout, chosen[0], chosen[0] in averaged
     known = ", ".join(layout.name for layout in LAYOUTS if layout.entries)
-    raise Ptq4ditError(f"{file.path} is no DiT of a known layout ({known}); it holds {listed(sorted(file)[: SHOWN + 1])}.")
+    raise Ptq4ditError(
+        f"The checkpoint {file.path} is no DiT of a known layout ({known}); it holds {listed(sorted(file)[: SHOWN + 1])}."
+    )
 
 
 def _check_positions(file: TensorFile, view: View, layout: Layout, config: DiTConfig) -> None:
@@ -173,11 +179,11 @@ def _read(
                 if not np.array_equal(array, block(i)):
                     name = entry.theirs[0].replace("{i}", str(i))
                     raise Ptq4ditError(
-                        f"{file.path} is no DiT: {name} differs from the one in block 0, of which it must be a copy."
+                        f"The checkpoint {file.path} is no DiT: {name} must be a copy of the one in block 0, and differs."
                     )
         params[entry.ours] = jnp.asarray(array)
     if bad:
         raise Ptq4ditError(
-            f"{file.path} holds NaN or infinity in {listed(sorted(set(bad), key=by_number))}, so it is of no use."
+            f"The checkpoint {file.path} holds NaN or infinity in {listed(sorted(set(bad), key=by_number))}; get it anew."
         )
     return traverse_util.unflatten_dict(params, sep="/"), dtype

@@ -62,7 +62,7 @@ class _Faults:
     def raise_any(self, path: Path, layout: Layout) -> None:
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "of the wrong shape or type": self.misshapen}
         if found := [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]:
-            raise Ptq4ditError(f"{path} is no complete {layout.name} checkpoint; {'; '.join(found)}.")
+            raise Ptq4ditError(f"The file {path} is no complete {layout.name} checkpoint; {'; '.join(found)}.")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes()) if path.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
-        raise Ptq4ditError(f"{path} is not valid JSON; copy or download it again.") from error
+        raise Ptq4ditError(f"The file {path} is not valid JSON; copy or download it again.") from error
     return content if isinstance(content, dict) else {}
 
 
@@ -95,7 +95,9 @@ def _folder_facts(file: TensorFile, layout: Layout) -> _FolderFacts:
     }  # fmt: skip
     for key, value in plain.items():
         if config.get(key, value) != value:
-            raise Ptq4ditError(f"{folder / 'config.json'} has {key} = {config[key]!r}, which is no DiT; it must be {value!r}.")
+            raise Ptq4ditError(
+                f"The file {folder / 'config.json'} has {key} = {config[key]!r}, which is no DiT; it must be {value!r}."
+            )
     for key, value in {"beta_schedule": "linear", "prediction_type": "epsilon"}.items():
         if scheduler.get(key, value) != value:
             raise Ptq4ditError(f"The pipeline in {folder.parent} has {key} = {scheduler[key]!r}; only {value!r} is supported.")
@@ -111,7 +113,9 @@ def _folder_facts(file: TensorFile, layout: Layout) -> _FolderFacts:
             schedule,
         )
     except (TypeError, ValueError) as error:
-        raise Ptq4ditError(f"{folder / 'config.json'} holds a size that is no number ({error}); copy it again.") from error
+        raise Ptq4ditError(
+            f"The file {folder / 'config.json'} holds a size that is no number ({error}); copy it again."
+        ) from error
 
 
 def names_of(entry: Entry, depth: int) -> list[str]:
@@ -191,7 +195,9 @@ def _input_size(file: TensorFile, sizes: Mapping[str, int], told: int | None, gi
     if "tokens" in sizes:
         side = math.isqrt(sizes["tokens"])
         if side * side != sizes["tokens"]:
-            raise Ptq4ditError(f"{file.path} is a DiT of {sizes['tokens']} tokens; only square images are supported.")
+            raise Ptq4ditError(
+                f"The checkpoint {file.path} is a DiT of {sizes['tokens']} tokens; only square images are supported."
+            )
         told = side * sizes["patch"]
     return _agreed(file, "input size", told, given, "convert it with input_size (ptq4dit convert --input-size), such as 32")
 
@@ -207,9 +213,9 @@ def _num_heads(file: TensorFile, depth: int, hidden: int, told: int | None, give
 def _agreed(file: TensorFile, what: str, told: int | None, given: int | None, remedy: str) -> int:
     """What the file tells or the user says; both must not differ, one must be there."""
     if told is not None and given is not None and told != given:
-        raise Ptq4ditError(f"{file.path} has {told} as its {what}, not {given}; leave the option out.")
+        raise Ptq4ditError(f"The checkpoint {file.path} has {told} as its {what}, not {given}; leave the option out.")
     if (value := given if told is None else told) is None:
-        raise Ptq4ditError(f"{file.path} does not tell its {what}; {remedy}.")
+        raise Ptq4ditError(f"The checkpoint {file.path} does not tell its {what}; {remedy}.")
     return value
 
 
