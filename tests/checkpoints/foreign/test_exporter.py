@@ -11,8 +11,8 @@ from ptq4dit_jax import ptq
 from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, open_tensors
 from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.dit import flatten_sites, nest_sites
-from ptq4dit_jax.engine import reference
-from ptq4dit_jax.quantizers import Balance
+from ptq4dit_jax.engine import QLinear, QuantizedDiT, reference
+from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 
 
 def test_round_trip_is_identical(tmp_path):
@@ -35,10 +35,38 @@ def test_types(dtype, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 
 
-@pytest.fixture(scope="module")
-def quantized():
+def build() -> QuantizedDiT:
+    """A quantized model of random integers, without compiling anything, with factors at the two sites that keep them."""
+    config, rng = helpers.tiny_config(), np.random.default_rng(0)
+
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, shape).astype(np.float32)
+
+    def act(lead, K=None):
+        balance = None if K is None else uniform(0.3, 3, *lead, K)
+        return ActQuantizer(uniform(0.01, 0.02, *lead, 2), rng.integers(-3, 4, (*lead, 2), np.int32), balance)
+
+    def linear(name):
+        lead = (config.depth,) if name.startswith("blocks.") else ()
+        K, N = config.linear_shapes[name]
+        values, scale = rng.integers(-127, 128, (*lead, N, K), np.int8), uniform(1, 2, *lead, N) * np.float32(K**-0.5 / 100)
+        quantizer = act(lead, K if name in ("blocks.proj", "blocks.fc2") else None)
+        return QLinear(QTensor(values, scale, None, K, 8), uniform(-0.2, 0.2, *lead, 2, N), quantizer)
+
+    model = QuantizedDiT(
+        linears={name: linear(name) for name in config.linear_shapes},
+        sites={f"blocks.{name}": act((config.depth,)) for name in ("q", "k", "v", "probs")},
+        label_embed=uniform(-1, 1, config.num_classes + 1, config.hidden_size),
+        group_edges=np.array([500], np.int32),
+        config=config,
+    )
+    return jax.tree.map(jnp.asarray, model)
+
+
+def calibrated() -> QuantizedDiT:
+    """A model that was quantized in earnest: factors are folded wherever they can be."""
     model = helpers.salient_model(helpers.tiny_model())
-    config = QuantConfig(weight_bits=4, calib_steps=2, calib_rows=4, steps=4, step_groups=2)
+    config = QuantConfig(weight_bits=4, range_search="minmax", calib_steps=2, calib_rows=4, steps=2, step_groups=2)
     return ptq.quantize(jax.tree.map(jnp.asarray, model), config, key=jax.random.key(0))
 
 
@@ -53,7 +81,9 @@ def without_quantizers(model):
     return model.replace(quantizers=nest_sites(balances))
 
 
-def test_a_quantized_model_without_its_activation_quantizers(quantized, tmp_path):
+@pytest.mark.parametrize("make", [build, pytest.param(calibrated, marks=pytest.mark.slow)])
+def test_a_quantized_model_without_its_activation_quantizers(make, tmp_path):
+    quantized = make()
     expected = without_quantizers(reference(quantized))
     path = export_meta(quantized, tmp_path / "x.safetensors")
     exported, found = import_checkpoint(path, num_heads=quantized.config.num_heads)
