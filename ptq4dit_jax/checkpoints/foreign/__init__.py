@@ -1,0 +1,7 @@
+"""Checkpoints that others write: readers that run no code from a file, importers and exporters of DiT weights."""
+
+from ptq4dit_jax.checkpoints.foreign.exporter import export_meta
+from ptq4dit_jax.checkpoints.foreign.importer import Imported, import_checkpoint
+from ptq4dit_jax.checkpoints.foreign.tensors import Tensor, TensorFile, is_foreign, open_tensors
+
+__all__ = ["Imported", "Tensor", "TensorFile", "export_meta", "import_checkpoint", "is_foreign", "open_tensors"]
