@@ -1,0 +1,135 @@
+"""Flax's msgpack files (``flax.serialization``), walked without loading them: arrays stay there until they are read."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, Tensor, buffer_tensor, checked_shape, dtype_named, flatten
+from ptq4dit_jax.checkpoints.foreign.pickle_machine import inert_children
+from ptq4dit_jax.checkpoints.foreign.pickles import map_file
+
+_ARRAY, _SCALAR = 1, 3  # Flax's extension types; 2 is a complex number
+_CHUNKED = "__msgpack_chunked_array__"
+_MAX_DEPTH = 64
+
+
+def looks_like_msgpack(head: bytes) -> bool:
+    """Whether a file starts as a map with a string as its first key."""
+    start = {0xDE: 3, 0xDF: 5}.get(head[0], 1 if 0x81 <= head[0] <= 0x8F else 0)
+    return bool(start) and len(head) > start and (0xA0 <= head[start] <= 0xBF or head[start] in (0xD9, 0xDA))
+
+
+class _Walker:
+    """Reads values one after another from a buffer."""
+
+    def __init__(self, buffer: memoryview) -> None:
+        self.buffer, self.position, self.depth = buffer, 0, 0
+
+    def take(self, count: int) -> memoryview:
+        end = self.position + count
+        if end > len(self.buffer):
+            raise Damaged("it is cut off")
+        data, self.position = self.buffer[self.position : end], end
+        return data
+
+    def number(self, code: str) -> Any:
+        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+
+    def value(self) -> Any:
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise Damaged("its values are nested without end")
+        code = self.number(">B")
+        value = self.of_code(code)
+        self.depth -= 1
+        return value
+
+    def of_code(self, code: int) -> Any:
+        if code <= 0x7F or code >= 0xE0:
+            return code if code <= 0x7F else code - 256
+        if code <= 0x8F:
+            return self.map(code & 0x0F)
+        if code <= 0x9F:
+            return self.list(code & 0x0F)
+        if code <= 0xBF:
+            return self.text(code & 0x1F)
+        if code in _CONSTANTS:
+            return _CONSTANTS[code]
+        if code in _NUMBERS:
+            return self.number(_NUMBERS[code])
+        if code in _SIZED:
+            kind, size = _SIZED[code]
+            count = self.number(size) if isinstance(size, str) else size
+            return getattr(self, kind)(count)
+        raise Damaged(f"it holds the value type {code:#04x}, which does not exist")
+
+    def map(self, count: int) -> dict[Any, Any]:
+        return {self.key(): self.value() for _ in range(count)}
+
+    def key(self) -> Any:
+        key = self.value()
+        if not isinstance(key, (str, int)):
+            raise Damaged("its maps have keys that are no names")
+        return key
+
+    def list(self, count: int) -> list[Any]:
+        return [self.value() for _ in range(count)]
+
+    def text(self, count: int) -> str:
+        try:
+            return bytes(self.take(count)).decode()
+        except UnicodeDecodeError as error:
+            raise Damaged("one of its names is no text") from error
+
+    def bytes(self, count: int) -> memoryview:
+        return self.take(count)
+
+    def extension(self, count: int) -> Any:
+        kind = self.number(">b")
+        data = self.take(count)
+        if kind not in (_ARRAY, _SCALAR):
+            return None
+        shape, dtype, values = _Walker(data).value()
+        return buffer_tensor(values, checked_shape(shape), dtype_named(dtype))
+
+
+_CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
+_NUMBERS = {
+    0xCA: ">f", 0xCB: ">d", 0xCC: ">B", 0xCD: ">H", 0xCE: ">I", 0xCF: ">Q", 0xD0: ">b", 0xD1: ">h", 0xD2: ">i", 0xD3: ">q",
+}  # fmt: skip
+_SIZED: dict[int, tuple[str, str | int]] = {
+    0xC4: ("bytes", ">B"), 0xC5: ("bytes", ">H"), 0xC6: ("bytes", ">I"),
+    0xC7: ("extension", ">B"), 0xC8: ("extension", ">H"), 0xC9: ("extension", ">I"),
+    0xD4: ("extension", 1), 0xD5: ("extension", 2), 0xD6: ("extension", 4), 0xD7: ("extension", 8), 0xD8: ("extension", 16),
+    0xD9: ("text", ">B"), 0xDA: ("text", ">H"), 0xDB: ("text", ">I"),
+    0xDC: ("list", ">H"), 0xDD: ("list", ">I"), 0xDE: ("map", ">H"), 0xDF: ("map", ">I"),
+}  # fmt: skip
+
+
+def _children(node: Any) -> Any:
+    if isinstance(node, dict) and node.get(_CHUNKED):
+        return {"": _joined(node)}
+    return inert_children(node)
+
+
+def _joined(node: dict[str, Any]) -> Tensor:
+    """An array that Flax cut into pieces because it is of a gigabyte or more."""
+    shape = checked_shape(list(node["shape"].values()))
+    chunks = [node["chunks"][str(i)] for i in range(len(node["chunks"]))]
+    return Tensor(shape, chunks[0].dtype, lambda: np.concatenate([chunk.read() for chunk in chunks]).reshape(shape))
+
+
+def read_msgpack(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by dotted name; raises :class:`Damaged` or ``OSError``."""
+    walker = _Walker(map_file(path))
+    try:
+        tree = walker.value()
+        if walker.position != len(walker.buffer):
+            raise Damaged("something follows after its end")
+        return {name.removesuffix("."): tensor for name, tensor in flatten(tree, _children).items()}
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise Damaged(f"it makes no sense at byte {walker.position}") from error

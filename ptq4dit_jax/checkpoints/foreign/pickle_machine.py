@@ -1,0 +1,303 @@
+"""A machine that reads pickles and runs nothing: no name in a pickle is ever imported or called.
+
+``pickle`` rebuilds objects by calling whatever the file names. This machine follows the same instructions but knows only
+containers, numbers, strings and bytes. A name becomes a :class:`Name`, and what the file wants called becomes an
+:class:`Inert` object, unless the caller's ``rebuild`` table has a function of ours for exactly that name, as it has for
+arrays. Strings of bytes stay slices of the buffer, so that a pickle of any size can be read from a memory map.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+from ptq4dit_jax.checkpoints.foreign.lazy import Damaged
+
+
+class Name(NamedTuple):
+    """A class or function that a pickle names."""
+
+    module: str
+    name: str
+
+
+@dataclass(eq=False)
+class Inert:
+    """What stands for an object that is not built: the name that would have built it, and what it would have been given."""
+
+    of: Any
+    args: Any = ()
+    state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
+    values: list[Any] = field(default_factory=list)
+
+
+Rebuild: TypeAlias = Mapping[tuple[str, str], Callable[..., Any]]
+
+#: Names of the standard library that checkpoints hold objects of. A call of any other is not needed by any, so it is refused.
+_HARMLESS = {
+    "argparse": ("Namespace",),
+    "builtins": ("bytearray", "complex", "dict", "frozenset", "list", "object", "range", "set", "slice", "tuple"),
+    "collections": ("Counter", "OrderedDict", "defaultdict", "deque"),
+    "copyreg": ("_reconstructor",),
+    "datetime": ("date", "datetime", "timedelta", "timezone"),
+    "functools": ("partial",),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath", "WindowsPath"),
+    "types": ("SimpleNamespace",),
+}
+_HARMLESS |= {"__builtin__": _HARMLESS["builtins"], "copy_reg": _HARMLESS["copyreg"], "pathlib._local": _HARMLESS["pathlib"]}
+_DANGEROUS = sys.stdlib_module_names | {"__builtin__", "copy_reg", "posix", "nt", "commands"}
+_MARK = object()
+
+
+def inert_children(node: Any) -> Mapping[Any, Any] | None:
+    """The entries of a container, or of an object that was not built: its attributes, else its arguments and items."""
+    if isinstance(node, dict):
+        return node
+    if isinstance(node, (list, tuple)) and not isinstance(node, Name):
+        return dict(enumerate(node))
+    if isinstance(node, Inert):
+        state = node.state
+        if isinstance(state, tuple) and len(state) == 2:  # of a class with __slots__: (attributes, slots)
+            state = {**(state[0] or {}), **(state[1] or {})} if isinstance(state[1], dict) else state
+        entries = dict(enumerate(node.args)) if isinstance(node.args, tuple) else {}
+        if len(entries) == 1 and isinstance(entries[0], dict):  # a mapping built from a dict
+            entries = dict(entries[0])
+        entries |= dict(enumerate(node.values)) | node.items
+        return {**entries, **state} if isinstance(state, dict) else entries
+    return None
+
+
+def run(
+    buffer: memoryview,
+    rebuild: Rebuild,
+    persistent: Callable[[Any], Any] | None = None,
+    build: Callable[[Any, Any], Any] | None = None,
+) -> tuple[Any, int]:
+    """The object that a pickle (protocol 2 to 5) describes, and the position behind it.
+
+    Args:
+      buffer: the pickle, anything may follow it.
+      rebuild: functions for names that may be "called": of the arguments, with checks of their own.
+      persistent: makes something of a reference to data outside the pickle.
+      build: gives an object that ``rebuild`` made its state: what it returns takes the object's place.
+
+    Raises:
+      Damaged: it is cut off, is no pickle, or calls a name of the standard library that no checkpoint needs.
+    """
+    machine = _Machine(buffer, rebuild, persistent, build)
+    try:
+        return machine.run(), machine.position
+    except Damaged:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, struct.error) as error:
+        raise Damaged(f"its pickle makes no sense at byte {machine.position}") from error
+
+
+class _Machine:
+    def __init__(self, buffer: memoryview, rebuild: Rebuild, persistent: Any, build: Any) -> None:
+        self.buffer, self.rebuild, self.persistent, self.build = buffer, rebuild, persistent, build
+        self.position = 0
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+        self.memo_keys: dict[int, int] = {}
+
+    def take(self, count: int) -> memoryview:
+        end = self.position + count
+        if count < 0 or end > len(self.buffer):
+            raise Damaged("it is cut off")
+        data, self.position = self.buffer[self.position : end], end
+        return data
+
+    def number(self, code: str) -> Any:
+        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+
+    def line(self) -> str:
+        start = self.position
+        while bytes(self.take(1)) != b"\n":
+            if self.position - start > 4096:
+                raise Damaged("its pickle holds a name without end")
+        return bytes(self.buffer[start : self.position - 1]).decode()
+
+    def marked(self) -> list[Any]:
+        """All values above the last mark, which is removed with them."""
+        at = len(self.stack) - 1
+        while self.stack[at] is not _MARK:
+            at -= 1
+            if at < 0:
+                raise Damaged("its pickle lacks a mark")
+        values = self.stack[at + 1 :]
+        del self.stack[at:]
+        return values
+
+    def run(self) -> Any:
+        while True:
+            code = self.take(1)[0]
+            if code == 0x2E:  # STOP
+                return self.stack.pop()
+            step = _STEPS.get(code)
+            if step is None:
+                raise Damaged(f"its pickle holds the instruction {code:#04x}, which no checkpoint needs")
+            step(self)
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def call(self, function: Any, args: Any) -> Any:
+        """What stands for ``function(*args)``: of our own making, or inert."""
+        if not isinstance(args, tuple):
+            raise Damaged("its pickle calls something without arguments")
+        if isinstance(function, Name):
+            if function in self.rebuild:
+                return self.rebuild[function](*args)
+            package = function.module.partition(".")[0]
+            if package in _DANGEROUS and function.name not in _HARMLESS.get(function.module, ()):
+                raise Damaged(
+                    f"it wants to call {function.module}.{function.name}, which no checkpoint needs and nobody should run"
+                )
+        elif not isinstance(function, Inert):
+            raise Damaged("its pickle calls something that is no name")
+        return Inert(function, args)
+
+    def reduce(self) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        self.push(self.call(function, args))
+
+    def new_with_keywords(self) -> None:
+        keywords, args, cls = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        made = self.call(cls, args)
+        if isinstance(made, Inert) and isinstance(keywords, dict):
+            made.items.update(keywords)
+        self.push(made)
+
+    def set_state(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, Inert):
+            target.state = state
+        elif not isinstance(target, (dict, list)) and self.build is not None:  # an OrderedDict's attributes are of no interest
+            self.stack[-1] = self.build(target, state)
+            key = self.memo_keys.get(id(target), -1)
+            if self.memo.get(key) is target:
+                self.memo[key] = self.stack[-1]
+
+    def set_items(self, pairs: list[Any]) -> None:
+        target = self.stack[-1]
+        into = target.items if isinstance(target, Inert) else target
+        if not isinstance(into, dict) or len(pairs) % 2:
+            raise Damaged("its pickle fills something that is no dict")
+        into.update(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def new_dict(self) -> None:
+        pairs = self.marked()
+        self.push({})
+        self.set_items(pairs)
+
+    def append(self, values: list[Any]) -> None:
+        target = self.stack[-1]
+        into = target.values if isinstance(target, Inert) else target
+        if not isinstance(into, list):
+            raise Damaged("its pickle appends to something that is no list")
+        into += values
+
+    def stack_global(self) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise Damaged("its pickle names something without a name")
+        self.push(Name(module, name))
+
+    def refer(self) -> None:
+        if self.persistent is None:
+            raise Damaged("its pickle refers to data outside of it")
+        self.push(self.persistent(self.stack.pop()))
+
+    def text(self, size: int) -> str:
+        return bytes(self.take(size)).decode("utf-8", "surrogatepass")
+
+    def proto(self) -> None:
+        if (version := self.number("<B")) not in range(2, 6):
+            raise Damaged(f"its pickle is of protocol {version}")
+
+    def replace_top(self, count: int) -> None:
+        values = tuple(self.stack[-count:])
+        if len(values) < count:
+            raise Damaged("its pickle takes more than it has")
+        self.stack[-count:] = [values]
+
+    def memoize(self, key: int) -> None:
+        self.memo[key] = self.stack[-1]
+        self.memo_keys[id(self.stack[-1])] = key
+
+    def two_and(self, act: Callable[[_Machine, list[Any]], None]) -> None:
+        values = self.stack[-2:]
+        del self.stack[-2:]
+        act(self, values)
+
+    def integer(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little", signed=True)
+
+
+_M = _Machine
+_STEPS: dict[int, Callable[[_Machine], Any]] = {
+    ord("("): lambda m: m.push(_MARK),
+    ord("0"): lambda m: m.stack.pop(),
+    ord("1"): _M.marked,
+    ord("2"): lambda m: m.push(m.stack[-1]),
+    # numbers and constants
+    ord("N"): lambda m: m.push(None),
+    0x88: lambda m: m.push(True),
+    0x89: lambda m: m.push(False),
+    ord("J"): lambda m: m.push(m.number("<i")),
+    ord("K"): lambda m: m.push(m.number("<B")),
+    ord("M"): lambda m: m.push(m.number("<H")),
+    ord("G"): lambda m: m.push(m.number(">d")),
+    0x8A: lambda m: m.push(m.integer(m.number("<B"))),
+    0x8B: lambda m: m.push(m.integer(m.number("<i"))),
+    # text and bytes; the latter as slices of the buffer
+    ord("X"): lambda m: m.push(m.text(m.number("<I"))),
+    0x8C: lambda m: m.push(m.text(m.number("<B"))),
+    0x8D: lambda m: m.push(m.text(m.number("<Q"))),
+    ord("U"): lambda m: m.push(bytes(m.take(m.number("<B"))).decode("latin-1")),
+    ord("T"): lambda m: m.push(bytes(m.take(m.number("<i"))).decode("latin-1")),
+    ord("B"): lambda m: m.push(m.take(m.number("<I"))),
+    ord("C"): lambda m: m.push(m.take(m.number("<B"))),
+    0x8E: lambda m: m.push(m.take(m.number("<Q"))),
+    0x96: lambda m: m.push(m.take(m.number("<Q"))),
+    0x98: lambda m: None,  # READONLY_BUFFER
+    # containers
+    ord("}"): lambda m: m.push({}),
+    ord("]"): lambda m: m.push([]),
+    ord(")"): lambda m: m.push(()),
+    0x8F: lambda m: m.push(Inert(Name("builtins", "set"))),
+    0x90: lambda m: m.append(m.marked()),
+    0x91: lambda m: m.push(Inert(Name("builtins", "frozenset"), (), None, {}, m.marked())),
+    ord("t"): lambda m: m.push(tuple(m.marked())),
+    ord("l"): lambda m: m.push(m.marked()),
+    ord("d"): _M.new_dict,
+    0x85: lambda m: m.replace_top(1),
+    0x86: lambda m: m.replace_top(2),
+    0x87: lambda m: m.replace_top(3),
+    ord("a"): lambda m: m.append([m.stack.pop()]),
+    ord("e"): lambda m: m.append(m.marked()),
+    ord("s"): lambda m: m.two_and(_M.set_items),
+    ord("u"): lambda m: m.set_items(m.marked()),
+    # the memo
+    ord("q"): lambda m: m.memoize(m.number("<B")),
+    ord("r"): lambda m: m.memoize(m.number("<I")),
+    0x94: lambda m: m.memoize(len(m.memo)),
+    ord("h"): lambda m: m.push(m.memo[m.number("<B")]),
+    ord("j"): lambda m: m.push(m.memo[m.number("<I")]),
+    # objects
+    ord("c"): lambda m: m.push(Name(m.line(), m.line())),
+    0x93: _M.stack_global,
+    ord("R"): _M.reduce,
+    0x81: _M.reduce,
+    0x92: _M.new_with_keywords,
+    ord("b"): _M.set_state,
+    ord("Q"): _M.refer,
+    # framing
+    0x80: _M.proto,
+    0x95: lambda m: m.number("<Q"),
+}
