@@ -55,7 +55,9 @@ class VAEConfig:
             if type(value) is not int or value < 1:
                 raise Ptq4ditError(f"VAE {name} must be a positive integer, not {value!r}.")
         if any(c % self.norm_num_groups for c in channels):
-            raise Ptq4ditError(f"VAE block_out_channels {channels} must be multiples of norm_num_groups {self.norm_num_groups}.")
+            raise Ptq4ditError(
+                f"VAE block_out_channels {channels} must be multiples of norm_num_groups {self.norm_num_groups}."
+            )
         for name in ("use_post_quant_conv", "mid_block_add_attention"):
             if type(getattr(self, name)) is not bool:
                 raise Ptq4ditError(f"VAE {name} must be true or false, not {getattr(self, name)!r}.")
@@ -67,7 +69,9 @@ class VAEConfig:
         for name in ("latents_mean", "latents_std"):
             values = getattr(self, name)
             if values is not None and (len(values) != self.latent_channels or not all(map(_finite, values))):
-                raise Ptq4ditError(f"VAE {name} must be {self.latent_channels} finite numbers, one per channel, not {values!r}.")
+                raise Ptq4ditError(
+                    f"VAE {name} must be {self.latent_channels} finite numbers, one per channel, not {values!r}."
+                )
 
     @property
     def factor(self) -> int:
@@ -87,9 +91,7 @@ class _Layer(nn.Module):
 
     def norm(self, name: str) -> nn.GroupNorm:
         """Flax computes its statistics and the normalized values in float32 at least, then rounds."""
-        return nn.GroupNorm(
-            self.config.norm_num_groups, epsilon=_EPS, dtype=self.dtype, use_fast_variance=False, name=name
-        )
+        return nn.GroupNorm(self.config.norm_num_groups, epsilon=_EPS, dtype=self.dtype, use_fast_variance=False, name=name)
 
     def conv(self, features: int, name: str, size: int = 3, dtype: DTypeLike | None = None) -> nn.Conv:
         return nn.Conv(features, (size, size), padding=size // 2, dtype=dtype or self.dtype, name=name)

@@ -1,13 +1,13 @@
-"""Writes `vae/`, a narrow VAE in diffusers' own layout with random weights, and `vae.npz`, latents and what diffusers makes of them.
+"""Writes `vae/`, a narrow VAE with random weights in diffusers' own layout, and `vae.npz`, latents and their pictures.
 
     python tests/golden/make_vae_golden.py
 
-Needs torch and diffusers (made with torch 2.13.0 on CPU and diffusers 0.42.1), which the tests do not. Everything is float32 and
-seeded.
+Needs torch and diffusers (made with torch 2.13.0 on CPU and diffusers 0.42.1), which the tests do not. Everything is
+float32 and seeded.
 
-vae/config.json, vae/diffusion_pytorch_model.safetensors: `AutoencoderKL` as `save_pretrained` writes it, encoder included. Four
-levels with a change of width at the same two as Stable Diffusion's, 5 groups of steps smaller; `randomize` makes every parameter
-matter, norms and biases included.
+vae/config.json, vae/diffusion_pytorch_model.safetensors: `AutoencoderKL` as `save_pretrained` writes it, with the encoder.
+Four levels whose width changes at the same two as Stable Diffusion's, with one layer per block instead of two. Norms and
+biases are random too, and attention is far from uniform, so that every parameter matters.
 
 vae.npz:
 
@@ -27,19 +27,17 @@ TRUE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm
 
 
 def random_vae(seed: int, **shape: object) -> AutoencoderKL:
-    """Stable Diffusion's architecture, with random parameters none of which may be mistaken for another or left out."""
+    """Stable Diffusion's architecture in some width, with random parameters all of which matter."""
     torch.manual_seed(seed)
-    blocks = len(shape["block_out_channels"])
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * blocks, up_block_types=["UpDecoderBlock2D"] * blocks, latent_channels=4, **shape
-    )
+    types = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    vae = AutoencoderKL(**types, latent_channels=4, **shape)
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
             if parameter.ndim == 1:
                 offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
                 parameter.copy_(offset + 0.2 * torch.randn_like(parameter))
             elif "to_q" in name or "to_k" in name:
-                parameter.mul_(3)  # far from uniform attention
+                parameter.mul_(3)
     return vae.eval()
 
 
