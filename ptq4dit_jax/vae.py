@@ -213,6 +213,14 @@ class VAEDecoder:
         """The same decoder computing in ``dtype``."""
         return self.replace(params=jax.tree.map(lambda a: a.astype(dtype), self.params))  # type: ignore[attr-defined]
 
+    def check_channels(self, channels: int) -> None:
+        """Raises one sentence unless latents of so many channels are what this decoder takes."""
+        if channels != self.config.latent_channels:
+            raise Ptq4ditError(
+                f"This VAE decodes latents of {self.config.latent_channels} channels, not of {channels}; use the VAE that the "
+                "model was trained with, if it was trained with one."
+            )
+
     def decode(self, latents_BHWC: ArrayLike, *, micro_batch: int = 1, queries: int = _QUERIES) -> jax.Array:
         """Pictures of latents; pure, to be called under ``jit``.
 
@@ -228,7 +236,9 @@ class VAEDecoder:
           Ptq4ditError: latents of another shape.
         """
         latents = jnp.asarray(latents_BHWC)
-        check_latents(self.config, latents.shape)
+        if latents.ndim != 4:
+            raise Ptq4ditError(f"Latents to decode must be of shape (B, H, W, C), not {latents.shape}.")
+        self.check_channels(latents.shape[-1])
         if micro_batch < 1 or queries < 1:
             raise Ptq4ditError(f"micro_batch and queries must be positive, not {micro_batch} and {queries}.")
         network = _Network(self.config, self.dtype, queries)
@@ -237,15 +247,6 @@ class VAEDecoder:
             return network.apply({"params": self.params}, z_HWC[None].astype(self.dtype))[0]
 
         return jax.lax.map(picture, _unscale(self.config, latents), batch_size=micro_batch)
-
-
-def check_latents(config: VAEConfig, shape: tuple[int, ...]) -> None:
-    """Raises one sentence unless ``shape``, of latents (B, H, W, C) or of one (H, W, C), is one that the decoder takes."""
-    if len(shape) not in (3, 4) or shape[-1] != config.latent_channels:
-        raise Ptq4ditError(
-            f"This VAE decodes latents (..., H, W, {config.latent_channels}), not {tuple(shape)}; use the VAE that the model "
-            "was trained with."
-        )
 
 
 def _unscale(config: VAEConfig, latents: jax.Array) -> jax.Array:
