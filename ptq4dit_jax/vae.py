@@ -48,8 +48,8 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         channels = self.block_out_channels
-        if not channels or any(type(c) is not int or c < 1 for c in channels):
-            raise Ptq4ditError(f"VAE block_out_channels must be positive integers, not {channels!r}.")
+        if not isinstance(channels, tuple) or not channels or any(type(c) is not int or c < 1 for c in channels):
+            raise Ptq4ditError(f"VAE block_out_channels must be a tuple of positive integers, not {channels!r}.")
         for name in ("layers_per_block", "latent_channels", "out_channels", "norm_num_groups"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -68,10 +68,14 @@ class VAEConfig:
             raise Ptq4ditError("VAE scaling_factor must not be 0.")
         for name in ("latents_mean", "latents_std"):
             values = getattr(self, name)
-            if values is not None and (len(values) != self.latent_channels or not all(map(_finite, values))):
+            if values is None:
+                continue
+            if not isinstance(values, tuple) or len(values) != self.latent_channels or not all(map(_finite, values)):
                 raise Ptq4ditError(
                     f"VAE {name} must be {self.latent_channels} finite numbers, one per channel, not {values!r}."
                 )
+            if name == "latents_std" and 0 in values:
+                raise Ptq4ditError(f"VAE latents_std must not be 0 for any channel, as in {values!r}.")
 
     @property
     def factor(self) -> int:
