@@ -61,7 +61,7 @@ def _find(path: str | os.PathLike[str]) -> Path:
     """The folder of the VAE itself."""
     expected = f"a VAE is a folder of diffusers with {_CONFIG}, or one with that as vae/ inside"
     try:
-        folder = Path(path).expanduser().resolve()
+        folder = Path(path).expanduser()
         if not folder.exists():
             raise Ptq4ditError(f"There is no VAE at {folder}: the path does not exist.")
         if not folder.is_dir():
