@@ -212,14 +212,3 @@ def test_every_device_decodes_its_share(vae, latent_model, sampled, mesh8):
 def test_a_model_of_other_latents(vae, raises_sentence):
     with raises_sentence("latents of 4 channels, not of 3", "VAE"):
         ptq.sample(helpers.tiny_model(), LABELS, jax.random.key(0), decoder=vae, **WALK)
-
-
-@pytest.mark.slow
-def test_a_comparison_of_pictures(vae, latent_model):
-    comparison = ptq.compare(latent_model, {"same": latent_model}, labels=[0, 1], key=jax.random.key(0), decoder=vae, **WALK)
-    assert comparison.data_range == 2
-    for images in comparison.images.values():
-        assert images.shape == (2, 48, 48, 3)
-        assert abs(images).max() <= 1
-    assert np.isposinf(comparison.figures["same"].psnr_db).all()
-    assert np.isfinite(comparison.figures["bfloat16"].psnr_db).all()
