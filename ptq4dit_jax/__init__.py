@@ -10,7 +10,7 @@ images = ptq.sample(q, labels=jnp.arange(10), key=jax.random.key(1), steps=50, c
 
 from ptq4dit_jax.calibration import CalibrationData, sample_trajectories, stored_rows
 from ptq4dit_jax.checkpoints import load, save
-from ptq4dit_jax.checkpoints.foreign.diffusers_vae import load_vae
+from ptq4dit_jax.checkpoints.foreign import load_vae
 from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.diffusion import NoiseSchedule, Sampler, guided_apply
 from ptq4dit_jax.dit import PRESETS, DiTConfig

@@ -1,4 +1,4 @@
-"""The command line: ``ptq4dit info | quantize | sample | evaluate``. Thin; all work is in the library."""
+"""The command line: ``ptq4dit info | convert | quantize | sample | evaluate``. Thin; all work is in the library."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import typer
 
 from ptq4dit_jax import checkpoints, ptq, sampling
 from ptq4dit_jax.calibration import stored_rows
-from ptq4dit_jax.checkpoints import store
-from ptq4dit_jax.checkpoints.foreign.diffusers_vae import load_vae
+from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.config import LAYERS, POLICIES, QuantConfig, Reconstruction
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, describe
@@ -40,13 +39,16 @@ from ptq4dit_jax.terminal import (
 app = typer.Typer(
     name="ptq4dit",
     help="Post-training quantization of Diffusion Transformers: W8A8 and W4A8 with real integers, in JAX.",
-    epilog="A MODEL is a folder written by this program, or random:PRESET (random weights), for example random:DiT-S/2.",
+    epilog="A MODEL is a folder written by this program, a checkpoint of another code base (see convert), or random:PRESET"
+    " (random weights), for example random:DiT-S/2.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
-ModelArgument = Annotated[str, typer.Argument(help="A model folder, random:PRESET or random:PRESET@SIZE.", show_default=False)]
+ModelArgument = Annotated[
+    str, typer.Argument(help="A model folder, a foreign checkpoint, random:PRESET or random:PRESET@SIZE.", show_default=False)
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", metavar="FILE")]
 Seed = Annotated[int, typer.Option(help="Seed of all noise; the same seed gives the same bytes.")]
 Steps = Annotated[str, typer.Option(help="Sampler steps: a count, or a respacing such as ddim50.")]
@@ -93,11 +95,59 @@ def info(model: ModelArgument, json: Json = None) -> None:
     if rows:
         print_table("Layers", [{k: v for k, v in row.items() if k != "integer"} for row in rows])
     facts: dict[str, Any] = {}
-    if not model.startswith("random:"):
+    if not model.startswith("random:") and not foreign.is_foreign(model):
         facts = store.read_config(model).get("provenance", {})
     for key, value in facts.items():
         console.print(f"{key.replace('_', ' '):>14}  {value}")
     write_json(json, {**summary, "config": loaded.config.to_dict(), "layers": rows, "provenance": facts})
+
+
+@app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(help="A checkpoint file or folder, or a model folder.", show_default=False)],
+    dst: Annotated[Path, typer.Argument(help="A folder; a .safetensors file with --to meta.", show_default=False)],
+    to: Annotated[str, typer.Option(help="ptq4dit, a model folder, or meta, Meta's names in a safetensors file.")] = "ptq4dit",
+    num_heads: Annotated[int | None, typer.Option(help="Heads of attention, where the file does not tell.")] = None,
+    input_size: Annotated[int | None, typer.Option(help="Side of the latents, where the file does not tell.")] = None,
+    ema: Annotated[
+        bool | None,
+        typer.Option("--ema/--model-weights", help="Averaged weights, or those being trained.", show_default="averaged if any"),
+    ] = None,
+    as_diffusers: Annotated[
+        bool, typer.Option("--as-diffusers", help="Compute what diffusers computes, instead of Meta's code, from its folder.")
+    ] = False,
+    overwrite: Overwrite = False,
+    json: Json = None,
+) -> None:
+    """Imports a checkpoint of Meta, diffusers or a JAX code base, or exports a model in Meta's layout; no code in it is run."""
+    if to not in ("ptq4dit", "meta"):
+        raise Ptq4ditError(f"--to must be ptq4dit or meta, not {to!r}.")
+    if to == "meta" and dst.suffix != ".safetensors":
+        raise Ptq4ditError(f"With --to meta, DST must end in .safetensors, not {dst.name!r}.")
+    check_target(dst, overwrite, "config.json" if to == "ptq4dit" else None)
+    check_target(json, overwrite=True)
+    facts: dict[str, Any] = {}
+    model: checkpoints.Model
+    if foreign.is_foreign(src) or not src.expanduser().exists():
+        with stages() as report:
+            model, found = foreign.import_checkpoint(
+                src, num_heads=num_heads, input_size=input_size, ema=ema, as_diffusers=as_diffusers,
+                progress=lambda done, total: report("read", done, total),
+            )  # fmt: skip
+        facts = {"layout": found.layout, "weights": "averaged (EMA)" if found.ema else "as saved", "dtype": found.dtype}
+    elif to == "ptq4dit":
+        raise Ptq4ditError(f"{src} is a model of this program already, or none at all; --to meta exports one.")
+    else:
+        model = load_model(str(src))
+    summary = facts | _summary(model)
+    shown = {key.replace("_", " "): megabytes(v) if key == "bytes" else str(v) for key, v in summary.items()}
+    print_table(str(src), [{"fact": key, "found": value} for key, value in shown.items()])
+    if to == "meta":
+        where = foreign.export_meta(model, dst, overwrite=overwrite)
+    else:
+        where = checkpoints.save(model, dst, provenance={"source": str(src), **facts}, overwrite=overwrite)
+    console.print(f"{'Weights' if to == 'meta' else 'Model'}: {where}")
+    write_json(json, {**summary, "config": model.config.to_dict(), "out": str(dst)})
 
 
 @app.command()
@@ -238,7 +288,7 @@ def sample(
             f"{model} makes latents of {channels} channels, not pictures; pass the folder of its VAE with --vae, or use an "
             "--out that ends in .npz."
         )
-    decoder = None if vae is None else load_vae(vae)
+    decoder = None if vae is None else foreign.load_vae(vae)
     given = {} if noise is None else read_arrays(noise, ("noise",), ("step_noise",))
     console.print(
         f"Sampling {len(wanted)} images from {model} on {devices_line()}: {sampler}, {steps} steps, guidance {cfg_scale}"
@@ -292,7 +342,7 @@ def evaluate(
     reference, other = load_model(against), load_model(model)
     if not isinstance(reference, FloatDiT):
         raise Ptq4ditError(f"--against must be a float model; {against} is quantized.")
-    decoder = None if vae is None else load_vae(vae)
+    decoder = None if vae is None else foreign.load_vae(vae)
     wanted = parse_labels(labels or f"0-{min(reference.config.num_classes, 64) - 1}", repeat)
     sampling.check_labels(wanted, reference.config)
     name = Path(model).resolve().name

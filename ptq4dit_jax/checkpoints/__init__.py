@@ -1,4 +1,4 @@
-"""Loading and saving models of every kind: a table from the ``kind`` in a folder to the code that knows it."""
+"""Loading and saving models of every kind: a table from the ``kind`` in a folder to the code that knows it, and importers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from ptq4dit_jax.checkpoints import float_dit, quantized_dit, store
+from ptq4dit_jax.checkpoints import float_dit, foreign, quantized_dit, store
 from ptq4dit_jax.engine import QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
@@ -30,11 +30,14 @@ _KINDS = {
 
 
 def load(path: str | os.PathLike[str]) -> Model:
-    """The model in a folder, float or quantized, on the default device.
+    """The model in a folder, float or quantized, on the default device; or a float one from a checkpoint of another code base,
+    with the defaults of :func:`ptq4dit_jax.checkpoints.foreign.import_checkpoint`.
 
     Raises:
       Ptq4ditError: ``path`` is no model, is damaged or incomplete, or was written by a newer version.
     """
+    if foreign.is_foreign(path):
+        return foreign.import_checkpoint(path)[0]
     arrays, meta = store.read(path)
     if meta["kind"] not in _KINDS:
         raise Ptq4ditError(

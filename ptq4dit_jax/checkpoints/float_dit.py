@@ -38,7 +38,7 @@ def save_float(
         raise Ptq4ditError("This float model carries fake quantizers, which cannot be saved; save the quantized model instead.")
     arrays = flatten(model.params)
     dtype = str(np.dtype(model.dtype)) if "final/kernel" in arrays else "float32"
-    check_arrays(arrays, _expected(model.config, dtype), "This float model cannot be saved")
+    check_arrays(arrays, expected_arrays(model.config, dtype), "This float model cannot be saved")
     meta = {"kind": KIND, **model_meta(model.config, model.schedule), "dtype": dtype, "provenance": dict(provenance or {})}
     return store.write(path, arrays, meta, overwrite=overwrite)
 
@@ -54,7 +54,7 @@ def load_float(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Flo
     dtype = meta.get("dtype")
     if dtype not in FLOATS:
         raise Ptq4ditError(f"The model's dtype is {dtype!r}; a float model computes in {', '.join(FLOATS)}.")
-    check_arrays(arrays, _expected(config, dtype), "This is no complete float model")
+    check_arrays(arrays, expected_arrays(config, dtype), "This is no complete float model")
     params = traverse_util.unflatten_dict({name: jnp.asarray(array) for name, array in arrays.items()}, sep="/")
     return FloatDiT(params=params, config=config, schedule=schedule)
 
@@ -98,7 +98,8 @@ def settings_from_json(cls: type[_Settings], values: Any) -> _Settings:
     return cls(**{name: types[name](value) for name, value in values.items()})
 
 
-def _expected(config: DiTConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+def expected_arrays(config: DiTConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter of a float model, by its flat name."""
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return {name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype)) for name, leaf in flatten(abstract).items()}
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from ptq4dit_jax.checkpoints.foreign.shapes import by_number, listed
 from ptq4dit_jax.checkpoints.foreign.tensors import Tensor, TensorFile, open_tensors
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import has_nonfinite
@@ -50,7 +51,7 @@ def load_vae(path: str | os.PathLike[str]) -> VAEDecoder:
     config = _read_config(folder)
     present = [name for name in _WEIGHTS if (folder / name).is_file()]
     if not present:
-        raise Ptq4ditError(f"{folder} holds a VAE's {_CONFIG} but no weights; download {_WEIGHTS[0]} into it.")
+        raise Ptq4ditError(f"The folder {folder} holds a VAE's {_CONFIG} but no weights; download {_WEIGHTS[0]} into it.")
     params = _read_params(folder / present[0], config)
     if bad := has_nonfinite(params):
         raise Ptq4ditError(f"The VAE in {folder} holds NaN or infinity in {', '.join(bad[:3])}, so it is of no use.")
@@ -65,13 +66,13 @@ def _find(path: str | os.PathLike[str]) -> Path:
         if not folder.exists():
             raise Ptq4ditError(f"There is no VAE at {folder}: the path does not exist.")
         if not folder.is_dir():
-            raise Ptq4ditError(f"{folder} is a file, and {expected}; give the folder that it lies in.")
+            raise Ptq4ditError(f"The VAE {folder} is a file, and {expected}; give the folder that it lies in.")
         for candidate in (folder / "vae", folder):
             if (candidate / _CONFIG).is_file():
                 return candidate
     except (OSError, RuntimeError) as error:
         raise Ptq4ditError(f"Cannot read {os.fspath(path)} ({getattr(error, 'strerror', None) or error}).") from error
-    raise Ptq4ditError(f"{folder} holds no VAE: {expected}.")
+    raise Ptq4ditError(f"The folder {folder} holds no VAE: {expected}.")
 
 
 def _read_config(folder: Path) -> VAEConfig:
@@ -81,18 +82,18 @@ def _read_config(folder: Path) -> VAEConfig:
     except OSError as error:
         raise Ptq4ditError(f"Cannot read {source} ({error.strerror}); check its permissions.") from error
     except (ValueError, RecursionError) as error:
-        raise Ptq4ditError(f"{source} is not valid JSON; download it again.") from error
+        raise Ptq4ditError(f"The file {source} is not valid JSON; copy or download it again.") from error
     found = values.get("_class_name") if isinstance(values, dict) else None
     if found not in _CLASSES:
         what = f"the class {found!r}" if found else "no class of diffusers"
-        raise Ptq4ditError(f"{folder} holds no VAE: its {_CONFIG} names {what}, not {_CLASSES[0]}.")
+        raise Ptq4ditError(f"The folder {folder} holds no VAE: its {_CONFIG} names {what}, not {_CLASSES[0]}.")
     for name, only in _FIXED.items():
         given = values.get(name, only)
         if other := [value for value in (given if isinstance(given, list) else [given]) if value != only]:
             raise Ptq4ditError(f"The VAE in {folder} has {name} {other[0]!r}; only {only} is supported.")
     # For these two diffusers' defaults are nobody's VAE.
     if missing := [name for name in ("block_out_channels", "layers_per_block") if name not in values]:
-        raise Ptq4ditError(f"{source} lacks {', '.join(missing)}; download it again.")
+        raise Ptq4ditError(f"The file {source} lacks {', '.join(missing)}; copy or download it again.")
     names = {field.name for field in dataclasses.fields(VAEConfig)}
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names and v is not None}
     return VAEConfig(**given)
@@ -140,22 +141,20 @@ def _arrange(tensor: Tensor, source: str, shape: tuple[int, ...]) -> np.ndarray:
 def _check(file: Path, tensors: TensorFile, shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, str | None]) -> None:
     """Raises one sentence that names all that is wrong with the decoder's tensors."""
     if not any(sources.values()):
-        names = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise Ptq4ditError(f"{file} holds no decoder of a VAE in diffusers' names, but {names} and so on.")
+        raise Ptq4ditError(
+            f"The file {file} holds no decoder of a VAE in diffusers' names; it holds {listed(sorted(tensors))}."
+        )
     flax = file.suffix == ".msgpack"
     missing = [_spellings(name)[-1 if flax else 0] for name, source in sources.items() if source is None]
-    used = set(sources.values())
-    unexpected = [name for name in sorted(tensors) if name not in used and not name.startswith(_UNUSED)]
-
-    def wrong() -> Iterator[str]:
-        for name, source in sources.items():
-            tensor = None if source is None else tensors[source]
-            if source is None or tensor is None:
-                continue
-            layouts = _layouts(source, shapes[name])
-            if tuple(tensor.shape) not in layouts or not jnp.issubdtype(tensor.dtype, jnp.floating):
-                yield f"{source} is {tensor.dtype} {tuple(tensor.shape)}, not float {layouts[0]}"
-
-    faults = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unexpected: {', '.join(unexpected)}"] * bool(unexpected)
-    if faults := [*faults, *wrong()]:
-        raise Ptq4ditError(f"{file} holds no complete VAE decoder; against its {_CONFIG}, {'; '.join(faults)}.")
+    used = {source: shapes[name] for name, source in sources.items() if source is not None}
+    unexpected = [name for name in tensors if name not in used and not name.startswith(_UNUSED)]
+    wrong = []
+    for source, shape in used.items():
+        tensor, layouts = tensors[source], _layouts(source, shape)
+        if tensor.shape not in layouts:
+            wrong.append(f"{source} {tensor.shape} instead of {layouts[0]}")
+        elif not jnp.issubdtype(tensor.dtype, jnp.floating):
+            wrong.append(f"{source} of {tensor.dtype.name}")
+    kinds = {"missing": missing, "unexpected": unexpected, "of the wrong shape or type": wrong}
+    if faults := [f"{kind}: {listed(sorted(names, key=by_number))}" for kind, names in kinds.items() if names]:
+        raise Ptq4ditError(f"The file {file} is no complete VAE decoder as its {_CONFIG} says; {'; '.join(faults)}.")

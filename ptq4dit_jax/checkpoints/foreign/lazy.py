@@ -28,6 +28,10 @@ class Damaged(Exception):
     it a sentence."""
 
 
+class WantsCode(Damaged):
+    """The name of what a file wants to have called."""
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A tensor in a file. ``dtype`` is NumPy's, or bfloat16 and such of ``ml_dtypes``, in the machine's byte order."""

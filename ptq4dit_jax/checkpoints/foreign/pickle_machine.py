@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Damaged
+from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, WantsCode
 
 
 class Name(NamedTuple):
@@ -155,9 +155,7 @@ class _Machine:
                 return self.rebuild[function](*args)
             package = function.module.partition(".")[0]
             if package in _DANGEROUS and function.name not in _HARMLESS.get(function.module, ()):
-                raise Damaged(
-                    f"it wants to call {function.module}.{function.name}, which no checkpoint needs and nobody should run"
-                )
+                raise WantsCode(f"{function.module}.{function.name}")
         elif not isinstance(function, Inert):
             raise Damaged("its pickle calls something that is no name")
         return Inert(function, args)

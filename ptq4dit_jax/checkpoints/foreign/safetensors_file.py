@@ -95,7 +95,7 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)  # values start at a multiple of eight bytes
     write(struct.pack("<Q", len(text)) + text)
     for name, make in tensors.items():
-        array = np.ascontiguousarray(make())
+        array = np.asarray(make(), order="C")
         if (array.shape, array.dtype) != shapes[name]:
             raise ValueError(f"{name} is {array.dtype} {array.shape}, not {shapes[name]}")
         write(array.reshape(-1).view(np.uint8).data)

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, Tensor, TensorFile, check_total
+from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, Tensor, TensorFile, WantsCode, check_total
 from ptq4dit_jax.checkpoints.foreign.msgpack_file import looks_like_msgpack, read_msgpack
 from ptq4dit_jax.checkpoints.foreign.orbax_folder import is_orbax, read_orbax
 from ptq4dit_jax.checkpoints.foreign.pickles import read_pickle
@@ -69,30 +69,49 @@ def is_foreign(path: str | os.PathLike[str]) -> bool:
     """Whether there is something at ``path`` that :func:`open_tensors` would try: a file, or a folder of others' weights."""
     where = Path(path).expanduser()
     try:
-        return where.is_file() or (where.is_dir() and (is_orbax(where) or bool(weight_files(where)) or any(where.glob(_INDEX))))
+        return where.is_file() or (where.is_dir() and _holds_weights(where))
     except OSError:
         return False
 
 
+def _holds_weights(folder: Path) -> bool:
+    if (folder / "arrays").is_dir():  # a model of this package, whole or not
+        return False
+    folders = [folder, *(item for item in folder.iterdir() if item.is_dir())]
+    return any(is_orbax(item) for item in folders) or any(
+        bool(weight_files(item)) or any(item.glob(_INDEX)) for item in (folder, folder / "transformer") if item.is_dir()
+    )
+
+
 def _damaged(path: Path, error: Damaged) -> Ptq4ditError:
-    return Ptq4ditError(f"{path} cannot be read as a checkpoint: {error}; if it should be one, copy or download it again.")
+    if isinstance(error, WantsCode):
+        return Ptq4ditError(
+            f"The file {path} was not read: it wants to call {error}, which no checkpoint needs; open it with nothing else."
+        )
+    return Ptq4ditError(f"The file {path} is no whole checkpoint ({error}); copy or download it again if it should be one.")
 
 
 def _kind(path: Path) -> str:
     """The key into ``_READERS``, or ``index``."""
     with path.open("rb") as file:
-        head = file.read(64)
+        head = file.read(512)
     size = path.stat().st_size
     if not head:
-        raise Ptq4ditError(f"{path} is empty; copy or download it again.")
+        raise Ptq4ditError(f"The file {path} is empty; copy or download it again.")
     if head.startswith(_LFS):
         raise Ptq4ditError(
-            f"{path} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull` or download the file."
+            f"The file {path} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull` or download the file."
         )
     if head.startswith(b"PK\x03\x04"):
+        if head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy"):
+            raise Ptq4ditError(
+                f"The file {path} is a file of another kind (.npz) and no checkpoint; what can be read: {_KNOWN}."
+            )
         return "torch"
     if head[0] == 0x80 and head[2:].startswith(LEGACY_MAGIC):
-        raise Ptq4ditError(f"{path} was written by torch before 1.6; load it there and save it again with a newer torch.")
+        raise Ptq4ditError(
+            f"The file {path} was written by torch before 1.6; load it there and save it again with a newer torch."
+        )
     if head[0] == 0x80 and len(head) > 1 and head[1] in range(2, 6):
         return "pickle"
     if looks_like_safetensors(head, size):
@@ -103,14 +122,16 @@ def _kind(path: Path) -> str:
         return "msgpack"
     for magic, name in _OTHERS.items():
         if head.startswith(magic):
-            raise Ptq4ditError(f"{path} is a file of another kind ({name}) and no checkpoint; what can be read: {_KNOWN}.")
-    raise Ptq4ditError(f"{path} is no checkpoint of a known kind; what can be read: {_KNOWN}.")
+            raise Ptq4ditError(
+                f"The file {path} is a file of another kind ({name}) and no checkpoint; what can be read: {_KNOWN}."
+            )
+    raise Ptq4ditError(f"The file {path} is no checkpoint of a known kind; what can be read: {_KNOWN}.")
 
 
 def _collect(path: Path, kind: str, files: Iterable[Path], read: Callable[[], dict[str, Tensor]]) -> TensorFile:
     tensors, files = read(), tuple(files)
     if not tensors:
-        raise Ptq4ditError(f"{path} holds no tensors ({kind}); pass the file or folder with the weights.")
+        raise Ptq4ditError(f"The file {path} holds no tensors ({kind}); pass the file or folder with the weights.")
     check_total(tensors, sum(file.stat().st_size for file in files))
     return TensorFile(tensors, path, kind, files)
 
@@ -132,6 +153,8 @@ def _open_folder(folder: Path) -> TensorFile:
     if is_orbax(folder):
         files = [file for file in folder.rglob("*") if file.is_file()]
         return _collect(folder, "Orbax", files, lambda: read_orbax(folder))
+    if items := [item for item in sorted(folder.iterdir()) if item.is_dir() and is_orbax(item)]:
+        return _open_items(folder, items)
     indices = sorted(folder.glob(_INDEX), key=lambda file: ("safetensors" not in file.name, file.name))
     if indices:
         return _open_shards(indices[0])
@@ -140,8 +163,15 @@ def _open_folder(folder: Path) -> TensorFile:
     preferred = [file for file in files if _kind(file) == "safetensors"] or files
     if len(preferred) != 1:
         names = ", ".join(file.name for file in preferred[:8]) or "nothing that is one"
-        raise Ptq4ditError(f"{folder} must hold one checkpoint, and holds {names}; pass the file itself.")
+        raise Ptq4ditError(f"The folder {folder} must hold one checkpoint, and holds {names}; pass the file itself.")
     return open_tensors(preferred[0])
+
+
+def _open_items(folder: Path, items: list[Path]) -> TensorFile:
+    """A step of Orbax's CheckpointManager: items in folders of their own, whose names come first."""
+    opened = {item.name: open_tensors(item) for item in items}
+    tensors = {f"{item}.{name}": tensor for item, file in opened.items() for name, tensor in file.items()}
+    return TensorFile(tensors, folder, "Orbax", tuple(part for file in opened.values() for part in file.files))
 
 
 def _open_shards(index: Path) -> TensorFile:
@@ -151,14 +181,16 @@ def _open_shards(index: Path) -> TensorFile:
         places = {str(name): str(file) for name, file in content["weight_map"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Ptq4ditError(
-            f"{index} is no checkpoint: a JSON file must be an index with a weight_map of names to files."
+            f"The index {index} is no checkpoint: a JSON file must be an index with a weight_map of names to files."
         ) from error
     if odd := [file for file in places.values() if Path(file).name != file]:
-        raise Ptq4ditError(f"{index} names the file {odd[0][:80]!r}, which is not beside it; copy or download it again.")
+        raise Ptq4ditError(
+            f"The index {index} names the file {odd[0][:80]!r}, which is not beside it; copy or download it again."
+        )
     shards = {file: open_tensors(index.with_name(file)) for file in sorted(set(places.values()))}
     if absent := [name for name, file in places.items() if name not in shards[file]]:
         raise Ptq4ditError(
-            f"{index} places {absent[0][:80]!r} in {places[absent[0]]}, where it is not; download the shards again."
+            f"The index {index} places {absent[0][:80]!r} in {places[absent[0]]}, where it is not; download the shards again."
         )
     files = [index.with_name(file) for file in shards]
     return _collect(index, "safetensors shards", files, lambda: {name: shards[file][name] for name, file in places.items()})

@@ -1,0 +1,83 @@
+"""Exporting: our parameters under Meta's names in a safetensors file, which Meta's code and everything made for it can load."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptq4dit_jax.checkpoints.float_dit import check_arrays, expected_arrays, flatten
+from ptq4dit_jax.checkpoints.foreign.layouts import META
+from ptq4dit_jax.checkpoints.foreign.safetensors_file import write_safetensors
+from ptq4dit_jax.dit import SITE_OF_LAYER, DiTConfig, flatten_sites, position_embedding
+from ptq4dit_jax.engine import QuantizedDiT, reference
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.quantizers import ActQuantizer, Balance
+from ptq4dit_jax.staging import staging
+
+
+def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """Writes a model as a safetensors file with the names and layouts of facebookresearch/DiT; returns its absolute path.
+
+    Of a quantized model these are the de-quantized weights: the file computes what the model computes with its activation
+    quantizers off. Factors that balance activations on the way into a layer go into that layer's weights, since Meta's network
+    has no other place for them. The number of heads and the schedule are not part of the format.
+
+    Raises:
+      Ptq4ditError: ``path`` exists (without ``overwrite``), is a folder or cannot be written; the model computes another
+        function than Meta's from the same weights (``freq_shift``, ``mlp_norm_eps``) or is incomplete.
+    """
+    config = model.config
+    default = DiTConfig.preset("DiT-S/2")
+    if (config.freq_shift, config.mlp_norm_eps) != (default.freq_shift, default.mlp_norm_eps):
+        raise Ptq4ditError(
+            f"Meta's layout means freq_shift 0 and mlp_norm_eps 1e-06, and this model has {config.freq_shift:g} and"
+            f" {config.mlp_norm_eps:g}; import its source without as_diffusers to export it."
+        )
+    target = Path(path).expanduser().absolute()
+    if target.is_dir():
+        raise Ptq4ditError(f"The path {target} is a folder, which a file cannot replace; choose another path.")
+    if target.exists() and not overwrite:
+        raise Ptq4ditError(f"The path {target} exists already; choose another path, or ask for it to be overwritten.")
+    params = _plain_params(model)
+    dtype = np.dtype(params["final/kernel"].dtype)
+    check_arrays(params, expected_arrays(config, dtype.name), "This model cannot be exported")
+
+    tensors: dict[str, Callable[[], np.ndarray]] = {"pos_embed": lambda: position_embedding(config)[None].astype(dtype)}
+    shapes = {"pos_embed": ((1, config.num_tokens, config.hidden_size), dtype)}
+    for entry in META.entries:
+        ours = params[entry.ours]
+        for i in range(config.depth) if entry.stacked else [None]:
+            name = entry.theirs[0] if i is None else entry.theirs[0].replace("{i}", str(i))
+
+            def make(ours: Any = ours, i: int | None = i, back: Any = entry.transform.theirs) -> np.ndarray:
+                return back(np.asarray(ours if i is None else ours[i]), config)
+
+            shape = ours.shape if i is None else ours.shape[1:]
+            tensors[name] = make
+            shapes[name] = (entry.transform.theirs(np.broadcast_to(np.zeros((), dtype), shape), config).shape, dtype)
+    with staging(target) as staged:
+        with staged.open("wb") as file:
+            write_safetensors(file.write, tensors, shapes)
+        staged.replace(target)
+    return target
+
+
+def _plain_params(model: FloatDiT | QuantizedDiT) -> dict[str, jax.Array]:
+    """Flat float parameters of a network without anything at its sites; ``x b`` into ``W`` is ``x`` into ``b W``."""
+    twin = reference(model) if isinstance(model, QuantizedDiT) else model
+    params = dict(flatten(twin.params))
+    sites = flatten_sites(twin.quantizers)
+    for layer, site in SITE_OF_LAYER.items():
+        found = sites.get(site)
+        factor = found.factor if isinstance(found, Balance) else found.balance if isinstance(found, ActQuantizer) else None
+        if factor is not None:
+            name = f"{layer.replace('.', '/')}/kernel"
+            params[name] = params[name] * jnp.asarray(factor, params[name].dtype)[..., None]
+    return params

@@ -1,0 +1,47 @@
+"""facebookresearch/DiT: ``.pt`` files of the published weights, and of its train.py (``model``, ``ema``, ``opt``, ``args``)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ptq4dit_jax.checkpoints.foreign.layouts.table import PATCH_OIHW, Entry, Layout, Objective, View, torch_linear
+from ptq4dit_jax.dit import DiTConfig
+
+
+def _told_by_sigma(view: View, config: DiTConfig) -> Objective | None:
+    """SiT has the same names and shapes. It throws the variance half of the output away, so that in training this half of the
+    last layer stays at the zero that it starts from."""
+    if not config.learn_sigma:
+        return None
+    rows = [view[f"final_layer.linear.{name}"].read().astype(np.float32) for name in ("weight", "bias")]
+    noise, sigma = np.split(np.concatenate([rows[0], rows[1][:, None]], 1).reshape(config.patch_size**2, 2, -1), 2, axis=1)
+    return "velocity" if noise.any() and not sigma.any() else None
+
+
+META = Layout(
+    name="Meta DiT",
+    markers=("x_embedder.proj.weight", "blocks.0.attn.qkv.weight"),
+    block="blocks.{i}.",
+    entries=(
+        Entry("patch_embed/kernel", ("x_embedder.proj.weight",), PATCH_OIHW),
+        Entry("patch_embed/bias", ("x_embedder.proj.bias",)),
+        *torch_linear("time_fc1", "t_embedder.mlp.0"),
+        *torch_linear("time_fc2", "t_embedder.mlp.2"),
+        Entry("label_embed/embedding", ("y_embedder.embedding_table.weight",)),
+        *torch_linear("blocks/adaLN", "blocks.{i}.adaLN_modulation.1"),
+        *torch_linear("blocks/qkv", "blocks.{i}.attn.qkv"),
+        *torch_linear("blocks/proj", "blocks.{i}.attn.proj"),
+        *torch_linear("blocks/fc1", "blocks.{i}.mlp.fc1"),
+        *torch_linear("blocks/fc2", "blocks.{i}.mlp.fc2"),
+        *torch_linear("final_adaLN", "final_layer.adaLN_modulation.1"),
+        *torch_linear("final", "final_layer.linear"),
+    ),
+    sizes={
+        "hidden": ("x_embedder.proj.weight", 0), "channels": ("x_embedder.proj.weight", 1),
+        "patch": ("x_embedder.proj.weight", 2),
+        "rows": ("y_embedder.embedding_table.weight", 0), "mlp": ("blocks.0.mlp.fc1.weight", 0),
+        "frequencies": ("t_embedder.mlp.0.weight", 1), "outputs": ("final_layer.linear.weight", 0), "tokens": ("pos_embed", 1),
+    },
+    pos_embed="pos_embed",
+    told=_told_by_sigma,
+)  # fmt: skip
