@@ -21,6 +21,7 @@ from ptq4dit_jax.dit import at_least_float32, softmax
 from ptq4dit_jax.errors import Ptq4ditError
 
 _EPS = 1e-6
+_MAX_SIZE = 2**16
 #: Queries attended to at once: 16 MiB of logits at 4096 positions, the latents of 512 px.
 _QUERIES = 1024
 
@@ -48,12 +49,11 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         channels = self.block_out_channels
-        if not isinstance(channels, tuple) or not channels or any(type(c) is not int or c < 1 for c in channels):
-            raise Ptq4ditError(f"VAE block_out_channels must be a tuple of positive integers, not {channels!r}.")
+        if not isinstance(channels, tuple) or not channels or not all(map(_size, channels)):
+            raise Ptq4ditError(f"VAE block_out_channels must be a tuple of numbers of channels, not {channels!r}.")
         for name in ("layers_per_block", "latent_channels", "out_channels", "norm_num_groups"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise Ptq4ditError(f"VAE {name} must be a positive integer, not {value!r}.")
+            if not _size(getattr(self, name)):
+                raise Ptq4ditError(f"VAE {name} must be an integer from 1 to {_MAX_SIZE}, not {getattr(self, name)!r}.")
         if any(c % self.norm_num_groups for c in channels):
             raise Ptq4ditError(
                 f"VAE block_out_channels {channels} must be multiples of norm_num_groups {self.norm_num_groups}."
@@ -81,6 +81,10 @@ class VAEConfig:
     def factor(self) -> int:
         """Pixels along a side per position of the latent."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+def _size(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _MAX_SIZE
 
 
 def _finite(value: Any) -> bool:

@@ -151,6 +151,7 @@ def test_a_decoder_without_attention(vae, golden):
         ({"block_out_channels": ()}, ("block_out_channels", "()")),
         ({"block_out_channels": (32, 0)}, ("block_out_channels", "(32, 0)")),
         ({"block_out_channels": (32, 40)}, ("(32, 40)", "norm_num_groups 32")),
+        ({"block_out_channels": (10**30,)}, ("block_out_channels",)),
         ({"layers_per_block": 0}, ("layers_per_block", "not 0")),
         ({"latent_channels": 4.0}, ("latent_channels", "not 4.0")),
         ({"use_post_quant_conv": 1}, ("use_post_quant_conv", "not 1")),

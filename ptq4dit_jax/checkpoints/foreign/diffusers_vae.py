@@ -102,6 +102,10 @@ def _read_config(folder: Path) -> VAEConfig:
 def _read_params(file: Path, config: VAEConfig) -> Any:
     """Parameters on the default device from a file of any of the formats."""
     tensors = open_tensors(file)
+    if (layers := config.layers_per_block * len(config.block_out_channels)) > len(tensors):  # tracing them could take for ever
+        raise Ptq4ditError(
+            f"The file {file} has {len(tensors)} tensors, too few for the {layers} layers that its {_CONFIG} names."
+        )
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     shapes = {name: leaf.shape for name, leaf in traverse_util.flatten_dict(abstract, sep="/").items()}
     sources = {name: next((s for s in _spellings(name) if s in tensors), None) for name in shapes}

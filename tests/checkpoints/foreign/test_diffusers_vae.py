@@ -174,6 +174,9 @@ def test_a_config_of_another_size(folder, tensors, raises_sentence):
     change_config(folder, layers_per_block=2)
     with raises_sentence("missing: decoder.up_blocks.0.resnets.2.conv1.bias, ", " and 24 more"):
         load_vae(folder)
+    change_config(folder, layers_per_block=50_000)
+    with raises_sentence("too few for the 200000 layers"):
+        load_vae(folder)
     change_config(folder, layers_per_block=1, latent_channels=16)
     with raises_sentence("decoder.conv_in.weight (12, 4, 3, 3) instead of (12, 16, 3, 3)"):
         load_vae(folder)
