@@ -13,8 +13,8 @@ import numpy as np
 
 from ptq4dit_jax.errors import Ptq4ditError
 
-#: No checkpoint nests deeper or holds more values; a file that claims to is an attack.
-_MAX_DEPTH, _MAX_NODES = 64, 2_000_000
+#: No checkpoint nests deeper or holds more tensors and containers; a file that claims to is an attack.
+_MAX_DEPTH, _MAX_NODES = 64, 200_000
 #: Tied weights are counted more than once, so tensors may add up to more than their file; not to this many times as much.
 _MAX_EXPANSION = 16
 
@@ -145,7 +145,8 @@ def flatten(tree: Any, children: Callable[[Any], Mapping[Any, Any] | None]) -> d
 
     def walk(node: Any, path: tuple[str, ...]) -> None:
         nonlocal nodes
-        nodes += 1
+        entries = None if isinstance(node, Tensor) else children(node)
+        nodes += entries is not None or isinstance(node, Tensor)
         if nodes > _MAX_NODES or len(path) > _MAX_DEPTH:
             raise Damaged("its values are nested without end")
         if isinstance(node, Tensor):
@@ -153,7 +154,7 @@ def flatten(tree: Any, children: Callable[[Any], Mapping[Any, Any] | None]) -> d
             if name in tensors:
                 raise Damaged(f"the name {name[:80]!r} stands for two tensors")
             tensors[name] = node
-        elif (entries := children(node)) is not None:
+        elif entries is not None:
             for key, value in entries.items():
                 if isinstance(key, (str, int)):
                     walk(value, (*path, str(key)))

@@ -1,0 +1,66 @@
+"""``ptq4dit convert``, and foreign checkpoints as models of the other commands."""
+
+import json
+
+import foreign_files
+import numpy as np
+import pytest
+
+from ptq4dit_jax import checkpoints
+from ptq4dit_jax.checkpoints.foreign import import_checkpoint, open_tensors
+from ptq4dit_jax.cli import main
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_there_and_back(tmp_path, capsys):
+    ours, theirs, figures = tmp_path / "ours", tmp_path / "x.safetensors", tmp_path / "x.json"
+    assert main(["convert", str(foreign_files.META), str(ours), "--num-heads", "3", "--json", str(figures)]) == 0
+    shown = capsys.readouterr().out
+    for part in ("Meta DiT", "averaged (EMA)", "depth 2, width 24, 3 heads, patch 2", "30896", f"Model: {ours}"):
+        assert part in shown
+    assert json.loads(figures.read_text())["layout"] == "Meta DiT"
+    model = checkpoints.load(ours)
+    assert model.config == import_checkpoint(foreign_files.META, num_heads=3)[1].config
+    assert main(["info", str(ours)]) == 0
+    assert str(foreign_files.META) in capsys.readouterr().out, "the model says where it comes from"
+    assert main(["convert", str(ours), str(theirs), "--to", "meta"]) == 0
+    assert set(open_tensors(theirs)) == {name[4:] for name in open_tensors(foreign_files.META) if name.startswith("ema.")}
+
+
+def test_model_weights(tmp_path):
+    arguments = ["convert", str(foreign_files.META), str(tmp_path / "x.safetensors"), "--to", "meta", "--num-heads", "3"]
+    assert main([*arguments, "--model-weights"]) == 0
+    name = "blocks.1.mlp.fc1.weight"
+    read = open_tensors(tmp_path / "x.safetensors")[name].read()
+    np.testing.assert_array_equal(read, open_tensors(foreign_files.META)[f"model.{name}"].read())
+
+
+def test_info_of_a_foreign_checkpoint(capsys):
+    assert main(["info", str(foreign_files.DIFFUSERS)]) == 0
+    assert "depth 2, width 24, 2 heads, patch 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["{meta}", "{tmp}/x"], "--num-heads"),
+        (["{meta}", "{tmp}/x", "--to", "onnx"], "--to must be ptq4dit or meta, not 'onnx'"),
+        (["{meta}", "{tmp}/x.pt", "--to", "meta"], "must end in .safetensors"),
+        (["{meta}", "{tmp}", "--num-heads", "3"], "exists"),
+        (["{tmp}/nothing", "{tmp}/x"], "does not exist"),
+        (["{tmp}/ours", "{tmp}/x"], "--to meta exports one"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, part, tmp_path, capsys):
+    (tmp_path / "ours" / "arrays").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["convert", *(a.format(meta=foreign_files.META, tmp=tmp_path) for a in arguments)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ")
+    assert error.count("\n") == 1
+    assert part in error
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,93 @@
+"""Files with flipped, cut and repeated bytes: opened and read, or refused with one sentence, and nothing else."""
+
+import pickle
+import shutil
+
+import foreign_files
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import serialization
+from foreign_files import META
+
+from ptq4dit_jax.checkpoints.foreign import import_checkpoint, open_tensors
+from ptq4dit_jax.errors import Ptq4ditError
+
+TREE = {"params": {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": {"c": np.ones(3, np.int64)}}, "step": 3}
+
+
+def small_files(folder):
+    """One of each kind, so small that most bytes carry structure."""
+    arrays = {"a.b": np.arange(6, dtype=np.float32).reshape(2, 3), "c": np.ones(4, np.float32)}
+    kinds = {f"pickle-{p}": pickle.dumps(TREE, protocol=p) for p in (2, 4, 5)}
+    kinds["msgpack"] = serialization.msgpack_serialize(TREE)
+    kinds["torch"] = foreign_files.write_torch(folder / "torch", arrays).read_bytes()
+    header = b'{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},"b":{"dtype":"I8","shape":[4],"data_offsets":[16,20]}}'
+    kinds["safetensors"] = len(header).to_bytes(8, "little") + header + bytes(20)
+    return kinds
+
+
+def mutate(content, rng):
+    data = bytearray(content)
+    match rng.integers(5):
+        case 0:
+            del data[rng.integers(len(data)) :]
+        case 1:
+            start = rng.integers(len(data))
+            del data[start : start + rng.integers(1, 9)]
+        case 2:
+            start = rng.integers(len(data))
+            data[start:start] = data[rng.integers(len(data)) :][: rng.integers(1, 40)]
+        case _:
+            for _ in range(rng.integers(1, 5)):
+                data[rng.integers(len(data))] = rng.choice([0, 1, 127, 128, 255, rng.integers(256)])
+    return bytes(data)
+
+
+def read_all(path):
+    for tensor in open_tensors(path).values():
+        assert tensor.read().shape == tensor.shape
+
+
+def survives(path, act=read_all):
+    """Whether ``act`` succeeds; it may fail with one line of a :class:`Ptq4ditError` only."""
+    try:
+        act(path)
+    except Ptq4ditError as error:
+        if "\n" in str(error):
+            raise
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", ["pickle-2", "pickle-4", "pickle-5", "msgpack", "torch", "safetensors"])
+def test_small_files(kind, tmp_path):
+    content, rng, path, refused = small_files(tmp_path)[kind], np.random.default_rng(0), tmp_path / "x", 0
+    for _ in range(1000):
+        path.write_bytes(mutate(content, rng))
+        refused += not survives(path)
+    assert refused > 100
+
+
+def test_a_training_file(tmp_path):
+    content, rng, path = META.read_bytes(), np.random.default_rng(1), tmp_path / "x"
+    table = content.index(b"data.pkl")
+    directory = content.rindex(b"PK\x01\x02") - 3000
+    for i in range(60):
+        data = bytearray(content)
+        start = table if i % 2 else directory
+        for _ in range(3):
+            data[start + rng.integers(6000) if i % 2 else min(start + rng.integers(3400), len(data) - 1)] = rng.integers(256)
+        path.write_bytes(data)
+        survives(path, lambda path: import_checkpoint(path, num_heads=3))
+
+
+def test_an_orbax_folder(tmp_path):
+    ocp.PyTreeCheckpointer().save(tmp_path / "x", TREE)
+    files = [file for file in sorted((tmp_path / "x").rglob("*")) if file.is_file() and file.stat().st_size]
+    rng = np.random.default_rng(2)
+    for i in range(60):
+        folder = shutil.copytree(tmp_path / "x", tmp_path / f"x{i}")
+        file = folder / files[i % len(files)].relative_to(tmp_path / "x")
+        file.write_bytes(mutate(file.read_bytes(), rng))
+        survives(folder)
