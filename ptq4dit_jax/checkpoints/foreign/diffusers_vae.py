@@ -102,6 +102,9 @@ def _read_config(folder: Path) -> VAEConfig:
 def _read_params(file: Path, config: VAEConfig) -> Any:
     """Parameters on the default device from a file of any of the formats."""
     tensors = open_tensors(file)
+    if not any(name.startswith("decoder.") for name in tensors):
+        names = listed(sorted(tensors))
+        raise Ptq4ditError(f"The file {file} holds no decoder of a VAE in diffusers' names; it holds {names}.")
     if (layers := config.layers_per_block * len(config.block_out_channels)) > len(tensors):  # tracing them could take for ever
         raise Ptq4ditError(
             f"The file {file} has {len(tensors)} tensors, too few for the {layers} layers that its {_CONFIG} names."
@@ -144,10 +147,6 @@ def _arrange(tensor: Tensor, source: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def _check(file: Path, tensors: TensorFile, shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, str | None]) -> None:
     """Raises one sentence that names all that is wrong with the decoder's tensors."""
-    if not any(sources.values()):
-        raise Ptq4ditError(
-            f"The file {file} holds no decoder of a VAE in diffusers' names; it holds {listed(sorted(tensors))}."
-        )
     flax = file.suffix == ".msgpack"
     missing = [_spellings(name)[-1 if flax else 0] for name, source in sources.items() if source is None]
     used = {source: shapes[name] for name, source in sources.items() if source is not None}
