@@ -42,10 +42,6 @@ def test_parity_with_diffusers(pictures, golden):
     np.testing.assert_allclose(pictures, golden["images"], atol=1e-4)
 
 
-def test_without_jit(vae, golden):
-    np.testing.assert_allclose(vae.decode(golden["latents"]), golden["images"], atol=1e-4)
-
-
 def test_the_published_size():
     """140 tensors of 49,490,199 values, counted in diffusers' own."""
     shapes = jax.tree.leaves(jax.eval_shape(lambda: init_params(VAEConfig(), jax.random.key(0))))
@@ -68,11 +64,11 @@ def test_bfloat16_is_a_cast(vae, golden):
     assert not np.array_equal(made, made.astype(jnp.bfloat16)), "the pictures themselves are not rounded to 8 bits"
 
 
-@pytest.mark.parametrize("micro_batch", [2, 9])
-def test_micro_batches_change_rounding_only(vae, golden, micro_batch):
+def test_micro_batches_change_rounding_only(vae, golden):
+    """Five pictures, two at a time."""
     latents = np.concatenate([golden["latents"]] * 2 + [golden["latents"][:1]])
     expected = np.concatenate([golden["images"]] * 2 + [golden["images"][:1]])
-    np.testing.assert_allclose(decode(vae, latents, micro_batch=micro_batch), expected, atol=1e-4)
+    np.testing.assert_allclose(decode(vae, latents, micro_batch=2), expected, atol=1e-4)
 
 
 def test_a_picture_does_not_depend_on_the_others(vae, golden, pictures):
@@ -80,10 +76,9 @@ def test_a_picture_does_not_depend_on_the_others(vae, golden, pictures):
         np.testing.assert_array_equal(decode(vae, golden["latents"][row : row + 1])[0], pictures[row])
 
 
-@pytest.mark.parametrize("queries", [1, 7, 61])
-def test_chunks_of_queries_change_rounding_only(vae, golden, pictures, queries):
-    """The latents have 6 * 10 positions."""
-    np.testing.assert_allclose(decode(vae, golden["latents"], queries=queries), pictures, atol=1e-5)
+def test_chunks_of_queries_change_rounding_only(vae, golden, pictures):
+    """The latents have 6 * 10 positions, which are one chunk by default; 7 at a time leave a rest."""
+    np.testing.assert_allclose(decode(vae, golden["latents"], queries=7), pictures, atol=1e-5)
 
 
 def scratch_bytes(vae, shape, **options):
@@ -198,11 +193,6 @@ def test_the_sampler_decodes_its_latents(vae, latent_model, sampled):
     assert latents.shape == (5, 6, 6, 4)
     assert sampled.shape == (5, 48, 48, 3)
     np.testing.assert_allclose(sampled, decode(vae, latents), atol=1e-4)
-
-
-def test_the_sampler_decodes_batch_by_batch(vae, latent_model, sampled):
-    made = ptq.sample(latent_model, LABELS, jax.random.key(0), decoder=vae, batch_size=2, **WALK)
-    np.testing.assert_allclose(made, sampled, atol=1e-4)
 
 
 def test_every_device_decodes_its_share(vae, latent_model, sampled, mesh8):
