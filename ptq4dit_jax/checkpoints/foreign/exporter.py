@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ptq4dit_jax.checkpoints.float_dit import check_arrays, expected_arrays, flatten
-from ptq4dit_jax.checkpoints.foreign.layouts import META
+from ptq4dit_jax.checkpoints.foreign.layouts import META, Entry
 from ptq4dit_jax.checkpoints.foreign.safetensors_file import write_safetensors
 from ptq4dit_jax.dit import SITE_OF_LAYER, DiTConfig, flatten_sites, position_embedding
 from ptq4dit_jax.engine import QuantizedDiT, reference
@@ -49,6 +49,10 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
     dtype = np.dtype(params["final/kernel"].dtype)
     check_arrays(params, expected_arrays(config, dtype.name), "This model cannot be exported")
 
+    @functools.lru_cache(maxsize=1)  # one stacked parameter at a time comes to the host
+    def host(name: str) -> np.ndarray:
+        return np.asarray(params[name])
+
     tensors: dict[str, Callable[[], np.ndarray]] = {"pos_embed": lambda: position_embedding(config)[None].astype(dtype)}
     shapes = {"pos_embed": ((1, config.num_tokens, config.hidden_size), dtype)}
     for entry in META.entries:
@@ -56,8 +60,9 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
         for i in range(config.depth) if entry.stacked else [None]:
             name = entry.theirs[0] if i is None else entry.theirs[0].replace("{i}", str(i))
 
-            def make(ours: Any = ours, i: int | None = i, back: Any = entry.transform.theirs) -> np.ndarray:
-                return back(np.asarray(ours if i is None else ours[i]), config)
+            def make(entry: Entry = entry, i: int | None = i) -> np.ndarray:
+                ours = host(entry.ours)
+                return entry.transform.theirs(ours if i is None else ours[i], config)
 
             shape = ours.shape if i is None else ours.shape[1:]
             tensors[name] = make

@@ -15,7 +15,7 @@ from flax import traverse_util
 from ptq4dit_jax.checkpoints.float_dit import FLOATS
 from ptq4dit_jax.checkpoints.foreign.layouts import LAYOUTS, Entry, Layout, View
 from ptq4dit_jax.checkpoints.foreign.shapes import SHOWN, Given, by_number, listed, names_of, our_shapes, read_config
-from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile, open_tensors
+from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile, local_path, open_tensors
 from ptq4dit_jax.dit import DiTConfig, position_embedding
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
@@ -75,7 +75,7 @@ def import_checkpoint(
       Ptq4ditError: nothing readable at ``path``; an unknown layout; a network trained to predict something else than noise;
         missing, unexpected or misshapen tensors (all named at once); NaN or infinity; a size that has to be given.
     """
-    where = Path(path).expanduser()
+    where = local_path(path)
     if where.is_dir() and (where / "transformer").is_dir():
         where = where / "transformer"
     file = open_tensors(where)

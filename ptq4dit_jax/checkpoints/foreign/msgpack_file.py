@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ptq4dit_jax.checkpoints.foreign.pickles import map_file
 
 _ARRAY, _SCALAR = 1, 3  # Flax's extension types; 2 is a complex number
 _CHUNKED = "__msgpack_chunked_array__"
-_MAX_DEPTH = 64
+_MAX_DEPTH, _MAX_VALUES = 64, 10_000_000
 
 
 def looks_like_msgpack(head: bytes) -> bool:
@@ -27,7 +28,7 @@ class _Walker:
     """Reads values one after another from a buffer."""
 
     def __init__(self, buffer: memoryview) -> None:
-        self.buffer, self.position, self.depth = buffer, 0, 0
+        self.buffer, self.position, self.depth, self.count = buffer, 0, 0, 0
 
     def take(self, count: int) -> memoryview:
         end = self.position + count
@@ -40,7 +41,9 @@ class _Walker:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
     def value(self) -> Any:
-        self.depth += 1
+        self.depth, self.count = self.depth + 1, self.count + 1
+        if self.count > _MAX_VALUES:
+            raise Damaged("it holds more values than any checkpoint")
         if self.depth > _MAX_DEPTH:
             raise Damaged("its values are nested without end")
         code = self.number(">B")
@@ -120,6 +123,8 @@ def _joined(node: dict[str, Any]) -> Tensor:
     """An array that Flax cut into pieces because it is of a gigabyte or more."""
     shape = checked_shape(list(node["shape"].values()))
     chunks = [node["chunks"][str(i)] for i in range(len(node["chunks"]))]
+    if sum(chunk.size for chunk in chunks) != math.prod(shape) or len({chunk.dtype for chunk in chunks}) != 1:
+        raise Damaged(f"the pieces of a tensor of shape {shape} do not fit together")
     return Tensor(shape, chunks[0].dtype, lambda: np.concatenate([chunk.read() for chunk in chunks]).reshape(shape))
 
 

@@ -50,6 +50,8 @@ _HARMLESS = {
 }
 _HARMLESS |= {"__builtin__": _HARMLESS["builtins"], "copy_reg": _HARMLESS["copyreg"], "pathlib._local": _HARMLESS["pathlib"]}
 _DANGEROUS = sys.stdlib_module_names | {"__builtin__", "copy_reg", "posix", "nt", "commands"}
+#: Bounds memory: each step makes an object of some tens of bytes, arrays aside.
+_MAX_STEPS = 10_000_000
 _MARK = object()
 
 
@@ -62,7 +64,8 @@ def inert_children(node: Any) -> Mapping[Any, Any] | None:
     if isinstance(node, Inert):
         state = node.state
         if isinstance(state, tuple) and len(state) == 2:  # of a class with __slots__: (attributes, slots)
-            state = {**(state[0] or {}), **(state[1] or {})} if isinstance(state[1], dict) else state
+            parts = [part for part in state if isinstance(part, dict)]
+            state = {key: value for part in parts for key, value in part.items()}
         entries = dict(enumerate(node.args)) if isinstance(node.args, tuple) else {}
         if len(entries) == 1 and isinstance(entries[0], dict):  # a mapping built from a dict
             entries = dict(entries[0])
@@ -134,7 +137,7 @@ class _Machine:
         return values
 
     def run(self) -> Any:
-        while True:
+        for _ in range(_MAX_STEPS):
             code = self.take(1)[0]
             if code == 0x2E:  # STOP
                 return self.stack.pop()
@@ -142,6 +145,7 @@ class _Machine:
             if step is None:
                 raise Damaged(f"its pickle holds the instruction {code:#04x}, which no checkpoint needs")
             step(self)
+        raise Damaged("its pickle holds more values than any checkpoint")
 
     def push(self, value: Any) -> None:
         self.stack.append(value)

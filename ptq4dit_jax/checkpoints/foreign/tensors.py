@@ -46,7 +46,7 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
     Raises:
       Ptq4ditError: it does not exist, is of no known kind, is damaged or cut off, or wants code to be run.
     """
-    where = Path(path).expanduser()
+    where = local_path(path)
     try:
         if not where.exists():
             raise Ptq4ditError(f"There is no checkpoint at {where}: the path does not exist.")
@@ -59,18 +59,26 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
         raise _damaged(where, error) from error
     except OSError as error:
         raise Ptq4ditError(f"Cannot read {where} ({error.strerror or type(error).__name__}); check its permissions.") from error
-    except (ValueError, MemoryError, RecursionError, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, MemoryError, RecursionError, OverflowError) as error:
         if isinstance(error, Ptq4ditError):
             raise
         raise _damaged(where, Damaged("it makes no sense")) from error
 
 
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """The path with ``~`` replaced, its links kept: caches of downloads link to files whose neighbours matter."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise Ptq4ditError(f"The path {os.fspath(path)!r} is not usable: {error}.") from error
+
+
 def is_foreign(path: str | os.PathLike[str]) -> bool:
     """Whether there is something at ``path`` that :func:`open_tensors` would try: a file, or a folder of others' weights."""
-    where = Path(path).expanduser()
     try:
+        where = Path(path).expanduser()
         return where.is_file() or (where.is_dir() and _holds_weights(where))
-    except OSError:
+    except (OSError, RuntimeError, ValueError):
         return False
 
 

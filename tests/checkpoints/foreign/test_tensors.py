@@ -237,6 +237,17 @@ def test_containers_that_hold_each_other(tmp_path, raises_sentence):
             open_tensors(foreign_files.write_pickle(tmp_path / "x", tree))
 
 
+@pytest.mark.parametrize(
+    "content", [b"\x80\x04" + b"}" * 10**6, b"\x81\xa1w\xdd" + (10**6).to_bytes(4, "big") + b"\x80" * 10**6]
+)
+def test_more_values_than_any_checkpoint(content, tmp_path, raises_sentence, monkeypatch):
+    monkeypatch.setattr("ptq4dit_jax.checkpoints.foreign.pickle_machine._MAX_STEPS", 10**5)
+    monkeypatch.setattr("ptq4dit_jax.checkpoints.foreign.msgpack_file._MAX_VALUES", 10**5)
+    (tmp_path / "x").write_bytes(content)
+    with raises_sentence("more values than any checkpoint"):
+        open_tensors(tmp_path / "x")
+
+
 def header(entries):
     data = json.dumps(entries).encode()
     return len(data).to_bytes(8, "little") + data + bytes(16)
