@@ -10,6 +10,7 @@ images = ptq.sample(q, labels=jnp.arange(10), key=jax.random.key(1), steps=50, c
 
 from ptq4dit_jax.calibration import CalibrationData, sample_trajectories, stored_rows
 from ptq4dit_jax.checkpoints import load, save
+from ptq4dit_jax.checkpoints.foreign import load_vae
 from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.diffusion import NoiseSchedule, Sampler, guided_apply
 from ptq4dit_jax.dit import PRESETS, DiTConfig
@@ -20,6 +21,7 @@ from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.ptq import quantize
 from ptq4dit_jax.sampling import sample, to_uint8
 from ptq4dit_jax.sharding import data_mesh
+from ptq4dit_jax.vae import VAEConfig, VAEDecoder
 
 __all__ = [
     "PRESETS",
@@ -31,11 +33,14 @@ __all__ = [
     "QuantConfig",
     "QuantizedDiT",
     "Sampler",
+    "VAEConfig",
+    "VAEDecoder",
     "compare",
     "data_mesh",
     "describe",
     "guided_apply",
     "load",
+    "load_vae",
     "quantize",
     "reference",
     "sample",

@@ -56,6 +56,10 @@ SamplerOption = Annotated[str, typer.Option("--sampler", help="ddpm, ddim or dpm
 Eta = Annotated[float, typer.Option(help="Noise of the ddim sampler, 0 to 1.")]
 CfgScale = Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")]
 CfgChannels = Annotated[str, typer.Option(help="Guide the first3 channels, as Meta's code does, or all.")]
+Vae = Annotated[
+    Path | None,
+    typer.Option(help="A folder of diffusers with the VAE that makes pictures of a model's latents.", metavar="FOLDER"),
+]
 BatchSize = Annotated[int | None, typer.Option(help="Images per compiled call; all at once by default.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
@@ -261,6 +265,7 @@ def sample(
     cfg_scale: CfgScale = 1.5,
     cfg_channels: CfgChannels = "first3",
     batch_size: BatchSize = None,
+    vae: Vae = None,
     noise: Annotated[
         Path | None,
         typer.Option(help="An npz with noise (N, H, W, C) and, if wanted, step_noise (S, N, H, W, C).", metavar="FILE"),
@@ -277,10 +282,13 @@ def sample(
     check_target(json, overwrite=True)
     wanted = parse_labels(labels, repeat)
     loaded = load_model(model)
-    if out.suffix == ".png" and loaded.config.in_channels not in (1, 3):
+    channels = loaded.config.in_channels
+    if vae is None and out.suffix == ".png" and channels not in (1, 3):
         raise Ptq4ditError(
-            f"{model} makes latents of {loaded.config.in_channels} channels, not pictures; use an --out that ends in .npz."
+            f"{model} makes latents of {channels} channels, not pictures; pass the folder of its VAE with --vae, or use an "
+            "--out that ends in .npz."
         )
+    decoder = None if vae is None else foreign.load_vae(vae)
     given = {} if noise is None else read_arrays(noise, ("noise",), ("step_noise",))
     console.print(
         f"Sampling {len(wanted)} images from {model} on {devices_line()}: {sampler}, {steps} steps, guidance {cfg_scale}"
@@ -289,14 +297,14 @@ def sample(
     with stages() as report:
         images = sampling.sample(
             cast(Any, loaded), wanted, key, steps=steps, sampler=cast(Any, sampler), eta=eta,
-            cfg_scale=cfg_scale, cfg_channels=cast(Any, cfg_channels), batch_size=batch_size, mesh=all_devices_mesh(),
-            progress=lambda done, total: report("sample", done, total), **given,
+            cfg_scale=cfg_scale, cfg_channels=cast(Any, cfg_channels), batch_size=batch_size, decoder=decoder,
+            mesh=all_devices_mesh(), progress=lambda done, total: report("sample", done, total), **given,
         )  # fmt: skip
     seconds = time.perf_counter() - started
     if out.suffix == ".png":
         picture = image_grid(images, columns=len(wanted) // repeat if repeat > 1 else None)
         where = write_file(out, lambda file: picture.save(file, "PNG"))
-    elif loaded.config.in_channels in (1, 3):
+    elif images.shape[-1] in (1, 3):
         where = write_file(out, lambda file: np.savez(file, arr_0=sampling.to_uint8(images), labels=wanted))
     else:
         where = write_file(out, lambda file: np.savez(file, latents=images, labels=wanted))
@@ -322,6 +330,7 @@ def evaluate(
     cfg_scale: CfgScale = 1.5,
     cfg_channels: CfgChannels = "first3",
     batch_size: BatchSize = None,
+    vae: Vae = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     json: Json = None,
@@ -333,15 +342,18 @@ def evaluate(
     reference, other = load_model(against), load_model(model)
     if not isinstance(reference, FloatDiT):
         raise Ptq4ditError(f"--against must be a float model; {against} is quantized.")
+    decoder = None if vae is None else foreign.load_vae(vae)
     wanted = parse_labels(labels or f"0-{min(reference.config.num_classes, 64) - 1}", repeat)
     sampling.check_labels(wanted, reference.config)
     name = Path(model).resolve().name
+    if decoder is not None:
+        decoder.check_channels(reference.config.in_channels)
     console.print(f"Comparing {model} with {against} on {devices_line()}: {len(wanted)} images, {sampler}, {steps} steps")
     with stages() as report:
         comparison = compare(
             reference, {name: cast(Any, other)}, labels=wanted, key=key, steps=steps,
             sampler=cast(Any, sampler), eta=eta, cfg_scale=cfg_scale, cfg_channels=cast(Any, cfg_channels),
-            batch_size=batch_size, seed=seed, mesh=all_devices_mesh(),
+            batch_size=batch_size, seed=seed, decoder=decoder, mesh=all_devices_mesh(),
             progress=lambda done, total: report("compare", done, total),
         )  # fmt: skip
     rows, learned = None, None
@@ -349,7 +361,8 @@ def evaluate(
         rows, learned = describe(other), other.provenance.facts.get("reconstruction")
     where = write_report(
         out, comparison, title=f"{name} against {Path(against).resolve().name}", describe_rows=rows,
-        settings={"model": model, "against": against, "seed": seed}, reconstruction=learned, overwrite=overwrite,
+        settings={"model": model, "against": against, "seed": seed} | ({} if vae is None else {"vae": str(vae)}),
+        reconstruction=learned, overwrite=overwrite,
     )  # fmt: skip
     print_table("Same noise, against the float model", [
         {"model": key, "SQNR of noise (dB)": f.sqnr_db, "PSNR (dB)": f.psnr_interval.mean, "SSIM": f.ssim_interval.mean,

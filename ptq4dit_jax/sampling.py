@@ -16,6 +16,7 @@ from ptq4dit_jax import sharding
 from ptq4dit_jax.diffusion import Network, Sampler, SamplerName, StepTables, denoise, guided_apply, sample_keys, sample_noise
 from ptq4dit_jax.dit import DiTConfig, GuidedChannels
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.vae import VAEDecoder
 
 Progress = Callable[[int, int], None]
 
@@ -31,6 +32,7 @@ def sample_batch(
     noise: jax.Array | None,
     step_noise: jax.Array | None,
     keep_slots: jax.Array | None,
+    decoder: VAEDecoder | None = None,
     *,
     stochastic: bool,
     learned_variance: bool,
@@ -40,6 +42,8 @@ def sample_batch(
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One compiled program from noise to images: (B, H, W, C) and the kept step inputs (num_kept, B, H, W, C).
+
+    With a decoder the images are the pictures that it makes of the latents; the step inputs remain latents.
 
     With a mesh every device runs the program of a single device on its share of the batch (``shard_map``). Left to the
     partitioner, the same chain is fused differently, rounds differently in the last bit, and a quantizer turns that into
@@ -56,6 +60,7 @@ def sample_batch(
         noise: jax.Array | None,
         step_noise: jax.Array | None,
         keep_slots: jax.Array | None,
+        decoder: VAEDecoder | None,
     ) -> tuple[jax.Array, jax.Array]:
         shape = model.config.image_shape
         keys_B = sample_keys(key, indices_B)
@@ -70,18 +75,19 @@ def sample_batch(
         def draw(step: jax.Array) -> jax.Array:
             return sample_noise(keys_B, step + 1, shape) if step_noise is None else step_noise[step]
 
-        return denoise(
+        x, inputs = denoise(
             predict, tables, x_T, draw if stochastic else None,
             learned_variance=learned_variance, keep_slots=keep_slots, num_kept=num_kept,
         )  # fmt: skip
+        return x if decoder is None else decoder.decode(x), inputs
 
     if mesh is not None:
         whole, rows, rows_of_steps = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
         chain = jax.shard_map(
-            chain, mesh=mesh, in_specs=(whole, whole, whole, rows, rows, whole, rows, rows_of_steps, whole),
+            chain, mesh=mesh, in_specs=(whole, whole, whole, rows, rows, whole, rows, rows_of_steps, whole, whole),
             out_specs=(rows, rows_of_steps), check_vma=False,
         )  # fmt: skip
-    return chain(model, tables, key, indices_B, labels_B, cfg_scale, noise, step_noise, keep_slots)
+    return chain(model, tables, key, indices_B, labels_B, cfg_scale, noise, step_noise, keep_slots, decoder)
 
 
 def check_labels(labels: ArrayLike, config: DiTConfig) -> np.ndarray:
@@ -135,6 +141,7 @@ def sample(
     batch_size: int | None = None,
     noise: ArrayLike | None = None,
     step_noise: ArrayLike | None = None,
+    decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
@@ -152,16 +159,18 @@ def sample(
       batch_size: images per compiled call (all at once by default); the last batch is padded.
       noise: initial noise (N, H, W, C) instead of the key's.
       step_noise: per-step noise (S, N, H, W, C) for stochastic samplers instead of the key's.
+      decoder: makes pictures of the latents, within the same compiled program.
       mesh: shards each batch over the mesh's ``data`` axis.
       progress: called with (images done, images in all) after each batch.
 
     Returns:
-      (N, H, W, C) float32, on the host, in the range that the model was trained on.
+      (N, H, W, C) float32, on the host, in the range that the model was trained on; with a decoder its pictures, in [-1, 1] but
+      for what overshoots.
     """
     walk = Sampler(name=sampler, steps=steps, eta=eta)
     images, _ = run_chain(
         model, labels, key, walk, cfg_scale=cfg_scale, cfg_channels=cfg_channels, batch_size=batch_size,
-        noise=noise, step_noise=step_noise, mesh=mesh, progress=progress,
+        noise=noise, step_noise=step_noise, decoder=decoder, mesh=mesh, progress=progress,
     )  # fmt: skip
     return images
 
@@ -177,6 +186,7 @@ def run_chain(
     batch_size: int | None = None,
     noise: ArrayLike | None = None,
     step_noise: ArrayLike | None = None,
+    decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
     keep_steps: np.ndarray | None = None,
@@ -196,6 +206,8 @@ def run_chain(
     guided = cfg_scale != 1.0
     if guided:
         _ = config.null_label  # raises where guidance is impossible
+    if decoder is not None:
+        decoder.check_channels(config.in_channels)
     parts = sharding.data_size(mesh)
     batch = total if batch_size is None else min(batch_size, total)
     if batch < 1:
@@ -209,7 +221,9 @@ def run_chain(
         slots[keep_steps] = np.arange(num_kept)
 
     key = _batch_invariant(key)
-    model, tables, key, slots, scale = sharding.replicate(mesh, (model, tables, key, slots, np.float32(cfg_scale)))
+    model, decoder, tables, key, slots, scale = sharding.replicate(
+        mesh, (model, decoder, tables, key, slots, np.float32(cfg_scale))
+    )
     images, kept = [], []
     for start in range(0, total, batch):
         stop = min(start + batch, total)
@@ -218,7 +232,7 @@ def run_chain(
         x_T = None if noise is None else sharding.shard(mesh, _pad(noise[start:stop], batch))
         z = None if step_noise is None else sharding.shard(mesh, _pad(step_noise[:, start:stop], batch, 1), axis=1)
         x, inputs = sample_batch(
-            model, tables, key, indices, batch_labels, scale, x_T, z, slots,
+            model, tables, key, indices, batch_labels, scale, x_T, z, slots, decoder,
             stochastic=walk.stochastic, learned_variance=config.learn_sigma and walk.name == "ddpm",
             guided=guided, channels=cfg_channels, num_kept=num_kept, mesh=mesh,
         )  # fmt: skip

@@ -20,9 +20,11 @@ from PIL import Image
 import ptq4dit_jax as ptq
 from ptq4dit_jax import checkpoints, cli, sampling, terminal
 from ptq4dit_jax.checkpoints import store
+from ptq4dit_jax.evaluation import image_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = str(ROOT / "models/digits")
+VAE = str(ROOT / "tests/golden/vae")
 CALIBRATE = ["--weight-bits", "4", "--calib-steps", "2", "--calib-rows", "4", "--steps", "4"]
 WALK = ["--labels", "0-3", "--steps", "4"]
 COMMANDS = typer.main.get_command(cli.app).commands
@@ -257,6 +259,54 @@ def test_latents_are_written_as_floats(here, monkeypatch):
         np.testing.assert_array_equal(file["latents"], latents)
         assert file["latents"].dtype == np.float32
         assert "arr_0" not in file
+
+
+def test_a_vae_makes_pictures_of_latents(here, capsys):
+    checkpoints.save(helpers.tiny_model(in_channels=4), "latent")
+    walk = ["--labels", "1-3", "--steps", "2", "--vae", VAE]
+    run("sample", "latent", "--out", "a.npz", *walk, "--batch-size", "2")
+    run("sample", "latent", "--out", "a.png", *walk)
+    assert str(here / "a.png") in capsys.readouterr().out
+    with np.load("a.npz") as file:
+        pictures, labels = file["arr_0"], file["labels"]
+    assert (pictures.shape, pictures.dtype) == ((3, 48, 48, 3), np.uint8)
+    assert labels.tolist() == [1, 2, 3]
+    model = ptq.load("latent")
+    made = ptq.sample(model, labels, jax.random.key(0), steps=2, decoder=ptq.load_vae(VAE))
+    near = lambda a, b: np.abs(a.astype(int) - b).max() <= 1
+    assert near(pictures, ptq.to_uint8(made))
+    with Image.open("a.png") as grid:
+        assert grid.mode == "RGB"
+        assert near(np.asarray(grid), np.asarray(image_grid(made)))
+
+
+@pytest.mark.slow
+def test_a_report_on_pictures_of_latents(here):
+    checkpoints.save(helpers.tiny_model(in_channels=4), "latent")
+    run(
+        "evaluate",
+        "latent",
+        "--against",
+        "latent",
+        "--out",
+        "r",
+        "--labels",
+        "0-1",
+        "--repeat",
+        "1",
+        "--steps",
+        "2",
+        "--vae",
+        VAE,
+    )
+    facts = figures("r/report.json")
+    assert facts["data_range"] == 2
+    assert facts["settings"]["vae"] == VAE
+    assert facts["models"]["latent"]["psnr_db"] == [None, None], "identical pictures, infinitely many decibels"
+    assert None not in facts["models"]["bfloat16"]["psnr_db"]
+    assert "2 images" in Path("r/report.md").read_text()
+    with Image.open("r/samples.png") as picture:
+        assert picture.width > 2 * 48
 
 
 def test_overwrite_replaces_files_and_models(w4, here, monkeypatch):
@@ -586,7 +636,17 @@ def test_mistakes_in_sample(options, refused, monkeypatch):
 
 
 def test_pictures_of_latents(refused):
-    refused("sample latent --out a.png", "4 channels", ".npz")
+    refused("sample latent --out a.png", "4 channels", "--vae", ".npz")
+
+
+def test_unusable_vaes(refused):
+    for command in ("sample latent --out a.png", "evaluate latent --against latent --out r"):
+        refused(f"{command} --vae missing", "no VAE at missing", "does not exist")
+        refused(f"{command} --vae file", "file is a file", "give the folder")
+        refused(f"{command} --vae foreign", "foreign holds no VAE")
+        refused(f"{command} --vae {DIGITS}", "holds no VAE", "AutoencoderKL")
+    refused(f"evaluate D --against D --out r --vae {VAE}", "latents of 4 channels, not of 1")
+    refused(f"sample D --out a.png --vae {VAE}", "latents of 4 channels, not of 1", started=True)
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,12 @@ from ptq4dit_jax.evaluation.metrics import Interval
 from ptq4dit_jax.evaluation.probes import layer_sqnr_along, predicted_noise
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.sampling import Progress, check_labels, run_chain, sample
+from ptq4dit_jax.vae import VAEDecoder
 
 REFERENCE, NOISE_FLOOR = "float32", "bfloat16"
 _LAYER_STEPS, _LAYER_ROWS = 5, 16
-_IMAGES_PER_CALL = 256
+#: Values of images that a metric is computed of at once: 170 pictures of 256 px, 42 of 512 px.
+_VALUES_PER_CALL = 2**25
 
 
 def same_noise_images(
@@ -150,8 +152,9 @@ _psnr_db, _ssim = jax.jit(metrics.psnr_db), jax.jit(metrics.ssim)
 
 def _per_image(metric: Callable[..., jax.Array], reference: np.ndarray, images: np.ndarray, data_range: float) -> np.ndarray:
     """A metric (N,) some images at a time."""
-    starts = range(0, len(images), _IMAGES_PER_CALL)
-    pairs = ((array[start : start + _IMAGES_PER_CALL] for array in (reference, images)) for start in starts)
+    rows = max(1, _VALUES_PER_CALL // math.prod(images.shape[1:]))
+    starts = range(0, len(images), rows)
+    pairs = ((array[start : start + rows] for array in (reference, images)) for start in starts)
     return np.concatenate([np.asarray(metric(*pair, data_range)) for pair in pairs])
 
 
@@ -170,6 +173,7 @@ def compare(
     sqnr_steps: int = 25,
     sqnr_rows: int = 64,
     seed: int = 0,
+    decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -184,6 +188,7 @@ def compare(
       sqnr_steps: at how many evenly spaced steps of the reference's own trajectories predictions are compared.
       sqnr_rows: on how many of the labels, evenly spaced; at most ``batch_size``.
       seed: of the bootstrap.
+      decoder: makes pictures of latents, which are then what the image figures compare.
       mesh: shards the sampling over ``data``; the rest runs on one device.
       progress: called with (images done, images in all) while sampling.
     """
@@ -202,13 +207,13 @@ def compare(
     rows = _evenly(len(labels_N), min(sqnr_rows, batch_size or sqnr_rows))
     t_S, y_B = timesteps[kept], labels_N[rows]
     sampled, inputs = run_chain(
-        reference, y_B, key, walk, cfg_scale=cfg_scale, cfg_channels=cfg_channels, mesh=mesh,
+        reference, y_B, key, walk, cfg_scale=cfg_scale, cfg_channels=cfg_channels, decoder=decoder, mesh=mesh,
         keep_steps=kept,
     )  # fmt: skip
     # Where the trajectories are those of all labels, their ends are the reference's images.
     pending = models if len(rows) == len(labels_N) else {REFERENCE: reference, **models}
     images = {REFERENCE: sampled} | same_noise_images(
-        pending, labels_N, key, progress=progress, mesh=mesh,
+        pending, labels_N, key, progress=progress, decoder=decoder, mesh=mesh,
         steps=steps, sampler=sampler, eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels, batch_size=batch_size,
     )  # fmt: skip
 
