@@ -385,7 +385,7 @@ def test_help_teaches_every_option(command, capsys, monkeypatch):
 def test_help_of_the_program_names_the_commands(capsys):
     run("--help")
     shown = capsys.readouterr().out
-    assert set(COMMANDS) == {"info", "quantize", "sample", "evaluate"}
+    assert set(COMMANDS) == {"info", "convert", "quantize", "sample", "evaluate"}
     assert all(command in shown for command in COMMANDS)
 
 
@@ -503,7 +503,7 @@ MODELS = {
     "random:DiT-S/2@7": ("not a multiple of patch_size",),
     "random:DiT-S/2@0": ("input_size must be a positive integer, not 0",),
     "missing": ("missing", "does not exist"),
-    "file": ("is a file and no model",),
+    "file": ("no checkpoint of a known kind", "torch.save"),
     "foreign": ("holds no model", "config.json"),
     "newer": ("newer ptq4dit_jax (format 2)", "upgrade"),
     "nan": ("nan", "NaN or infinity", "final/bias"),
