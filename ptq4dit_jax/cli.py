@@ -110,9 +110,8 @@ def convert(
     num_heads: Annotated[int | None, typer.Option(help="Heads of attention, where the file does not tell.")] = None,
     input_size: Annotated[int | None, typer.Option(help="Side of the latents, where the file does not tell.")] = None,
     ema: Annotated[
-        bool | None,
-        typer.Option("--ema/--model-weights", help="Averaged weights, or those being trained.", show_default="averaged if any"),
-    ] = None,
+        bool, typer.Option("--ema/--model-weights", help="Averaged weights if there are any, or those being trained.")
+    ] = True,
     as_diffusers: Annotated[
         bool, typer.Option("--as-diffusers", help="Compute what diffusers computes, instead of Meta's code, from its folder.")
     ] = False,

@@ -53,7 +53,7 @@ def import_checkpoint(
     *,
     num_heads: int | None = None,
     input_size: int | None = None,
-    ema: bool | None = None,
+    ema: bool = True,
     as_diffusers: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[FloatDiT, Imported]:
@@ -63,7 +63,7 @@ def import_checkpoint(
       path: a file, or a folder: a diffusers pipeline or its transformer, shards with their index, an Orbax checkpoint.
       num_heads: of attention, where neither the file nor the published sizes tell it.
       input_size: side of the image or latent, where the file does not tell it.
-      ema: whether to take averaged weights or those being trained; None takes averaged ones if there are any.
+      ema: take averaged weights if there are any; False takes those that were being trained.
       as_diffusers: compute what diffusers computes (time frequencies over 127, MLP norm epsilon of its config) instead of what
         Meta's code, with which published weights were trained, computes from the same weights. For its folders only.
       progress: called with the tensors read and their total.
@@ -100,7 +100,7 @@ def _unsupported(file: TensorFile, layout: Layout) -> Ptq4ditError:
     )
 
 
-def _find_layout(file: TensorFile, ema: bool | None) -> tuple[Layout, str, bool]:
+def _find_layout(file: TensorFile, ema: bool) -> tuple[Layout, str, bool]:
     """The layout, the prefix of the names of the chosen weights, and whether they are averaged."""
     for layout in LAYOUTS:
         ends = layout.markers
@@ -111,12 +111,9 @@ def _find_layout(file: TensorFile, ema: bool | None) -> tuple[Layout, str, bool]
             continue
         averaged = [root for root in roots if _EMA.intersection(root.split("."))]
         trained = [root for root in roots if root not in averaged]
-        chosen = averaged or trained if ema is None else averaged if ema else trained
+        chosen = (averaged or trained) if ema else trained
         if not chosen:
-            other = "averaged (EMA) weights" if ema else "weights but averaged (EMA) ones"
-            raise Ptq4ditError(
-                f"The checkpoint {file.path} holds no {other}; leave the choice of weights out to take those it has."
-            )
+            raise Ptq4ditError(f"The checkpoint {file.path} holds averaged (EMA) weights only; take them, with ema or --ema.")
         if len(chosen) > 1:
             names = ", ".join(root.rstrip(".") or "the top level" for root in chosen[:SHOWN])
             raise Ptq4ditError(

@@ -50,12 +50,12 @@ def assert_computes(model, name):
     assert_forward(model, nhwc | {"t": OUTPUTS["t"], "y": OUTPUTS["y"]})
 
 
-@pytest.mark.parametrize(("ema", "name"), [(None, "meta_ema"), (True, "meta_ema"), (False, "meta_model")])
+@pytest.mark.parametrize(("ema", "name"), [(True, "meta_ema"), (False, "meta_model")])
 def test_meta_training_file(ema, name):
     seen = []
     model, found = import_checkpoint(META, num_heads=3, ema=ema, progress=lambda done, total: seen.append((done, total)))
     assert_computes(model, name)
-    assert (found.layout, found.ema, found.dtype, found.files) == ("Meta DiT", ema is not False, "float32", (META,))
+    assert (found.layout, found.ema, found.dtype, found.files) == ("Meta DiT", ema, "float32", (META,))
     assert found.config == model.config
     assert model.config == DiTConfig(
         input_size=8, patch_size=2, in_channels=4, hidden_size=24, depth=2, num_heads=3, num_classes=10
@@ -333,8 +333,8 @@ def test_files_that_are_no_dit(meta, tmp_path, raises_sentence):
         import_checkpoint(save(tmp_path / "vit", vit))
     with raises_sentence("2 sets of weights", "a, b"):
         import_checkpoint(save(tmp_path / "two", {f"{root}.{name}": array for root in "ab" for name, array in meta.items()}))
-    with raises_sentence("no averaged (EMA) weights"):
-        import_checkpoint(save(tmp_path / "plain", meta), ema=True)
+    with raises_sentence("averaged (EMA) weights only", "--ema"):
+        import_checkpoint(save(tmp_path / "ema", {f"ema.{name}": array for name, array in meta.items()}), ema=False)
 
 
 def test_load_takes_foreign_paths(tmp_path, raises_sentence):
