@@ -100,13 +100,16 @@ def reconstruction_figure(parts: Mapping[str, Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
     axes = _style(figure.add_subplot())
     blocks = [name for name in parts if name.startswith("block ")]
-    shades = dict(zip(blocks, colormaps["viridis"](np.linspace(0, 0.9, max(1, len(blocks)))), strict=True))
-    for index, (name, facts) in enumerate(parts.items()):
+    shades = colormaps["viridis"](np.linspace(0, 0.9, len(blocks)))
+    looks: dict[str, dict[str, Any]] = {name: {"color": shade} for name, shade in zip(blocks, shades, strict=True)}
+    for index, name in enumerate(name for name in parts if name not in looks):
+        looks[name] = {"color": _GRAY, "linestyle": ("--", ":", "-.")[index % 3]}
+    for name, facts in parts.items():
         curve = np.asarray(facts["curve"], np.float64)
         done = 100 * (np.arange(len(curve)) + 0.5) / len(curve)
-        look = {"color": shades[name]} if name in shades else {"color": _GRAY, "linestyle": ("--", ":", "-.")[index % 3]}
-        axes.plot(done, _finite(curve), linewidth=1.4, label=name, **look)
-        axes.plot(102, facts["after"] / facts["before"], marker="o", markersize=4, color=look["color"], clip_on=False)
+        axes.plot(done, _finite(curve), linewidth=1.4, label=name, **looks[name])
+        end = facts["after"] / facts["before"]
+        axes.plot(102, end, marker="o", markersize=4, color=looks[name]["color"], clip_on=False)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xlim=(0, 102), xlabel="iterations done (%); dots: after the last, all weights rounded", ylim=(0, None))
     axes.set_ylabel("squared error / that of nearest rounding")
