@@ -133,10 +133,11 @@ def test_in_parts_one_and_eight_devices_give_the_same_integers(model, rows, near
     assert differing <= 1e-4 * sum(code.size for code in alone.values())
 
 
-def test_without_parts_another_number_of_devices_gives_a_model_as_good(model, rows, learned):
+def test_without_parts_several_devices_give_a_good_model_too(model, rows, nearest):
     """Gradients are then sums in another order: a last bit, which in the end tips roundings that hardly matter."""
-    spread, held_out = quantize(model, rows, mesh=sharding.data_mesh(jax.devices()[:2])), rows_of(model, 1)
-    assert error(model, spread, held_out) == pytest.approx(error(model, learned, held_out), rel=0.05)
+    few, held_out = dataclasses.replace(SETTINGS, iterations=40), rows_of(model, 1)
+    spread = quantize(model, rows, few, mesh=sharding.data_mesh(jax.devices()[:2]))
+    assert error(model, spread, held_out) < 0.95 * error(model, nearest, held_out)
 
 
 def test_rows_on_the_host_change_nothing(model, rows, learned):
