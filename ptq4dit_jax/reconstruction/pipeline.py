@@ -94,7 +94,7 @@ def reconstruct(
         else:
             variables, errors = _restored(mesh, task, start, result), result.errors
         outputs, after = walk.outputs(unit, variables, task, rows)
-        if after > before:  # not so for a result that is restored
+        if result is None and after > before:
             variables = start
             outputs, after = walk.outputs(unit, variables, task, rows)
         if result is None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ptq4dit_jax.checkpoints.foreign.safetensors_file import write_safetensors
+
 GOLDEN = Path(__file__).parents[2] / "golden"
 META, DIFFUSERS = GOLDEN / "foreign" / "meta_train.pt", GOLDEN / "foreign" / "diffusers"
 OUTPUTS = dict(np.load(GOLDEN / "foreign" / "outputs.npz"))
@@ -69,4 +71,12 @@ def kvfrans() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 def write_pickle(path: Path, tree: Any, protocol: int = 4) -> Path:
     path.write_bytes(pickle.dumps(tree, protocol=protocol))
+    return path
+
+
+def save_safetensors(path, arrays):
+    """Writes arrays by name, and returns the path."""
+    with path.open("wb") as file:
+        shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+        write_safetensors(file.write, {name: lambda a=array: a for name, array in arrays.items()}, shapes)
     return path

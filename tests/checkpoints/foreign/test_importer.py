@@ -15,10 +15,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from foreign_files import DIFFUSERS, META, OUTPUTS
+from foreign_files import save_safetensors as save
 
 from ptq4dit_jax import checkpoints
 from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, layouts, open_tensors
-from ptq4dit_jax.checkpoints.foreign.safetensors_file import write_safetensors
 from ptq4dit_jax.diffusion import NoiseSchedule
 from ptq4dit_jax.dit import DiTConfig
 
@@ -30,14 +30,6 @@ SCHEDULE_OF_KVFRANS = NoiseSchedule(num_timesteps=500, beta_start=2e-4, beta_end
 def meta():
     """The averaged weights of the golden file under Meta's names, position table included."""
     return {name.removeprefix("ema."): t.read() for name, t in open_tensors(META).items() if name.startswith("ema.")}
-
-
-def save(path, arrays):
-    """As safetensors."""
-    with path.open("wb") as file:
-        shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        write_safetensors(file.write, {name: lambda a=array: a for name, array in arrays.items()}, shapes)
-    return path
 
 
 def assert_forward(model, golden):

@@ -16,22 +16,15 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 from flax.training import train_state
+from foreign_files import save_safetensors
 
 from ptq4dit_jax.checkpoints.foreign import open_tensors
-from ptq4dit_jax.checkpoints.foreign.safetensors_file import write_safetensors
 
 TREE = {
     "a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "half": np.ones(3, ml_dtypes.bfloat16)},
     "step": np.int64(7),
     "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
 }  # fmt: skip
-
-
-def save_safetensors(path, arrays):
-    with path.open("wb") as file:
-        shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        write_safetensors(file.write, {name: lambda a=array: a for name, array in arrays.items()}, shapes)
-    return path
 
 
 def assert_equal(file, expected):
@@ -152,7 +145,11 @@ def test_a_file_in_a_folder_of_its_name(tmp_path):
 @pytest.mark.parametrize("kind", ["torch", "safetensors", "pickle"])
 def test_opening_and_reading_one_tensor_does_not_load_the_file(kind, tmp_path):
     arrays = {str(i): np.zeros(2**20, np.float32) for i in range(8)}
-    write = {"torch": foreign_files.write_torch, "safetensors": save_safetensors, "pickle": foreign_files.write_pickle}[kind]
+    write = {
+        "torch": foreign_files.write_torch,
+        "safetensors": save_safetensors,
+        "pickle": foreign_files.write_pickle,
+    }[kind]
     path = write(tmp_path / "x", arrays)
     del arrays
     tracemalloc.start()
