@@ -181,8 +181,8 @@ def quantize(
     dynamic: Annotated[
         str | None,
         typer.Option(
-            help="Sites scaled per token at run time, comma-separated: blocks.probs,blocks.fc1_in,...",
-            show_default=",".join(QuantConfig.dynamic_sites) or "none",
+            help="Sites scaled per token at run time, comma-separated, or none.",
+            show_default=",".join(QuantConfig.dynamic_sites),
         ),
     ] = None,
     paper: Annotated[
@@ -206,7 +206,7 @@ def quantize(
         "calib_steps": calib_steps, "calib_rows": calib_rows, "sampler": sampler, "steps": steps, "eta": eta,
         "cfg_scale": cfg_scale, "cfg_channels": cfg_channels,
     }  # fmt: skip
-    sites = None if dynamic is None else tuple(name.strip() for name in dynamic.split(",") if name.strip())
+    sites = None if dynamic is None else tuple(name.strip() for name in dynamic.split(",") if name.strip() not in ("", "none"))
     given = {"policy": policy, "step_groups": step_groups, "dynamic_sites": sites}
     options |= {name: value for name, value in given.items() if value is not None}
     if reconstruct:

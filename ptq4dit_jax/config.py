@@ -105,9 +105,11 @@ class Reconstruction:
                 raise Ptq4ditError(f"Reconstruction {name} must be a positive integer, not {value!r}.")
         if self.batch_size % self.parts:
             raise Ptq4ditError(f"A reconstruction batch of {self.batch_size} rows cannot be cut into {self.parts} equal parts.")
-        for name in ("rounding_rate", "rounding_eps", "scale_rate", "regularizer"):
+        for name in ("rounding_rate", "scale_rate", "regularizer"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise Ptq4ditError(f"Reconstruction {name} must be finite and not negative, not {getattr(self, name)}.")
+        if not 0 < self.rounding_eps < math.inf:  # 0 would divide 0 by 0 for a weight without a gradient
+            raise Ptq4ditError(f"Reconstruction rounding_eps must be finite and positive, not {self.rounding_eps}.")
         if not 0 <= self.warmup < 1:
             raise Ptq4ditError(f"Reconstruction warmup must be at least 0 and below 1, not {self.warmup}.")
         if len(self.exponents) != 2 or not all(1 <= value < math.inf for value in self.exponents):
@@ -135,8 +137,8 @@ class QuantConfig:
         the plain error of the weights.
       policy: widths of single layers, see :func:`layer_rules`.
       step_groups: activation ranges per group of steps, at most one a calibration step; 1 is the paper's.
-      dynamic_sites: sites, such as ``blocks.qkv_in``, scaled per token at run time instead of by calibrated ranges;
-        ``blocks.probs`` per query and head. See docs/design.md for what each is worth.
+      dynamic_sites: sites scaled per token at run time instead of by calibrated ranges; ``blocks.probs`` per query and head.
+        By default those where a row is reduced anyway, by a norm or the softmax. See docs/design.md for what each is worth.
       calib_steps, calib_rows: evenly spaced steps of the sampling chain, and rows at each.
       sampler, cfg_scale, cfg_channels: how calibration rows are sampled; use what the model will be sampled with.
       reconstruction: learns roundings and activation scales after all ranges are chosen; None leaves it out.
@@ -154,7 +156,7 @@ class QuantConfig:
     weigh_inputs: bool = True
     policy: str = "edges8-float"
     step_groups: int = 5
-    dynamic_sites: tuple[str, ...] = ()
+    dynamic_sites: tuple[str, ...] = ("blocks.qkv_in", "blocks.probs", "blocks.fc1_in")
     calib_steps: int = 25
     calib_rows: int = 64
     sampler: SamplerName = "ddpm"
@@ -191,7 +193,7 @@ class QuantConfig:
         every linear at the same width; ranges by the official code's three percentiles; 25 steps of 32 pairs of rows."""
         paper = {
             "balance_fc2": False, "equalize_v": False, "weigh_inputs": False, "range_search": "percentile", "policy": "uniform",
-            "step_groups": 1,
+            "step_groups": 1, "dynamic_sites": (),
         }  # fmt: skip
         return cls(weight_bits=weight_bits, **{**paper, **overrides})
 

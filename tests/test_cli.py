@@ -159,6 +159,7 @@ def test_quantize_from_stored_rows(w4, here):
         (["--paper"], {"policy": "uniform", "step_groups": 1, "range_search": "percentile", "balance_fc2": False}),
         (["--paper", "--policy", "small8", "--step-groups", "2"], {"policy": "small8", "step_groups": 2, "equalize_v": False}),
         (["--dynamic", "blocks.qkv_in, blocks.fc1_in"], {"dynamic_sites": ("blocks.qkv_in", "blocks.fc1_in")}),
+        (["--dynamic", "none"], {"dynamic_sites": ()}),
         (["--balance", "none", "--act-bits", "6"], {"balance": "none", "act_bits": 6}),
         ([], {}),
     ],

@@ -299,6 +299,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(model, rows, mesh8, raises
     [
         ({"iterations": 0}, "iterations must be a positive integer, not 0"),
         ({"rounding_rate": -1.0}, "rounding_rate"),
+        ({"rounding_eps": 0.0}, "rounding_eps"),
         ({"parts": 3}, "3 equal parts"),
         ({"warmup": 1.0}, "warmup"),
         ({"exponents": (20.0,)}, "exponents"),
