@@ -84,14 +84,14 @@ def markdown(document: dict[str, Any]) -> str:
 
     lines = [
         f"`models/{document['model']}`, {document['iterations']:,} iterations a part, {len(seeds)} seeds (mean, lowest to "
-        f"highest), {document['samples']} images, DDPM 50 steps, guidance 1.5; {common.source(document)}.",
+        f"highest), SQNR at 25 steps, {document['samples']} images, DDPM 50 steps, guidance 1.5; {common.source(document)}.",
         "",
         "| widths | balancing | reconstruction | SQNR of noise, mean over steps (dB) | pooled (dB) | PSNR of images (dB) |",
         "|---|---|---|---|---|---|",
     ]
     floor = ["bfloat16"] if all("bfloat16" in run for run in seeds.values()) else []
     for name in [*floor, *cells(document["iterations"], document["widths"])]:
-        widths, balance, recipe = name.split("|") if "|" in name else (f"{name} (noise floor)", "", "")
+        widths, balance, recipe = name.split("|") if "|" in name else (f"none: {name}", "", "")
         figures = " | ".join(cell(name, figure) for figure in ("sqnr_mean_db", "sqnr_pooled_db", "psnr_db"))
         lines.append(f"| {widths} | {balance} | {recipe} | {figures} |")
     return "\n".join(lines)
