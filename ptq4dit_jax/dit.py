@@ -224,6 +224,19 @@ def softmax(logits: jax.Array) -> jax.Array:
     return (exp * (1 / exp.sum(-1, keepdims=True))).astype(logits.dtype)
 
 
+def can_fuse_attention(dtype: DTypeLike, head_width: int) -> bool:
+    """Whether :func:`fused_attention` runs on the default device: cuDNN's, for 16-bit types and GPUs since Ampere."""
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if getattr(device, "platform", device) != "gpu" or float(getattr(device, "compute_capability", 0)) < 8:
+        return False
+    return jnp.dtype(dtype).itemsize == 2 and head_width % 8 == 0 and head_width <= 128
+
+
+def fused_attention(q_BTAd: jax.Array, k_BTAd: jax.Array, v_BTAd: jax.Array) -> jax.Array:
+    """Softmax attention (B, T, A, d) as one kernel of cuDNN, which keeps no probabilities."""
+    return jax.nn.dot_product_attention(q_BTAd, k_BTAd, v_BTAd, implementation="cudnn")
+
+
 class Block(nn.Module):
     """One transformer block with adaLN-Zero modulation: (B, T, D) and silu of the condition (B, D) to (B, T, D)."""
 
@@ -244,9 +257,13 @@ class Block(nn.Module):
         h_BTD = site(self, "qkv_in", modulate(layer_norm(x_BTD), shift_attn, scale_attn))
         qkv = einops.rearrange(dense(3 * D, "qkv")(h_BTD), "b t (n a d) -> n b t a d", n=3, a=A)
         q_BTAd, k_BTAd, v_BTAd = (site(self, name, part) for name, part in zip("qkv", qkv, strict=True))
-        logits_BATT = jnp.einsum("bqad,bkad->baqk", q_BTAd, k_BTAd) * config.head_width**-0.5
-        probs_BATT = site(self, "probs", softmax(logits_BATT))
-        out_BTD = einops.rearrange(jnp.einsum("baqk,bkad->bqad", probs_BATT, v_BTAd), "b t a d -> b t (a d)")
+        watched = any(self.has_variable(kind, "probs") for kind in ("quantizers", "observers"))
+        if not watched and can_fuse_attention(q_BTAd.dtype, config.head_width):
+            out_BTAd = fused_attention(q_BTAd, k_BTAd, v_BTAd)
+        else:
+            logits_BATT = jnp.einsum("bqad,bkad->baqk", q_BTAd, k_BTAd) * config.head_width**-0.5
+            out_BTAd = jnp.einsum("baqk,bkad->bqad", site(self, "probs", softmax(logits_BATT)), v_BTAd)
+        out_BTD = einops.rearrange(out_BTAd, "b t a d -> b t (a d)")
         out_BTD = site(self, "proj_out", dense(D, "proj")(site(self, "proj_in", out_BTD)))
         x_BTD = x_BTD + gate_attn[:, None] * out_BTD
 

@@ -18,7 +18,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 
 MIN_BITS, MAX_BITS = 2, 8
 #: A range below this is empty: its scale would leave float32's normal numbers.
-_EMPTY = 1e-35
+EMPTY_RANGE = 1e-35
 
 
 def check_bits(name: str, bits: int) -> int:
@@ -41,7 +41,7 @@ def affine_parameters(low: jax.Array, high: jax.Array, bits: int) -> tuple[jax.A
     qmin, qmax = act_code_range(bits)
     low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     span = high - low
-    scale = jnp.where(span > _EMPTY, span / (qmax - qmin), 1.0)
+    scale = jnp.where(span > EMPTY_RANGE, span / (qmax - qmin), 1.0)
     return scale, qmin + jnp.round(-low / scale).astype(jnp.int32)
 
 
@@ -101,7 +101,7 @@ class ActQuantizer:
             x = x if self.balance is None else x * self.balance
             largest = jnp.abs(x).max(-1, keepdims=True)
             lowest = qmin if self.nonnegative else 0
-            scale = jnp.where(largest > _EMPTY, largest / (qmax - lowest), 1.0)
+            scale = jnp.where(largest > EMPTY_RANGE, largest / (qmax - lowest), 1.0)
             codes = jnp.round(x * reciprocal(scale)) + lowest
             return Encoded(codes.astype(jnp.int8), scale, jnp.int32(qmin) if self.nonnegative else None)
         scale = _broadcast_rows(self.scale, x.ndim).astype(x.dtype)

@@ -187,7 +187,8 @@ def assert_nearly_same(a: ptq.QuantizedDiT, b: ptq.QuantizedDiT) -> None:
         assert (codes[0] != codes[1]).mean() < 2e-3, name
         np.testing.assert_allclose(a.linears[name].weight.scale, b.linears[name].weight.scale, rtol=1e-3)
     for name, act in b.sites.items():
-        np.testing.assert_allclose(a.sites[name].scale, act.scale, rtol=1e-2)
+        if not act.dynamic:
+            np.testing.assert_allclose(a.sites[name].scale, act.scale, rtol=1e-2)
     np.testing.assert_array_equal(a.group_edges, b.group_edges)
 
 
@@ -306,12 +307,13 @@ def test_the_salient_model_is_the_same_function(
 def test_salient_channels_ruin_the_unbalanced_model_and_not_the_balanced_one(
     digits: tuple[FloatDiT, FloatDiT], digit_rows: tuple[CalibrationData, CalibrationData], policy: str
 ) -> None:
-    """W4A8: without balancing at least 6 dB are lost; with it the salient model is as good as the untouched one."""
+    """W4A8, static ranges: without balancing at least 6 dB are lost; with it the salient model is as good as the untouched."""
     plain, salient = digits
     calibration, held_out = digit_rows
 
     def lost(balance: str) -> float:
-        config = ptq.QuantConfig(weight_bits=4, balance=balance, policy=policy, step_groups=1)  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"balance": balance, "policy": policy, "step_groups": 1, "dynamic_sites": ()}
+        config = ptq.QuantConfig(weight_bits=4, **settings)
         quality = [
             sqnr(plain, ptq.quantize(model, config, key=KEY, calibration=calibration), held_out) for model in (plain, salient)
         ]

@@ -1,15 +1,20 @@
-"""The integer layers: a linear with its input quantizer, and the two products of attention."""
+"""The integer linear layer: a packed weight with its input quantizer, and what it does in a block."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
-from ptq4dit_jax.engine import matmul
+from ptq4dit_jax import dit
+from ptq4dit_jax.engine import matmul, norm
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
+
+#: What a layer is fed: codes, or floats where its product is not an integer one.
+Fed: TypeAlias = Encoded | jax.Array
 
 
 @struct.dataclass
@@ -50,45 +55,53 @@ class QLinear:
         act = self.act if self.act is None else self.act.at_group(group)
         return self.replace(act=act, bias=jnp.take(self.bias, group, axis=-2, mode="clip"))  # type: ignore[attr-defined]
 
+    def feed(self, x: jax.Array) -> Fed:
+        """The input as this layer wants it: codes, or the floats themselves."""
+        return x if self.act is None else self.act.encode(x)
+
+    def feed_modulated(self, x_BTD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array, eps: float, backend: str) -> Fed:
+        """:meth:`feed` of ``layer_norm(x) * (1 + scale) + shift``."""
+        if self.act is None:
+            return dit.modulate(dit.layer_norm(x_BTD, eps), shift_BD, scale_BD)
+        return norm.modulate_encode(x_BTD, shift_BD, scale_BD, self.act, eps, backend=backend)
+
     def __call__(self, x: jax.Array, backend: str) -> jax.Array:
         """(B, [T,] K) float to (B, [T,] N), the same type; the epilogue is in float32 at least."""
+        return self.product(self.feed(x), x.dtype, backend)
+
+    def product(self, fed: Fed, dtype: DTypeLike, backend: str) -> jax.Array:
+        """The layer's output for what :meth:`feed` made of its input."""
+        if not isinstance(fed, Encoded):
+            return self._float_product(fed)
+        return matmul.linear(fed, self.weight, self._bias_for(fed), dtype, backend=backend)
+
+    def product_parts(self, fed: Fed, parts: int, dtype: DTypeLike, backend: str) -> list[jax.Array]:
+        """:meth:`product`, its columns in ``parts`` arrays."""
+        if not isinstance(fed, Encoded):
+            return jnp.split(self._float_product(fed), parts, axis=-1)
+        return matmul.linear_parts(fed, self.weight, self._bias_for(fed), dtype, parts, backend=backend)
+
+    def product_gelu(self, fed: Fed, following: QLinear, dtype: DTypeLike, backend: str) -> Fed:
+        """GELU of the output, fed to the ``following`` layer."""
+        if not isinstance(fed, Encoded) or following.act is None:
+            return following.feed(jax.nn.gelu(self.product(fed, dtype, backend), approximate=True))
+        return matmul.linear_gelu(fed, self.weight, self._bias_for(fed), following.act, backend=backend)
+
+    def product_residual(self, fed: Fed, gate_BD: jax.Array, x_BTD: jax.Array, backend: str) -> jax.Array:
+        """``x + gate * output``."""
+        if not isinstance(fed, Encoded):
+            return x_BTD + gate_BD[:, None] * self._float_product(fed)
+        return matmul.linear_residual(fed, self.weight, self._bias_for(fed), gate_BD, x_BTD, backend=backend)
+
+    def _bias_for(self, fed: Encoded) -> jax.Array:
+        return self.bias[:, None] if self.bias.ndim == 2 and fed.values.ndim == 3 else self.bias
+
+    def _float_product(self, x: jax.Array) -> jax.Array:
         bias = self.bias[:, None] if self.bias.ndim == 2 and x.ndim == 3 else self.bias
-        if self.act is None:
-            return jnp.einsum("...k,nk->...n", x, self.weight.dequantize().astype(x.dtype)) + bias.astype(x.dtype)
-        encoded = self.act.encode(x)
-        scale = encoded.scale * self.weight.scale
-        return matmul.linear(encoded.values, self.weight, scale, bias, backend=backend).astype(x.dtype)
+        return jnp.einsum("...k,nk->...n", x, self.weight.dequantize().astype(x.dtype)) + bias.astype(x.dtype)
 
 
 def _zero_point_term(weight: QTensor, act: ActQuantizer) -> jax.Array:
     """``sx zx sw_n sum_k w'_nk`` for every group, (..., G, N)."""
     sums = weight.codes().astype(jnp.int32).sum(-1).astype(weight.scale.dtype) * weight.scale
     return (act.scale * act.zero_point)[..., None] * sums[..., None, :]
-
-
-def centered_product(a: Encoded, b: Encoded, backend: str) -> jax.Array:
-    """``sum_k (a - za)(b - zb)`` over the last axes, exact: values int8 (B, A, M, K) and (B, A, N, K) to int32 (B, A, M, N).
-
-    The product itself is int8 x int8; zero points, (), (B, 1, 1, 1) or None, enter by sums over K.
-    """
-    out = matmul.batched(a.values, b.values, backend=backend)
-    if b.zero_point is not None:
-        out = out - b.zero_point * a.values.astype(jnp.int32).sum(-1)[..., :, None]
-    if a.zero_point is not None:
-        out = out - a.zero_point * b.values.astype(jnp.int32).sum(-1)[..., None, :]
-    if a.zero_point is not None and b.zero_point is not None:
-        out = out + a.values.shape[-1] * a.zero_point * b.zero_point
-    return out
-
-
-def attention(
-    q_BATd: jax.Array, k_BATd: jax.Array, v_BATd: jax.Array, sites: dict[str, ActQuantizer], softmax: Any, backend: str
-) -> jax.Array:
-    """Softmax attention whose two products run on integers, (B, A, T, d)."""
-    dtype = q_BATd.dtype
-    q, k = sites["q"].encode(q_BATd), sites["k"].encode(k_BATd)
-    logits_BATT = centered_product(q, k, backend).astype(q.scale.dtype) * (q.scale * k.scale * q_BATd.shape[-1] ** -0.5)
-    probs, v = sites["probs"].encode(softmax(logits_BATT)), sites["v"].encode(v_BATd)
-    v = v._replace(values=jnp.swapaxes(v.values, -1, -2))
-    out_BATd = centered_product(probs, v, backend).astype(v.scale.dtype) * (probs.scale * v.scale)
-    return out_BATd.astype(dtype)

@@ -6,16 +6,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import einops
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ptq4dit_jax import dit
 from ptq4dit_jax.diffusion import NoiseSchedule
 from ptq4dit_jax.dit import DiTConfig
-from ptq4dit_jax.engine.layers import QLinear, attention
+from ptq4dit_jax.engine import backends
+from ptq4dit_jax.engine.attention import attention
+from ptq4dit_jax.engine.layers import QLinear
 from ptq4dit_jax.model import FloatDiT, step_group
 from ptq4dit_jax.quantizers import ActQuantizer
 
@@ -35,7 +36,8 @@ class QuantizedDiT:
     ``linears`` holds every linear layer by the names of ``config.linear_shapes``; layers of blocks carry a leading depth axis.
     ``sites`` holds the quantizers of ``blocks.q``, ``blocks.k``, ``blocks.v`` and ``blocks.probs``. ``label_embed``
     (num_classes [+ 1], D) stays float32: it is looked up, not multiplied. ``group_edges`` (G - 1,) int32 are the timesteps that
-    part the groups of steps. ``dtype`` is the type of everything between the integer products.
+    part the groups of steps. ``dtype`` is the type of everything between the integer products. ``backend`` runs them: ``auto``
+    takes the fastest that the default device has for that type (:func:`ptq4dit_jax.engine.backends.resolve`).
     """
 
     linears: dict[str, QLinear]
@@ -45,12 +47,21 @@ class QuantizedDiT:
     config: DiTConfig = struct.field(pytree_node=False)
     schedule: NoiseSchedule = struct.field(pytree_node=False, default=NoiseSchedule())
     dtype: str = struct.field(pytree_node=False, default="float32")
-    backend: str = struct.field(pytree_node=False, default="xla")
+    backend: str = struct.field(pytree_node=False, default="auto")
     provenance: Provenance = struct.field(pytree_node=False, default=Provenance())
 
     def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike) -> jax.Array:
         """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep."""
         return _forward(self, jnp.asarray(x_BHWC, self.dtype), jnp.asarray(t_B), jnp.asarray(y_B))
+
+    def astype(self, dtype: DTypeLike) -> QuantizedDiT:
+        """The same model computing in ``dtype`` between the integer products: float32, bfloat16 or float16."""
+        return self.replace(dtype=jnp.dtype(dtype).name)  # type: ignore[attr-defined]
+
+    @property
+    def backend_choice(self) -> backends.Choice:
+        """The backend that runs on the default device, and why it is not a faster one."""
+        return backends.resolve(self.backend, self.dtype)
 
     @property
     def num_groups(self) -> int:
@@ -67,7 +78,7 @@ def _split_blocks(by_name: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array:
-    config, backend = model.config, model.backend
+    config, backend = model.config, model.backend_choice.name
     group = step_group(model.group_edges, t_B)
     linears = {name: layer.at_group(group) for name, layer in model.linears.items()}
     sites = _split_blocks({name: quantizer.at_group(group) for name, quantizer in model.sites.items()})
@@ -99,15 +110,16 @@ def _block(
     modulation = linears["adaLN"](silu_c_BD, backend)
     shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
 
-    qkv = linears["qkv"](dit.modulate(dit.layer_norm(x_BTD), shift_attn, scale_attn), backend)
-    q_BATd, k_BATd, v_BATd = einops.rearrange(qkv, "b t (n a d) -> n b a t d", n=3, a=config.num_heads)
-    out_BATd = attention(q_BATd, k_BATd, v_BATd, sites, dit.softmax, backend)
-    out_BTD = linears["proj"](einops.rearrange(out_BATd, "b a t d -> b t (a d)"), backend)
-    x_BTD = x_BTD + gate_attn[:, None] * out_BTD
+    qkv = linears["qkv"]
+    h = qkv.feed_modulated(x_BTD, shift_attn, scale_attn, 1e-6, backend)
+    q_BTD, k_BTD, v_BTD = qkv.product_parts(h, 3, x_BTD.dtype, backend)
+    out_BTD = attention(q_BTD, k_BTD, v_BTD, config.num_heads, sites, backend=backend)
+    proj = linears["proj"]
+    x_BTD = proj.product_residual(proj.feed(out_BTD), gate_attn, x_BTD, backend)
 
-    h_BTD = dit.modulate(dit.layer_norm(x_BTD, config.mlp_norm_eps), shift_mlp, scale_mlp)
-    h_BTF = jax.nn.gelu(linears["fc1"](h_BTD, backend), approximate=True)
-    return x_BTD + gate_mlp[:, None] * linears["fc2"](h_BTF, backend)
+    fc1, fc2 = linears["fc1"], linears["fc2"]
+    h = fc1.feed_modulated(x_BTD, shift_mlp, scale_mlp, config.mlp_norm_eps, backend)
+    return fc2.product_residual(fc1.product_gelu(h, fc2, x_BTD.dtype, backend), gate_mlp, x_BTD, backend)
 
 
 def reference(model: QuantizedDiT) -> FloatDiT:
@@ -137,34 +149,39 @@ def reference(model: QuantizedDiT) -> FloatDiT:
 
 
 def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
-    """What runs for each layer and each product of attention: name, shape, bits, input ranges, and the arithmetic."""
+    """What runs for each layer and each product of attention on the default device: name, shape, bits, input ranges, the
+    arithmetic, and the backend."""
+    backend = model.backend_choice.name
     rows = []
     for name in model.config.linear_shapes:  # JAX sorts the names of a pytree it rebuilds
         layer = model.linears[name]
-        depth = f"{model.config.depth} x " if name.startswith("blocks.") else ""
+        in_block = name.startswith("blocks.")
         N, K = layer.weight.shape[-2:]
         rows.append(
             {
                 "layer": name,
-                "shape": f"{depth}{K} -> {N}",
+                "shape": f"{model.config.depth} x {K} -> {N}" if in_block else f"{K} -> {N}",
                 "weight_bits": layer.weight.bits,
                 "act_bits": layer.act.bits if layer.act else 32,
                 "ranges": _ranges(layer.act),
                 "runs": "int8 x int8 -> int32" if layer.integer else "float32 on de-quantized weights",
+                "backend": backend if layer.integer and in_block and name != "blocks.adaLN" else "xla",
                 "integer": layer.integer,
             }
         )
+    floats = backend == "mosaic_gpu" and dit.can_fuse_attention(model.dtype, model.config.head_width)
     for product, (left, right) in {"q @ k": ("q", "k"), "probs @ v": ("probs", "v")}.items():
         a, b = model.sites[f"blocks.{left}"], model.sites[f"blocks.{right}"]
         rows.append(
             {
                 "layer": f"blocks.{product}",
                 "shape": f"{model.config.depth} x {model.config.num_heads} heads",
-                "weight_bits": b.bits,
-                "act_bits": a.bits,
-                "ranges": _ranges(a),
-                "runs": "int8 x int8 -> int32",
-                "integer": True,
+                "weight_bits": 16 if floats else b.bits,
+                "act_bits": 16 if floats else a.bits,
+                "ranges": "none" if floats else _ranges(a),
+                "runs": "bfloat16" if floats else "int8 x int8 -> int32",
+                "backend": "cudnn" if floats else "xla",
+                "integer": not floats,
             }
         )
     return rows

@@ -279,7 +279,7 @@ def tiny() -> tuple[FloatDiT, CalibrationData, ptq.QuantizedDiT]:
     data = CalibrationData(
         x=x.astype(np.float32), t=np.array([900, 600, 300, 0], np.int32), y=np.tile(np.arange(6, dtype=np.int32), (4, 1))
     )
-    config = ptq.QuantConfig(weight_bits=4, policy="edges8", step_groups=4)
+    config = ptq.QuantConfig(weight_bits=4, policy="edges8", step_groups=4, dynamic_sites=())
     return model, data, ptq.quantize(model, config, key=jax.random.key(0), calibration=data)
 
 

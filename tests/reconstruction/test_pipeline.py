@@ -86,6 +86,7 @@ def test_weights_move_to_a_neighbouring_code_at_most_and_weight_scales_stay(near
     for name in ("blocks.qkv", "blocks.fc2", "blocks.adaLN"):
         assert 0.02 < moved[name].mean() < 0.6, name
         np.testing.assert_array_equal(learned.linears[name].weight.scale, nearest.linears[name].weight.scale)
+    for name in ("blocks.proj", "blocks.fc2", "blocks.adaLN"):
         np.testing.assert_array_equal(learned.linears[name].act.zero_point, nearest.linears[name].act.zero_point)
         assert np.all(np.asarray(learned.linears[name].act.scale) != np.asarray(nearest.linears[name].act.scale))
 

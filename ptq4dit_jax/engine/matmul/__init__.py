@@ -1,44 +1,45 @@
-"""Integer products, and the seam where accelerated backends plug in.
+"""Integer products with what follows them.
 
-A backend is a module with two functions of the signatures in :mod:`~ptq4dit_jax.engine.matmul.xla`, the reference and
-default. It may raise NotImplementedError for a case that it does not cover; the reference runs then. Accumulators are exact
-int32 in every backend, so backends are compared bit by bit before the epilogue.
+Accumulators are exact int32 in every backend (:mod:`ptq4dit_jax.engine.backends`), so backends are compared bit by bit before the
+epilogue.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import jax
+from jax.typing import DTypeLike
 
-from ptq4dit_jax.engine.matmul import xla
-from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.quantizers import QTensor
-
-_BACKENDS: dict[str, ModuleType] = {"xla": xla}
-BACKENDS = tuple(_BACKENDS)
+from ptq4dit_jax.engine import backends
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 
-def _backend(name: str) -> ModuleType:
-    if name not in _BACKENDS:
-        raise Ptq4ditError(f"Unknown matmul backend {name!r}; the backends are {', '.join(BACKENDS)}.")
-    return _BACKENDS[name]
+def linear(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, *, backend: str = "xla") -> jax.Array:
+    """``scale * (values @ codes.T) + bias``: int8 (..., K) times a weight (N, K), to (..., N) in ``dtype``.
 
-
-def linear(x: jax.Array, weight: QTensor, scale: jax.Array, bias: jax.Array, *, backend: str = "xla") -> jax.Array:
-    """``scale * (x @ codes.T) + bias``: int8 (..., K) activations times a weight (N, K), to (..., N) in the scale's type.
-
-    ``scale`` and ``bias`` broadcast against the result; the zero point of ``x`` is already in ``bias``.
+    ``bias`` broadcasts against the result; the zero point of ``x`` is already in it. The epilogue is in float32 at least.
     """
-    try:
-        return _backend(backend).linear(x, weight, scale, bias)
-    except NotImplementedError:
-        return xla.linear(x, weight, scale, bias)
+    return backends.run(__name__, "linear", backend, x, weight, bias, dtype)
+
+
+def linear_parts(
+    x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int, *, backend: str = "xla"
+) -> list[jax.Array]:
+    """:func:`linear`, its columns in ``parts`` arrays of equal width."""
+    return backends.run(__name__, "linear_parts", backend, x, weight, bias, dtype, parts)
+
+
+def linear_gelu(x: Encoded, weight: QTensor, bias: jax.Array, act: ActQuantizer, *, backend: str = "xla") -> Encoded:
+    """:func:`linear`, then GELU (by tanh), quantized by ``act`` for the next layer."""
+    return backends.run(__name__, "linear_gelu", backend, x, weight, bias, act)
+
+
+def linear_residual(
+    x: Encoded, weight: QTensor, bias: jax.Array, gate_BD: jax.Array, x_BTD: jax.Array, *, backend: str = "xla"
+) -> jax.Array:
+    """``x + gate * linear``, (B, T, D) in the type of ``x_BTD``."""
+    return backends.run(__name__, "linear_residual", backend, x, weight, bias, gate_BD, x_BTD)
 
 
 def batched(a: jax.Array, b: jax.Array, *, backend: str = "xla") -> jax.Array:
     """``a @ b^T`` over the last axes: int8 (B, A, M, K) and (B, A, N, K) to int32 (B, A, M, N)."""
-    try:
-        return _backend(backend).batched(a, b)
-    except NotImplementedError:
-        return xla.batched(a, b)
+    return backends.run(__name__, "batched", backend, a, b)

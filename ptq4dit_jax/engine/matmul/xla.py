@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from ptq4dit_jax.quantizers import QTensor
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 
 def accumulate(x: jax.Array, codes: jax.Array) -> jax.Array:
@@ -14,10 +15,31 @@ def accumulate(x: jax.Array, codes: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, codes, dims, preferred_element_type=jnp.int32)
 
 
-def linear(x: jax.Array, weight: QTensor, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """See :func:`ptq4dit_jax.engine.matmul.linear`. 4-bit codes are unpacked to int8 here, just before the product: XLA
-    would widen an int8 x int4 product to int32 on both sides."""
-    return accumulate(x, weight.codes()).astype(scale.dtype) * scale + bias
+def _exact(x: Encoded, weight: QTensor, bias: jax.Array) -> jax.Array:
+    """The result in the type of the scales. 4-bit codes are unpacked to int8 here, just before the product: XLA would widen
+    an int8 x int4 product to int32 on both sides."""
+    scale = x.scale * weight.scale
+    return accumulate(x.values, weight.codes()).astype(scale.dtype) * scale + bias
+
+
+def linear(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """See :func:`ptq4dit_jax.engine.matmul.linear`."""
+    return _exact(x, weight, bias).astype(dtype)
+
+
+def linear_parts(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
+    """See :func:`ptq4dit_jax.engine.matmul.linear_parts`."""
+    return jnp.split(linear(x, weight, bias, dtype), parts, axis=-1)
+
+
+def linear_gelu(x: Encoded, weight: QTensor, bias: jax.Array, act: ActQuantizer) -> Encoded:
+    """See :func:`ptq4dit_jax.engine.matmul.linear_gelu`."""
+    return act.encode(jax.nn.gelu(_exact(x, weight, bias), approximate=True))
+
+
+def linear_residual(x: Encoded, weight: QTensor, bias: jax.Array, gate_BD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+    """See :func:`ptq4dit_jax.engine.matmul.linear_residual`."""
+    return (x_BTD + gate_BD[:, None] * _exact(x, weight, bias)).astype(x_BTD.dtype)
 
 
 def batched(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -1,0 +1,45 @@
+"""The reference implementation: both products of attention on integers. Runs on CPU, GPU and TPU."""
+
+from __future__ import annotations
+
+import einops
+import jax
+import jax.numpy as jnp
+
+from ptq4dit_jax import dit
+from ptq4dit_jax.engine import matmul
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded
+
+
+def attention(
+    q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, sites: dict[str, ActQuantizer]
+) -> jax.Array:
+    """See :func:`ptq4dit_jax.engine.attention.attention`."""
+    heads = (einops.rearrange(x, "b t (a d) -> b a t d", a=num_heads) for x in (q_BTD, k_BTD, v_BTD))
+    return einops.rearrange(attention_of_heads(*heads, sites), "b a t d -> b t (a d)")
+
+
+def centered_product(a: Encoded, b: Encoded) -> jax.Array:
+    """``sum_k (a - za)(b - zb)`` over the last axes, exact: values int8 (B, A, M, K) and (B, A, N, K) to int32 (B, A, M, N).
+
+    The product itself is int8 x int8; zero points, (), (B, 1, 1, 1) or None, enter by sums over K.
+    """
+    out = matmul.batched(a.values, b.values)
+    if b.zero_point is not None:
+        out = out - b.zero_point * a.values.astype(jnp.int32).sum(-1)[..., :, None]
+    if a.zero_point is not None:
+        out = out - a.zero_point * b.values.astype(jnp.int32).sum(-1)[..., None, :]
+    if a.zero_point is not None and b.zero_point is not None:
+        out = out + a.values.shape[-1] * a.zero_point * b.zero_point
+    return out
+
+
+def attention_of_heads(q_BATd: jax.Array, k_BATd: jax.Array, v_BATd: jax.Array, sites: dict[str, ActQuantizer]) -> jax.Array:
+    """Softmax attention whose two products run on integers, (B, A, T, d)."""
+    dtype = q_BATd.dtype
+    q, k = sites["q"].encode(q_BATd), sites["k"].encode(k_BATd)
+    logits_BATT = centered_product(q, k).astype(q.scale.dtype) * (q.scale * k.scale * q_BATd.shape[-1] ** -0.5)
+    probs, v = sites["probs"].encode(dit.softmax(logits_BATT)), sites["v"].encode(v_BATd)
+    v = v._replace(values=jnp.swapaxes(v.values, -1, -2))
+    out_BATd = centered_product(probs, v).astype(v.scale.dtype) * (probs.scale * v.scale)
+    return out_BATd.astype(dtype)

@@ -1,0 +1,64 @@
+"""Which implementation of the integer operations runs, and the seam through which it is called.
+
+Every operation is a folder (:mod:`~ptq4dit_jax.engine.matmul`, ``norm``, ``attention``) with ``xla.py``, the reference that runs
+everywhere, and a module for each accelerated backend that covers it. A backend raises NotImplementedError for a case that it
+does not cover; the reference runs then.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any, NamedTuple
+
+import jax
+
+from ptq4dit_jax.errors import Ptq4ditError
+
+BACKENDS = ("xla", "mosaic_gpu")
+#: Versions of JAX whose Pallas the kernels were written for and tested with.
+_TESTED = ((0, 10, 2), (0, 12))
+
+
+class Choice(NamedTuple):
+    """The backend that runs, and why it is not a faster one (empty where there is none for this device)."""
+
+    name: str
+    why: str = ""
+
+
+def check(name: str) -> str:
+    """The name itself, or an error that lists those that exist."""
+    if name not in (*BACKENDS, "auto"):
+        raise Ptq4ditError(f"Unknown backend {name!r}; the backends are auto, {', '.join(BACKENDS)}.")
+    return name
+
+
+def resolve(name: str, dtype: str) -> Choice:
+    """What ``auto`` means on the default device for a model that computes in ``dtype``; any other name is taken at its word."""
+    if check(name) != "auto":
+        return Choice(name)
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if getattr(device, "platform", device) not in ("gpu", "cuda"):
+        return Choice("xla")
+    capability = getattr(device, "compute_capability", "unknown")
+    if capability != "9.0":
+        return Choice("xla", f"the kernels are for GPUs of compute capability 9.0 (Hopper) and this one has {capability}")
+    if not _TESTED[0] <= jax.__version_info__ < _TESTED[1]:
+        return Choice("xla", f"the kernels are for JAX 0.10.2 to 0.11 and this is {jax.__version__}")
+    if dtype != "bfloat16":
+        return Choice("xla", f"the kernels compute in bfloat16 between the products and the model in {dtype}")
+    return Choice("mosaic_gpu")
+
+
+def run(package: str, operation: str, backend: str, *args: Any) -> Any:
+    """Calls ``operation`` of the package's module for the backend, or of its reference where that one does not cover the case."""
+    check(backend)
+    if backend != "xla" and importlib.util.find_spec(f"{package}.{backend}") is not None:
+        function = getattr(importlib.import_module(f"{package}.{backend}"), operation, None)
+        if function is not None:
+            try:
+                return function(*args)
+            except NotImplementedError:
+                pass
+    return getattr(importlib.import_module(f"{package}.xla"), operation)(*args)

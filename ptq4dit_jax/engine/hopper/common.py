@@ -1,0 +1,38 @@
+"""What the Hopper kernels share, and where JAX versions differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+#: Added to a float of magnitude below 2^22 it leaves the float rounded half to even in the low bits of the sum.
+_ROUNDING = 12582912.0
+
+
+def round_to_int8(x: jax.Array) -> jax.Array:
+    """Floats that lie within [-128, 127] to int8, half to even, by one addition instead of a conversion."""
+    return lax.bitcast_convert_type(x + _ROUNDING, jnp.int32).astype(jnp.int8)
+
+
+def load_vector(ref: Any, *index: Any) -> jax.Array:
+    """A piece of a reference in device memory, read by every thread that needs it; not by a bulk copy."""
+    if jax.__version_info__ >= (0, 11):
+        return plgpu.load(ref.at[index], optimized=False)
+    return plgpu.load(ref, index, optimized=False)
+
+
+def transposed(ref: Any) -> Any:
+    """The reference with its two axes swapped."""
+    if jax.__version_info__ >= (0, 11):
+        return ref.transpose((1, 0))
+    return plgpu.transpose_ref(ref, (1, 0))
+
+
+def core_count() -> int:
+    """Multiprocessors of the default device; an H200's where that is no GPU and a kernel is only lowered."""
+    device = jax.devices()[0]
+    return getattr(device, "core_count", 0) if device.platform == "gpu" else 132

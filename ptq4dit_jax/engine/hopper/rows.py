@@ -1,0 +1,103 @@
+"""Row-wise kernels for Hopper: adaLN to int8 in one pass over the hidden state, and plain quantization.
+
+A warp holds whole rows in registers, so that norm, modulation, the row's largest magnitude and the codes come out of one read. XLA
+takes several passes for the same (101 to 164 us against 45 for 32,768 rows of 1152 on an H200).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import fragmented_array
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ptq4dit_jax.engine.hopper.common import load_vector, round_to_int8
+from ptq4dit_jax.quantizers import EMPTY_RANGE
+
+#: Rows of a block: two to each of four warps.
+ROWS = 8
+#: Columns come in multiples of what the 32 lanes of a warp hold.
+COLUMNS = 64
+#: Rows over warps, columns over lanes, two neighbouring columns to a lane.
+_LAYOUT = plgpu.Layout.TILED(fragmented_array.Tiling(((4, COLUMNS), (COLUMNS // 32,))), (-3,), (-2,), -1)
+
+
+def modulate_quantize(
+    x: jax.Array, shift: jax.Array, scale: jax.Array, ranges: tuple[jax.Array, jax.Array] | None, *,
+    tokens: int, eps: float, low: int, high: int,
+) -> list[jax.Array]:  # fmt: skip
+    """``layer_norm(x) * (1 + scale) + shift`` as int8 codes.
+
+    Args:
+      x: (M, D) bfloat16; M a multiple of 8, D of 64.
+      shift, scale: (M / tokens, D).
+      ranges: float32 (1,) each, ``1 / scale`` and the zero point; or None for a symmetric scale of each row's own.
+      tokens: rows to an image, a multiple of 8.
+      eps: of the norm.
+      low, high: code range.
+
+    Returns:
+      (M, D) int8, and without ``ranges`` the scales (M,) float32.
+    """
+
+    def body(x_ref: Any, shift_ref: Any, scale_ref: Any, *rest: Any) -> None:
+        at = _rows()
+        over_columns = lambda v: lax.broadcast_in_dim(v, (ROWS, D), (0,))
+        over_rows = lambda v: lax.broadcast_in_dim(v.astype(jnp.float32), (ROWS, D), (1,))
+        x = _held(x_ref, at)
+        x = x - over_columns(x.sum(1) * (1 / D))
+        x = x * over_columns(lax.rsqrt((x * x).sum(1) * (1 / D) + eps))
+        image = lax.axis_index("rows") * ROWS // tokens
+        x = x * (1 + over_rows(load_vector(scale_ref, image, slice(None)))) + over_rows(
+            load_vector(shift_ref, image, slice(None))
+        )
+        codes = rest[-2] if ranges is None else rest[-1]
+        if ranges is None:
+            largest = jnp.abs(x).max(1)
+            row_scale = jnp.where(largest > EMPTY_RANGE, largest * (1 / high), 1.0)
+            rest[-1][at] = row_scale
+            codes[at, :] = round_to_int8(x * over_columns(1 / row_scale))
+        else:
+            inverse, zero_point = (load_vector(ref, 0) for ref in rest[:2])
+            codes[at, :] = round_to_int8(jnp.clip(x * inverse + zero_point, float(low), float(high)))
+
+    M, D = x.shape
+    outs = [jax.ShapeDtypeStruct((M, D), jnp.int8)]
+    if ranges is None:
+        outs.append(jax.ShapeDtypeStruct((M,), jnp.float32))
+    return list(_over_rows(body, outs)(x, shift, scale, *(ranges or ())))
+
+
+def quantize(x: jax.Array, inverse: jax.Array, zero_point: jax.Array, *, low: int, high: int) -> jax.Array:
+    """``clip(round(x * inverse + zero_point))``: (M, K) bfloat16 to int8; ``inverse`` (K,) and ``zero_point`` (1,) float32."""
+
+    def body(x_ref: Any, inverse_ref: Any, zero_ref: Any, codes: Any) -> None:
+        at = _rows()
+        factor = lax.broadcast_in_dim(load_vector(inverse_ref, slice(None)), (ROWS, x.shape[1]), (1,))
+        y = _held(x_ref, at) * factor + load_vector(zero_ref, 0)
+        codes[at, :] = round_to_int8(jnp.clip(y, float(low), float(high)))
+
+    [codes] = _over_rows(body, [jax.ShapeDtypeStruct(x.shape, jnp.int8)])(x, inverse, zero_point)
+    return codes
+
+
+def _rows() -> Any:
+    """The rows of this block."""
+    return pl.ds(lax.axis_index("rows") * ROWS, ROWS)
+
+
+def _held(ref: Any, at: Any) -> jax.Array:
+    """Rows as float32, whole rows to a warp."""
+    return plgpu.layout_cast(load_vector(ref, at, slice(None)), _LAYOUT).astype(jnp.float32)
+
+
+def _over_rows(body: Any, outs: list[jax.ShapeDtypeStruct]) -> Any:
+    """The kernel that runs ``body`` for every eight rows."""
+    return plgpu.kernel(
+        body, out_type=outs, grid=(outs[0].shape[0] // ROWS,), grid_names=("rows",),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )  # fmt: skip

@@ -1,0 +1,210 @@
+"""The kernels for Hopper: lowered for CUDA anywhere, and on such a GPU compared with NumPy and with the XLA reference."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ptq4dit_jax as ptq
+from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.engine import backends, matmul, norm
+from ptq4dit_jax.engine.hopper import gemm, tiles
+from ptq4dit_jax.engine.hopper.gemm import Tiles
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
+
+IS_HOPPER = backends.resolve("auto", "bfloat16").name == "mosaic_gpu"
+on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0")
+
+ALL_TILES = sorted({choice for choices in tiles._CANDIDATES.values() for choice in choices} | {Tiles(64, 128, 4, "n")}, key=str)
+STATIC = ActQuantizer(scale=jnp.float32(0.03), zero_point=jnp.int32(-90))
+DYNAMIC = ActQuantizer(None, None, dynamic=True)
+
+
+def operands(B: int, T: int, K: int, N: int, *, seed: int = 0, bits: int = 8, rows: bool = False) -> tuple[Encoded, QTensor, Any]:
+    """Random codes of the whole range, with results of the order of 1."""
+    rng = np.random.default_rng(seed)
+    scale = jnp.asarray(rng.uniform(0.5, 1.5, (B, T, 1) if rows else ()), jnp.float32)
+    values = jnp.asarray(rng.integers(-128, 128, (B, T, K)), jnp.int8)
+    low, high = (-127, 128) if bits == 8 else (0, 2**bits)
+    zeros = np.zeros(N) if bits == 8 else rng.integers(low, high, N)
+    column = jnp.asarray(rng.uniform(0.5, 1.5, N) / (5400 * K**0.5 / 2 ** (8 - bits)), jnp.float32)
+    weight = QTensor.from_codes(
+        jnp.asarray(rng.integers(low, high, (N, K)), jnp.float32), column, jnp.asarray(zeros, jnp.float32), bits
+    )
+    return Encoded(values, scale, None), weight, jnp.asarray(rng.normal(size=N), jnp.float32)
+
+
+def exact(x: Encoded, weight: QTensor, bias: jax.Array) -> np.ndarray:
+    """The product in float64."""
+    sums = np.asarray(x.values, np.int64) @ np.asarray(weight.codes(), np.int64).T
+    return sums * np.asarray(x.scale, np.float64) * np.asarray(weight.scale, np.float64) + np.asarray(bias, np.float64)
+
+
+def assert_within_one_ulp(got: jax.Array, want: np.ndarray) -> None:
+    """Of bfloat16, whose ulp is at most 2^-7 of a value; near zero, where terms of order 1 cancel, of float32's noise."""
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-7, atol=1e-5)
+
+
+# Lowering, anywhere.
+
+
+def lowered(function: Any, *args: Any) -> str:
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("cut", ALL_TILES, ids=str)
+def test_every_choice_of_tiles_lowers(cut: Tiles) -> None:
+    shape = jax.ShapeDtypeStruct
+    M, K, N = 1000, 384, 1152
+    base = [shape((M, K), jnp.int8), shape((N, K), jnp.int8), *(shape((n,), jnp.float32) for n in (M, N, N))]
+    text = lowered(partial(gemm.int8_matmul, tiles=cut), *base)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_whole_model_lowers_with_its_blocks_as_kernels(bits: int) -> None:
+    config = DiTConfig(input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=2, num_heads=2, num_classes=10)
+    dit = jax.tree.map(jnp.asarray, helpers.tiny_model(**config.to_dict()))
+    settings = ptq.QuantConfig(weight_bits=bits, steps=2, calib_steps=2, calib_rows=2, step_groups=2)
+    q = ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16).replace(backend="mosaic_gpu")
+    x, t, y = jnp.zeros((2, *config.image_shape)), jnp.array([500]), jnp.array([1, 2])
+    text = lowered(lambda q: q.apply(x, t, y), q)
+    assert text.count("custom_call @mosaic_gpu") == 6  # two norms, qkv, proj, fc1, fc2, once for all blocks
+    rows = {row["layer"]: row for row in ptq.describe(q)}
+    assert all(rows[f"blocks.{layer}"]["backend"] == "mosaic_gpu" for layer in ("qkv", "proj", "fc1", "fc2"))
+
+
+# The choice.
+
+
+def test_the_backend_is_chosen_by_device_and_an_unknown_one_is_named(raises_sentence: Any) -> None:
+    if not IS_HOPPER and jax.default_backend() == "cpu":
+        assert backends.resolve("auto", "bfloat16") == backends.Choice("xla")
+    assert backends.resolve("mosaic_gpu", "float32").name == "mosaic_gpu"
+    with raises_sentence("'cutlass'", "mosaic_gpu"):
+        backends.resolve("cutlass", "float32")
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype", "expected", "why"),
+    [
+        ("gpu", "9.0", "bfloat16", "mosaic_gpu", ""),
+        ("gpu", "9.0", "float32", "xla", "float32"),
+        ("gpu", "8.0", "bfloat16", "xla", "8.0"),
+        ("tpu", "", "bfloat16", "xla", ""),
+    ],
+)
+def test_what_auto_means(platform, capability, dtype, expected, why, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        def __init__(self) -> None:
+            self.platform, self.compute_capability = platform, capability
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    choice = backends.resolve("auto", dtype)
+    assert choice.name == expected
+    assert why in choice.why
+    assert bool(choice.why) == bool(why)
+
+
+@pytest.mark.parametrize("kind", ["store", "gelu", "residual"])
+@pytest.mark.parametrize("N", [128, 384, 768, 1024, 1152, 3456, 4608])
+def test_tiles_divide_the_width_and_keep_the_cores_busy(kind: tiles.Kind, N: int) -> None:
+    for M in (1, 64, 512, 4096, 32768):
+        cut = tiles.choose(kind, M, N, 1152)
+        assert N % cut.block[1] == 0
+    few, many = (np.prod(tiles.choose(kind, M, N, 1152).block) for M in (64, 10**6))
+    assert few <= many
+
+
+# On the GPU.
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    ("B", "T", "K", "N"), [(4, 256, 1152, 3456), (3, 64, 384, 1152), (1, 64, 4608, 1152), (2, 128, 400, 176), (5, 192, 768, 768)]
+)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [False, True])
+def test_products_on_hopper(B: int, T: int, K: int, N: int, bits: int, rows: bool) -> None:
+    x, weight, bias = operands(B, T, K, N, bits=bits, rows=rows)
+    want = exact(x, weight, bias)
+    run = jax.jit(partial(matmul.linear, dtype=jnp.bfloat16, backend="mosaic_gpu"))
+    assert_within_one_ulp(run(x, weight, bias), want)
+    if N % 384 == 0:
+        parts = jax.jit(partial(matmul.linear_parts, dtype=jnp.bfloat16, parts=3, backend="mosaic_gpu"))(x, weight, bias)
+        assert_within_one_ulp(jnp.concatenate(parts, -1), want)
+    rng = np.random.default_rng(3)
+    residual, gate = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((B, T, N), (B, N)))
+    got = jax.jit(partial(matmul.linear_residual, backend="mosaic_gpu"))(x, weight, bias, gate, residual)
+    wide = [np.asarray(a, np.float64) for a in (residual, gate)]
+    np.testing.assert_allclose(np.asarray(got, np.float64), wide[0] + wide[1][:, None] * want, rtol=2**-7, atol=2e-5)
+    for act in (STATIC, STATIC.replace(balance=jnp.asarray(rng.uniform(0.5, 2, N), jnp.float32))):
+        got, reference = (
+            np.asarray(jax.jit(partial(matmul.linear_gelu, backend=backend))(x, weight, bias, act).values, int)
+            for backend in ("mosaic_gpu", "xla")
+        )
+        assert np.abs(got - reference).max() <= 1
+        assert (got != reference).mean() < 1e-3  # those that lie at a tie, and tanh by its approximation
+
+
+@on_hopper
+@pytest.mark.parametrize("cut", ALL_TILES, ids=str)
+@pytest.mark.parametrize("value", ["lowest", "highest", "zeros", "one hot"])
+def test_accumulators_are_exact_for_extreme_values(cut: Tiles, value: str) -> None:
+    M, K, N = 328, 1152, 384
+    a = {"lowest": np.full((M, K), -128), "highest": np.full((M, K), 127), "zeros": np.zeros((M, K)), "one hot": np.eye(M, K) * 127}[value]
+    b = np.random.default_rng(0).integers(-127, 128, (N, K))
+    sums = a.astype(np.int64) @ b.T
+    scale = jnp.full(N, 2.0**-24)  # a power of two: the only rounding is the one to bfloat16
+    [got] = jax.jit(partial(gemm.int8_matmul, tiles=cut))(
+        jnp.asarray(a, jnp.int8), jnp.asarray(b, jnp.int8), None, scale, jnp.zeros(N)
+    )
+    want = jnp.asarray(sums * 2.0**-24, jnp.float32).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
+
+
+@on_hopper
+@pytest.mark.parametrize("D", [384, 1152, 64])
+@pytest.mark.parametrize("act", [STATIC, DYNAMIC, ActQuantizer(None, None, bits=6, dynamic=True)], ids=["static", "row", "row6"])
+def test_norms_on_hopper(D: int, act: ActQuantizer) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 64, D)) * 3 + 1, jnp.bfloat16)
+    shift, scale = (jnp.asarray(rng.normal(size=(3, D)), jnp.bfloat16) for _ in range(2))
+    got, want = (
+        jax.jit(partial(norm.modulate_encode, eps=1e-6, backend=backend))(x, shift, scale, act) for backend in ("mosaic_gpu", "xla")
+    )
+    np.testing.assert_allclose(got.scale, want.scale, rtol=1e-5)
+    codes = [np.asarray(encoded.values, int) for encoded in (got, want)]
+    assert np.abs(codes[0] - codes[1]).max() <= 1
+    assert (codes[0] != codes[1]).mean() < 1e-4
+
+
+@on_hopper
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_model_on_hopper_is_its_reference(bits: int) -> None:
+    config = DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=384, depth=3, num_heads=6, num_classes=10)
+    dit = ptq.FloatDiT.init(config, jax.random.key(0))
+    settings = ptq.QuantConfig(weight_bits=bits, steps=4, calib_steps=4, calib_rows=8)
+    q = ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16)
+    assert q.backend_choice.name == "mosaic_gpu"
+    x, y = jax.random.normal(jax.random.key(1), (8, *config.image_shape)), jnp.arange(8)
+    apply = jax.jit(lambda model: model.apply(x, jnp.array([400]), y).astype(jnp.float32))
+    fast, slow, floats = (np.asarray(apply(m)) for m in (q, q.replace(backend="xla"), dit))
+    noise = np.square(slow - floats).mean()
+    assert np.square(fast - floats).mean() < 1.1 * noise  # as good as the reference ...
+    assert np.square(fast - slow).mean() < noise  # ... and near it: attention is not quantized
+    before = apply._cache_size()
+    apply(q)
+    assert apply._cache_size() == before
+
+
+def test_an_unknown_backend_is_refused_by_operations_too(raises_sentence: Any) -> None:
+    with raises_sentence("'cutlass'"):
+        matmul.linear(*operands(1, 4, 16, 8), jnp.float32, backend="cutlass")
