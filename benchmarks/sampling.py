@@ -126,7 +126,11 @@ def run(arguments: argparse.Namespace) -> None:
             continue
         document["engines"][engine] = json.loads(child.stdout.splitlines()[-1])
         common.write(document, arguments.out)
-        print(engine, [f"{min(e['seconds']) / arguments.steps * 1e3:.2f} ms a step" for e in document["engines"][engine]], flush=True)
+        print(
+            engine,
+            [f"{min(e['seconds']) / arguments.steps * 1e3:.2f} ms a step" for e in document["engines"][engine]],
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

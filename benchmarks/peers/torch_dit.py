@@ -77,7 +77,9 @@ def measure(config: DiTConfig, guided: list[int], steps: int, repeats: int, mode
 
     def step(x: torch.Tensor, y: torch.Tensor, row: dict[str, torch.Tensor]) -> torch.Tensor:
         C = config.in_channels
-        out = model(torch.cat([x, x]).to(torch.bfloat16), row["t"], torch.cat([y, torch.full_like(y, config.num_classes)])).float()
+        out = model(
+            torch.cat([x, x]).to(torch.bfloat16), row["t"], torch.cat([y, torch.full_like(y, config.num_classes)])
+        ).float()
         cond, null = out.chunk(2)
         eps = torch.cat([null[..., :3] + 1.5 * (cond[..., :3] - null[..., :3]), cond[..., 3:C]], dim=-1)
         fraction = (cond[..., C:] + 1) / 2

@@ -1,6 +1,6 @@
 """Which implementation of the integer operations runs, and the seam through which it is called.
 
-Every operation is a folder (:mod:`~ptq4dit_jax.engine.matmul`, ``norm``, ``attention``) with ``xla.py``, the reference that runs
+Every operation is a folder (:mod:`~ptq4dit_jax.engine.matmul`, ``encode``, ``attention``) with ``xla.py``, the reference that runs
 everywhere, and a module for each accelerated backend that covers it. A backend raises NotImplementedError for a case that it
 does not cover; the reference runs then.
 """

@@ -10,7 +10,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from ptq4dit_jax import dit
-from ptq4dit_jax.engine import matmul, norm
+from ptq4dit_jax.engine import encode, matmul
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 #: What a layer is fed: codes, or floats where its product is not an integer one.
@@ -55,19 +55,19 @@ class QLinear:
         act = self.act if self.act is None else self.act.at_group(group)
         return self.replace(act=act, bias=jnp.take(self.bias, group, axis=-2, mode="clip"))  # type: ignore[attr-defined]
 
-    def feed(self, x: jax.Array) -> Fed:
+    def feed(self, x: jax.Array, backend: str) -> Fed:
         """The input as this layer wants it: codes, or the floats themselves."""
-        return x if self.act is None else self.act.encode(x)
+        return x if self.act is None else encode.encode(x, self.act, backend=backend)
 
     def feed_modulated(self, x_BTD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array, eps: float, backend: str) -> Fed:
         """:meth:`feed` of ``layer_norm(x) * (1 + scale) + shift``."""
         if self.act is None:
             return dit.modulate(dit.layer_norm(x_BTD, eps), shift_BD, scale_BD)
-        return norm.modulate_encode(x_BTD, shift_BD, scale_BD, self.act, eps, backend=backend)
+        return encode.modulate_encode(x_BTD, shift_BD, scale_BD, self.act, eps, backend=backend)
 
     def __call__(self, x: jax.Array, backend: str) -> jax.Array:
         """(B, [T,] K) float to (B, [T,] N), the same type; the epilogue is in float32 at least."""
-        return self.product(self.feed(x), x.dtype, backend)
+        return self.product(self.feed(x, backend), x.dtype, backend)
 
     def product(self, fed: Fed, dtype: DTypeLike, backend: str) -> jax.Array:
         """The layer's output for what :meth:`feed` made of its input."""
@@ -84,7 +84,7 @@ class QLinear:
     def product_gelu(self, fed: Fed, following: QLinear, dtype: DTypeLike, backend: str) -> Fed:
         """GELU of the output, fed to the ``following`` layer."""
         if not isinstance(fed, Encoded) or following.act is None:
-            return following.feed(jax.nn.gelu(self.product(fed, dtype, backend), approximate=True))
+            return following.feed(jax.nn.gelu(self.product(fed, dtype, backend), approximate=True), backend)
         return matmul.linear_gelu(fed, self.weight, self._bias_for(fed), following.act, backend=backend)
 
     def product_residual(self, fed: Fed, gate_BD: jax.Array, x_BTD: jax.Array, backend: str) -> jax.Array:

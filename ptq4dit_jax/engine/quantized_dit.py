@@ -115,7 +115,7 @@ def _block(
     q_BTD, k_BTD, v_BTD = qkv.product_parts(h, 3, x_BTD.dtype, backend)
     out_BTD = attention(q_BTD, k_BTD, v_BTD, config.num_heads, sites, backend=backend)
     proj = linears["proj"]
-    x_BTD = proj.product_residual(proj.feed(out_BTD), gate_attn, x_BTD, backend)
+    x_BTD = proj.product_residual(proj.feed(out_BTD, backend), gate_attn, x_BTD, backend)
 
     fc1, fc2 = linears["fc1"], linears["fc2"]
     h = fc1.feed_modulated(x_BTD, shift_mlp, scale_mlp, config.mlp_norm_eps, backend)

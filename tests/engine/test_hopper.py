@@ -13,7 +13,7 @@ import pytest
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.dit import DiTConfig
-from ptq4dit_jax.engine import backends, matmul, norm
+from ptq4dit_jax.engine import backends, encode, matmul
 from ptq4dit_jax.engine.hopper import gemm, tiles
 from ptq4dit_jax.engine.hopper.gemm import Tiles
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
@@ -26,7 +26,9 @@ STATIC = ActQuantizer(scale=jnp.float32(0.03), zero_point=jnp.int32(-90))
 DYNAMIC = ActQuantizer(None, None, dynamic=True)
 
 
-def operands(B: int, T: int, K: int, N: int, *, seed: int = 0, bits: int = 8, rows: bool = False) -> tuple[Encoded, QTensor, Any]:
+def operands(
+    B: int, T: int, K: int, N: int, *, seed: int = 0, bits: int = 8, rows: bool = False
+) -> tuple[Encoded, QTensor, Any]:
     """Random codes of the whole range, with results of the order of 1."""
     rng = np.random.default_rng(seed)
     scale = jnp.asarray(rng.uniform(0.5, 1.5, (B, T, 1) if rows else ()), jnp.float32)
@@ -128,7 +130,8 @@ def test_tiles_divide_the_width_and_keep_the_cores_busy(kind: tiles.Kind, N: int
 
 @on_hopper
 @pytest.mark.parametrize(
-    ("B", "T", "K", "N"), [(4, 256, 1152, 3456), (3, 64, 384, 1152), (1, 64, 4608, 1152), (2, 128, 400, 176), (5, 192, 768, 768)]
+    ("B", "T", "K", "N"),
+    [(4, 256, 1152, 3456), (3, 64, 384, 1152), (1, 64, 4608, 1152), (2, 128, 400, 176), (5, 192, 768, 768)],
 )
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows", [False, True])
@@ -159,7 +162,12 @@ def test_products_on_hopper(B: int, T: int, K: int, N: int, bits: int, rows: boo
 @pytest.mark.parametrize("value", ["lowest", "highest", "zeros", "one hot"])
 def test_accumulators_are_exact_for_extreme_values(cut: Tiles, value: str) -> None:
     M, K, N = 328, 1152, 384
-    a = {"lowest": np.full((M, K), -128), "highest": np.full((M, K), 127), "zeros": np.zeros((M, K)), "one hot": np.eye(M, K) * 127}[value]
+    a = {
+        "lowest": np.full((M, K), -128),
+        "highest": np.full((M, K), 127),
+        "zeros": np.zeros((M, K)),
+        "one hot": np.eye(M, K) * 127,
+    }[value]
     b = np.random.default_rng(0).integers(-127, 128, (N, K))
     sums = a.astype(np.int64) @ b.T
     scale = jnp.full(N, 2.0**-24)  # a power of two: the only rounding is the one to bfloat16
@@ -172,15 +180,30 @@ def test_accumulators_are_exact_for_extreme_values(cut: Tiles, value: str) -> No
 
 @on_hopper
 @pytest.mark.parametrize("D", [384, 1152, 64])
-@pytest.mark.parametrize("act", [STATIC, DYNAMIC, ActQuantizer(None, None, bits=6, dynamic=True)], ids=["static", "row", "row6"])
+@pytest.mark.parametrize(
+    "act", [STATIC, DYNAMIC, ActQuantizer(None, None, bits=6, dynamic=True)], ids=["static", "row", "row6"]
+)
 def test_norms_on_hopper(D: int, act: ActQuantizer) -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(3, 64, D)) * 3 + 1, jnp.bfloat16)
     shift, scale = (jnp.asarray(rng.normal(size=(3, D)), jnp.bfloat16) for _ in range(2))
     got, want = (
-        jax.jit(partial(norm.modulate_encode, eps=1e-6, backend=backend))(x, shift, scale, act) for backend in ("mosaic_gpu", "xla")
+        jax.jit(partial(encode.modulate_encode, eps=1e-6, backend=backend))(x, shift, scale, act)
+        for backend in ("mosaic_gpu", "xla")
     )
     np.testing.assert_allclose(got.scale, want.scale, rtol=1e-5)
+    codes = [np.asarray(encoded.values, int) for encoded in (got, want)]
+    assert np.abs(codes[0] - codes[1]).max() <= 1
+    assert (codes[0] != codes[1]).mean() < 1e-4
+
+
+@on_hopper
+@pytest.mark.parametrize("balanced", [False, True])
+def test_codes_on_hopper(balanced: bool) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 64, 1152)), jnp.bfloat16)
+    act = STATIC.replace(balance=jnp.asarray(rng.uniform(0.5, 2, 1152), jnp.float32)) if balanced else STATIC
+    got, want = (jax.jit(partial(encode.encode, backend=backend))(x, act) for backend in ("mosaic_gpu", "xla"))
     codes = [np.asarray(encoded.values, int) for encoded in (got, want)]
     assert np.abs(codes[0] - codes[1]).max() <= 1
     assert (codes[0] != codes[1]).mean() < 1e-4

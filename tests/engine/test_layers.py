@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from helpers import relative_error
 
-from ptq4dit_jax.dit import softmax
-from ptq4dit_jax.engine.layers import QLinear, attention, centered_product
+from ptq4dit_jax.engine.attention import attention
+from ptq4dit_jax.engine.attention.xla import attention_of_heads, centered_product
+from ptq4dit_jax.engine.layers import QLinear
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded
 from ptq4dit_jax.ranges import quantize_weight
 
@@ -171,7 +172,7 @@ def test_centered_products_are_exact(za: np.ndarray | None, zb: np.ndarray | Non
     a[0, 0], b[0, 0] = -128, 127  # as far from the zero point as it gets
     as_jax = lambda z: None if z is None else jnp.asarray(z)
     encoded = (Encoded(jnp.asarray(v), jnp.float32(1), as_jax(z)) for v, z in ((a, za), (b, zb)))
-    out = centered_product(*encoded, "xla")
+    out = centered_product(*encoded)
     left, right = (v.astype(np.int64) - (0 if z is None else z) for v, z in ((a, za), (b, zb)))
     assert out.dtype == jnp.int32
     np.testing.assert_array_equal(out, np.einsum("bamk,bank->bamn", left, right))
@@ -186,9 +187,11 @@ def test_attention_is_its_fake_quant_twin() -> None:
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     probs = fake_quantized(weights / weights.sum(-1, keepdims=True), sites["probs"])
     expected = np.einsum("bamn,band->bamd", probs, v_)
-    for run in (attention, jax.jit(attention, static_argnums=(4, 5))):
-        out = run(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), sites, softmax, "xla")
+    for run in (attention_of_heads, jax.jit(attention_of_heads)):
+        out = run(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), sites)
         assert relative_error(out, expected) < ULPS
+    tokens = [jnp.asarray(x.transpose(0, 2, 1, 3).reshape(2, 5, 24)) for x in (q, k, v)]
+    assert relative_error(attention(*tokens, 3, sites), expected.transpose(0, 2, 1, 3).reshape(2, 5, 24)) < ULPS
 
 
 def test_attention_takes_ranges_per_row() -> None:
@@ -198,12 +201,10 @@ def test_attention_takes_ranges_per_row() -> None:
     sites = {name: act(-2, 2, groups=2) for name in ("q", "k", "v")} | {"probs": act(0, 0.5, groups=2)}
     at = lambda group: {name: quantizer.at_group(group) for name, quantizer in sites.items()}
     rows = jnp.array([1, 0, 1], jnp.int32)
-    together = attention(jnp.asarray(x), jnp.asarray(x), jnp.asarray(x), at(rows), softmax, "xla")
+    together = attention_of_heads(jnp.asarray(x), jnp.asarray(x), jnp.asarray(x), at(rows))
     for row, group in enumerate(rows):
         alone = jnp.asarray(x[row : row + 1])
-        np.testing.assert_allclose(
-            together[row], attention(alone, alone, alone, at(group), softmax, "xla")[0], rtol=1e-5, atol=1e-6
-        )
+        np.testing.assert_allclose(together[row], attention_of_heads(alone, alone, alone, at(group))[0], rtol=1e-5, atol=1e-6)
 
 
 def test_layers_are_pytrees_with_static_settings() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,8 +13,7 @@ from hypothesis import strategies as st
 
 from ptq4dit_jax.engine import matmul
 from ptq4dit_jax.engine.matmul import xla
-from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.quantizers import QTensor
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 WIDTHS = range(2, 9)
 LOW, HIGH = -128, 127
@@ -100,6 +98,13 @@ def test_batched_products_are_exact_at_the_ends_of_the_range() -> None:
     np.testing.assert_array_equal(out[0, 0], rows[0, 0].astype(np.int64) @ rows[0, 0].astype(np.int64).T)
 
 
+def product(x: np.ndarray | jax.Array, weight: QTensor, scale: np.ndarray, bias: np.ndarray, **options: Any) -> jax.Array:
+    """The linear layer in float32, the activations' scale folded into the weights'."""
+    encoded = Encoded(jnp.asarray(x), jnp.float32(1), None)
+    weight = weight.replace(scale=jnp.asarray(scale))  # type: ignore[attr-defined]
+    return matmul.linear(encoded, weight, jnp.asarray(bias), jnp.float32, **options)
+
+
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("lead", [(6,), (2, 3)])
 def test_the_epilogue_is_one_multiplication_and_one_addition(bits: int, lead: tuple[int, ...]) -> None:
@@ -108,50 +113,73 @@ def test_the_epilogue_is_one_multiplication_and_one_addition(bits: int, lead: tu
     x = rng.integers(LOW, HIGH + 1, (*lead, 16)).astype(np.int8)
     scale, bias = rng.uniform(0.1, 1, 5).astype(np.float32), rng.standard_normal(5).astype(np.float32)
     expected = (x.astype(np.int64) @ centered.T) * scale.astype(np.float64) + bias
-    for linear in (matmul.linear, jax.jit(matmul.linear)):
-        out = linear(jnp.asarray(x), weight, jnp.asarray(scale), jnp.asarray(bias))
+    for linear in (product, jax.jit(product)):
+        out = linear(x, weight, scale, bias)
         assert out.dtype == jnp.float32
         np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_what_follows_a_product(bits: int) -> None:
+    """Parts, GELU with codes, and gate with residual, against NumPy in float64; under jit too."""
+    B, T, K, N = 2, 3, 16, 6
+    weight, centered = drawn_weight(bits, N, K)
+    rng = np.random.default_rng(4)
+    values, row = rng.integers(LOW, HIGH + 1, (B, T, K)).astype(np.int8), rng.uniform(1e-3, 2e-3, (B, T, 1)).astype(np.float32)
+    x, bias = Encoded(jnp.asarray(values), jnp.asarray(row), None), rng.standard_normal(N).astype(np.float32)
+    y = (values.astype(np.int64) @ centered.T) * row.astype(np.float64) * np.asarray(weight.scale, np.float64) + bias
+    gate, residual = rng.standard_normal((B, N)).astype(np.float32), rng.standard_normal((B, T, N)).astype(np.float32)
+    act = ActQuantizer(jnp.float32(0.02), jnp.int32(-100), jnp.asarray(rng.uniform(0.5, 2, N), jnp.float32))
+    gelu = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    codes = np.clip(np.round(gelu * np.asarray(act.balance, np.float64) / np.float64(np.float32(0.02))) - 100, LOW, HIGH)
+    for wrap in (lambda f, **_: f, jax.jit):
+        parts = wrap(matmul.linear_parts, static_argnames=("dtype", "parts"))(x, weight, bias, dtype=jnp.float32, parts=3)
+        assert [part.shape for part in parts] == [(B, T, 2)] * 3
+        np.testing.assert_allclose(np.concatenate(parts, -1), y, rtol=1e-5, atol=1e-5)
+        got = wrap(matmul.linear_gelu)(x, weight, bias, act)
+        assert got.values.dtype == jnp.int8
+        assert np.abs(np.asarray(got.values, int) - codes).max() <= (np.abs(y).max() > 50)  # none lies at a tie here
+        np.testing.assert_allclose(
+            wrap(matmul.linear_residual)(x, weight, bias, gate, residual), residual + gate[:, None] * y, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_the_lowered_product_takes_int8_and_gives_int32(bits: int) -> None:
     weight, _ = drawn_weight(bits, 5, 16)
-    text = jax.jit(matmul.linear).lower(jnp.zeros((3, 16), jnp.int8), weight, jnp.ones(5), jnp.zeros(5)).as_text()
+    text = (
+        jax.jit(product).lower(jnp.zeros((3, 16), jnp.int8), weight, np.ones(5, np.float32), np.zeros(5, np.float32)).as_text()
+    )
     dots = [line for line in text.splitlines() if "dot_general" in line]
     assert len(dots) == 1
     assert "(tensor<3x16xi8>, tensor<5x16xi8>) -> tensor<3x5xi32>" in dots[0]
 
 
-def test_an_unknown_backend_is_named_with_the_ones_that_exist() -> None:
+def test_an_unknown_backend_is_named_with_the_ones_that_exist(raises_sentence: Any) -> None:
     weight, _ = drawn_weight(8, 5, 16)
     x = jnp.zeros((3, 16), jnp.int8)
-    with pytest.raises(Ptq4ditError, match=r"^Unknown matmul backend 'cutlass'; the backends are xla\.$"):
-        matmul.linear(x, weight, jnp.ones(5), jnp.zeros(5), backend="cutlass")
-    with pytest.raises(Ptq4ditError, match="Unknown matmul backend"):
+    with raises_sentence("'cutlass'", "auto, xla, mosaic_gpu"):
+        product(x, weight, np.ones(5, np.float32), np.zeros(5, np.float32), backend="cutlass")
+    with raises_sentence("'cutlass'"):
         matmul.batched(x[None, None], x[None, None], backend="cutlass")
 
 
 def test_a_backend_runs_and_hands_over_what_it_does_not_cover(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def linear(x: jax.Array, weight: QTensor, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    def linear(x: Encoded, weight: QTensor, bias: jax.Array, dtype: Any) -> jax.Array:
         asked.append(weight.bits)
         if weight.packed:
             raise NotImplementedError
-        return jnp.full((*x.shape[:-1], weight.shape[-2]), 42.0)
+        return jnp.full((*x.values.shape[:-1], weight.shape[-2]), 42.0)
 
-    def batched(a: jax.Array, b: jax.Array) -> jax.Array:
-        raise NotImplementedError
-
-    fake: Any = SimpleNamespace(linear=linear, batched=batched)
-    monkeypatch.setitem(matmul._BACKENDS, "fake", fake)
+    monkeypatch.setattr("ptq4dit_jax.engine.matmul.mosaic_gpu.linear", linear)
     x = jnp.asarray(extreme_inputs(16))
+    ones, zeros = np.ones(5, np.float32), np.zeros(5, np.float32)
     for bits in (8, 4):
         weight, _ = drawn_weight(bits, 5, 16)
-        out = matmul.linear(x, weight, jnp.ones(5), jnp.zeros(5), backend="fake")
-        expected = np.full((7, 5), 42.0) if bits == 8 else xla.linear(x, weight, jnp.ones(5), jnp.zeros(5))
-        np.testing.assert_array_equal(out, expected)
+        out = product(x, weight, ones, zeros, backend="mosaic_gpu")
+        np.testing.assert_array_equal(out, np.full((7, 5), 42.0) if bits == 8 else product(x, weight, ones, zeros))
     assert asked == [8, 4]
-    pairs = x[None, None]
-    np.testing.assert_array_equal(matmul.batched(pairs, pairs, backend="fake"), xla.batched(pairs, pairs))
+    pairs = x[None, None]  # of which the backend has no version at all
+    np.testing.assert_array_equal(matmul.batched(pairs, pairs, backend="mosaic_gpu"), xla.batched(pairs, pairs))

@@ -1,4 +1,4 @@
-"""LayerNorm, adaLN modulation and quantization as one operation (:mod:`ptq4dit_jax.engine.backends`)."""
+"""Activations to integer codes, alone or behind adaLN (:mod:`ptq4dit_jax.engine.backends`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import jax
 
 from ptq4dit_jax.engine import backends
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded
+
+
+def encode(x: jax.Array, act: ActQuantizer, *, backend: str = "xla") -> Encoded:
+    """``act.encode(x)``: (..., K) int8."""
+    return backends.run(__name__, "encode", backend, x, act)
 
 
 def modulate_encode(

@@ -1,0 +1,45 @@
+"""One pass on Hopper by :mod:`ptq4dit_jax.engine.hopper.rows`. Covers bfloat16 with ranges per tensor or, behind adaLN, per token."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptq4dit_jax.engine.hopper import rows
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range, reciprocal
+
+
+def _check(x_BTD: jax.Array, act: ActQuantizer) -> None:
+    grouped = not act.dynamic and np.ndim(act.scale)
+    if x_BTD.ndim != 3 or x_BTD.dtype != jnp.bfloat16 or x_BTD.shape[1] % rows.ROWS or x_BTD.shape[2] % rows.COLUMNS or grouped:
+        raise NotImplementedError
+
+
+def encode(x: jax.Array, act: ActQuantizer) -> Encoded:
+    """See :func:`ptq4dit_jax.engine.encode.encode`."""
+    _check(x, act)
+    if act.dynamic:
+        raise NotImplementedError
+    low, high = act_code_range(act.bits)
+    K = x.shape[-1]
+    inverse = jnp.broadcast_to(reciprocal(act.scale) * (1.0 if act.balance is None else act.balance), (K,))
+    codes = rows.quantize(x.reshape(-1, K), inverse, act.zero_point.astype(jnp.float32)[None], low=low, high=high)
+    return Encoded(codes.reshape(x.shape), act.scale, act.zero_point)
+
+
+def modulate_encode(x_BTD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array, act: ActQuantizer, eps: float) -> Encoded:
+    """See :func:`ptq4dit_jax.engine.encode.modulate_encode`."""
+    _check(x_BTD, act)
+    if act.balance is not None or act.nonnegative:
+        raise NotImplementedError
+    B, T, D = x_BTD.shape
+    low, high = act_code_range(act.bits)
+    ranges = None if act.dynamic else (reciprocal(act.scale)[None], act.zero_point.astype(jnp.float32)[None])
+    codes, *scale = rows.modulate_quantize(
+        x_BTD.reshape(B * T, D), shift_BD, scale_BD, ranges, tokens=T, eps=eps, low=low, high=high
+    )
+    values = codes.reshape(B, T, D)
+    if act.dynamic:
+        return Encoded(values, scale[0].reshape(B, T, 1), None)
+    return Encoded(values, act.scale, act.zero_point)
