@@ -2,9 +2,9 @@
 
     python -m benchmarks.sampling --hardware "one NVIDIA H200"
 
-Every engine runs in a process of its own, one after another, on the same shapes, steps and guidance, with random weights (their values
-do not change the time). Times are of whole chains, noise to latents; the first call, which compiles, is told apart. Writes
-benchmarks/results/sampling.json and the table in README.md.
+Every engine runs in a process of its own, one after another, on the same shapes, steps and guidance, with random weights (their
+values do not change the time). Times are of whole chains, noise to latents; the first call, which compiles, is told apart.
+Writes benchmarks/results/sampling.json and the table in README.md.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def measure(engine: str, config: DiTConfig, guided: list[int], steps: int, repea
 def markdown(document: dict[str, Any]) -> str:
     guided = document["guided"]
     lines = [
-        f"{document['model']}, {document['input_size'] * 8} px, {document['steps']} DDPM steps with guidance (two rows an image), best of "
-        f"{document['repeats']}; {common.source(document)}.",
+        f"{document['model']}, {document['input_size'] * 8} px, {document['steps']} DDPM steps, guided (two rows an image), "
+        f"best of {document['repeats']}; {common.source(document)}.",
         "",
         "| | weights, GB | " + " | ".join(f"{count} images: ms a step (images/s at 50 steps)" for count in guided) + " |",
         "|---|---|" + "---|" * len(guided),

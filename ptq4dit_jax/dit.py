@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
+from ptq4dit_jax.devices import default_device
 from ptq4dit_jax.errors import Ptq4ditError
 
 #: Depth, width and heads of the published sizes; each exists with patch size 2, 4 and 8.
@@ -226,10 +227,8 @@ def softmax(logits: jax.Array) -> jax.Array:
 
 def can_fuse_attention(dtype: DTypeLike, head_width: int) -> bool:
     """Whether :func:`fused_attention` runs on the default device: cuDNN's, for 16-bit types and GPUs since Ampere."""
-    device = jax.config.jax_default_device or jax.devices()[0]
-    if getattr(device, "platform", device) != "gpu" or float(getattr(device, "compute_capability", 0)) < 8:
-        return False
-    return jnp.dtype(dtype).itemsize == 2 and head_width % 8 == 0 and head_width <= 128
+    fitting = jnp.dtype(dtype).itemsize == 2 and head_width % 8 == 0 and head_width <= 128
+    return fitting and default_device().capability >= (8, 0)
 
 
 def fused_attention(q_BTAd: jax.Array, k_BTAd: jax.Array, v_BTAd: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
-"""The peer in PyTorch: a DiT of the same shape in bfloat16 with scaled_dot_product_attention, compiled. Run by benchmarks/sampling.py.
+"""The peer in PyTorch: a DiT of the same shape in bfloat16 with scaled_dot_product_attention, compiled.
 
-Random weights; the same network, guidance and DDPM update. torch.compile sees the whole step, guidance and update included.
+Run by benchmarks/sampling.py. Random weights; the same network, guidance and DDPM update. torch.compile
+sees the whole step, guidance and update included.
 """
 
 from __future__ import annotations

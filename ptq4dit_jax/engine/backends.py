@@ -1,8 +1,8 @@
 """Which implementation of the integer operations runs, and the seam through which it is called.
 
-Every operation is a folder (:mod:`~ptq4dit_jax.engine.matmul`, ``encode``, ``attention``) with ``xla.py``, the reference that runs
-everywhere, and a module for each accelerated backend that covers it. A backend raises NotImplementedError for a case that it
-does not cover; the reference runs then.
+Every operation is a folder (:mod:`~ptq4dit_jax.engine.matmul`, ``encode``, ``attention``) with ``xla.py``, the reference that
+runs everywhere, and a module for each accelerated backend that covers it. A backend raises NotImplementedError for a case that
+it does not cover; the reference runs then.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from ptq4dit_jax.devices import default_device
 from ptq4dit_jax.errors import Ptq4ditError
 
 BACKENDS = ("xla", "mosaic_gpu")
@@ -38,12 +39,12 @@ def resolve(name: str, dtype: str) -> Choice:
     """What ``auto`` means on the default device for a model that computes in ``dtype``; any other name is taken at its word."""
     if check(name) != "auto":
         return Choice(name)
-    device = jax.config.jax_default_device or jax.devices()[0]
-    if getattr(device, "platform", device) not in ("gpu", "cuda"):
+    device = default_device()
+    if device.platform != "gpu":
         return Choice("xla")
-    capability = getattr(device, "compute_capability", "unknown")
-    if capability != "9.0":
-        return Choice("xla", f"the kernels are for GPUs of compute capability 9.0 (Hopper) and this one has {capability}")
+    if device.capability != (9, 0):
+        found = ".".join(map(str, device.capability))
+        return Choice("xla", f"the kernels are for GPUs of compute capability 9.0 (Hopper) and this one has {found}")
     if not _TESTED[0] <= jax.__version_info__ < _TESTED[1]:
         return Choice("xla", f"the kernels are for JAX 0.10.2 to 0.11 and this is {jax.__version__}")
     if dtype != "bfloat16":
@@ -52,7 +53,7 @@ def resolve(name: str, dtype: str) -> Choice:
 
 
 def run(package: str, operation: str, backend: str, *args: Any) -> Any:
-    """Calls ``operation`` of the package's module for the backend, or of its reference where that one does not cover the case."""
+    """Calls ``operation`` of the package's module for the backend, or of its reference where that does not cover the case."""
     check(backend)
     if backend != "xla" and importlib.util.find_spec(f"{package}.{backend}") is not None:
         function = getattr(importlib.import_module(f"{package}.{backend}"), operation, None)

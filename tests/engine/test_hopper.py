@@ -108,7 +108,7 @@ def test_what_auto_means(platform, capability, dtype, expected, why, monkeypatch
         def __init__(self) -> None:
             self.platform, self.compute_capability = platform, capability
 
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    monkeypatch.setattr(jax, "devices", lambda *_: [Device()])
     choice = backends.resolve("auto", dtype)
     assert choice.name == expected
     assert why in choice.why

@@ -17,6 +17,6 @@ def attention(
     *,
     backend: str = "xla",
 ) -> jax.Array:
-    """Softmax attention, (B, T, D). The reference quantizes q, k, v and the probabilities by ``sites``; a backend may compute in
-    bfloat16 instead where that is faster, and :func:`ptq4dit_jax.describe` says so."""
+    """Softmax attention, (B, T, D). The reference quantizes q, k, v and the probabilities by ``sites``; a backend may compute
+    in bfloat16 instead where that is faster, and :func:`ptq4dit_jax.describe` says so."""
     return backends.run(__name__, "attention", backend, q_BTD, k_BTD, v_BTD, num_heads, sites)

@@ -15,8 +15,8 @@ def attention(
     q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, sites: dict[str, ActQuantizer]
 ) -> jax.Array:
     """See :func:`ptq4dit_jax.engine.attention.attention`."""
-    heads = (einops.rearrange(x, "b t (a d) -> b a t d", a=num_heads) for x in (q_BTD, k_BTD, v_BTD))
-    return einops.rearrange(attention_of_heads(*heads, sites), "b a t d -> b t (a d)")
+    q, k, v = (einops.rearrange(x, "b t (a d) -> b a t d", a=num_heads) for x in (q_BTD, k_BTD, v_BTD))
+    return einops.rearrange(attention_of_heads(q, k, v, sites), "b a t d -> b t (a d)")
 
 
 def centered_product(a: Encoded, b: Encoded) -> jax.Array:

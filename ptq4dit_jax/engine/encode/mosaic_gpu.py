@@ -1,4 +1,7 @@
-"""One pass on Hopper by :mod:`ptq4dit_jax.engine.hopper.rows`. Covers bfloat16 with ranges per tensor or, behind adaLN, per token."""
+"""One pass on Hopper by :mod:`ptq4dit_jax.engine.hopper.rows`.
+
+Covers bfloat16 with ranges per tensor or, behind adaLN, per token.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+_NEW = jax.__version_info__ >= (0, 11)
 #: Added to a float of magnitude below 2^22 it leaves the float rounded half to even in the low bits of the sum.
 _ROUNDING = 12582912.0
 
@@ -20,16 +21,13 @@ def round_to_int8(x: jax.Array) -> jax.Array:
 
 def load_vector(ref: Any, *index: Any) -> jax.Array:
     """A piece of a reference in device memory, read by every thread that needs it; not by a bulk copy."""
-    if jax.__version_info__ >= (0, 11):
-        return plgpu.load(ref.at[index], optimized=False)
-    return plgpu.load(ref, index, optimized=False)
+    load: Any = plgpu.load
+    return load(ref.at[index], optimized=False) if _NEW else load(ref, index, optimized=False)
 
 
 def transposed(ref: Any) -> Any:
     """The reference with its two axes swapped."""
-    if jax.__version_info__ >= (0, 11):
-        return ref.transpose((1, 0))
-    return plgpu.transpose_ref(ref, (1, 0))
+    return ref.transpose((1, 0)) if _NEW else plgpu.transpose_ref(ref, (1, 0))
 
 
 def core_count() -> int:

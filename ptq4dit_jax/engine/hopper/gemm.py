@@ -188,13 +188,13 @@ def _body(plan: _Plan, a: Any, b: Any, *rest: Any) -> None:
         fetched=plgpu.Barrier(num_barriers=2 * plan.slots) if plan.tokens else None,
         collective_axes="warpgroup",
     )  # fmt: skip
-    def _(a_ring: Any, b_ring: Any, staging: Any, full: Any, empty: Any, fetched: Any) -> None:
+    def in_shared_memory(a_ring: Any, b_ring: Any, staging: Any, full: Any, empty: Any, fetched: Any) -> None:
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         count = (plan.counts[0] * plan.counts[1] - block + plan.blocks - 1) // plan.blocks
         origin = lambda turn: plgpu.planar_snake(block + turn * plan.blocks, plan.counts, 1, plan.tiles.band)
 
         @pl.when(warpgroup == 2)
-        def _() -> None:
+        def copy() -> None:
             plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
 
             def fetch_tile(turn: jax.Array, _: Any) -> Any:
@@ -205,7 +205,7 @@ def _body(plan: _Plan, a: Any, b: Any, *rest: Any) -> None:
                     barrier = ring * stages + slot
 
                     @pl.when(first + k >= stages)
-                    def _() -> None:
+                    def wait_for_room() -> None:
                         plgpu.barrier_wait(empty.at[barrier])
 
                     at_k = pl.ds(k * TILE_K, TILE_K)
@@ -218,18 +218,19 @@ def _body(plan: _Plan, a: Any, b: Any, *rest: Any) -> None:
             lax.fori_loop(0, count, fetch_tile, ())
 
         @pl.when(warpgroup < 2)
-        def _() -> None:
+        def multiply() -> None:
             plgpu.set_max_registers(_MATH_REGISTERS, action="increase")
             alone = plan.rings == 2
             ring, mine = (warpgroup, (count - warpgroup + 1) // 2) if alone else (0, count)
-            along = {"m": (warpgroup * plan.tiles.m, 0), "n": (0, warpgroup * plan.tiles.n)}.get(plan.tiles.sharing, (0, 0))
+            row = warpgroup * plan.tiles.m if plan.tiles.sharing == "m" else 0
+            column = warpgroup * plan.tiles.n if plan.tiles.sharing == "n" else 0
 
             def tile(turn: jax.Array, _: Any) -> Any:
                 im, in_ = origin(2 * turn + warpgroup if alone else turn)
-                m0, n0 = im * block_m + along[0], in_ * block_n + along[1]
+                m0, n0 = im * block_m + row, in_ * block_n + column
                 if residual is not None:
                     _fetch_residual(plan, residual, staging.at[warpgroup], fetched, warpgroup, m0, n0)
-                operands = a_ring.at[ring, :, pl.ds(along[0], plan.tiles.m)], b_ring.at[ring, :, pl.ds(along[1], plan.tiles.n)]
+                operands = a_ring.at[ring, :, pl.ds(row, plan.tiles.m)], b_ring.at[ring, :, pl.ds(column, plan.tiles.n)]
                 acc = _accumulate(plan, *operands, full, empty, ring * stages, turn * plan.steps)
                 _finish(plan, acc, vectors, staging.at[warpgroup], fetched, warpgroup, outs, m0, n0)
                 return ()

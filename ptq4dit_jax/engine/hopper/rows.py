@@ -1,7 +1,7 @@
 """Row-wise kernels for Hopper: adaLN to int8 in one pass over the hidden state, and plain quantization.
 
-A warp holds whole rows in registers, so that norm, modulation, the row's largest magnitude and the codes come out of one read. XLA
-takes several passes for the same (101 to 164 us against 45 for 32,768 rows of 1152 on an H200).
+A warp holds whole rows in registers, so that norm, modulation, the row's largest magnitude and the codes come out of one read.
+XLA takes several passes for the same: 101 to 164 us against 39 for 32,768 rows of 1152 on an H200.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Integer products with what follows them.
 
-Accumulators are exact int32 in every backend (:mod:`ptq4dit_jax.engine.backends`), so backends are compared bit by bit before the
-epilogue.
+Accumulators are exact int32 in every backend (:mod:`ptq4dit_jax.engine.backends`), so backends are compared bit by bit before
+the epilogue.
 """
 
 from __future__ import annotations

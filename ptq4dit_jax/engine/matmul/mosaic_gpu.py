@@ -1,7 +1,7 @@
 """Products on Hopper's tensor cores by :mod:`ptq4dit_jax.engine.hopper.gemm`: fits operands to the kernel and picks tiles.
 
-Covers activations (B, T, K) that become bfloat16 or int8, with one group of steps for all rows. Widths that are no multiple of 128
-are padded with zeros, which change no sum.
+Covers activations (B, T, K) that become bfloat16 or int8, with one group of steps for all rows. Widths that are no multiple of
+128 are padded with zeros, which change no sum.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ def linear_gelu(x: Encoded, weight: QTensor, bias: jax.Array, act: ActQuantizer)
     operands = _operands(x, weight, bias)
     N = operands.shape[-1]
     inverse = reciprocal(act.scale) * (1.0 if act.balance is None else act.balance)
-    vectors = (operands.columns(jnp.broadcast_to(jnp.asarray(v, jnp.float32), (N,))) for v in (inverse, act.zero_point))
-    [codes] = _run("gelu", operands, finish=gemm.GeluRequantize(*vectors, *act_code_range(act.bits)))
+    wide = lambda v: operands.columns(jnp.broadcast_to(jnp.asarray(v, jnp.float32), (N,)))
+    low, high = act_code_range(act.bits)
+    [codes] = _run("gelu", operands, finish=gemm.GeluRequantize(wide(inverse), wide(act.zero_point), low, high))
     return Encoded(operands.rows(codes), act.scale, act.zero_point)
 
 
