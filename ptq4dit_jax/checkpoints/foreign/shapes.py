@@ -15,9 +15,9 @@ import numpy as np
 from ptq4dit_jax.checkpoints.float_dit import FLOATS, expected_arrays, settings_from_json
 from ptq4dit_jax.checkpoints.foreign.layouts import DIFFUSERS, Entry, Layout, View
 from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile
-from ptq4dit_jax.diffusion import NoiseSchedule
 from ptq4dit_jax.dit import PRESETS, DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.schedules import NoiseSchedule
 
 _MAX_BLOCKS, SHOWN = 1000, 8
 

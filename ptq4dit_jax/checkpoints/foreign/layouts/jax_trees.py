@@ -11,7 +11,7 @@ from ptq4dit_jax.checkpoints.foreign.layouts.table import (
     Layout,
     flax_linear,
 )
-from ptq4dit_jax.diffusion import NoiseSchedule
+from ptq4dit_jax.schedules import NoiseSchedule
 
 
 def _attention(prefix: str, end: str = "") -> tuple[Entry, ...]:

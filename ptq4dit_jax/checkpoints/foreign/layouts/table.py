@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from ptq4dit_jax.checkpoints.foreign.lazy import Tensor
-from ptq4dit_jax.diffusion import NoiseSchedule
 from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.schedules import NoiseSchedule
 
 Objective = Literal["noise", "velocity"]
 View: TypeAlias = Mapping[str, Tensor]
