@@ -126,10 +126,21 @@ def convert(
     as_diffusers: Annotated[
         bool, typer.Option("--as-diffusers", help="Compute what diffusers computes, instead of Meta's code, from its folder.")
     ] = False,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="What it predicts, noise or velocity, where nothing tells a SiT from a DiT.", show_default=False),
+    ] = None,
+    flow_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Euler steps that a network made for a step size is for; 0 for size 0 and any number of steps.",
+            show_default="128 for shortcut models, 1 for mean flows",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = None,
 ) -> None:
-    """Imports a checkpoint of Meta, diffusers or a JAX code base, or exports a model in Meta's layout; no code in it is run."""
+    """Imports a checkpoint of DiT, SiT, diffusers or a JAX code base, or exports one in Meta's layout; no code in it is run."""
     if to not in ("ptq4dit", "meta"):
         raise Ptq4ditError(f"--to must be ptq4dit or meta, not {to!r}.")
     if to == "meta" and dst.suffix != ".safetensors":
@@ -142,7 +153,7 @@ def convert(
         with stages() as report:
             model, found = foreign.import_checkpoint(
                 src, num_heads=num_heads, input_size=input_size, ema=ema, as_diffusers=as_diffusers,
-                progress=lambda done, total: report("read", done, total),
+                objective=objective, flow_steps=flow_steps, progress=lambda done, total: report("read", done, total),
             )  # fmt: skip
         facts = {"layout": found.layout, "weights": "averaged (EMA)" if found.ema else "as saved", "dtype": found.dtype}
     elif to == "ptq4dit":

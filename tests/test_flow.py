@@ -258,6 +258,7 @@ def test_schedules_that_cannot_be_read(schedule: dict[str, Any], parts: tuple[st
         read_model_meta({**meta, "schedule": schedule})
 
 
+@pytest.mark.slow
 def test_comparison(quantized: ptq.QuantizedDiT, model: FloatDiT, tmp_path: Path, raises_sentence: Sentence) -> None:
     comparison = ptq.compare(model, {"w8a8": quantized}, labels=LABELS, key=KEY, steps=4, cfg_channels="all")
     assert comparison.settings["sampler"] == "euler"
@@ -277,6 +278,7 @@ def test_eight_devices_give_the_images_of_one(quantized: ptq.QuantizedDiT, mesh8
     np.testing.assert_array_equal(ptq.sample(quantized, labels, KEY, sampler="heun", steps=2, mesh=mesh8), once)
 
 
+@pytest.mark.slow
 def test_reconstruction(model: FloatDiT) -> None:
     config = dataclasses.replace(CONFIG, weight_bits=4, reconstruction=Reconstruction(iterations=20, batch_size=4))
     learned = ptq.quantize(model, config, key=KEY)
