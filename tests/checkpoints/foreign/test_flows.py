@@ -83,6 +83,14 @@ def test_what_tells_a_sit(tmp_path, raises_sentence):
         read(path, flow_steps=4)
 
 
+def test_repa(tmp_path):
+    """SiT's names without a variance half, projectors that sampling does not need, and noise at t = 1."""
+    projectors = {f"projectors.0.{i}.weight": np.ones((3, 3), np.float32) for i in (0, 2, 4)}
+    model, found = import_checkpoint(save(tmp_path / "x", {**narrow(SIT), **projectors}), num_heads=2)
+    assert (found.layout, model.schedule) == ("SiT", ptq.FlowSchedule(data_time=0))
+    assert_forward(model, SIT_GOLDEN)
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_narrow_types(dtype, tmp_path):
     model, found = import_checkpoint(save(tmp_path / "x", {n: a.astype(dtype) for n, a in SIT.items()}), num_heads=2)

@@ -9,9 +9,11 @@ from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.schedules import FlowSchedule, Schedule
 
 
-def _told_by_sigma(view: View, config: DiTConfig) -> Schedule | None:
+def _told_by_content(view: View, config: DiTConfig) -> Schedule | None:
     """SiT has the same names and shapes. It throws the variance half of the output away, so that in training this half of the
-    last layer stays at the zero that it starts from."""
+    last layer stays at the zero that it starts from. REPA trains SiT with projectors, and with time running to the noise."""
+    if any(name.startswith("projectors.") for name in view):
+        return FlowSchedule(data_time=0)
     if not config.learn_sigma:
         return None
     rows = [view[f"final_layer.linear.{name}"].read().astype(np.float32) for name in ("weight", "bias")]
@@ -44,5 +46,6 @@ META = Layout(
         "frequencies": ("t_embedder.mlp.0.weight", 1), "outputs": ("final_layer.linear.weight", 0), "tokens": ("pos_embed", 1),
     },
     pos_embed="pos_embed",
-    told=_told_by_sigma,
+    ignored=(r"projectors\..*",),
+    told=_told_by_content,
 )  # fmt: skip
