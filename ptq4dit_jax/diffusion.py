@@ -91,7 +91,7 @@ class Sampler:
         if self.name not in names:
             raise Ptq4ditError(
                 f"The sampler {self.name!r} does not fit this model, which predicts {schedule.objective}; "
-                f"use {', '.join(names[:-1])} or {names[-1]}."
+                f"use one of {', '.join(names)}."
             )
         if self.name == "heun" and isinstance(schedule, FlowSchedule) and schedule.steps:
             raise Ptq4ditError(

@@ -84,7 +84,9 @@ def quantize(
     Returns:
       The integer model, self-contained.
     """
-    config = (config or QuantConfig()).resolve(model.schedule)
+    config = config or QuantConfig()
+    if calibration is None:
+        config = config.resolve(model.schedule)
     report = progress or (lambda stage, done, total, note="": None)
     if bad := has_nonfinite(model.params):
         raise Ptq4ditError(f"The weights hold NaN or infinity in {', '.join(bad[:3])}; a model must be finite to be quantized.")

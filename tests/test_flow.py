@@ -73,10 +73,10 @@ def test_impossible_step_counts(steps: Any, raises_sentence: Sentence) -> None:
 
 def test_samplers_and_objectives_that_do_not_fit(raises_sentence: Sentence) -> None:
     for name in ("ddpm", "ddim", "dpm++2m"):
-        with raises_sentence(repr(name), "predicts velocity", "use euler or heun"):
+        with raises_sentence(repr(name), "predicts velocity", "use one of euler, heun"):
             ptq.sample(flow_model(), LABELS, KEY, sampler=name)
     for name in ("euler", "heun"):
-        with raises_sentence(repr(name), "predicts noise", "use ddpm, ddim or dpm++2m"):
+        with raises_sentence(repr(name), "predicts noise", "use one of ddpm, ddim, dpm++2m"):
             ptq.quantize(tiny_model(), ptq.QuantConfig(sampler=name), key=KEY)
     with raises_sentence("'auto'", "schedule"):
         _ = ptq.Sampler().stochastic
