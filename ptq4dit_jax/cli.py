@@ -242,7 +242,9 @@ def quantize(
     if not isinstance(dit, FloatDiT):
         raise Ptq4ditError(f"{model} is quantized already; quantize the float model that it came from.")
     rows = None
-    if calibration is not None:
+    if calibration is None:
+        config = config.resolve(dit.schedule)
+    else:
         arrays = read_arrays(calibration, ("x", "t", "y"))
         rows = stored_rows(**arrays, config=dit.config, schedule=dit.schedule)
 
