@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import optax
 
 from ptq4dit_jax.checkpoints import store
-from ptq4dit_jax.diffusion import NoiseSchedule, Sampler, StepTables
+from ptq4dit_jax.diffusion import Sampler, StepTables
 from ptq4dit_jax.dit import DiTConfig, init_params
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.schedules import NoiseSchedule
 
 SCHEDULE = NoiseSchedule()
 #: Optimizer steps in one compiled scan; progress is reported, and the clock read, once for each.

@@ -12,7 +12,7 @@ from ptq4dit_jax.calibration import CalibrationData, sample_trajectories, stored
 from ptq4dit_jax.checkpoints import load, save
 from ptq4dit_jax.checkpoints.foreign import load_vae
 from ptq4dit_jax.config import QuantConfig
-from ptq4dit_jax.diffusion import NoiseSchedule, Sampler, guided_apply
+from ptq4dit_jax.diffusion import Sampler, guided_apply
 from ptq4dit_jax.dit import PRESETS, DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, describe, reference
 from ptq4dit_jax.errors import Ptq4ditError
@@ -20,6 +20,7 @@ from ptq4dit_jax.evaluation import compare, write_report
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.ptq import quantize
 from ptq4dit_jax.sampling import sample, to_uint8
+from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule
 from ptq4dit_jax.sharding import data_mesh
 from ptq4dit_jax.vae import VAEConfig, VAEDecoder
 
@@ -28,6 +29,7 @@ __all__ = [
     "CalibrationData",
     "DiTConfig",
     "FloatDiT",
+    "FlowSchedule",
     "NoiseSchedule",
     "Ptq4ditError",
     "QuantConfig",

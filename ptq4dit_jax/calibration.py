@@ -22,6 +22,7 @@ from ptq4dit_jax.dit import DiTConfig, GuidedChannels, flatten_sites, nest_sites
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.sampling import Progress, check_labels, run_chain
+from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 
 HISTOGRAM_BINS = 2048
 
@@ -30,7 +31,8 @@ HISTOGRAM_BINS = 2048
 class CalibrationData:
     """Rows that the network is watched on, step by step, noisiest step first.
 
-    ``x`` (S, R, H, W, C) float32 noised images, ``t`` (S,) int32 timesteps, descending, ``y`` (S, R) int32 labels.
+    ``x`` (S, R, H, W, C) float32 noised images, ``t`` (S,) what the network sees as time (int32 timesteps, or float32 times of
+    a flow), ``y`` (S, R) int32 labels.
     """
 
     x: Any
@@ -73,7 +75,7 @@ def sample_trajectories(
     guidance half of the ``rows`` are conditional and the other half their twins with the null class; without it all are
     conditional.
     """
-    chain = walk.timesteps(model.schedule.num_timesteps)
+    chain = walk.tables(model.schedule).t
     if not 1 <= steps <= len(chain):
         raise Ptq4ditError(f"Calibration steps must be 1 to the sampler's {len(chain)} steps, not {steps}.")
     guided = cfg_scale != 1.0
@@ -90,7 +92,7 @@ def sample_trajectories(
     if guided:
         x = np.concatenate([x, x], axis=1)
         y = np.concatenate([y, np.full_like(y, model.config.null_label)], axis=1)
-    return CalibrationData(x=x, t=chain[positions].astype(np.int32), y=y)
+    return CalibrationData(x=x, t=chain[positions], y=y)
 
 
 def spread_labels(count: int, num_classes: int) -> np.ndarray:
@@ -100,19 +102,23 @@ def spread_labels(count: int, num_classes: int) -> np.ndarray:
     return (np.arange(count) * num_classes // count).astype(np.int32)
 
 
-def stored_rows(x: ArrayLike, t: ArrayLike, y: ArrayLike, config: DiTConfig, num_timesteps: int = 1000) -> CalibrationData:
-    """Calibration rows given by the user: ``x`` (M, H, W, C), ``t`` (M,) integers, ``y`` (M,) labels.
+def stored_rows(
+    x: ArrayLike, t: ArrayLike, y: ArrayLike, config: DiTConfig, schedule: Schedule | None = None
+) -> CalibrationData:
+    """Calibration rows given by the user: ``x`` (M, H, W, C), ``t`` (M,), ``y`` (M,) labels.
 
-    Rows are grouped by timestep, of which the model's schedule has ``num_timesteps``; each must have the same number of rows.
+    ``t`` are timesteps of the model's ``schedule`` (the published 1000 by default), integers, or times of its flow, 0 to 1.
+    Rows are grouped by them; each must have the same number of rows.
     """
+    schedule = schedule or NoiseSchedule()
     x_MHWC, t_M, y_M = np.asarray(x, np.float32), np.atleast_1d(t), check_labels(y, config)
     if x_MHWC.ndim != 4 or x_MHWC.shape[1:] != config.image_shape or not t_M.shape == y_M.shape == x_MHWC.shape[:1]:
         raise Ptq4ditError(
             f"Calibration rows must be x (M, {', '.join(map(str, config.image_shape))}), t (M,) and y (M,), "
             f"not {x_MHWC.shape}, {t_M.shape} and {y_M.shape}."
         )
-    if not np.issubdtype(t_M.dtype, np.integer) or t_M.min() < 0 or t_M.max() >= num_timesteps:
-        raise Ptq4ditError(f"Calibration timesteps t must be integers from 0 to {num_timesteps - 1}, not {t_M.ravel()[:3]}...")
+    schedule.check_times(t_M)
+    t_M = t_M.astype(schedule.time_dtype)
     if not np.isfinite(x_MHWC).all():
         raise Ptq4ditError("Calibration rows x contain NaN or infinity; remove those rows.")
     steps, counts = np.unique(t_M, return_counts=True)
@@ -121,8 +127,8 @@ def stored_rows(x: ArrayLike, t: ArrayLike, y: ArrayLike, config: DiTConfig, num
             f"Calibration rows must be equally many at every timestep; t={steps[counts.argmin()]} has {counts.min()} "
             f"and t={steps[counts.argmax()]} has {counts.max()}."
         )
-    order = np.argsort(-t_M.astype(np.int64), kind="stable").reshape(len(steps), -1)
-    return CalibrationData(x=x_MHWC[order], t=steps[::-1].astype(np.int32), y=y_M[order])
+    order = np.argsort(-schedule.noise_level(t_M), kind="stable").reshape(len(steps), -1)
+    return CalibrationData(x=x_MHWC[order], t=t_M[order[:, 0]], y=y_M[order])
 
 
 @struct.dataclass

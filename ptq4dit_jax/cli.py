@@ -15,6 +15,7 @@ from ptq4dit_jax import checkpoints, ptq, sampling
 from ptq4dit_jax.calibration import stored_rows
 from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.config import LAYERS, POLICIES, QuantConfig, Reconstruction
+from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, describe
 from ptq4dit_jax.errors import Ptq4ditError
@@ -51,11 +52,20 @@ ModelArgument = Annotated[
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", metavar="FILE")]
 Seed = Annotated[int, typer.Option(help="Seed of all noise; the same seed gives the same bytes.")]
-Steps = Annotated[str, typer.Option(help="Sampler steps: a count, or a respacing such as ddim50.")]
-SamplerOption = Annotated[str, typer.Option("--sampler", help="ddpm, ddim or dpm++2m.")]
+Steps = Annotated[
+    str, typer.Option(help="Sampler steps: a count, or a respacing such as ddim50; heun calls the network twice a step.")
+]
+SamplerOption = Annotated[
+    str,
+    typer.Option(
+        "--sampler",
+        help="ddpm, ddim or dpm++2m for a model that predicts noise, euler or heun for one that predicts velocity; "
+        "auto is the first of those.",
+    ),
+]
 Eta = Annotated[float, typer.Option(help="Noise of the ddim sampler, 0 to 1.")]
 CfgScale = Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")]
-CfgChannels = Annotated[str, typer.Option(help="Guide the first3 channels, as Meta's code does, or all.")]
+CfgChannels = Annotated[str, typer.Option(help="Guide the first3 channels, as Meta's code and SiT do, or all.")]
 Vae = Annotated[
     Path | None,
     typer.Option(help="A folder of diffusers with the VAE that makes pictures of a model's latents.", metavar="FOLDER"),
@@ -78,6 +88,7 @@ def _summary(model: checkpoints.Model) -> dict[str, Any]:
         "image": f"{c.input_size} x {c.input_size} x {c.in_channels}",
         "classes": c.num_classes,
         "learned_sigma": c.learn_sigma,
+        "predicts": model.schedule.describe(),
         "parameters": _num_parameters(c),
         "bytes": num_bytes(model),
     }
@@ -115,10 +126,21 @@ def convert(
     as_diffusers: Annotated[
         bool, typer.Option("--as-diffusers", help="Compute what diffusers computes, instead of Meta's code, from its folder.")
     ] = False,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="What it predicts, noise or velocity, where nothing tells a SiT from a DiT.", show_default=False),
+    ] = None,
+    flow_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Euler steps that a network made for a step size is for; 0 for size 0 and any number of steps.",
+            show_default="128 for shortcut models, 1 for mean flows",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = None,
 ) -> None:
-    """Imports a checkpoint of Meta, diffusers or a JAX code base, or exports a model in Meta's layout; no code in it is run."""
+    """Imports a checkpoint of DiT, SiT, diffusers or a JAX code base, or exports one in Meta's layout; no code in it is run."""
     if to not in ("ptq4dit", "meta"):
         raise Ptq4ditError(f"--to must be ptq4dit or meta, not {to!r}.")
     if to == "meta" and dst.suffix != ".safetensors":
@@ -131,7 +153,7 @@ def convert(
         with stages() as report:
             model, found = foreign.import_checkpoint(
                 src, num_heads=num_heads, input_size=input_size, ema=ema, as_diffusers=as_diffusers,
-                progress=lambda done, total: report("read", done, total),
+                objective=objective, flow_steps=flow_steps, progress=lambda done, total: report("read", done, total),
             )  # fmt: skip
         facts = {"layout": found.layout, "weights": "averaged (EMA)" if found.ema else "as saved", "dtype": found.dtype}
     elif to == "ptq4dit":
@@ -164,7 +186,7 @@ def quantize(
         Path | None, typer.Option(help="Stored rows instead: an npz with x (M, H, W, C), t (M,) and y (M,).", metavar="FILE")
     ] = None,
     steps: Steps = "50",
-    sampler: SamplerOption = "ddpm",
+    sampler: SamplerOption = "auto",
     eta: Eta = 0.0,
     cfg_scale: CfgScale = 1.5,
     cfg_channels: CfgChannels = "first3",
@@ -220,9 +242,11 @@ def quantize(
     if not isinstance(dit, FloatDiT):
         raise Ptq4ditError(f"{model} is quantized already; quantize the float model that it came from.")
     rows = None
-    if calibration is not None:
+    if calibration is None:
+        config = config.resolve(dit.schedule)
+    else:
         arrays = read_arrays(calibration, ("x", "t", "y"))
-        rows = stored_rows(**arrays, config=dit.config, num_timesteps=dit.schedule.num_timesteps)
+        rows = stored_rows(**arrays, config=dit.config, schedule=dit.schedule)
 
     console.print(
         f"Quantizing {model} to W{weight_bits}A{act_bits} on {devices_line()}: balance {config.balance}, policy {config.policy}"
@@ -248,8 +272,8 @@ def quantize(
     before, after = num_bytes(dit), num_bytes(quantized)
     console.print(f"{megabytes(before)} -> {megabytes(after)} ({before / after:.1f}x smaller) in {seconds:.1f} s")
     console.print(f"Model: {where}")
-    write_json(json, {"float_bytes": before, "bytes": after, "seconds": seconds, "settings": config.to_dict(),
-                      "layers": describe(quantized), "out": str(out)})  # fmt: skip
+    figures = {"float_bytes": before, "bytes": after, "seconds": seconds, "settings": quantized.provenance.facts["settings"]}
+    write_json(json, {**figures, "layers": describe(quantized), "out": str(out)})
 
 
 @app.command()
@@ -259,7 +283,7 @@ def sample(
     labels: Annotated[str, typer.Option(help="Class labels: 0-9, or 1,3,5-7.")] = "0",
     repeat: Annotated[int, typer.Option(help="Samples of each label.")] = 1,
     steps: Steps = "50",
-    sampler: SamplerOption = "ddpm",
+    sampler: SamplerOption = "auto",
     eta: Eta = 0.0,
     cfg_scale: CfgScale = 1.5,
     cfg_channels: CfgChannels = "first3",
@@ -287,15 +311,16 @@ def sample(
             f"{model} makes latents of {channels} channels, not pictures; pass the folder of its VAE with --vae, or use an "
             "--out that ends in .npz."
         )
+    walk = Sampler(name=cast(Any, sampler), steps=steps, eta=eta).resolve(loaded.schedule)
     decoder = None if vae is None else foreign.load_vae(vae)
     given = {} if noise is None else read_arrays(noise, ("noise",), ("step_noise",))
     console.print(
-        f"Sampling {len(wanted)} images from {model} on {devices_line()}: {sampler}, {steps} steps, guidance {cfg_scale}"
+        f"Sampling {len(wanted)} images from {model} on {devices_line()}: {walk.name}, {steps} steps, guidance {cfg_scale}"
     )
     started = time.perf_counter()
     with stages() as report:
         images = sampling.sample(
-            cast(Any, loaded), wanted, key, steps=steps, sampler=cast(Any, sampler), eta=eta,
+            cast(Any, loaded), wanted, key, steps=steps, sampler=walk.name, eta=eta,
             cfg_scale=cfg_scale, cfg_channels=cast(Any, cfg_channels), batch_size=batch_size, decoder=decoder,
             mesh=all_devices_mesh(), progress=lambda done, total: report("sample", done, total), **given,
         )  # fmt: skip
@@ -310,7 +335,7 @@ def sample(
     console.print(f"{len(wanted)} images in {seconds:.1f} s, compilation included")
     console.print(f"Images: {where}")
     write_json(
-        json, {"images": len(wanted), "seconds": seconds, "steps": steps, "sampler": sampler, "seed": seed, "out": str(out)}
+        json, {"images": len(wanted), "seconds": seconds, "steps": steps, "sampler": walk.name, "seed": seed, "out": str(out)}
     )
 
 
@@ -324,7 +349,7 @@ def evaluate(
     labels: Annotated[str | None, typer.Option(help="Class labels: 0-9, or 1,3,5-7; all classes by default.")] = None,
     repeat: Annotated[int, typer.Option(help="Samples of each label.")] = 4,
     steps: Steps = "50",
-    sampler: SamplerOption = "ddpm",
+    sampler: SamplerOption = "auto",
     eta: Eta = 0.0,
     cfg_scale: CfgScale = 1.5,
     cfg_channels: CfgChannels = "first3",
@@ -347,11 +372,12 @@ def evaluate(
     name = Path(model).resolve().name
     if decoder is not None:
         decoder.check_channels(reference.config.in_channels)
-    console.print(f"Comparing {model} with {against} on {devices_line()}: {len(wanted)} images, {sampler}, {steps} steps")
+    walk = Sampler(name=cast(Any, sampler), steps=steps, eta=eta).resolve(reference.schedule)
+    console.print(f"Comparing {model} with {against} on {devices_line()}: {len(wanted)} images, {walk.name}, {steps} steps")
     with stages() as report:
         comparison = compare(
             reference, {name: cast(Any, other)}, labels=wanted, key=key, steps=steps,
-            sampler=cast(Any, sampler), eta=eta, cfg_scale=cfg_scale, cfg_channels=cast(Any, cfg_channels),
+            sampler=walk.name, eta=eta, cfg_scale=cfg_scale, cfg_channels=cast(Any, cfg_channels),
             batch_size=batch_size, seed=seed, decoder=decoder, mesh=all_devices_mesh(),
             progress=lambda done, total: report("compare", done, total),
         )  # fmt: skip
@@ -364,8 +390,8 @@ def evaluate(
         reconstruction=learned, overwrite=overwrite,
     )  # fmt: skip
     print_table("Same noise, against the float model", [
-        {"model": key, "SQNR of noise (dB)": f.sqnr_db, "PSNR (dB)": f.psnr_interval.mean, "SSIM": f.ssim_interval.mean,
-         "size": megabytes(f.num_bytes)}
+        {"model": key, f"SQNR of {reference.schedule.objective} (dB)": f.sqnr_db, "PSNR (dB)": f.psnr_interval.mean,
+         "SSIM": f.ssim_interval.mean, "size": megabytes(f.num_bytes)}
         for key, f in comparison.figures.items()
     ])  # fmt: skip
     console.print(f"Report: {where / 'report.md'}")

@@ -11,6 +11,7 @@ from ptq4dit_jax.dit import BLOCK_SITES, EDGE_SITES, GuidedChannels
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.quantizers import check_bits
 from ptq4dit_jax.ranges import RangeSearch
+from ptq4dit_jax.schedules import Schedule
 
 Balance = Literal["none", "csb", "csb+ssc"]
 SscAxis = Literal["steps", "rows"]
@@ -140,7 +141,8 @@ class QuantConfig:
       dynamic_sites: sites scaled per token at run time instead of by calibrated ranges; ``blocks.probs`` per query and head.
         By default those where a row is reduced anyway, by a norm or the softmax. See docs/design.md for what each is worth.
       calib_steps, calib_rows: evenly spaced steps of the sampling chain, and rows at each.
-      sampler, cfg_scale, cfg_channels: how calibration rows are sampled; use what the model will be sampled with.
+      sampler, steps, eta, cfg_scale, cfg_channels: how calibration rows are sampled; use what the model will be sampled with.
+        The sampler ``auto`` is ddpm, or euler for a flow model.
       reconstruction: learns roundings and activation scales after all ranges are chosen; None leaves it out.
     """
 
@@ -159,7 +161,7 @@ class QuantConfig:
     dynamic_sites: tuple[str, ...] = ("blocks.qkv_in", "blocks.probs", "blocks.fc1_in")
     calib_steps: int = 25
     calib_rows: int = 64
-    sampler: SamplerName = "ddpm"
+    sampler: SamplerName = "auto"
     steps: int | str = 50
     eta: float = 0.0
     cfg_scale: float = 1.5
@@ -200,6 +202,10 @@ class QuantConfig:
     @property
     def walk(self) -> Sampler:
         return Sampler(name=self.sampler, steps=self.steps, eta=self.eta)
+
+    def resolve(self, schedule: Schedule) -> QuantConfig:
+        """The same settings with the name of the sampler that fits a model of this schedule."""
+        return dataclasses.replace(self, sampler=self.walk.resolve(schedule).name)
 
     @property
     def rules(self) -> dict[str, LayerRule]:

@@ -1,4 +1,4 @@
-"""Gaussian diffusion: schedule, respacing, samplers, and the sampling chain as one ``lax.scan``.
+"""Samplers of diffusion and flow models as tables, and the sampling chain as one ``lax.scan``.
 
 Every sampler here is, per step, a linear map of the current image, the predicted clean image and the previous prediction,
 
@@ -8,6 +8,9 @@ Every sampler here is, per step, a linear map of the current image, the predicte
 so a sampler is a table of coefficients (:class:`StepTables`), made in float64 by :meth:`Sampler.tables` and scanned
 over. DDPM with a learned variance interpolates ``log sigma^2`` between two more table columns. Sources: Ho et al. 2020,
 Nichol & Dhariwal 2021 (learned range), Song et al. 2021 (DDIM, eta), Lu et al. 2022 (DPM-Solver++ 2M, midpoint).
+
+Of a flow model the network's output is the velocity ``v``. With ``x0_from_x = 0`` and ``x0_from_eps = -1`` the table's ``x0``
+is ``v`` itself, Euler's step is ``x + dt v``, and Heun's is two rows: Euler's, then at its end ``x' + dt / 2 (v' - v)``.
 """
 
 from __future__ import annotations
@@ -23,60 +26,21 @@ from flax import struct
 
 from ptq4dit_jax.dit import DiTConfig, GuidedChannels, combine_guidance
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.schedules import FlowSchedule, Schedule, respace
+from ptq4dit_jax.schedules import NoiseSchedule as NoiseSchedule
 
-SamplerName = Literal["ddpm", "ddim", "dpm++2m"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NoiseSchedule:
-    """The linear schedule that a model was trained with. Tables are float64 NumPy arrays of length ``num_timesteps``."""
-
-    num_timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-
-    @property
-    def betas(self) -> np.ndarray:
-        return np.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=np.float64)
-
-    @property
-    def alpha_bars(self) -> np.ndarray:
-        """Cumulative products of ``1 - beta``: the squared signal level after each step."""
-        return np.cumprod(1.0 - self.betas)
-
-    def add_noise(self, x0: jax.Array, t_B: jax.Array, noise: jax.Array) -> jax.Array:
-        """``sqrt(abar_t) x0 + sqrt(1 - abar_t) noise``: one draw of q(x_t | x_0)."""
-        abar = jnp.asarray(self.alpha_bars, jnp.float32)[t_B].reshape(-1, *[1] * (x0.ndim - 1))
-        return jnp.sqrt(abar) * x0 + jnp.sqrt(1 - abar) * noise
-
-
-def respace(num_timesteps: int, steps: int | str) -> np.ndarray:
-    """Timesteps that are kept, ascending.
-
-    ``N`` (or ``"N"``) spreads N steps evenly from 0 to the last, rounding half to even; ``"ddimN"`` takes the first stride that
-    gives exactly N steps from 0. Both are Meta's rules.
-    """
-    spec = str(steps).strip()
-    count_text = spec.removeprefix("ddim")
-    if not (count_text.isascii() and count_text.isdigit()) or not 1 <= int(count_text) <= num_timesteps:
-        raise Ptq4ditError(f"Sampler steps must be 1 to {num_timesteps}, or 'ddimN' with such an N, not {steps!r}.")
-    count = int(count_text)
-    if spec.startswith("ddim"):
-        for hop in range(1, num_timesteps):
-            kept = np.arange(0, num_timesteps, hop)
-            if len(kept) == count:
-                return kept
-        raise Ptq4ditError(f"No stride over {num_timesteps} timesteps gives exactly {count} steps; use '{count}' instead.")
-    stride = (num_timesteps - 1) / (count - 1) if count > 1 else 1.0
-    # Meta sums the stride up instead of multiplying it, which rounds differently for some N; the sum is what models saw.
-    return np.cumsum([0.0] + [stride] * (count - 1)).round().astype(int)
+SamplerName = Literal["auto", "ddpm", "ddim", "dpm++2m", "euler", "heun"]
+#: By what a model predicts; ``auto`` is the first.
+SAMPLERS: dict[str, tuple[SamplerName, ...]] = {"noise": ("ddpm", "ddim", "dpm++2m"), "velocity": ("euler", "heun")}
 
 
 @struct.dataclass
 class StepTables:
     """Coefficients of a sampler in the order they are used, noisiest step first; every array is (S,).
 
-    ``log_var_min`` and ``log_var_max`` matter only where the variance is learned, ``sigma`` only where it is not.
+    ``t`` is what the network sees: int32 timesteps of a noise schedule, float32 times of a flow. S is the number of calls of
+    the network, for Heun twice the steps. ``log_var_min`` and ``log_var_max`` matter only where the variance is learned,
+    ``sigma`` only where it is not.
     """
 
     t: Any
@@ -99,12 +63,13 @@ class StepTables:
 class Sampler:
     """How to walk from noise to image.
 
-    ``steps`` is a count or a respacing string (:func:`respace`). A plain count N means Meta's even spacing for ``ddpm``,
-    linspace for ``dpm++2m``, and for ``ddim`` "ddimN" where N divides the number of timesteps, else even spacing. ``eta``
-    is DDIM's noise (0 is deterministic).
+    The name ``auto`` means ddpm for a model that predicts noise, euler for one that predicts velocity. ``steps`` is a count or
+    a respacing string (:func:`~ptq4dit_jax.schedules.respace`). A plain count N means Meta's even spacing for ``ddpm``,
+    linspace for ``dpm++2m``, and for ``ddim`` "ddimN" where N divides the number of timesteps, else even spacing; ``euler`` and
+    ``heun`` take N equal steps. ``eta`` is DDIM's noise (0 is deterministic).
     """
 
-    name: SamplerName = "ddpm"
+    name: SamplerName = "auto"
     steps: int | str = 50
     eta: float = 0.0
 
@@ -114,9 +79,34 @@ class Sampler:
         if not 0.0 <= self.eta <= 1.0:
             raise Ptq4ditError(f"DDIM eta must lie between 0 and 1, not {self.eta}.")
 
+    def resolve(self, schedule: Schedule) -> Sampler:
+        """The sampler that a model of this schedule is sampled with: ``auto`` becomes a name.
+
+        Raises:
+          Ptq4ditError: the sampler follows something else than what the model predicts.
+        """
+        names = SAMPLERS[schedule.objective]
+        if self.name == "auto":
+            return dataclasses.replace(self, name=names[0])
+        if self.name not in names:
+            raise Ptq4ditError(
+                f"The sampler {self.name!r} does not fit this model, which predicts {schedule.objective}; "
+                f"use one of {', '.join(names)}."
+            )
+        if self.name == "heun" and isinstance(schedule, FlowSchedule) and schedule.steps:
+            raise Ptq4ditError(
+                "The sampler 'heun' needs velocities at a time, and this model predicts them over whole steps of "
+                f"1/{schedule.steps}; use euler."
+            )
+        return self
+
     @property
     def stochastic(self) -> bool:
-        """Whether steps add noise, so that the chain needs a key or explicit step noise."""
+        """Whether steps add noise, so that the chain needs a key or explicit step noise; not known of ``auto``."""
+        if self.name == "auto":
+            raise Ptq4ditError(
+                "Whether the sampler 'auto' adds noise depends on the model; resolve it with the model's schedule."
+            )
         return self.name == "ddpm" or (self.name == "ddim" and self.eta > 0)
 
     def timesteps(self, num_timesteps: int) -> np.ndarray:
@@ -133,19 +123,20 @@ class Sampler:
             return respace(num_timesteps, f"ddim{count}")[::-1]
         return kept
 
-    def tables(self, schedule: NoiseSchedule, *, dtype: Any = np.float32) -> StepTables:
+    def tables(self, schedule: Schedule, *, dtype: Any = np.float32) -> StepTables:
         """Coefficient tables, computed in float64 and cast to ``dtype`` at the end."""
-        t = self.timesteps(schedule.num_timesteps)
-        abar = schedule.alpha_bars[t]
-        abar_prev = np.append(abar[1:], 1.0)
-        zeros = np.zeros(len(t))
-        rows: dict[str, np.ndarray] = {
-            "x0_from_x": np.sqrt(1 / abar), "x0_from_eps": np.sqrt(1 / abar - 1), "from_x0_prev": zeros, "sigma": zeros,
-            "log_var_min": zeros, "log_var_max": zeros, "not_last": np.append(np.ones(len(t) - 1), 0.0),
-        }  # fmt: skip
-        make = {"ddpm": _ddpm_rows, "ddim": _ddim_rows, "dpm++2m": _dpmpp_rows}[self.name]
-        rows |= make(abar, abar_prev, self.eta)
-        return StepTables(t=t.astype(np.int32), **{name: row.astype(dtype) for name, row in rows.items()})
+        walk = self.resolve(schedule)
+        if isinstance(schedule, FlowSchedule):
+            t, rows = _flow_rows(schedule.times(walk.steps), corrected=walk.name == "heun")
+        else:
+            t = walk.timesteps(schedule.num_timesteps)
+            abar = schedule.alpha_bars[t]
+            make = {"ddpm": _ddpm_rows, "ddim": _ddim_rows, "dpm++2m": _dpmpp_rows}[walk.name]
+            rows = {"x0_from_x": np.sqrt(1 / abar), "x0_from_eps": np.sqrt(1 / abar - 1)}
+            rows |= make(abar, np.append(abar[1:], 1.0), walk.eta)
+        idle = dict.fromkeys(("from_x0_prev", "sigma", "log_var_min", "log_var_max"), np.zeros(len(t)))
+        rows = {**idle, "not_last": np.append(np.ones(len(t) - 1), 0.0), **rows}
+        return StepTables(t=t.astype(schedule.time_dtype), **{name: row.astype(dtype) for name, row in rows.items()})
 
 
 def _ddpm_rows(abar: np.ndarray, abar_prev: np.ndarray, eta: float) -> dict[str, np.ndarray]:
@@ -188,6 +179,20 @@ def _dpmpp_rows(abar: np.ndarray, abar_prev: np.ndarray, eta: float) -> dict[str
     }
 
 
+def _flow_rows(times: np.ndarray, *, corrected: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Euler's method along ``times`` (N + 1,): N rows, or 2 N with Heun's correction after each."""
+    t, dt = times[:-1], np.diff(times)
+    from_v, from_v_prev = dt, np.zeros_like(dt)
+    if corrected:
+        t = np.stack([times[:-1], times[1:]], axis=1).ravel()
+        from_v = np.stack([dt, dt / 2], axis=1).ravel()
+        from_v_prev = np.stack([np.zeros_like(dt), -dt / 2], axis=1).ravel()
+    ones = np.ones_like(t)
+    return t, {
+        "x0_from_x": 0 * ones, "x0_from_eps": -ones, "from_x": ones, "from_x0": from_v, "from_x0_prev": from_v_prev,
+    }  # fmt: skip
+
+
 #: Image, previous prediction of the clean image, kept inputs.
 _Carry = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -196,7 +201,7 @@ class Network(Protocol):
     """What a sampler needs of a model, float or quantized: a pytree with the raw network output as ``apply``."""
 
     config: DiTConfig
-    schedule: NoiseSchedule
+    schedule: Schedule
 
     def apply(self, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array: ...
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import ArrayLike, DTypeLike
 
-from ptq4dit_jax.diffusion import NoiseSchedule
 from ptq4dit_jax.dit import DiT, DiTConfig, flatten_sites, init_params, nest_sites
+from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 
 
 @struct.dataclass
@@ -19,13 +19,13 @@ class FloatDiT:
 
     ``params`` is the tree of :func:`ptq4dit_jax.dit.init_params`; block parameters carry a leading depth axis. The compute
     type is the type of the kernels. ``quantizers`` (see the module docstring of :mod:`ptq4dit_jax.dit`) is empty for a
-    plain model; where they hold tables over groups of steps, ``group_edges`` (G - 1,) int32 are the timesteps that part the
-    groups.
+    plain model; where they hold tables over groups of steps, ``group_edges`` (G - 1,) are the noise levels (timesteps,
+    int32, of a noise schedule; float32 of a flow) that part the groups.
     """
 
     params: Any
     config: DiTConfig = struct.field(pytree_node=False)
-    schedule: NoiseSchedule = struct.field(pytree_node=False, default=NoiseSchedule())
+    schedule: Schedule = struct.field(pytree_node=False, default=NoiseSchedule())
     quantizers: Any = struct.field(default_factory=dict)
     group_edges: Any = struct.field(default_factory=lambda: jnp.zeros((0,), jnp.int32))
 
@@ -41,7 +41,7 @@ class FloatDiT:
     def _variables(self, t_B: ArrayLike) -> dict[str, Any]:
         if not self.quantizers:
             return {"params": self.params}
-        group = step_group(self.group_edges, jnp.asarray(t_B))
+        group = step_group(self.group_edges, self.schedule.noise_level(jnp.asarray(t_B)))
         select = lambda q: q.at_group(group) if hasattr(q, "at_group") else q
         selected = {name: select(quantizer) for name, quantizer in flatten_sites(self.quantizers).items()}
         return {"params": self.params, "quantizers": nest_sites(selected)}
@@ -70,13 +70,13 @@ class FloatDiT:
         return jax.tree_util.Partial(_jitted_apply, self)
 
 
-def step_group(edges: jax.Array, t_B: jax.Array) -> jax.Array:
-    """The group of steps that timesteps fall in, noisiest group 0: the number of ``edges`` (G - 1,) above t.
+def step_group(edges: jax.Array, level_B: jax.Array) -> jax.Array:
+    """The group of steps that noise levels fall in, noisiest group 0: the number of ``edges`` (G - 1,) above them.
 
-    (B,) int32, or () for a shared timestep of shape (1,).
+    (B,) int32, or () for a shared level of shape (1,).
     """
-    group = (t_B[:, None] < edges).sum(-1, dtype=jnp.int32)
-    return group[0] if t_B.shape[0] == 1 else group
+    group = (level_B[:, None] < edges).sum(-1, dtype=jnp.int32)
+    return group[0] if level_B.shape[0] == 1 else group
 
 
 _jitted_apply = jax.jit(lambda model, x, t, y: model.apply(x, t, y))

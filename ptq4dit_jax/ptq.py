@@ -85,6 +85,8 @@ def quantize(
       The integer model, self-contained.
     """
     config = config or QuantConfig()
+    if calibration is None:
+        config = config.resolve(model.schedule)
     report = progress or (lambda stage, done, total, note="": None)
     if bad := has_nonfinite(model.params):
         raise Ptq4ditError(f"The weights hold NaN or infinity in {', '.join(bad[:3])}; a model must be finite to be quantized.")
@@ -234,15 +236,18 @@ def activation_quantizers(
     residual: Mapping[str, jax.Array],
     row_batch: int | None = None,
 ) -> tuple[dict[str, ActQuantizer], jax.Array]:
-    """Quantizers of all sites, ranges chosen on the folded model; and the timesteps that part the groups of steps (G - 1,).
+    """Quantizers of all sites, ranges chosen on the folded model; and the noise levels that part the groups of steps (G - 1,).
 
     Leaves are ([L,] G) for scale and zero point.
     """
-    S = calibration.num_steps
+    # Steps of one noise level, of which Heun's method has pairs, must share a group.
+    levels, step_levels = np.unique(-folded.schedule.noise_level(np.asarray(calibration.t)), return_inverse=True)
+    S = len(levels)
     G = min(config.step_groups, S)
-    groups = np.arange(S) * G // S
-    last_of_group = np.searchsorted(groups, np.arange(1, G)) - 1
-    edges = jnp.asarray(np.asarray(calibration.t)[last_of_group], jnp.int32)
+    level_groups = np.arange(S) * G // S
+    groups = level_groups[step_levels]
+    last_of_group = np.searchsorted(level_groups, np.arange(1, G)) - 1
+    edges = jnp.asarray(-levels[last_of_group], folded.schedule.time_dtype)
 
     ranges = {}
     for name in _static_sites(config):

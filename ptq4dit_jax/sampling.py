@@ -134,7 +134,7 @@ def sample(
     key: jax.Array,
     *,
     steps: int | str = 50,
-    sampler: SamplerName = "ddpm",
+    sampler: SamplerName = "auto",
     eta: float = 0.0,
     cfg_scale: float = 1.5,
     cfg_channels: GuidedChannels = "first3",
@@ -152,7 +152,8 @@ def sample(
       labels: (N,) class labels.
       key: the seed; sample ``i`` sees noise made of the key and ``i`` alone, whatever the batch size or the devices.
       steps: sampler steps, a count or a respacing string such as "ddim50".
-      sampler: "ddpm" (ancestral, learned variance where the model has one), "ddim" or "dpm++2m".
+      sampler: "ddpm" (ancestral, learned variance where the model has one), "ddim" or "dpm++2m" for a model that predicts
+        noise; "euler" or "heun" for one that predicts velocity; "auto" is the first of those that fit.
       eta: noise of DDIM, 0 to 1.
       cfg_scale: classifier-free guidance; 1 turns it off and halves the work.
       cfg_channels: guide the "first3" channels as Meta's code does, or "all".
@@ -193,7 +194,7 @@ def run_chain(
 ) -> tuple[np.ndarray, np.ndarray]:
     """:func:`sample`, returning besides the images the inputs of the steps ``keep_steps`` (positions in the chain, noisiest 0):
     (len(keep_steps), N, H, W, C)."""
-    config = model.config
+    config, walk = model.config, walk.resolve(model.schedule)
     labels_N = check_labels(labels, config)
     total, shape = len(labels_N), config.image_shape
     tables = walk.tables(model.schedule)

@@ -106,7 +106,7 @@ def test_a_policy_that_cannot_be_read(policy: str, parts: tuple[str, ...], raise
         ({"step_groups": 0}, ("step_groups", "at least 1", "0")),
         ({"dynamic_sites": ("qkv_in",)}, ("dynamic_sites", "blocks.qkv_in", "'qkv_in'")),
         ({"dynamic_sites": ("blocks.k",)}, ("dynamic_sites", "'blocks.k'")),
-        ({"sampler": "euler"}, ("sampler", "'euler'", "ddpm")),
+        ({"sampler": "plms"}, ("sampler", "'plms'", "ddpm")),
         ({"eta": 2.0}, ("eta", "2.0")),
         ({"cfg_channels": "first4"}, ("cfg_channels", "first3", "'first4'")),
     ],

@@ -151,8 +151,8 @@ def test_which_samplers_add_noise(sampler, stochastic):
 
 
 def test_unknown_sampler(raises_sentence):
-    with raises_sentence("'euler'", "ddpm", "ddim", "dpm++2m"):
-        Sampler(name="euler")
+    with raises_sentence("'plms'", "ddpm", "ddim", "dpm++2m", "euler", "heun"):
+        Sampler(name="plms")
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])

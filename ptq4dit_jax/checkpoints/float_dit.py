@@ -15,10 +15,10 @@ import numpy as np
 from flax import traverse_util
 
 from ptq4dit_jax.checkpoints import store
-from ptq4dit_jax.diffusion import NoiseSchedule
 from ptq4dit_jax.dit import DiTConfig, init_params
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
 
 KIND = "float_dit"
 FLOATS = ("float32", "bfloat16", "float16")
@@ -69,14 +69,23 @@ def source_hash(arrays: Mapping[str, Any]) -> str:
     return store.content_hash(flatten(arrays))
 
 
-def model_meta(config: DiTConfig, schedule: NoiseSchedule) -> dict[str, Any]:
-    """The part of ``meta`` that describes the network, float or quantized."""
-    return {"config": config.to_dict(), "schedule": dataclasses.asdict(schedule)}
+def model_meta(config: DiTConfig, schedule: Schedule) -> dict[str, Any]:
+    """The part of ``meta`` that describes the network, float or quantized; a schedule without ``objective`` is of noise."""
+    objective = {} if isinstance(schedule, NoiseSchedule) else {"objective": schedule.objective}
+    return {"config": config.to_dict(), "schedule": objective | dataclasses.asdict(schedule)}
 
 
-def read_model_meta(meta: Mapping[str, Any]) -> tuple[DiTConfig, NoiseSchedule]:
+def read_model_meta(meta: Mapping[str, Any]) -> tuple[DiTConfig, Schedule]:
     """The inverse of :func:`model_meta`."""
-    return settings_from_json(DiTConfig, meta.get("config")), settings_from_json(NoiseSchedule, meta.get("schedule"))
+    config, values = settings_from_json(DiTConfig, meta.get("config")), meta.get("schedule")
+    if not isinstance(values, dict) or "objective" not in values:
+        return config, settings_from_json(NoiseSchedule, values)
+    objective, settings = values["objective"], {name: value for name, value in values.items() if name != "objective"}
+    if objective != FlowSchedule.objective:
+        raise Ptq4ditError(
+            f"The model's objective is {objective!r}, and this version knows noise and velocity: upgrade ptq4dit_jax."
+        )
+    return config, settings_from_json(FlowSchedule, settings)
 
 
 def settings_from_json(cls: type[_Settings], values: Any) -> _Settings:

@@ -17,6 +17,7 @@ from ptq4dit_jax.dit import BLOCK_SITES, DiTConfig
 from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.quantizers import ActQuantizer, QTensor, check_bits
+from ptq4dit_jax.schedules import Schedule
 
 KIND = "quantized_dit"
 _SITES = tuple(f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer is None)
@@ -56,14 +57,14 @@ def load_quantized(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) ->
     if type(num_groups) is not int or num_groups < 1:
         raise Ptq4ditError(f"The model's num_groups is {num_groups!r}, not a positive integer; the folder is damaged.")
     try:
-        skeleton = _skeleton(config, meta["linears"], meta["sites"], num_groups)
+        skeleton = _skeleton(config, schedule, meta["linears"], meta["sites"], num_groups)
     except (KeyError, TypeError, AttributeError) as error:
         raise Ptq4ditError(f"This quantized model's config.json lacks or garbles {error}; the folder is damaged.") from error
     expected = _flatten(skeleton)
     check_arrays(arrays, expected, "This is no complete quantized model")
     leaves = [jnp.asarray(arrays[name]) for name in expected]
     model = jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
-    return model.replace(schedule=schedule, dtype=dtype, provenance=Provenance(dict(meta.get("provenance", {}))))
+    return model.replace(dtype=dtype, provenance=Provenance(dict(meta.get("provenance", {}))))
 
 
 def _flatten(model: QuantizedDiT) -> dict[str, Any]:
@@ -81,7 +82,9 @@ def _linear_spec(layer: QLinear) -> dict[str, Any]:
     return {"weight_bits": layer.weight.bits, "act": None if layer.act is None else _act_spec(layer.act)}
 
 
-def _skeleton(config: DiTConfig, linears: Mapping[str, Any], sites: Mapping[str, Any], num_groups: int) -> QuantizedDiT:
+def _skeleton(
+    config: DiTConfig, schedule: Schedule, linears: Mapping[str, Any], sites: Mapping[str, Any], num_groups: int
+) -> QuantizedDiT:
     """The model with shapes and dtypes for leaves."""
 
     def leaf(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -112,8 +115,9 @@ def _skeleton(config: DiTConfig, linears: Mapping[str, Any], sites: Mapping[str,
         linears={name: linear(name, linears[name]) for name in config.linear_shapes},
         sites={name: act(sites[name], _lead(config, name), config.hidden_size) for name in _SITES},
         label_embed=leaf("float32", config.num_classes + config.null_class, config.hidden_size),
-        group_edges=leaf("int32", num_groups - 1),
+        group_edges=leaf(schedule.time_dtype, num_groups - 1),
         config=config,
+        schedule=schedule,
     )
 
 

@@ -12,13 +12,13 @@ from flax import struct
 from jax.typing import ArrayLike, DTypeLike
 
 from ptq4dit_jax import dit
-from ptq4dit_jax.diffusion import NoiseSchedule
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import backends
 from ptq4dit_jax.engine.attention import attention
 from ptq4dit_jax.engine.layers import QLinear
 from ptq4dit_jax.model import FloatDiT, step_group
 from ptq4dit_jax.quantizers import ActQuantizer
+from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,10 @@ class QuantizedDiT:
 
     ``linears`` holds every linear layer by the names of ``config.linear_shapes``; layers of blocks carry a leading depth axis.
     ``sites`` holds the quantizers of ``blocks.q``, ``blocks.k``, ``blocks.v`` and ``blocks.probs``. ``label_embed``
-    (num_classes [+ 1], D) stays float32: it is looked up, not multiplied. ``group_edges`` (G - 1,) int32 are the timesteps that
-    part the groups of steps. ``dtype`` is the type of everything between the integer products. ``backend`` runs them: ``auto``
-    takes the fastest that the default device has for that type (:func:`ptq4dit_jax.engine.backends.resolve`).
+    (num_classes [+ 1], D) stays float32: it is looked up, not multiplied. ``group_edges`` (G - 1,), of the schedule's
+    ``time_dtype``, are the noise levels that part the groups of steps. ``dtype`` is the type of everything between the integer
+    products. ``backend`` runs them: ``auto`` takes the fastest that the default device has for that type
+    (:func:`ptq4dit_jax.engine.backends.resolve`).
     """
 
     linears: dict[str, QLinear]
@@ -45,7 +46,7 @@ class QuantizedDiT:
     label_embed: Any
     group_edges: Any
     config: DiTConfig = struct.field(pytree_node=False)
-    schedule: NoiseSchedule = struct.field(pytree_node=False, default=NoiseSchedule())
+    schedule: Schedule = struct.field(pytree_node=False, default=NoiseSchedule())
     dtype: str = struct.field(pytree_node=False, default="float32")
     backend: str = struct.field(pytree_node=False, default="auto")
     provenance: Provenance = struct.field(pytree_node=False, default=Provenance())
@@ -79,7 +80,7 @@ def _split_blocks(by_name: Mapping[str, Any]) -> dict[str, Any]:
 
 def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array:
     config, backend = model.config, model.backend_choice.name
-    group = step_group(model.group_edges, t_B)
+    group = step_group(model.group_edges, model.schedule.noise_level(t_B))
     linears = {name: layer.at_group(group) for name, layer in model.linears.items()}
     sites = _split_blocks({name: quantizer.at_group(group) for name, quantizer in model.sites.items()})
 

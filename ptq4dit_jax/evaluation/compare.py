@@ -18,13 +18,14 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from ptq4dit_jax.diffusion import Network, Sampler, SamplerName
-from ptq4dit_jax.dit import GuidedChannels
+from ptq4dit_jax.dit import DiTConfig, GuidedChannels
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.evaluation.metrics import Interval
 from ptq4dit_jax.evaluation.probes import layer_sqnr_along, predicted_noise
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.sampling import Progress, check_labels, run_chain, sample
+from ptq4dit_jax.schedules import Schedule
 from ptq4dit_jax.vae import VAEDecoder
 
 REFERENCE, NOISE_FLOOR = "float32", "bfloat16"
@@ -60,9 +61,9 @@ def num_bytes(model: Any) -> int:
 class ModelFigures:
     """One model against the reference.
 
-    ``sqnr_db`` is of the guided noise prediction with powers summed over all steps and rows, ``step_sqnr_db`` (S,) of each
-    step, ``layer_sqnr_db`` (L,) by site. ``psnr_db`` and ``ssim`` (N,) are of the sampled images, with bootstrap intervals of
-    their means.
+    ``sqnr_db`` is of the guided prediction, noise or velocity, with powers summed over all steps and rows, ``step_sqnr_db``
+    (S,) of each step, ``layer_sqnr_db`` (L,) by site. ``psnr_db`` and ``ssim`` (N,) are of the sampled images, with bootstrap
+    intervals of their means.
     """
 
     num_bytes: int
@@ -125,13 +126,19 @@ def _check_models(reference: FloatDiT, others: Mapping[str, Network]) -> None:
         if name in (REFERENCE, NOISE_FLOOR):
             raise Ptq4ditError(f"A compared model cannot be named {name!r}, which is a row of every comparison; rename it.")
         for part in ("config", "schedule"):
-            ours, theirs = (dataclasses.asdict(getattr(m, part)) for m in (reference, model))
-            differing = [f"{key} ({ours[key]} against {theirs[key]})" for key in ours if ours[key] != theirs[key]]
+            ours, theirs = (_settings(getattr(m, part)) for m in (reference, model))
+            keys = [key for key in ours if key in theirs and ours[key] != theirs[key]]
+            differing = [f"{key} ({ours[key]} against {theirs[key]})" for key in keys]
             if differing:
                 raise Ptq4ditError(
                     f"Model {name!r} is not a quantization of the reference: they differ in {', '.join(differing)}; "
                     "compare it with the model that it was made from."
                 )
+
+
+def _settings(part: DiTConfig | Schedule) -> dict[str, Any]:
+    objective = {} if isinstance(part, DiTConfig) else {"objective": part.objective}
+    return objective | dataclasses.asdict(part)
 
 
 def _evenly(count: int, wanted: int) -> np.ndarray:
@@ -165,7 +172,7 @@ def compare(
     labels: ArrayLike,
     key: jax.Array,
     steps: int | str = 50,
-    sampler: SamplerName = "ddpm",
+    sampler: SamplerName = "auto",
     eta: float = 0.0,
     cfg_scale: float = 1.5,
     cfg_channels: GuidedChannels = "first3",
@@ -199,8 +206,8 @@ def compare(
         raise Ptq4ditError(f"batch_size must be positive, not {batch_size}.")
     reference = reference.astype(jnp.float32)
     config, labels_N = reference.config, check_labels(labels, reference.config)
-    walk = Sampler(name=sampler, steps=steps, eta=eta)
-    timesteps = walk.timesteps(reference.schedule.num_timesteps)
+    walk = Sampler(name=sampler, steps=steps, eta=eta).resolve(reference.schedule)
+    timesteps = walk.tables(reference.schedule).t
     models = {NOISE_FLOOR: reference.astype(jnp.bfloat16), **others}
 
     kept = _evenly(len(timesteps), sqnr_steps)
@@ -214,7 +221,7 @@ def compare(
     pending = models if len(rows) == len(labels_N) else {REFERENCE: reference, **models}
     images = {REFERENCE: sampled} | same_noise_images(
         pending, labels_N, key, progress=progress, decoder=decoder, mesh=mesh,
-        steps=steps, sampler=sampler, eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels, batch_size=batch_size,
+        steps=steps, sampler=walk.name, eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels, batch_size=batch_size,
     )  # fmt: skip
 
     images, data_range = _full_scale(images)
@@ -246,7 +253,8 @@ def compare(
         figures=figures, reference_bytes=num_bytes(reference), timesteps=t_S, labels=labels_N, images=images,
         data_range=data_range,
         settings={
-            "sampler": sampler, "steps": steps, "eta": eta, "cfg_scale": cfg_scale, "cfg_channels": cfg_channels,
+            "objective": reference.schedule.objective, "sampler": walk.name, "steps": steps, "eta": eta,
+            "cfg_scale": cfg_scale, "cfg_channels": cfg_channels,
             "images": len(labels_N), "sqnr_steps": len(kept), "sqnr_rows": len(rows), "bootstrap_seed": seed,
         },
     )  # fmt: skip

@@ -32,14 +32,15 @@ _SITE_TITLES = {
 
 
 def step_sqnr_figure(comparison: Comparison) -> Figure:
-    """SQNR of the guided noise prediction at each step, one line per model, sampling from left to right."""
+    """SQNR of the guided prediction at each step, one line per model, sampling from left to right."""
     figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
     axes = _style(figure.add_subplot())
     for name, figures in comparison.figures.items():
         axes.plot(comparison.timesteps, _finite(figures.step_sqnr_db), label=_caption(name), **_line(comparison, name))
     axes.set(xlabel="timestep (noise on the left, image on the right)", ylabel="SQNR (dB)")
-    axes.set_title("Predicted noise against float32", loc="left")
-    axes.invert_xaxis()
+    axes.set_title(f"Predicted {comparison.settings.get('objective', 'noise')} against float32", loc="left")
+    if comparison.timesteps[0] >= comparison.timesteps[-1]:  # of some flows, time runs from noise to image as it is
+        axes.invert_xaxis()
     _legend(figure, axes)
     return figure
 

@@ -101,7 +101,7 @@ def _write_pictures(folder: Path, comparison: Comparison, reconstruction: Mappin
         pictures["samples.png"] = "Samples of every model on the same noise"
     for name, make, text in (
         ("psnr.png", plots.psnr_figure, "PSNR of every image against the reference"),
-        ("sqnr_steps.png", plots.step_sqnr_figure, "SQNR of the predicted noise at each step"),
+        ("sqnr_steps.png", plots.step_sqnr_figure, "SQNR of the prediction at each step"),
         ("sqnr_layers.png", plots.layer_sqnr_figure, "SQNR of each layer along the depth"),
     ):
         make(comparison).savefig(folder / name, dpi=_DPI)
@@ -114,6 +114,7 @@ def _write_pictures(folder: Path, comparison: Comparison, reconstruction: Mappin
 
 def _page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     settings = comparison.settings
+    predicted = settings.get("objective", "noise")
     guidance = "no guidance" if settings["cfg_scale"] == 1 else f"guidance {settings['cfg_scale']:g}"
     kind = "images" if "samples.png" in pictures else "latents"
 
@@ -144,10 +145,12 @@ def _page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping
         *picture("samples.png"),
         "## Quality",
         "",
-        *_table(["model", "SQNR of predicted noise (dB)", "PSNR (dB)", "worst 1 % PSNR (dB)", "SSIM", "size (MiB)"], quality),
+        *_table(
+            ["model", f"SQNR of predicted {predicted} (dB)", "PSNR (dB)", "worst 1 % PSNR (dB)", "SSIM", "size (MiB)"], quality
+        ),
         "",
-        f"Means with 95 % bootstrap intervals. SQNR: guided noise prediction at {settings['sqnr_steps']} steps of the "
-        f"reference's own trajectories, {settings['sqnr_rows']} rows. PSNR and SSIM: {kind} of the whole chain, data range "
+        f"Means with 95 % bootstrap intervals. SQNR: guided {predicted} prediction at {settings['sqnr_steps']} steps of "
+        f"the reference's own trajectories, {settings['sqnr_rows']} rows. PSNR and SSIM: {kind} of the whole chain, data range "
         f"{comparison.data_range:g}.",
         "",
         *picture("psnr.png"),

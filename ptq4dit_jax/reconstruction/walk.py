@@ -105,7 +105,7 @@ class Walk:
         order = (np.arange(strata * size) * count // (strata * size)).reshape(strata, size).T
         flat = lambda rows: np.asarray(rows).reshape(count, *rows.shape[2:])[order]
         t = np.repeat(np.asarray(calibration.t), calibration.num_rows)
-        group = step_group(quantized.group_edges, jnp.append(t, t[:1]))[:count]
+        group = step_group(quantized.group_edges, quantized.schedule.noise_level(jnp.append(t, t[:1])))[:count]
         self.num_steps = calibration.num_steps
         self.plan = self._plan(size)
         self.x, self.t, self.y = (self._place(rows) for rows in (flat(calibration.x), t[order], flat(calibration.y)))

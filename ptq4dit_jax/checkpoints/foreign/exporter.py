@@ -13,12 +13,14 @@ import numpy as np
 
 from ptq4dit_jax.checkpoints.float_dit import check_arrays, expected_arrays, flatten
 from ptq4dit_jax.checkpoints.foreign.layouts import META, Entry
+from ptq4dit_jax.checkpoints.foreign.objectives import add_variance, drop_variance
 from ptq4dit_jax.checkpoints.foreign.safetensors_file import write_safetensors
 from ptq4dit_jax.dit import SITE_OF_LAYER, DiTConfig, flatten_sites, position_embedding
 from ptq4dit_jax.engine import QuantizedDiT, reference
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.quantizers import ActQuantizer, Balance
+from ptq4dit_jax.schedules import FlowSchedule
 from ptq4dit_jax.staging import staging
 
 
@@ -27,11 +29,13 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
 
     Of a quantized model these are the de-quantized weights: the file computes what the model computes with its activation
     quantizers off. Factors that balance activations on the way into a layer go into that layer's weights, since Meta's network
-    has no other place for them. The number of heads and the schedule are not part of the format.
+    has no other place for them. The number of heads and the schedule are not part of the format. A flow model is written as
+    SiT, with a variance half of zeros, by which an import tells it.
 
     Raises:
       Ptq4ditError: ``path`` exists (without ``overwrite``), is a folder or cannot be written; the model computes another
-        function than Meta's from the same weights (``freq_shift``, ``mlp_norm_eps``) or is incomplete.
+        function than Meta's from the same weights (``freq_shift``, ``mlp_norm_eps``) or is incomplete; a flow that is not
+        SiT's, with data at t = 1 and any number of steps.
     """
     config = model.config
     default = DiTConfig.preset("DiT-S/2")
@@ -39,6 +43,12 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
         raise Ptq4ditError(
             f"Meta's layout means freq_shift 0 and mlp_norm_eps 1e-06, and this model has {config.freq_shift:g} and"
             f" {config.mlp_norm_eps:g}; import its source without as_diffusers to export it."
+        )
+    flow = model.schedule if isinstance(model.schedule, FlowSchedule) else None
+    if flow not in (None, FlowSchedule()):
+        raise Ptq4ditError(
+            f"Meta's layout can hold a flow model as SiT, with data at t = 1 and any number of steps, and this one is of "
+            f"{flow.describe()}; save it as a model folder instead."
         )
     target = Path(path).expanduser().absolute()
     if target.is_dir():
@@ -48,6 +58,8 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
     params = _plain_params(model)
     dtype = np.dtype(params["final/kernel"].dtype)
     check_arrays(params, expected_arrays(config, dtype.name), "This model cannot be exported")
+    if flow is not None:
+        params, config = add_variance(*drop_variance(params, config))
 
     @functools.lru_cache(maxsize=1)  # one stacked parameter at a time comes to the host
     def host(name: str) -> np.ndarray:
@@ -62,11 +74,11 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
 
             def make(entry: Entry = entry, i: int | None = i) -> np.ndarray:
                 ours = host(entry.ours)
-                return entry.transform.theirs(ours if i is None else ours[i], config)
+                return entry.parts[0][1].theirs(ours if i is None else ours[i], config)
 
             shape = ours.shape if i is None else ours.shape[1:]
             tensors[name] = make
-            shapes[name] = (entry.transform.theirs(np.broadcast_to(np.zeros((), dtype), shape), config).shape, dtype)
+            shapes[name] = (entry.parts[0][1].theirs(np.broadcast_to(np.zeros((), dtype), shape), config).shape, dtype)
     with staging(target) as staged:
         with staged.open("wb") as file:
             write_safetensors(file.write, tensors, shapes)

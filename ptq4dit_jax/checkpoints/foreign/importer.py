@@ -13,15 +13,15 @@ import numpy as np
 from flax import traverse_util
 
 from ptq4dit_jax.checkpoints.float_dit import FLOATS
-from ptq4dit_jax.checkpoints.foreign.layouts import LAYOUTS, Entry, Layout, View
+from ptq4dit_jax.checkpoints.foreign.layouts import LAYOUTS, META, Entry, Layout, View
+from ptq4dit_jax.checkpoints.foreign.objectives import drop_variance, find_schedule, fold_step_size
 from ptq4dit_jax.checkpoints.foreign.shapes import SHOWN, Given, by_number, listed, names_of, our_shapes, read_config
 from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile, local_path, open_tensors
 from ptq4dit_jax.dit import DiTConfig, position_embedding
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.schedules import FlowSchedule
 
-#: What the samplers can follow.
-_OBJECTIVES = ("noise",)
 #: Words in names: of averaged weights, and of an optimizer's state, which mirrors the names of the weights.
 _EMA = {"ema", "ema_params", "params_ema", "model_eps", "ema_state", "model_ema", "ema_model"}
 _OPTIMIZER = {"opt", "opt_state", "optimizer", "optimizer_state", "optimizer_states", "mu", "nu", "exp_avg", "exp_avg_sq"}
@@ -55,6 +55,8 @@ def import_checkpoint(
     input_size: int | None = None,
     ema: bool = True,
     as_diffusers: bool = False,
+    objective: str | None = None,
+    flow_steps: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[FloatDiT, Imported]:
     """A float model from a checkpoint of another code base, told apart by content (:mod:`~.layouts` lists them).
@@ -66,14 +68,18 @@ def import_checkpoint(
       ema: take averaged weights if there are any; False takes those that were being trained.
       as_diffusers: compute what diffusers computes (time frequencies over 127, MLP norm epsilon of its config) instead of what
         Meta's code, with which published weights were trained, computes from the same weights. For its folders only.
+      objective: what the network predicts, ``noise`` or ``velocity``, where weights have the names of a DiT and nothing else
+        tells that they are a flow's, such as a SiT without a discarded variance half.
+      flow_steps: the number of equal Euler steps that a network made for a step size is to be sampled with: 128 by default for
+        shortcut models, 1 for mean flows. 0 gives it the size 0 and any number of steps: the velocity itself of a mean flow.
       progress: called with the tensors read and their total.
 
     Returns:
       The model, on the default device, and what was found. Peak memory is the model plus its largest stacked parameter.
 
     Raises:
-      Ptq4ditError: nothing readable at ``path``; an unknown layout; a network trained to predict something else than noise;
-        missing, unexpected or misshapen tensors (all named at once); NaN or infinity; a size that has to be given.
+      Ptq4ditError: nothing readable at ``path``; an unknown layout, or one of another network; missing, unexpected or misshapen
+        tensors (all named at once); NaN or infinity; a size that has to be given; an option that does not fit.
     """
     where = local_path(path)
     if where.is_dir() and (where / "transformer").is_dir():
@@ -82,22 +88,20 @@ def import_checkpoint(
     layout, root, averaged = _find_layout(file, ema)
     view = {name.removeprefix(root): tensor for name, tensor in file.items() if name.startswith(root)}
     if not layout.entries:
-        raise _unsupported(file, layout)
+        raise Ptq4ditError(
+            f"The checkpoint {file.path} is {layout.name}, another network than DiT ({layout.differs}), which cannot be "
+            "imported; docs/checkpoints.md lists what can."
+        )
     config, schedule = read_config(file, view, layout, Given(num_heads, input_size, as_diffusers))
-    objective = layout.told(view, config) or layout.objective
-    if objective not in _OBJECTIVES or file.path.name.startswith("SiT"):
-        raise _unsupported(file, layout)
+    schedule = find_schedule(file, view, layout, config, schedule, objective, flow_steps)
     _check_positions(file, view, layout, config)
     params, dtype = _read(file, view, layout, config, progress)
-    model = FloatDiT(params=params, config=config, schedule=schedule)
-    return model, Imported(layout.name, averaged, model.num_params, config, file.files, dtype)
-
-
-def _unsupported(file: TensorFile, layout: Layout) -> Ptq4ditError:
-    name = "SiT" if layout.objective == "noise" else layout.name
-    return Ptq4ditError(
-        f"The checkpoint {file.path} is {name}, trained for velocity, which is not supported yet; use one that predicts noise."
-    )
+    if isinstance(schedule, FlowSchedule):
+        params = fold_step_size(params, layout, config, schedule)
+        params, config = drop_variance(params, config)
+    model = FloatDiT(params=traverse_util.unflatten_dict(params, sep="/"), config=config, schedule=schedule)
+    name = "SiT" if layout is META and isinstance(schedule, FlowSchedule) else layout.name
+    return model, Imported(name, averaged, model.num_params, config, file.files, dtype)
 
 
 def _find_layout(file: TensorFile, ema: bool) -> tuple[Layout, str, bool]:
@@ -143,8 +147,8 @@ def _check_positions(file: TensorFile, view: View, layout: Layout, config: DiTCo
 def _read(
     file: TensorFile, view: View, layout: Layout, config: DiTConfig, progress: Callable[[int, int], None] | None
 ) -> tuple[dict[str, Any], str]:
-    """Our parameters, nested, converted one tensor at a time, and their dtype."""
-    names = [name for entry in layout.entries for name in names_of(entry, config.depth)]
+    """Our parameters by flat name, converted one tensor at a time, and their dtype."""
+    names = [name for entry in layout.all_entries for name in names_of(entry, config.depth)]
     kinds = {view[name].dtype.name for name in names}
     dtype = kinds.pop() if len(kinds) == 1 and kinds <= set(FLOATS) else "float32"
     shapes, bad, done = our_shapes(config), [], 0
@@ -160,10 +164,10 @@ def _read(
         return array
 
     params = {}
-    for entry in layout.entries:
+    for entry in layout.all_entries:
 
         def block(i: int, entry: Entry = entry) -> np.ndarray:
-            parts = [entry.transform.ours(read(name.replace("{i}", str(i))), config) for name in entry.theirs]
+            parts = [transform.ours(read(name.replace("{i}", str(i))), config) for name, transform in entry.parts]
             return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
         if entry.stacked:
@@ -183,4 +187,4 @@ def _read(
         raise Ptq4ditError(
             f"The checkpoint {file.path} holds NaN or infinity in {listed(sorted(set(bad), key=by_number))}; get it anew."
         )
-    return traverse_util.unflatten_dict(params, sep="/"), dtype
+    return params, dtype

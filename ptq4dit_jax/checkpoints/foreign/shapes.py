@@ -15,9 +15,9 @@ import numpy as np
 from ptq4dit_jax.checkpoints.float_dit import FLOATS, expected_arrays, settings_from_json
 from ptq4dit_jax.checkpoints.foreign.layouts import DIFFUSERS, Entry, Layout, View
 from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile
-from ptq4dit_jax.diffusion import NoiseSchedule
 from ptq4dit_jax.dit import PRESETS, DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 
 _MAX_BLOCKS, SHOWN = 1000, 8
 
@@ -31,8 +31,8 @@ class Given:
     as_diffusers: bool = False
 
 
-def read_config(file: TensorFile, view: View, layout: Layout, given: Given) -> tuple[DiTConfig, NoiseSchedule]:
-    """The configuration of the network and the schedule it was trained with.
+def read_config(file: TensorFile, view: View, layout: Layout, given: Given) -> tuple[DiTConfig, Schedule]:
+    """The configuration of the network as the file has it, and the schedule that its layout and folder tell.
 
     Raises:
       Ptq4ditError: tensors that are missing, unexpected or of another shape than the rest asks for, all named at once; a size
@@ -133,7 +133,7 @@ def _check_names(view: View, layout: Layout, depth: int, faults: _Faults) -> Non
     if depth > _MAX_BLOCKS:
         faults.unexpected.append(layout.block.replace("{i}", str(depth - 1)) + "*")
         return
-    expected = {name for entry in layout.entries for name in names_of(entry, depth)}
+    expected = {name for entry in layout.all_entries for name in names_of(entry, depth)}
     ignored = [re.compile(pattern) for pattern in layout.ignored]
     faults.missing = sorted(expected - view.keys(), key=by_number)
     extra = view.keys() - expected - {layout.pos_embed}
@@ -222,18 +222,19 @@ def _agreed(file: TensorFile, what: str, told: int | None, given: int | None, re
 def _parts(entry: Entry, config: DiTConfig, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The shapes that their tensors of an entry must have, for our ``shape`` without the depth axis."""
     part = np.broadcast_to(np.float32(0), (*shape[:-1], shape[-1] // len(entry.theirs)))
-    return [entry.transform.theirs(part, config).shape] * len(entry.theirs)
+    return [transform.theirs(part, config).shape for _, transform in entry.parts]
 
 
 def our_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of our parameters, those of blocks without the depth axis."""
+    """Shapes of our parameters, those of blocks without the depth axis, and of an embedder of step sizes."""
     shapes = {name: leaf.shape for name, leaf in expected_arrays(config, "float32").items()}
-    return {name: shape[1:] if name.startswith("blocks/") else shape for name, shape in shapes.items()}
+    steps = {name.replace("time_", "step_"): shape for name, shape in shapes.items() if name.startswith("time_")}
+    return {name: shape[1:] if name.startswith("blocks/") else shape for name, shape in (shapes | steps).items()}
 
 
 def _check_shapes(view: View, layout: Layout, config: DiTConfig, faults: _Faults) -> None:
     shapes = our_shapes(config)
-    for entry in layout.entries:
+    for entry in layout.all_entries:
         wanted = _parts(entry, config, shapes[entry.ours])
         for name, shape in zip(names_of(entry, config.depth), wanted * config.depth, strict=False):
             if name in view and view[name].shape != shape:

@@ -69,6 +69,15 @@ def kvfrans() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return nested(flat, "/"), {name: arrays[name] for name in ("x", "t", "y", "out")}
 
 
+def flow(family: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Of ``sit``, ``shortcut`` or ``meanflow``: the golden parameters by path; inputs x, t, y, labels, and outputs."""
+    arrays = dict(np.load(GOLDEN / "foreign" / "flows.npz"))
+    mine = {name.removeprefix(f"{family}/"): array for name, array in arrays.items() if name.startswith(family)}
+    params = {name.removeprefix("params/"): array for name, array in mine.items() if name.startswith("params/")}
+    outputs = {name: array for name, array in mine.items() if not name.startswith("params/")}
+    return params, {name: array for name, array in arrays.items() if "/" not in name} | outputs
+
+
 def write_pickle(path: Path, tree: Any, protocol: int = 4) -> Path:
     path.write_bytes(pickle.dumps(tree, protocol=protocol))
     return path

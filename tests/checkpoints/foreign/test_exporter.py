@@ -13,6 +13,7 @@ from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.dit import flatten_sites, nest_sites
 from ptq4dit_jax.engine import QLinear, QuantizedDiT, reference
 from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
+from ptq4dit_jax.schedules import FlowSchedule
 
 
 def test_round_trip_is_identical(tmp_path):
@@ -115,3 +116,12 @@ def test_what_cannot_be_exported(tmp_path, raises_sentence):
     with raises_sentence("missing: time_fc1/bias, time_fc1/kernel"):
         export_meta(model.replace(params=params), tmp_path / "y.safetensors")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.safetensors"]
+
+
+def test_a_quantized_flow_is_exported_as_sit(tmp_path):
+    """Its variance channels, which nothing reads, go out as the zeros by which an import tells a SiT."""
+    model = build().replace(schedule=FlowSchedule())
+    again, found = import_checkpoint(export_meta(model, tmp_path / "x.safetensors"), num_heads=4)
+    assert (found.layout, again.schedule, again.config.learn_sigma) == ("SiT", FlowSchedule(), False)
+    weights = reference(model).params["final"]["kernel"].reshape(-1, 4, 2, 3)[:, :, 0].reshape(-1, 12)
+    np.testing.assert_array_equal(again.params["final"]["kernel"], weights)

@@ -18,7 +18,7 @@ from foreign_files import DIFFUSERS, META, OUTPUTS
 from foreign_files import save_safetensors as save
 
 from ptq4dit_jax import checkpoints
-from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, layouts, open_tensors
+from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, open_tensors
 from ptq4dit_jax.diffusion import NoiseSchedule
 from ptq4dit_jax.dit import DiTConfig
 
@@ -167,61 +167,6 @@ def test_jax_dit(kind, tmp_path):
     model, found = import_checkpoint(path, num_heads=4)
     assert_forward(model, golden_of_meta())
     assert (found.layout, found.ema) == ("demon2036/jax-dit", kind == "orbax")
-
-
-def diffuse_nnx_tree(heads):
-    """Meta's golden parameters as diffuse_nnx names and shapes them."""
-    flat = {}
-    for name, array in meta_params().items():
-        head, array = (array.shape[0] // 3, heads, -1), flax_array(name, array)
-        name = (
-            name.replace("x_embedder.proj", "x_proj")
-            .replace("mlp.fc", "mlp.linear")
-            .replace("adaLN_modulation", "adaLN_mod.layers")
-        )
-        name = name.replace("t_embedder.mlp", "t_embedder.mlp.layers").replace("attn.proj", "attn.out")
-        name = name.replace(".weight", ".embedding" if "table" in name else ".kernel")
-        if "qkv" in name:
-            for part, values in zip(("query", "key", "value"), np.split(array, 3, axis=-1), strict=True):
-                flat[name.replace("qkv", part)] = values.reshape(head if values.ndim == 2 else head[1:])
-        elif name.endswith("attn.out.kernel"):
-            flat[name] = array.reshape(heads, -1, array.shape[-1])
-        else:
-            flat[name] = array
-    flat["x_embedder.pe"] = META_GOLDEN["pos_embed"][None]
-    return foreign_files.nested({f"network.{name}.value": array for name, array in flat.items()}, ".")
-
-
-def test_diffuse_nnx_is_refused_until_velocity_can_be_sampled(tmp_path, monkeypatch, raises_sentence):
-    for item, root in (("state", "state"), ("ema_state", "ema")):
-        ocp.PyTreeCheckpointer().save(
-            tmp_path / "checkpoint_1" / item, {root: diffuse_nnx_tree(4)} if root == "ema" else diffuse_nnx_tree(4)
-        )
-    with raises_sentence("willisma/diffuse_nnx", "trained for velocity", "not supported yet"):
-        import_checkpoint(tmp_path / "checkpoint_1")
-    monkeypatch.setattr("ptq4dit_jax.checkpoints.foreign.importer._OBJECTIVES", ("noise", "velocity"))
-    model, found = import_checkpoint(tmp_path / "checkpoint_1")
-    assert_forward(model, golden_of_meta())
-    assert (found.ema, model.config.num_heads) == (True, 4)
-
-
-@pytest.mark.parametrize("layout", layouts.jax_trees.OTHERS, ids=lambda layout: layout.name)
-def test_other_networks_are_refused_by_name(layout, tmp_path, raises_sentence):
-    path = foreign_files.write_pickle(tmp_path / "x", {"params": {name: np.ones(2) for name in layout.markers}})
-    with raises_sentence(layout.name, "trained for velocity", "not supported yet"):
-        import_checkpoint(path)
-
-
-def test_sit_is_told_by_its_unused_half(meta, tmp_path, raises_sentence):
-    arrays = dict(meta)
-    for name in ("weight", "bias"):
-        values = arrays[f"final_layer.linear.{name}"].copy()
-        values.reshape(4, 2, 4, -1)[:, 1] = 0
-        arrays[f"final_layer.linear.{name}"] = values
-    with raises_sentence("SiT", "trained for velocity", "not supported yet"):
-        import_checkpoint(save(tmp_path / "x", arrays), num_heads=3)
-    with raises_sentence("SiT", "trained for velocity"):
-        import_checkpoint(save(tmp_path / "SiT-XL-2-256.pt", meta), num_heads=3)
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from ptq4dit_jax.checkpoints.foreign.layouts.table import PATCH_OIHW, Entry, Layout, Objective, View, torch_linear
+from ptq4dit_jax.checkpoints.foreign.layouts.table import PATCH_OIHW, Entry, Layout, View, torch_linear
 from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.schedules import FlowSchedule, Schedule
 
 
-def _told_by_sigma(view: View, config: DiTConfig) -> Objective | None:
+def _told_by_content(view: View, config: DiTConfig) -> Schedule | None:
     """SiT has the same names and shapes. It throws the variance half of the output away, so that in training this half of the
-    last layer stays at the zero that it starts from."""
+    last layer stays at the zero that it starts from. REPA trains SiT with projectors, and with time running to the noise."""
+    if any(name.startswith("projectors.") for name in view):
+        return FlowSchedule(data_time=0)
     if not config.learn_sigma:
         return None
     rows = [view[f"final_layer.linear.{name}"].read().astype(np.float32) for name in ("weight", "bias")]
     noise, sigma = np.split(np.concatenate([rows[0], rows[1][:, None]], 1).reshape(config.patch_size**2, 2, -1), 2, axis=1)
-    return "velocity" if noise.any() and not sigma.any() else None
+    return FlowSchedule() if noise.any() and not sigma.any() else None
 
 
 META = Layout(
@@ -43,5 +46,6 @@ META = Layout(
         "frequencies": ("t_embedder.mlp.0.weight", 1), "outputs": ("final_layer.linear.weight", 0), "tokens": ("pos_embed", 1),
     },
     pos_embed="pos_embed",
-    told=_told_by_sigma,
+    ignored=(r"projectors\..*",),
+    told=_told_by_content,
 )  # fmt: skip

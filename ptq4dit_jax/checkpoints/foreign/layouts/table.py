@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from ptq4dit_jax.checkpoints.foreign.lazy import Tensor
-from ptq4dit_jax.diffusion import NoiseSchedule
 from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 
-Objective = Literal["noise", "velocity"]
 View: TypeAlias = Mapping[str, Tensor]
 
 
@@ -49,19 +48,47 @@ FROM_HEADS = Transform(
 )
 
 
+#: Queries of an attention that divides by the width of a head and not by its root, (D, D) and (D,).
+QUERY = Transform(lambda a, c: a * c.head_width**-0.5, lambda a, c: a * c.head_width**0.5)
+
+
 class Entry(NamedTuple):
     """Where one of our parameters comes from: their tensors, transformed, then joined on the last axis.
 
-    Where their names have an ``{i}`` and ours is no block's, each block holds a copy of the same tensor.
+    ``transform`` is of all of their tensors, or a tuple with one for each. Where their names have an ``{i}`` and ours is no
+    block's, each block holds a copy of the same tensor.
     """
 
     ours: str
     theirs: tuple[str, ...]
-    transform: Transform = KEEP
+    transform: Transform | tuple[Transform, ...] = KEEP
+
+    @property
+    def parts(self) -> list[tuple[str, Transform]]:
+        """Their names, each with its transform."""
+        each = (self.transform,) * len(self.theirs) if isinstance(self.transform, Transform) else self.transform
+        return list(zip(self.theirs, each, strict=True))
 
     @property
     def stacked(self) -> bool:
         return self.ours.startswith("blocks/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSize:
+    """A second embedder of time, whose output for the size of a step is added to the condition.
+
+    For a number of equal steps that output is a constant, which an import adds to the bias of ``time_fc2``.
+
+    Attributes:
+      entries: a table whose names of ours are those of the time embedder with ``step_`` for ``time_``.
+      seen: what the embedder is given for a number of steps; for 0, any number, it is given 0.
+      default: the number of steps that is meant where nobody says.
+    """
+
+    entries: tuple[Entry, ...]
+    seen: Callable[[int], float]
+    default: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,25 +100,31 @@ class Layout:
       markers: names that, all together, only this layout has.
       block: the beginning of the names of a block, with ``{i}``; their number is the depth.
       entries: the table; empty where the network is another one than ours.
+      differs: in what, if it is.
       sizes: where shapes tell sizes, as (name, axis): ``hidden``, ``patch``, ``channels``, ``rows`` (of the label table),
         ``mlp``, ``frequencies``, ``outputs`` and, where known, ``tokens`` and ``heads``.
       pos_embed: the fixed table of positions, checked and then dropped, if the layout stores it.
       ignored: regular expressions of names that carry no parameter.
-      objective: what the network was trained to predict.
+      schedule: what the network was trained to predict, and over which time.
       told: an exception to that, told by the values themselves: takes the tensors and the configuration.
-      schedule: of the noise it was trained with.
+      step_size: the embedder of step sizes, if the network has one.
     """
 
     name: str
     markers: tuple[str, ...]
     block: str = ""
     entries: tuple[Entry, ...] = ()
+    differs: str = ""
     sizes: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     pos_embed: str | None = None
     ignored: tuple[str, ...] = ()
-    objective: Objective = "noise"
-    told: Callable[[View, DiTConfig], Objective | None] = lambda view, config: None
-    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+    schedule: Schedule = field(default_factory=NoiseSchedule)
+    told: Callable[[View, DiTConfig], Schedule | None] = lambda view, config: None
+    step_size: StepSize | None = None
+
+    @property
+    def all_entries(self) -> tuple[Entry, ...]:
+        return self.entries + (self.step_size.entries if self.step_size else ())
 
 
 def torch_linear(ours: str, *theirs: str) -> tuple[Entry, Entry]:
@@ -101,10 +134,23 @@ def torch_linear(ours: str, *theirs: str) -> tuple[Entry, Entry]:
 
 
 def flax_linear(
-    ours: str, *theirs: str, end: str = "", kernel: Transform = KEEP, bias: Transform = KEEP
+    ours: str,
+    *theirs: str,
+    end: str = "",
+    kernel: Transform | tuple[Transform, ...] = KEEP,
+    bias: Transform | tuple[Transform, ...] = KEEP,
 ) -> tuple[Entry, Entry]:
     """A linear layer of Flax, (K, N), or several that are joined on N; ``end`` follows every name."""
     return (
         Entry(f"{ours}/kernel", tuple(f"{name}.kernel{end}" for name in theirs), kernel),
         Entry(f"{ours}/bias", tuple(f"{name}.bias{end}" for name in theirs), bias),
+    )
+
+
+def flax_attention(prefix: str, end: str = "") -> tuple[Entry, ...]:
+    """Flax's attention with q, k and v apart and heads as an axis."""
+    names = (f"{prefix}.query", f"{prefix}.key", f"{prefix}.value")
+    return (
+        *flax_linear("blocks/qkv", *names, end=end, kernel=TO_HEADS, bias=HEADS_BIAS),
+        *flax_linear("blocks/proj", f"{prefix}.out", end=end, kernel=FROM_HEADS),
     )

@@ -1,0 +1,136 @@
+"""What a network was trained to predict, and over which time: noise along a Gaussian schedule, or the velocity of a flow.
+
+A model carries one of the two as its ``schedule``; the samplers in :mod:`ptq4dit_jax.diffusion` follow it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptq4dit_jax.errors import Ptq4ditError
+
+_Time = TypeVar("_Time", jax.Array, np.ndarray)
+#: A flow has no training steps to choose from; this bounds the tables that a mistyped count would allocate.
+_MAX_FLOW_STEPS = 10_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """The linear schedule that a model was trained with. Tables are float64 NumPy arrays of length ``num_timesteps``."""
+
+    objective: ClassVar[str] = "noise"
+    time_dtype: ClassVar[Any] = np.int32
+
+    num_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    @property
+    def betas(self) -> np.ndarray:
+        return np.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=np.float64)
+
+    @property
+    def alpha_bars(self) -> np.ndarray:
+        """Cumulative products of ``1 - beta``: the squared signal level after each step."""
+        return np.cumprod(1.0 - self.betas)
+
+    def add_noise(self, x0: jax.Array, t_B: jax.Array, noise: jax.Array) -> jax.Array:
+        """``sqrt(abar_t) x0 + sqrt(1 - abar_t) noise``: one draw of q(x_t | x_0)."""
+        abar = jnp.asarray(self.alpha_bars, jnp.float32)[t_B].reshape(-1, *[1] * (x0.ndim - 1))
+        return jnp.sqrt(abar) * x0 + jnp.sqrt(1 - abar) * noise
+
+    def noise_level(self, t: _Time) -> _Time:
+        """What falls along a chain: the timestep itself."""
+        return t
+
+    def check_times(self, t: np.ndarray) -> None:
+        """Raises where ``t`` are no timesteps of this schedule."""
+        if not np.issubdtype(t.dtype, np.integer) or t.min() < 0 or t.max() >= self.num_timesteps:
+            raise Ptq4ditError(
+                f"Calibration timesteps t must be integers from 0 to {self.num_timesteps - 1}, not {t.ravel()[:3]}..."
+            )
+
+    def describe(self) -> str:
+        return self.objective
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowSchedule:
+    """A straight flow between noise and data over time 0 to 1, of which the model predicts the velocity ``dx / dt``.
+
+    Attributes:
+      data_time: the time at which x is data, 0 or 1; at the other it is noise. The network sees t in these terms.
+      steps: the number of equal steps that a network made for a step size was imported for; 0 where any number will do.
+    """
+
+    objective: ClassVar[str] = "velocity"
+    time_dtype: ClassVar[Any] = np.float32
+
+    data_time: int = 1
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.data_time not in (0, 1):
+            raise Ptq4ditError(f"The data_time of a flow must be 0 or 1, not {self.data_time!r}.")
+        if not 0 <= self.steps <= _MAX_FLOW_STEPS:
+            raise Ptq4ditError(f"The steps of a flow must be 0 (any number) to {_MAX_FLOW_STEPS}, not {self.steps!r}.")
+
+    def times(self, steps: int | str) -> np.ndarray:
+        """The ends of ``steps`` equal steps from noise to data, (steps + 1,) float64."""
+        text = str(steps).strip()
+        if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= _MAX_FLOW_STEPS:
+            raise Ptq4ditError(f"Sampler steps of a flow must be 1 to {_MAX_FLOW_STEPS}, not {steps!r}.")
+        if self.steps not in (0, int(text)):
+            raise Ptq4ditError(
+                f"This model was imported for {self.steps} steps and takes no other number; use {self.steps}, or import it "
+                f"again with flow_steps (ptq4dit convert --flow-steps) {text}."
+            )
+        level = np.arange(int(text), -1, -1) / int(text)
+        return np.abs(self.data_time - level)
+
+    def add_noise(self, x0: jax.Array, t_B: jax.Array, noise: jax.Array) -> jax.Array:
+        """``(1 - s) x0 + s noise`` with the noise level s at time t: the flow's straight line between the two."""
+        level = self.noise_level(t_B).reshape(-1, *[1] * (x0.ndim - 1))
+        return (1 - level) * x0 + level * noise
+
+    def noise_level(self, t: _Time) -> _Time:
+        """What falls along a chain, from 1 to 0: the share of noise in x."""
+        return 1 - t if self.data_time else t
+
+    def check_times(self, t: np.ndarray) -> None:
+        """Raises where ``t`` are no times of this flow."""
+        if not np.issubdtype(t.dtype, np.number) or not ((t >= 0) & (t <= 1)).all():
+            raise Ptq4ditError(f"Calibration times t of a flow model must lie between 0 and 1, not {t.ravel()[:3]}...")
+
+    def describe(self) -> str:
+        return f"{self.objective}, data at t = {self.data_time}" + (f", {self.steps} steps" if self.steps else "")
+
+
+Schedule: TypeAlias = NoiseSchedule | FlowSchedule
+
+
+def respace(num_timesteps: int, steps: int | str) -> np.ndarray:
+    """Timesteps that are kept, ascending.
+
+    ``N`` (or ``"N"``) spreads N steps evenly from 0 to the last, rounding half to even; ``"ddimN"`` takes the first stride that
+    gives exactly N steps from 0. Both are Meta's rules.
+    """
+    spec = str(steps).strip()
+    count_text = spec.removeprefix("ddim")
+    if not (count_text.isascii() and count_text.isdigit()) or not 1 <= int(count_text) <= num_timesteps:
+        raise Ptq4ditError(f"Sampler steps must be 1 to {num_timesteps}, or 'ddimN' with such an N, not {steps!r}.")
+    count = int(count_text)
+    if spec.startswith("ddim"):
+        for hop in range(1, num_timesteps):
+            kept = np.arange(0, num_timesteps, hop)
+            if len(kept) == count:
+                return kept
+        raise Ptq4ditError(f"No stride over {num_timesteps} timesteps gives exactly {count} steps; use '{count}' instead.")
+    stride = (num_timesteps - 1) / (count - 1) if count > 1 else 1.0
+    # Meta sums the stride up instead of multiplying it, which rounds differently for some N; the sum is what models saw.
+    return np.cumsum([0.0] + [stride] * (count - 1)).round().astype(int)
