@@ -68,13 +68,17 @@ def measure(engine: str, config: DiTConfig, guided: list[int], steps: int, repea
     return results
 
 
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
+
+
 def markdown(document: dict[str, Any]) -> str:
     guided = document["guided"]
     lines = [
         f"{document['model']}, {document['input_size'] * 8} px, {document['steps']} DDPM steps, guided (two rows an image), "
         f"best of {document['repeats']}; {common.source(document)}.",
         "",
-        "| | weights, GB | " + " | ".join(f"{count} images: ms a step (images/s at 50 steps)" for count in guided) + " |",
+        "| milliseconds a step (images a second, 50 steps) | weights, GB | " + " | ".join(map(_images, guided)) + " |",
         "|---|---|" + "---|" * len(guided),
     ]
     for engine, entries in document["engines"].items():

@@ -17,7 +17,7 @@ from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.config import LAYERS, POLICIES, QuantConfig, Reconstruction
 from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import DiTConfig
-from ptq4dit_jax.engine import QuantizedDiT, describe
+from ptq4dit_jax.engine import QuantizedDiT, backends, describe
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import compare, image_grid, num_bytes, plain, write_report
 from ptq4dit_jax.model import FloatDiT
@@ -32,7 +32,9 @@ from ptq4dit_jax.terminal import (
     print_table,
     read_arrays,
     read_key,
+    runs_line,
     stages,
+    to_run,
     write_file,
     write_json,
 )  # fmt: skip
@@ -102,8 +104,11 @@ def info(model: ModelArgument, json: Json = None) -> None:
     summary = _summary(loaded)
     for key, value in summary.items():
         console.print(f"{key.replace('_', ' '):>14}  {megabytes(value) if key == 'bytes' else value}")
-    rows = describe(loaded) if isinstance(loaded, QuantizedDiT) else []
-    if rows:
+    rows = []
+    if isinstance(loaded, QuantizedDiT):
+        running = to_run(loaded, "auto", "auto")
+        console.print(f"{'runs':>14}  {runs_line(running)}")
+        rows = describe(running)
         print_table("Layers", [{k: v for k, v in row.items() if k != "integer"} for row in rows])
     facts: dict[str, Any] = {}
     if not model.startswith("random:") and not foreign.is_foreign(model):
@@ -289,6 +294,10 @@ def sample(
     cfg_channels: CfgChannels = "first3",
     batch_size: BatchSize = None,
     vae: Vae = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto (bfloat16 for a quantized model on a GPU or TPU), float32 or bfloat16.", metavar="TYPE")
+    ] = "auto",
+    backend: Annotated[str, typer.Option(help=f"What runs integer products: auto, {', '.join(backends.BACKENDS)}.")] = "auto",
     noise: Annotated[
         Path | None,
         typer.Option(help="An npz with noise (N, H, W, C) and, if wanted, step_noise (S, N, H, W, C).", metavar="FILE"),
@@ -304,7 +313,7 @@ def sample(
     check_target(out, overwrite)
     check_target(json, overwrite=True)
     wanted = parse_labels(labels, repeat)
-    loaded = load_model(model)
+    loaded = to_run(load_model(model), dtype, backend)
     channels = loaded.config.in_channels
     if vae is None and out.suffix == ".png" and channels not in (1, 3):
         raise Ptq4ditError(
@@ -315,7 +324,8 @@ def sample(
     decoder = None if vae is None else foreign.load_vae(vae)
     given = {} if noise is None else read_arrays(noise, ("noise",), ("step_noise",))
     console.print(
-        f"Sampling {len(wanted)} images from {model} on {devices_line()}: {walk.name}, {steps} steps, guidance {cfg_scale}"
+        f"Sampling {len(wanted)} images from {model} on {devices_line()}, {runs_line(loaded)}: {walk.name}, {steps} steps, "
+        f"guidance {cfg_scale}"
     )
     started = time.perf_counter()
     with stages() as report:

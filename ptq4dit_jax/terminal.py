@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 from zipfile import BadZipFile
 from zlib import error as ZlibError
 
@@ -28,7 +29,9 @@ from rich.progress import (
 from rich.table import Table
 
 from ptq4dit_jax import checkpoints, sharding
+from ptq4dit_jax.devices import default_device
 from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.engine import QuantizedDiT, backends
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.ptq import StageProgress
@@ -38,6 +41,7 @@ from ptq4dit_jax.staging import staging
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 _MAX_LABEL = 10**6
+_Model = TypeVar("_Model", bound=checkpoints.Model)
 
 
 @contextlib.contextmanager
@@ -75,6 +79,29 @@ def devices_line() -> str:
     """The devices that will be used, in words."""
     kinds = [device.device_kind for device in jax.devices()]
     return f"{len(kinds)} x {kinds[0]} ({jax.default_backend()})"
+
+
+def to_run(model: _Model, dtype: str, backend: str) -> _Model:
+    """The model as it is sampled from, in the type and by the backend asked for. The type ``auto`` is bfloat16 for a quantized
+    model on an accelerator, and otherwise the model's own."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise Ptq4ditError(f"The type to compute in must be auto, float32 or bfloat16, not {dtype!r}.")
+    device = default_device()
+    if backends.check(backend) == "mosaic_gpu" and device.capability != (9, 0):
+        raise Ptq4ditError("The backend mosaic_gpu needs a GPU of compute capability 9.0 (Hopper); use auto or xla.")
+    if not isinstance(model, QuantizedDiT):
+        return model if dtype == "auto" else cast(_Model, model.astype(dtype))
+    if dtype == "auto":
+        dtype = model.dtype if device.platform == "cpu" else "bfloat16"
+    return cast(_Model, dataclasses.replace(cast(Any, model), dtype=dtype, backend=backend))
+
+
+def runs_line(model: checkpoints.Model) -> str:
+    """In which type the model computes and, if quantized, what runs its integer products."""
+    if not isinstance(model, QuantizedDiT):
+        return f"in {np.dtype(model.dtype).name}"
+    choice = model.backend_choice
+    return f"in {model.dtype}, integer products by {choice.name}" + (f" ({choice.why})" if choice.why else "")
 
 
 def all_devices_mesh() -> jax.sharding.Mesh | None:

@@ -27,7 +27,7 @@ def encode(x: jax.Array, act: ActQuantizer) -> Encoded:
     low, high = act_code_range(act.bits)
     K = x.shape[-1]
     inverse = jnp.broadcast_to(reciprocal(act.scale) * (1.0 if act.balance is None else act.balance), (K,))
-    codes = rows.quantize(x.reshape(-1, K), inverse, act.zero_point.astype(jnp.float32)[None], low=low, high=high)
+    codes = rows.quantize(x.reshape(-1, K), inverse, act.zero_point[None], low=low, high=high)
     return Encoded(codes.reshape(x.shape), act.scale, act.zero_point)
 
 
@@ -38,7 +38,7 @@ def modulate_encode(x_BTD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array, 
         raise NotImplementedError
     B, T, D = x_BTD.shape
     low, high = act_code_range(act.bits)
-    ranges = None if act.dynamic else (reciprocal(act.scale)[None], act.zero_point.astype(jnp.float32)[None])
+    ranges = None if act.dynamic else (reciprocal(act.scale)[None], act.zero_point[None])
     codes, *scale = rows.modulate_quantize(
         x_BTD.reshape(B * T, D), shift_BD, scale_BD, ranges, tokens=T, eps=eps, low=low, high=high
     )

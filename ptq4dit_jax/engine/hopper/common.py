@@ -14,9 +14,15 @@ _NEW = jax.__version_info__ >= (0, 11)
 _ROUNDING = 12582912.0
 
 
-def round_to_int8(x: jax.Array) -> jax.Array:
-    """Floats that lie within [-128, 127] to int8, half to even, by one addition instead of a conversion."""
-    return lax.bitcast_convert_type(x + _ROUNDING, jnp.int32).astype(jnp.int8)
+def to_codes(x: jax.Array, zero_point: jax.Array | int, low: int, high: int) -> jax.Array:
+    """``clip(round(x) + zero_point, low, high)`` as int8, half to even; ``zero_point`` () int32.
+
+    Clipping first leaves what one addition can round: cheaper than a conversion. The zero point comes after the rounding, as in
+    the reference, so that ties round alike.
+    """
+    ends = [jnp.asarray(end - zero_point, jnp.float32) for end in (low, high)]
+    rounded = lax.bitcast_convert_type(jnp.clip(x, *ends) + _ROUNDING, jnp.int32)
+    return (rounded + zero_point).astype(jnp.int8)
 
 
 def load_vector(ref: Any, *index: Any) -> jax.Array:

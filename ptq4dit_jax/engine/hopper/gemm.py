@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ptq4dit_jax.engine.hopper.common import core_count, load_vector, round_to_int8, transposed
+from ptq4dit_jax.engine.hopper.common import core_count, load_vector, to_codes, transposed
 
 #: Elements of the contraction axis in a tile: one full swizzle of 128 bytes.
 TILE_K = 128
@@ -52,7 +52,7 @@ class Tiles:
 
 
 class GeluRequantize(NamedTuple):
-    """``clip(round(gelu(y) * inverse + zero_point), low, high)``: float32 vectors (N,), the code range, int8 out."""
+    """``clip(round(gelu(y) * inverse) + zero_point, low, high)``, int8: ``inverse`` (N,) float32, ``zero_point`` (1,) int32."""
 
     inverse: jax.Array
     zero_point: jax.Array
@@ -146,7 +146,7 @@ def int8_matmul(
     requantized = tokens = None
     residual: list[jax.Array] = []
     if isinstance(finish, GeluRequantize):
-        vectors |= {"inverse": widened(finish.inverse, columns), "zero_point": widened(finish.zero_point, columns)}
+        vectors |= {"inverse": widened(finish.inverse, columns), "zero_point": finish.zero_point}
         requantized = (finish.low, finish.high)
     if isinstance(finish, GatedResidual):
         vectors["gate"] = widened(finish.gate, columns)
@@ -281,8 +281,6 @@ def _finish(
         if "row_scale" in vectors:
             y = y * lax.broadcast_in_dim(load_vector(vectors["row_scale"], rows), y.shape, (0,))
         y = y * vector("column_scale") + vector("bias")
-        if plan.requantized is not None:
-            y = jnp.clip(_gelu(y) * vector("inverse") + vector("zero_point"), *map(float, plan.requantized))
         if plan.tokens is not None:
             image = lax.min((m0 + i) // plan.tokens, vectors["gate"].shape[0] - 1)
             gate = over_rows(load_vector(vectors["gate"], image, columns).astype(jnp.float32))
@@ -290,7 +288,10 @@ def _finish(
             y = staging[slot].astype(jnp.float32) + gate * y
         else:
             plgpu.wait_smem_to_gmem(plan.slots - 1, wait_read_only=True)
-        staging[slot] = y.astype(jnp.bfloat16) if plan.requantized is None else round_to_int8(y)
+        if plan.requantized is None:
+            staging[slot] = y.astype(jnp.bfloat16)
+        else:
+            staging[slot] = to_codes(_gelu(y) * vector("inverse"), load_vector(vectors["zero_point"], 0), *plan.requantized)
         plgpu.commit_smem()
         _store(plan, staging.at[slot], outs, rows, n0 + j, width)
 

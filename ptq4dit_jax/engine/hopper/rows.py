@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ptq4dit_jax.engine.hopper.common import load_vector, round_to_int8
+from ptq4dit_jax.engine.hopper.common import load_vector, to_codes
 from ptq4dit_jax.quantizers import EMPTY_RANGE
 
 #: Rows of a block: two to each of four warps.
@@ -35,7 +35,7 @@ def modulate_quantize(
     Args:
       x: (M, D) bfloat16; M a multiple of 8, D of 64.
       shift, scale: (M / tokens, D).
-      ranges: float32 (1,) each, ``1 / scale`` and the zero point; or None for a symmetric scale of each row's own.
+      ranges: ``1 / scale`` (1,) float32 and the zero point (1,) int32; or None for a symmetric scale of each row's own.
       tokens: rows to an image, a multiple of 8.
       eps: of the norm.
       low, high: code range.
@@ -60,10 +60,10 @@ def modulate_quantize(
             largest = jnp.abs(x).max(1)
             row_scale = jnp.where(largest > EMPTY_RANGE, largest * (1 / high), 1.0)
             rest[-1][at] = row_scale
-            codes[at, :] = round_to_int8(x * over_columns(1 / row_scale))
+            codes[at, :] = to_codes(x * over_columns(1 / row_scale), 0, low, high)
         else:
             inverse, zero_point = (load_vector(ref, 0) for ref in rest[:2])
-            codes[at, :] = round_to_int8(jnp.clip(x * inverse + zero_point, float(low), float(high)))
+            codes[at, :] = to_codes(x * inverse, zero_point, low, high)
 
     M, D = x.shape
     outs = [jax.ShapeDtypeStruct((M, D), jnp.int8)]
@@ -73,13 +73,12 @@ def modulate_quantize(
 
 
 def quantize(x: jax.Array, inverse: jax.Array, zero_point: jax.Array, *, low: int, high: int) -> jax.Array:
-    """``clip(round(x * inverse + zero_point))``: (M, K) bfloat16 to int8; ``inverse`` (K,) and ``zero_point`` (1,) float32."""
+    """``clip(round(x * inverse) + zero_point)``, (M, K) bfloat16 to int8; ``inverse`` (K,) float32, ``zero_point`` (1,)."""
 
     def body(x_ref: Any, inverse_ref: Any, zero_ref: Any, codes: Any) -> None:
         at = _rows()
         factor = lax.broadcast_in_dim(load_vector(inverse_ref, slice(None)), (ROWS, x.shape[1]), (1,))
-        y = _held(x_ref, at) * factor + load_vector(zero_ref, 0)
-        codes[at, :] = round_to_int8(jnp.clip(y, float(low), float(high)))
+        codes[at, :] = to_codes(_held(x_ref, at) * factor, load_vector(zero_ref, 0), low, high)
 
     [codes] = _over_rows(body, [jax.ShapeDtypeStruct(x.shape, jnp.int8)])(x, inverse, zero_point)
     return codes

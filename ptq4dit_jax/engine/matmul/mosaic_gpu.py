@@ -86,9 +86,9 @@ def linear_gelu(x: Encoded, weight: QTensor, bias: jax.Array, act: ActQuantizer)
     operands = _operands(x, weight, bias)
     N = operands.shape[-1]
     inverse = reciprocal(act.scale) * (1.0 if act.balance is None else act.balance)
-    wide = lambda v: operands.columns(jnp.broadcast_to(jnp.asarray(v, jnp.float32), (N,)))
+    inverse = operands.columns(jnp.broadcast_to(inverse, (N,)))
     low, high = act_code_range(act.bits)
-    [codes] = _run("gelu", operands, finish=gemm.GeluRequantize(wide(inverse), wide(act.zero_point), low, high))
+    [codes] = _run("gelu", operands, finish=gemm.GeluRequantize(inverse, act.zero_point[None], low, high))
     return Encoded(operands.rows(codes), act.scale, act.zero_point)
 
 
