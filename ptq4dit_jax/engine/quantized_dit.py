@@ -90,14 +90,26 @@ def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Ar
     hidden = jax.nn.silu(linears["time_fc1"](dit.timestep_frequencies(config, t_B).astype(model.dtype), backend))
     silu_c_BD = jax.nn.silu(linears["time_fc2"](hidden, backend) + model.label_embed[y_B].astype(model.dtype))
 
-    def block(x_BTD: jax.Array, layers: tuple[dict[str, QLinear], dict[str, ActQuantizer]]) -> tuple[jax.Array, None]:
-        return _block(config, *layers, x_BTD, silu_c_BD, backend), None
+    layers = _split_blocks(linears)
+    stacks = {name: layer.weight.values for name, layer in layers.items()} if backend != "xla" else {}
 
-    x_BTD, _ = jax.lax.scan(block, x_BTD, (_split_blocks(linears), sites))
+    def block(x_BTD: jax.Array, of_layer: tuple[dict[str, QLinear], Any, jax.Array]) -> tuple[jax.Array, None]:
+        linears, sites, index = of_layer
+        linears = {name: _from_stack(layer, stacks[name], index) if stacks else layer for name, layer in linears.items()}
+        return _block(config, linears, sites, x_BTD, silu_c_BD, backend), None
+
+    if stacks:  # kernels read a layer where it lies; cut out of the stack it would be copied
+        layers = {name: _from_stack(layer, None, None) for name, layer in layers.items()}
+    x_BTD, _ = jax.lax.scan(block, x_BTD, (layers, sites, jnp.arange(config.depth)))
 
     shift, scale = jnp.split(linears["final_adaLN"](silu_c_BD, backend), 2, axis=-1)
     h_BTD = dit.modulate(dit.layer_norm(x_BTD), shift, scale)
     return dit.unpatchify(config, linears["final"](h_BTD, backend))
+
+
+def _from_stack(layer: QLinear, values: Any, index: Any) -> QLinear:
+    """A layer whose codes are ``values``, or one layer of them."""
+    return layer.replace(weight=layer.weight.replace(values=values, layer=index))  # type: ignore[attr-defined]
 
 
 def _block(

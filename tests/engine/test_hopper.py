@@ -172,10 +172,21 @@ def test_accumulators_are_exact_for_extreme_values(cut: Tiles, value: str) -> No
     sums = a.astype(np.int64) @ b.T
     scale = jnp.full(N, 2.0**-24)  # a power of two: the only rounding is the one to bfloat16
     [got] = jax.jit(partial(gemm.int8_matmul, tiles=cut))(
-        jnp.asarray(a, jnp.int8), jnp.asarray(b, jnp.int8), None, scale, jnp.zeros(N)
+        jnp.asarray(a, jnp.int8), jnp.asarray(b, jnp.int8), jnp.ones(1), scale, jnp.zeros(N)
     )
     want = jnp.asarray(sums * 2.0**-24, jnp.float32).astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
+
+
+@on_hopper
+def test_a_layer_is_read_out_of_its_stack() -> None:
+    x, weight, bias = operands(2, 64, 384, 768)
+    stack = jnp.stack([jnp.zeros_like(weight.values), weight.values, -weight.values])
+    run = jax.jit(partial(matmul.linear, dtype=jnp.bfloat16, backend="mosaic_gpu"))
+    for index, sign in enumerate((0, 1, -1)):
+        of_layer = weight.replace(values=stack, layer=jnp.int32(index))
+        want = exact(x, weight.replace(values=sign * weight.values), bias)
+        assert_within_one_ulp(run(x, of_layer, bias), want)
 
 
 @on_hopper

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq4dit_jax.engine.hopper import rows
-from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range, reciprocal
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range
 
 
 def _check(x_BTD: jax.Array, act: ActQuantizer) -> None:
@@ -26,8 +26,7 @@ def encode(x: jax.Array, act: ActQuantizer) -> Encoded:
         raise NotImplementedError
     low, high = act_code_range(act.bits)
     K = x.shape[-1]
-    inverse = jnp.broadcast_to(reciprocal(act.scale) * (1.0 if act.balance is None else act.balance), (K,))
-    codes = rows.quantize(x.reshape(-1, K), inverse, act.zero_point[None], low=low, high=high)
+    codes = rows.quantize(x.reshape(-1, K), act.scale[None], act.zero_point[None], act.balance, low=low, high=high)
     return Encoded(codes.reshape(x.shape), act.scale, act.zero_point)
 
 
@@ -38,7 +37,7 @@ def modulate_encode(x_BTD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array, 
         raise NotImplementedError
     B, T, D = x_BTD.shape
     low, high = act_code_range(act.bits)
-    ranges = None if act.dynamic else (reciprocal(act.scale)[None], act.zero_point[None])
+    ranges = None if act.dynamic else (act.scale[None], act.zero_point[None])
     codes, *scale = rows.modulate_quantize(
         x_BTD.reshape(B * T, D), shift_BD, scale_BD, ranges, tokens=T, eps=eps, low=low, high=high
     )

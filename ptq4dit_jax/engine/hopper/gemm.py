@@ -52,10 +52,12 @@ class Tiles:
 
 
 class GeluRequantize(NamedTuple):
-    """``clip(round(gelu(y) * inverse) + zero_point, low, high)``, int8: ``inverse`` (N,) float32, ``zero_point`` (1,) int32."""
+    """``clip(round(gelu(y) * balance / scale) + zero_point, low, high)``, int8: ``balance`` (N,) or None for ones and ``scale``
+    (1,) float32, ``zero_point`` (1,) int32."""
 
-    inverse: jax.Array
+    scale: jax.Array
     zero_point: jax.Array
+    balance: jax.Array | None
     low: int
     high: int
 
@@ -114,39 +116,48 @@ class _Plan:
 def int8_matmul(
     a: jax.Array,
     b: jax.Array,
-    row_scale: jax.Array | None,
+    scale: jax.Array,
     column_scale: jax.Array,
     bias: jax.Array,
     *,
     tiles: Tiles,
+    layer: jax.Array | None = None,
     finish: GeluRequantize | GatedResidual | None = None,
     outputs: int = 1,
 ) -> list[jax.Array]:
-    """``y = (a @ b.T) * row_scale[:, None] * column_scale + bias``, finished, in one kernel.
+    """``y = (a @ b.T) * scale * column_scale + bias``, finished, in one kernel.
 
     Args:
       a: (M, K) int8, any M.
-      b: (N, K) int8; N and K are multiples of 128, and N / outputs one of the width of a piece of the epilogue.
-      row_scale: (M,) float32, or None for ones.
+      b: (N, K) int8; N and K are multiples of 128, and N / outputs one of the width of a piece of the epilogue. With ``layer``
+        (L, N, K), of which that layer is multiplied.
+      scale: (M,) float32, one for each row, or (1,).
       column_scale, bias: (N,) float32.
-      tiles: how to cut the work.
+      tiles: how to cut the work; a block's tile has to divide N where there is a ``layer``.
+      layer: (1,) int32.
       finish: what is done with ``y``; None stores it.
       outputs: into how many arrays of equal width the columns go.
 
     Returns:
       ``outputs`` arrays (M, N / outputs), int8 after :class:`GeluRequantize` and bfloat16 otherwise.
     """
-    (M, K), N = a.shape, b.shape[0]
+    (M, K), N = a.shape, b.shape[-2]
     rows, columns = (pl.cdiv(size, tile) * tile for size, tile in zip((M, N), tiles.block, strict=True))
     # Bulk copies stop at the end of an array; vectors are read without them, so they reach to the end of the last tile.
     widened = lambda v, size: v if v.shape[-1] == size else jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, size - v.shape[-1])])
     vectors = {"column_scale": widened(column_scale, columns), "bias": widened(bias, columns)}
-    if row_scale is not None:
-        vectors["row_scale"] = widened(row_scale, rows)
+    if M > 1 and scale.shape == (M,):
+        vectors["row_scale"] = widened(scale, rows)
+    else:
+        vectors["scale"] = scale
+    if layer is not None:
+        vectors["layer"], b = layer, b.reshape(-1, K)
     requantized = tokens = None
     residual: list[jax.Array] = []
     if isinstance(finish, GeluRequantize):
-        vectors |= {"inverse": widened(finish.inverse, columns), "zero_point": finish.zero_point}
+        vectors |= {"act_scale": finish.scale, "zero_point": finish.zero_point}
+        if finish.balance is not None:
+            vectors["balance"] = widened(finish.balance, columns)
         requantized = (finish.low, finish.high)
     if isinstance(finish, GatedResidual):
         vectors["gate"] = widened(finish.gate, columns)
@@ -196,6 +207,7 @@ def _body(plan: _Plan, a: Any, b: Any, *rest: Any) -> None:
         @pl.when(warpgroup == 2)
         def copy() -> None:
             plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+            offset = load_vector(vectors["layer"], 0) * plan.N if "layer" in vectors else 0
 
             def fetch_tile(turn: jax.Array, _: Any) -> Any:
                 (im, in_), ring, first = origin(turn), lax.rem(turn, plan.rings), (turn // plan.rings) * plan.steps
@@ -210,7 +222,9 @@ def _body(plan: _Plan, a: Any, b: Any, *rest: Any) -> None:
 
                     at_k = pl.ds(k * TILE_K, TILE_K)
                     plgpu.copy_gmem_to_smem(a.at[pl.ds(im * block_m, block_m), at_k], a_ring.at[ring, slot], full.at[barrier])
-                    plgpu.copy_gmem_to_smem(b.at[pl.ds(in_ * block_n, block_n), at_k], b_ring.at[ring, slot], full.at[barrier])
+                    plgpu.copy_gmem_to_smem(
+                        b.at[pl.ds(offset + in_ * block_n, block_n), at_k], b_ring.at[ring, slot], full.at[barrier]
+                    )
                     return ()
 
                 return lax.fori_loop(0, plan.steps, fetch, ())
@@ -278,9 +292,12 @@ def _finish(
         over_rows = lambda v: lax.broadcast_in_dim(v, (EPILOGUE_M, width), (1,))  # noqa: B023  (used at once)
         vector = lambda name: over_rows(load_vector(vectors[name], columns))  # noqa: B023
         y = acc[i : i + EPILOGUE_M, j : j + width].astype(jnp.float32)
+        column_scale = load_vector(vectors["column_scale"], columns)
         if "row_scale" in vectors:
             y = y * lax.broadcast_in_dim(load_vector(vectors["row_scale"], rows), y.shape, (0,))
-        y = y * vector("column_scale") + vector("bias")
+        else:
+            column_scale = column_scale * load_vector(vectors["scale"], 0)
+        y = y * over_rows(column_scale) + vector("bias")
         if plan.tokens is not None:
             image = lax.min((m0 + i) // plan.tokens, vectors["gate"].shape[0] - 1)
             gate = over_rows(load_vector(vectors["gate"], image, columns).astype(jnp.float32))
@@ -291,7 +308,9 @@ def _finish(
         if plan.requantized is None:
             staging[slot] = y.astype(jnp.bfloat16)
         else:
-            staging[slot] = to_codes(_gelu(y) * vector("inverse"), load_vector(vectors["zero_point"], 0), *plan.requantized)
+            y = _gelu(y) * (1 / load_vector(vectors["act_scale"], 0))
+            y = y * vector("balance") if "balance" in vectors else y
+            staging[slot] = to_codes(y, load_vector(vectors["zero_point"], 0), *plan.requantized)
         plgpu.commit_smem()
         _store(plan, staging.at[slot], outs, rows, n0 + j, width)
 

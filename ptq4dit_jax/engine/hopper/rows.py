@@ -35,7 +35,7 @@ def modulate_quantize(
     Args:
       x: (M, D) bfloat16; M a multiple of 8, D of 64.
       shift, scale: (M / tokens, D).
-      ranges: ``1 / scale`` (1,) float32 and the zero point (1,) int32; or None for a symmetric scale of each row's own.
+      ranges: scale (1,) float32 and zero point (1,) int32; or None for a symmetric scale of each row's own.
       tokens: rows to an image, a multiple of 8.
       eps: of the norm.
       low, high: code range.
@@ -62,8 +62,8 @@ def modulate_quantize(
             rest[-1][at] = row_scale
             codes[at, :] = to_codes(x * over_columns(1 / row_scale), 0, low, high)
         else:
-            inverse, zero_point = (load_vector(ref, 0) for ref in rest[:2])
-            codes[at, :] = to_codes(x * inverse, zero_point, low, high)
+            step, zero_point = (load_vector(ref, 0) for ref in rest[:2])
+            codes[at, :] = to_codes(x * (1 / step), zero_point, low, high)
 
     M, D = x.shape
     outs = [jax.ShapeDtypeStruct((M, D), jnp.int8)]
@@ -72,15 +72,25 @@ def modulate_quantize(
     return list(_over_rows(body, outs)(x, shift, scale, *(ranges or ())))
 
 
-def quantize(x: jax.Array, inverse: jax.Array, zero_point: jax.Array, *, low: int, high: int) -> jax.Array:
-    """``clip(round(x * inverse) + zero_point)``, (M, K) bfloat16 to int8; ``inverse`` (K,) float32, ``zero_point`` (1,)."""
+def quantize(
+    x: jax.Array, scale: jax.Array, zero_point: jax.Array, balance: jax.Array | None, *, low: int, high: int
+) -> jax.Array:
+    """``clip(round(x * balance / scale) + zero_point)``, (M, K) bfloat16 to int8.
 
-    def body(x_ref: Any, inverse_ref: Any, zero_ref: Any, codes: Any) -> None:
-        at = _rows()
-        factor = lax.broadcast_in_dim(load_vector(inverse_ref, slice(None)), (ROWS, x.shape[1]), (1,))
-        codes[at, :] = to_codes(_held(x_ref, at) * factor, load_vector(zero_ref, 0), low, high)
+    ``scale`` (1,) and ``balance`` (K,), or None for ones, are float32, ``zero_point`` (1,) is int32.
+    """
 
-    [codes] = _over_rows(body, [jax.ShapeDtypeStruct(x.shape, jnp.int8)])(x, inverse, zero_point)
+    def body(x_ref: Any, scale_ref: Any, zero_ref: Any, *rest: Any) -> None:
+        at, factor = _rows(), 1 / load_vector(scale_ref, 0)
+        y = _held(x_ref, at)
+        if balance is None:
+            y = y * factor
+        else:
+            y = y * lax.broadcast_in_dim(load_vector(rest[0], slice(None)) * factor, (ROWS, x.shape[1]), (1,))
+        rest[-1][at, :] = to_codes(y, load_vector(zero_ref, 0), low, high)
+
+    inputs = [x, scale, zero_point, *([] if balance is None else [balance])]
+    [codes] = _over_rows(body, [jax.ShapeDtypeStruct(x.shape, jnp.int8)])(*inputs)
     return codes
 
 

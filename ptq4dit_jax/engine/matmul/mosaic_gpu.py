@@ -14,18 +14,19 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.hopper import gemm, tiles
-from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, act_code_range, reciprocal
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, act_code_range
 
 
 class _Operands(NamedTuple):
     """Arguments of the kernel, and the shape (B, T, N) of the result."""
 
-    arrays: tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array]
+    arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+    layer: jax.Array | None
     shape: tuple[int, int, int]
 
     def columns(self, vector: jax.Array) -> jax.Array:
         """A vector (..., N) as wide as the padded product."""
-        return _widened(vector, self.arrays[1].shape[0])
+        return _widened(vector, self.arrays[1].shape[-2])
 
     def rows(self, array: jax.Array) -> jax.Array:
         """A result (M, padded N) as (B, T, N)."""
@@ -46,20 +47,20 @@ def _operands(x: Encoded, weight: QTensor, bias: jax.Array) -> _Operands:
         raise NotImplementedError
     (B, T, K), N = x.values.shape, weight.shape[-2]
     padded_N, padded_K = (-(-size // gemm.TILE_K) * gemm.TILE_K for size in (N, K))
-    row_scale, column_scale = None, weight.scale
-    if x.scale.ndim:
-        row_scale = jnp.broadcast_to(x.scale, (B, T, 1)).reshape(-1)
-    else:
-        column_scale = column_scale * x.scale
+    scale = jnp.broadcast_to(x.scale, (B, T, 1)).reshape(-1) if x.scale.ndim else x.scale[None]
     values = _widened(x.values.reshape(B * T, K), padded_K)
-    codes = _widened(_widened(weight.codes(), padded_K), padded_N, axis=0)
-    arrays = (values, codes, row_scale, _widened(column_scale, padded_N), _widened(bias.astype(jnp.float32), padded_N))
-    return _Operands(arrays, (B, T, N))
+    if weight.layer is not None and not weight.packed and (padded_N, padded_K) == (N, K):
+        codes, layer = weight.values, weight.layer[None]
+    else:
+        codes, layer = _widened(_widened(weight.codes(), padded_K), padded_N, axis=0), None
+    arrays = (values, codes, scale, _widened(weight.scale, padded_N), _widened(bias.astype(jnp.float32), padded_N))
+    return _Operands(arrays, layer, (B, T, N))
 
 
 def _run(kind: tiles.Kind, operands: _Operands, **finish: Any) -> list[jax.Array]:
     a, b = operands.arrays[:2]
-    return gemm.int8_matmul(*operands.arrays, tiles=tiles.choose(kind, a.shape[0], *b.shape), **finish)
+    cut = tiles.choose(kind, a.shape[0], *b.shape[-2:])
+    return gemm.int8_matmul(*operands.arrays, tiles=cut, layer=operands.layer, **finish)
 
 
 def linear(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -84,11 +85,10 @@ def linear_gelu(x: Encoded, weight: QTensor, bias: jax.Array, act: ActQuantizer)
     if act.dynamic or np.ndim(act.scale):
         raise NotImplementedError
     operands = _operands(x, weight, bias)
-    N = operands.shape[-1]
-    inverse = reciprocal(act.scale) * (1.0 if act.balance is None else act.balance)
-    inverse = operands.columns(jnp.broadcast_to(inverse, (N,)))
+    balance = None if act.balance is None else operands.columns(act.balance)
     low, high = act_code_range(act.bits)
-    [codes] = _run("gelu", operands, finish=gemm.GeluRequantize(inverse, act.zero_point[None], low, high))
+    finish = gemm.GeluRequantize(act.scale[None], act.zero_point[None], balance, low, high)
+    [codes] = _run("gelu", operands, finish=finish)
     return Encoded(operands.rows(codes), act.scale, act.zero_point)
 
 
