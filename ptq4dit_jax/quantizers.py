@@ -158,8 +158,8 @@ class QTensor:
     (:func:`pack_nibbles`), and ``zero_point`` is int8 (..., N). ``scale`` is positive float32 (..., N). Leading axes
     (depth) are allowed everywhere.
 
-    With ``layer`` () int32, ``values`` is the stack of all layers, (L, N, ...), of which the tensor stands for one: a kernel reads
-    its layer where it lies, without a copy.
+    With ``layer`` () int32, ``values`` is the stack of all layers, (L, N, ...), of which the tensor stands for one: a kernel
+    reads its layer where it lies, without a copy.
 
     The contraction axis K is last because integer matrix units want both operands so: on an H200, XLA's int8 product of
     DiT-XL/2's fc1 takes 340 us this way and 878 us with (K, N).

@@ -230,6 +230,14 @@ def _body(plan: _Plan, a: Any, b: Any, *rest: Any) -> None:
                 return lax.fori_loop(0, plan.steps, fetch, ())
 
             lax.fori_loop(0, count, fetch_tile, ())
+            for ring in range(plan.rings):  # a barrier may not go away while an arrival at it has not been seen
+                done = (count - ring + plan.rings - 1) // plan.rings * plan.steps
+
+                def drain(step: jax.Array, _: Any, ring: int = ring) -> Any:
+                    plgpu.barrier_wait(empty.at[ring * stages + lax.rem(step, stages)])
+                    return ()
+
+                lax.fori_loop(lax.max(done - stages, 0), done, drain, ())
 
         @pl.when(warpgroup < 2)
         def multiply() -> None:

@@ -19,10 +19,12 @@ _CANDIDATES: dict[Kind, tuple[Tiles, ...]] = {
 
 
 def choose(kind: Kind, M: int, N: int, K: int) -> Tiles:
-    """The largest tiles that give every multiprocessor one; the smallest if none do. A tile has to divide N."""
+    """The largest tiles of which there is one for at least three quarters of the multiprocessors; the smallest if none are.
+
+    A tile has to divide N.
+    """
     fitting = [tiles for tiles in _CANDIDATES[kind] if N % tiles.block[1] == 0]
-    cores = core_count()
     for tiles in fitting:
-        if -(-M // tiles.block[0]) * (N // tiles.block[1]) >= cores:
+        if -(-M // tiles.block[0]) * (N // tiles.block[1]) >= 0.75 * core_count():
             return tiles
     return fitting[-1]

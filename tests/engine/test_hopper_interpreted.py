@@ -1,0 +1,138 @@
+"""The kernels for Hopper run by Pallas' interpreter on a CPU, against NumPy in float64; needs JAX 0.11.
+
+The interpreter also checks what a GPU does not: races, and barriers that are left with arrivals nobody has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ptq4dit_jax.engine.hopper import gemm, rows
+from ptq4dit_jax.engine.hopper.gemm import GatedResidual, GeluRequantize, Tiles
+
+pytestmark = pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), reason="needs Pallas' GPU interpreter")
+
+TILES = [Tiles(64, 64, 2), Tiles(64, 64, 2, "n"), Tiles(64, 128, 3, "ping-pong"), Tiles(64, 128, 2), Tiles(128, 64, 3)]
+K, N = 256, 256
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(gemm, "core_count", lambda: 3)  # so that a block has several tiles
+    with plgpu.force_gpu_interpret_mode():
+        yield
+
+
+def drawn(M: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Operands, row scales, column scales and biases; results are of the order of 1."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.integers(-128, 128, (M, K)).astype(np.int8), rng.integers(-127, 128, (N, K)).astype(np.int8)
+    row, column = (rng.uniform(0.5, 1.5, size).astype(np.float32) for size in (M, N))
+    return a, b, row, column / (5400 * np.float32(K) ** 0.5), rng.standard_normal(N).astype(np.float32)
+
+
+def exact(a: np.ndarray, b: np.ndarray, row: np.ndarray, column: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    return (a.astype(np.int64) @ b.astype(np.int64).T) * np.float64(row)[:, None] * np.float64(column) + bias
+
+
+def near(got: object, want: np.ndarray) -> None:
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-8 * 1.01, atol=1e-5)
+
+
+def assert_codes(got: object, value: np.ndarray, zero_point: int, low: int = -128, high: int = 127) -> None:
+    """``got`` is the code of ``value`` (float64), or its neighbour where the value lies next to a tie."""
+    want = np.clip(np.round(value) + zero_point, low, high)
+    differing = np.asarray(got, int) != want
+    to_tie = np.abs(np.abs(value - np.floor(value)) - 0.5)
+    assert np.all(to_tie[differing] < 1e-3)
+    assert np.abs(np.asarray(got, int) - want).max() <= 1
+
+
+@pytest.mark.parametrize("cut", TILES, ids=str)
+@pytest.mark.parametrize("M", [1, 130, 256])
+def test_products(cut: Tiles, M: int) -> None:
+    a, b, row, column, bias = drawn(M)
+    [y] = gemm.int8_matmul(a, b, jnp.asarray(row), jnp.asarray(column), jnp.asarray(bias), tiles=cut)
+    near(y, exact(a, b, row, column, bias))
+
+
+def test_one_scale_several_outputs_and_a_layer_of_a_stack() -> None:
+    a, b, _, column, bias = drawn(70)
+    stack = jnp.asarray(np.stack([0 * b, b, b[::-1]]))
+    for layer, weight in enumerate((0 * b, b, b[::-1])):
+        parts = gemm.int8_matmul(
+            a, stack, jnp.asarray([0.7]), jnp.asarray(column), jnp.asarray(bias), tiles=Tiles(64, 64, 2), outputs=2,
+            layer=jnp.asarray([layer]),
+        )  # fmt: skip
+        assert [part.shape for part in parts] == [(70, 128)] * 2
+        near(np.concatenate([np.asarray(p, np.float32) for p in parts], 1), exact(a, weight, np.full(70, 0.7), column, bias))
+
+
+@pytest.mark.parametrize("cut", TILES, ids=str)
+def test_gate_and_residual(cut: Tiles) -> None:
+    a, b, row, column, bias = drawn(192)
+    rng = np.random.default_rng(1)
+    residual, gate = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((192, N), (3, N)))
+    finish = GatedResidual(residual, gate, 64)
+    [y] = gemm.int8_matmul(a, b, jnp.asarray(row), jnp.asarray(column), jnp.asarray(bias), tiles=cut, finish=finish)
+    wide = np.asarray(residual, np.float64), np.repeat(np.asarray(gate, np.float64), 64, 0)
+    near(y, wide[0] + wide[1] * exact(a, b, row, column, bias))
+
+
+@pytest.mark.parametrize("cut", TILES, ids=str)
+@pytest.mark.parametrize(("balanced", "bits"), [(True, 8), (False, 8), (True, 6)])
+def test_gelu_and_codes(cut: Tiles, balanced: bool, bits: int) -> None:
+    a, b, row, column, bias = drawn(130)
+    balance = np.random.default_rng(2).uniform(0.5, 2, N).astype(np.float32) if balanced else np.ones(N, np.float32)
+    low, high, zero_point = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, -20
+    finish = GeluRequantize(
+        jnp.asarray([0.03]), jnp.asarray([zero_point]), jnp.asarray(balance) if balanced else None, low, high
+    )
+    [codes] = gemm.int8_matmul(a, b, jnp.asarray(row), jnp.asarray(column), jnp.asarray(bias), tiles=cut, finish=finish)
+    y = exact(a, b, row, column, bias)
+    gelu = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    assert codes.dtype == jnp.int8
+    assert_codes(codes, gelu * balance / np.float64(np.float32(0.03)), zero_point, low, high)
+
+
+@pytest.mark.parametrize("D", [64, 192])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_norm_modulation_and_codes(D: int, per_row: bool) -> None:
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(32, D)) * 3 + 1, jnp.bfloat16)
+    shift, scale = (jnp.asarray(rng.normal(size=(2, D)), jnp.bfloat16) for _ in range(2))
+    ranges = None if per_row else (jnp.asarray([0.04]), jnp.asarray([7]))
+    codes, *own = rows.modulate_quantize(x, shift, scale, ranges, tokens=16, eps=1e-6, low=-128, high=127)
+    wide = np.asarray(x, np.float64)
+    centered = wide - wide.mean(1, keepdims=True)
+    y = centered / np.sqrt(np.square(centered).mean(1, keepdims=True) + 1e-6)
+    y = y * (1 + np.repeat(np.asarray(scale, np.float64), 16, 0)) + np.repeat(np.asarray(shift, np.float64), 16, 0)
+    if per_row:
+        np.testing.assert_allclose(own[0], np.abs(y).max(1) / 127, rtol=1e-5)
+        assert_codes(codes, y / np.asarray(own[0], np.float64)[:, None], 0)
+    else:
+        assert_codes(codes, y / np.float64(np.float32(0.04)), 7)
+
+
+def test_a_constant_row_has_no_scale_and_codes_of_zero() -> None:
+    x, zeros = jnp.ones((8, 64), jnp.bfloat16), jnp.zeros((1, 64), jnp.bfloat16)
+    codes, scale = rows.modulate_quantize(x, zeros, zeros, None, tokens=8, eps=1e-6, low=-128, high=127)
+    np.testing.assert_array_equal(codes, 0)
+    np.testing.assert_array_equal(scale, 1)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_codes(balanced: bool) -> None:
+    rng = np.random.default_rng(4)
+    x = jnp.asarray(rng.normal(size=(16, 192)), jnp.bfloat16)
+    balance = rng.uniform(0.5, 2, 192).astype(np.float32)
+    codes = rows.quantize(
+        x, jnp.asarray([0.03]), jnp.asarray([-90]), jnp.asarray(balance) if balanced else None, low=-128, high=127
+    )
+    value = np.asarray(x, np.float64) * (balance if balanced else 1) / np.float64(np.float32(0.03))
+    assert_codes(codes, value, -90)
