@@ -174,7 +174,7 @@ def test_options_of_quantize_reach_the_settings(options, expected, here, monkeyp
     monkeypatch.setattr(cli.ptq, "quantize", stop)
     assert cli.main(["quantize", DIGITS, "--out", "q", *options]) == 1
     make = ptq.QuantConfig.paper if "--paper" in options else ptq.QuantConfig
-    assert seen == [make(**expected, steps="50")]
+    assert seen == [make(**expected, steps="50", sampler="ddpm")]
 
 
 def test_sample_writes_a_grid_that_shows_the_images(w4, here, capsys):

@@ -78,7 +78,7 @@ def test_a_whole_model_lowers_with_its_blocks_as_kernels(bits: int) -> None:
     q = ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16).replace(backend="mosaic_gpu")
     x, t, y = jnp.zeros((2, *config.image_shape)), jnp.array([500]), jnp.array([1, 2])
     text = lowered(lambda q: q.apply(x, t, y), q)
-    assert text.count("custom_call @mosaic_gpu") == 6  # two norms, qkv, proj, fc1, fc2, once for all blocks
+    assert text.count("custom_call @mosaic_gpu") == 7  # two norms, qkv, codes for proj, proj, fc1, fc2, once for all blocks
     rows = {row["layer"]: row for row in ptq.describe(q)}
     assert all(rows[f"blocks.{layer}"]["backend"] == "mosaic_gpu" for layer in ("qkv", "proj", "fc1", "fc2"))
 
