@@ -3,8 +3,9 @@
     python tests/golden/make_foreign.py        (with torch 2.13 and diffusers 0.42; the tests need neither)
 
 meta_train.pt      a file as Meta's train.py saves: {model, ema, opt, args}. The network below has the structure and names of
-                   facebookresearch/DiT and was written for this file. 24 wide, 2 blocks, 3 heads, patch 2, 4 channels, 8x8,
-                   10 classes and a null class, learned sigma; no gate is zero.
+                   facebookresearch/DiT and was written for this file; that repository's own models.py (ed81ce2, timm 1.0.31)
+                   was run on it once and gives the outputs below bit for bit. 24 wide, 2 blocks, 3 heads, patch 2, 4
+                   channels, 8x8, 10 classes and a null class, learned sigma; no gate is zero.
 diffusers/         a pipeline folder without VAE: DiTTransformer2DModel of 2 heads of 12, 2 blocks, patch 2, 4 channels, 8x8, 10
                    classes, with its scheduler.
 outputs.npz        x (3,4,8,8) NCHW float32, t (3,), y (3,); and the outputs (3,8,8,8) in float32 of
