@@ -73,32 +73,32 @@ class QLinear:
         """The layer's output for what :meth:`feed` made of its input."""
         if not isinstance(fed, Encoded):
             return self._float_product(fed)
-        return matmul.linear(fed, self.weight, self._bias_for(fed), dtype, backend=backend)
+        return matmul.linear(fed, self.weight, self._bias_for(fed.values), dtype, backend=backend)
 
     def product_parts(self, fed: Fed, parts: int, dtype: DTypeLike, backend: str) -> list[jax.Array]:
         """:meth:`product`, its columns in ``parts`` arrays."""
         if not isinstance(fed, Encoded):
             return jnp.split(self._float_product(fed), parts, axis=-1)
-        return matmul.linear_parts(fed, self.weight, self._bias_for(fed), dtype, parts, backend=backend)
+        return matmul.linear_parts(fed, self.weight, self._bias_for(fed.values), dtype, parts, backend=backend)
 
     def product_gelu(self, fed: Fed, following: QLinear, dtype: DTypeLike, backend: str) -> Fed:
         """GELU of the output, fed to the ``following`` layer."""
         if not isinstance(fed, Encoded) or following.act is None:
             return following.feed(jax.nn.gelu(self.product(fed, dtype, backend), approximate=True), backend)
-        return matmul.linear_gelu(fed, self.weight, self._bias_for(fed), following.act, backend=backend)
+        return matmul.linear_gelu(fed, self.weight, self._bias_for(fed.values), following.act, backend=backend)
 
     def product_residual(self, fed: Fed, gate_BD: jax.Array, x_BTD: jax.Array, backend: str) -> jax.Array:
         """``x + gate * output``."""
         if not isinstance(fed, Encoded):
             return x_BTD + gate_BD[:, None] * self._float_product(fed)
-        return matmul.linear_residual(fed, self.weight, self._bias_for(fed), gate_BD, x_BTD, backend=backend)
+        return matmul.linear_residual(fed, self.weight, self._bias_for(fed.values), gate_BD, x_BTD, backend=backend)
 
-    def _bias_for(self, fed: Encoded) -> jax.Array:
-        return self.bias[:, None] if self.bias.ndim == 2 and fed.values.ndim == 3 else self.bias
+    def _bias_for(self, x: jax.Array) -> jax.Array:
+        """The bias as it broadcasts against the output for ``x``: one for each row's group lies along the batch."""
+        return self.bias[:, None] if self.bias.ndim == 2 and x.ndim == 3 else self.bias
 
     def _float_product(self, x: jax.Array) -> jax.Array:
-        bias = self.bias[:, None] if self.bias.ndim == 2 and x.ndim == 3 else self.bias
-        return jnp.einsum("...k,nk->...n", x, self.weight.dequantize().astype(x.dtype)) + bias.astype(x.dtype)
+        return jnp.einsum("...k,nk->...n", x, self.weight.dequantize().astype(x.dtype)) + self._bias_for(x).astype(x.dtype)
 
 
 def _zero_point_term(weight: QTensor, act: ActQuantizer) -> jax.Array:
