@@ -99,17 +99,13 @@ def markdown(document: dict[str, Any]) -> str:
 
 def joined(documents: list[dict[str, Any]]) -> dict[str, Any]:
     """Documents of the same run over different seeds or widths as one."""
-    first = documents[0]
-    for other in documents[1:]:
-        different = [key for key in _FIXED if first[key] != other[key]]
-        if different:
-            raise SystemExit(f"Error: {', '.join(different)} differ; join results of one commit and setting only.")
+    common.refuse_unlike(documents, _FIXED)
     seeds: dict[str, dict[str, Any]] = {}
     for document in documents:
         for seed, run in document["seeds"].items():
             seeds.setdefault(seed, {}).update(run)
     widths = sorted({bits for document in documents for bits in document["widths"]}, reverse=True)
-    return {**first, "widths": widths, "seeds": dict(sorted(seeds.items()))}
+    return {**documents[0], "widths": widths, "seeds": dict(sorted(seeds.items()))}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def parser(description: str, out: Path) -> argparse.ArgumentParser:
+def parser(description: str, out: Path | None) -> argparse.ArgumentParser:
     """A command line with the options that all benchmarks have."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--hardware", help="the hardware in words")
@@ -45,6 +45,13 @@ def source(document: dict[str, Any]) -> str:
 def write(document: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def refuse_unlike(documents: list[dict[str, Any]], keys: tuple[str, ...]) -> None:
+    """Ends the program with a sentence where documents to be joined differ in one of these."""
+    different = [key for key in keys if any(document[key] != documents[0][key] for document in documents)]
+    if different:
+        raise SystemExit(f"Error: {', '.join(different)} differ; join results of one commit, hardware and setting only.")
 
 
 def put_table(page: Path, script: str, text: str) -> None:
