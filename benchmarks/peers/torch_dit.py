@@ -6,16 +6,23 @@ sees the whole step, guidance and update included.
 
 from __future__ import annotations
 
+import gc
+import itertools
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ptq4dit_jax.diffusion import NoiseSchedule, Sampler
 from ptq4dit_jax.dit import DiTConfig, position_embedding
+
+#: The option behind torch.compile's mode "reduce-overhead".
+GRAPHS = {"triton.cudagraphs": True}
 
 
 def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -68,13 +75,46 @@ class DiT(nn.Module):
         return out.permute(0, 1, 3, 2, 4, 5).reshape(-1, c.input_size, c.input_size, c.out_channels)
 
 
-def measure(config: DiTConfig, guided: list[int], steps: int, repeats: int, mode: str | None = None) -> list[dict[str, Any]]:
-    """One entry for each number of guided images: seconds of each repeat of a chain, compile time, peak bytes."""
+def nbytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor, of a quantized one those of its parts."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+def build(config: DiTConfig, device: str) -> DiT:
+    """The model with random weights, in bfloat16."""
     torch.manual_seed(0)
-    model = DiT(config).to("cuda", torch.bfloat16).eval()
-    weights = torch.cuda.memory_allocated()
+    with torch.device(device):
+        model = DiT(config)
+    return model.to(device, torch.bfloat16).eval()
+
+
+def measure(
+    config: DiTConfig,
+    guided: list[int],
+    steps: int,
+    repeats: int,
+    *,
+    options: dict[str, Any] | None = None,
+    convert: Callable[[DiT], dict[str, Any]] | None = None,
+    device: str = "cuda",
+) -> Iterator[dict[str, Any]]:
+    """One entry for each number of guided images.
+
+    ``options`` go to torch.compile; ``convert`` quantizes the model in place and returns what is worth knowing about that.
+    ``sampling_bytes`` is the peak of what was allocated after the first step, which compiles and tunes: a later step allocates
+    the same whether it runs kernel by kernel or is being recorded as a graph (the second step is).
+    """
+    cuda, graphs = device == "cuda", bool(options and options.get("triton.cudagraphs"))
+    model = build(config, device)
+    with torch.no_grad():
+        facts: dict[str, Any] = {"software": {"PyTorch": torch.__version__.split("+")[0]}}
+        for name, fact in (convert(model) if convert else {}).items():
+            facts[name] = {**facts[name], **fact} if name in facts else fact
+    facts["weights_bytes"] = sum(map(nbytes, itertools.chain(model.parameters(), model.buffers())))
     tables = Sampler(steps=steps).tables(NoiseSchedule())
-    rows = {name: torch.tensor(np.asarray(getattr(tables, name)), device="cuda") for name in tables.__dataclass_fields__}
+    rows = {name: torch.tensor(np.asarray(getattr(tables, name)), device=device) for name in tables.__dataclass_fields__}
 
     def step(x: torch.Tensor, y: torch.Tensor, row: dict[str, torch.Tensor]) -> torch.Tensor:
         C = config.in_channels
@@ -88,29 +128,30 @@ def measure(config: DiTConfig, guided: list[int], steps: int, repeats: int, mode
         sigma = torch.exp(0.5 * (fraction * row["log_var_max"] + (1 - fraction) * row["log_var_min"]))
         return row["from_x"] * x + row["from_x0"] * x0 + row["not_last"] * sigma * torch.randn_like(x)
 
-    results = []
+    def chain(compiled: Any, y: torch.Tensor, *, fresh: bool = False) -> float:
+        started = time.perf_counter()
+        x = torch.randn(len(y), *config.image_shape, device=device)
+        for i in range(steps):
+            if graphs:
+                torch.compiler.cudagraph_mark_step_begin()
+            x = compiled(x, y, {name: row[i] for name, row in rows.items()}).clone()
+            if cuda and fresh and i == 0:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
     for count in guided:
         torch._dynamo.reset()
-        compiled = torch.compile(step, mode=mode)
-        y = torch.arange(count, device="cuda") % config.num_classes
-
-        def chain(compiled: Any = compiled, y: torch.Tensor = y, count: int = count) -> None:
-            x = torch.randn(count, *config.image_shape, device="cuda")
-            for i in range(steps):
-                if mode == "reduce-overhead":
-                    torch.compiler.cudagraph_mark_step_begin()
-                x = compiled(x, y, {name: row[i] for name, row in rows.items()}).clone()
-            torch.cuda.synchronize()
-
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+        compiled = torch.compile(step, options=options)
+        y = torch.arange(count, device=device) % config.num_classes
         with torch.no_grad():
-            started = time.perf_counter()
-            chain()
-            first = time.perf_counter() - started
-            seconds = []
-            for _ in range(repeats):
-                started = time.perf_counter()
-                chain()
-                seconds.append(time.perf_counter() - started)
-        peak = torch.cuda.max_memory_allocated()
-        results.append({"guided": count, "seconds": seconds, "first_s": first, "weights_bytes": weights, "peak_bytes": peak})
-    return results
+            first = chain(compiled, y, fresh=True)
+            seconds = [chain(compiled, y) for _ in range(repeats)]
+        peak = torch.cuda.max_memory_allocated() if cuda else None
+        del compiled  # its graphs' memory is not to count for the next
+        yield {"guided": count, "first_s": first, "seconds": seconds, "sampling_bytes": peak, **facts}
