@@ -158,9 +158,6 @@ class QTensor:
     (:func:`pack_nibbles`), and ``zero_point`` is int8 (..., N). ``scale`` is positive float32 (..., N). Leading axes
     (depth) are allowed everywhere.
 
-    With ``layer`` () int32, ``values`` is the stack of all layers, (L, N, ...), of which the tensor stands for one: a kernel
-    reads its layer where it lies, without a copy.
-
     The contraction axis K is last because integer matrix units want both operands so: on an H200, XLA's int8 product of
     DiT-XL/2's fc1 takes 340 us this way and 878 us with (K, N).
     """
@@ -170,7 +167,6 @@ class QTensor:
     zero_point: Any
     in_features: int = struct.field(pytree_node=False)
     bits: int = struct.field(pytree_node=False)
-    layer: Any = None
 
     @property
     def packed(self) -> bool:
@@ -179,14 +175,13 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """(..., N, K) of the weight that this stands for."""
-        return (*self.values.shape[0 if self.layer is None else 1 : -1], self.in_features)
+        return (*self.values.shape[:-1], self.in_features)
 
     def codes(self) -> jax.Array:
         """Centered codes (..., N, K), int8."""
-        values = self.values if self.layer is None else jax.lax.dynamic_index_in_dim(self.values, self.layer, keepdims=False)
         if not self.packed:
-            return values
-        return unpack_nibbles(values, self.in_features) - self.zero_point[..., None]
+            return self.values
+        return unpack_nibbles(self.values, self.in_features) - self.zero_point[..., None]
 
     def dequantize(self) -> jax.Array:
         """The weight (..., N, K), in the scale's type."""

@@ -366,24 +366,6 @@ def test_a_dynamic_quantizer_has_no_groups() -> None:
     assert quantizer.at_group(jnp.int32(3)) is quantizer
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_weight_can_stand_for_one_layer_of_a_stack(bits: int) -> None:
-    rng = np.random.default_rng(0)
-    low, high = (-127, 128) if bits == 8 else (0, 16)
-    layers = [
-        QTensor.from_codes(
-            jnp.asarray(rng.integers(low, high, (5, 6)), jnp.float32), jnp.ones(5), jnp.full(5, bits % 8.0), bits
-        )
-        for _ in range(3)
-    ]
-    stack = jnp.stack([layer.values for layer in layers])
-    cut = jax.jit(lambda weight: weight.codes())
-    for index, layer in enumerate(layers):
-        view = layer.replace(values=stack, layer=jnp.int32(index))
-        assert view.shape == layer.shape == (5, 6)
-        np.testing.assert_array_equal(cut(view), layer.codes())
-
-
 # --- dynamic scales
 
 

@@ -2,7 +2,7 @@
 
 Every operation is a folder (:mod:`~ptq4dit_jax.engine.matmul`, ``encode``, ``attention``) with ``xla.py``, the reference that
 runs everywhere, and a module for each accelerated backend that covers it. A backend raises NotImplementedError for a case that
-it does not cover; the reference runs then.
+it does not cover; the reference runs then, on layers cut out of their stacks (:mod:`~ptq4dit_jax.engine.stacks`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ptq4dit_jax.devices import default_device
+from ptq4dit_jax.engine import stacks
 from ptq4dit_jax.errors import Ptq4ditError
 
 BACKENDS = ("xla", "mosaic_gpu")
@@ -62,4 +63,4 @@ def run(package: str, operation: str, backend: str, *args: Any) -> Any:
                 return function(*args)
             except NotImplementedError:
                 pass
-    return getattr(importlib.import_module(f"{package}.xla"), operation)(*args)
+    return getattr(importlib.import_module(f"{package}.xla"), operation)(*stacks.taken(args))

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from ptq4dit_jax import dit
 from ptq4dit_jax.engine import encode, matmul
+from ptq4dit_jax.engine.stacks import Leaf, taken
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 #: What a layer is fed: codes, or floats where its product is not an integer one.
@@ -23,7 +24,8 @@ class QLinear:
 
     ``weight`` (..., N, K); ``act`` quantizes the input, or is None where the layer is fed by floats and multiplies de-quantized
     weights; ``bias`` (..., G, N) float32 holds, per group of steps, the float bias with the input's zero point folded in:
-    ``b_n - sx sw_n zx sum_k w'_nk``. G is 1 where there is no table of ranges.
+    ``b_n - sx sw_n zx sum_k w'_nk``. G is 1 where there is no table of ranges. Inside a block leaves may be
+    :class:`~ptq4dit_jax.engine.stacks.OfLayer`.
     """
 
     weight: QTensor
@@ -59,10 +61,10 @@ class QLinear:
         """The input as this layer wants it: codes, or the floats themselves."""
         return x if self.act is None else encode.encode(x, self.act, backend=backend)
 
-    def feed_modulated(self, x_BTD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array, eps: float, backend: str) -> Fed:
+    def feed_modulated(self, x_BTD: jax.Array, shift_BD: Leaf, scale_BD: Leaf, eps: float, backend: str) -> Fed:
         """:meth:`feed` of ``layer_norm(x) * (1 + scale) + shift``."""
         if self.act is None:
-            return dit.modulate(dit.layer_norm(x_BTD, eps), shift_BD, scale_BD)
+            return dit.modulate(dit.layer_norm(x_BTD, eps), taken(shift_BD), taken(scale_BD))
         return encode.modulate_encode(x_BTD, shift_BD, scale_BD, self.act, eps, backend=backend)
 
     def __call__(self, x: jax.Array, backend: str) -> jax.Array:
@@ -87,18 +89,19 @@ class QLinear:
             return following.feed(jax.nn.gelu(self.product(fed, dtype, backend), approximate=True), backend)
         return matmul.linear_gelu(fed, self.weight, self._bias_for(fed.values), following.act, backend=backend)
 
-    def product_residual(self, fed: Fed, gate_BD: jax.Array, x_BTD: jax.Array, backend: str) -> jax.Array:
+    def product_residual(self, fed: Fed, gate_BD: Leaf, x_BTD: jax.Array, backend: str) -> jax.Array:
         """``x + gate * output``."""
         if not isinstance(fed, Encoded):
-            return x_BTD + gate_BD[:, None] * self._float_product(fed)
+            return x_BTD + taken(gate_BD)[:, None] * self._float_product(fed)
         return matmul.linear_residual(fed, self.weight, self._bias_for(fed.values), gate_BD, x_BTD, backend=backend)
 
-    def _bias_for(self, x: jax.Array) -> jax.Array:
+    def _bias_for(self, x: jax.Array) -> Any:
         """The bias as it broadcasts against the output for ``x``: one for each row's group lies along the batch."""
-        return self.bias[:, None] if self.bias.ndim == 2 and x.ndim == 3 else self.bias
+        return taken(self.bias)[:, None] if self.bias.ndim == 2 and x.ndim == 3 else self.bias
 
     def _float_product(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("...k,nk->...n", x, self.weight.dequantize().astype(x.dtype)) + self._bias_for(x).astype(x.dtype)
+        weight, bias = taken((self.weight, self._bias_for(x)))
+        return jnp.einsum("...k,nk->...n", x, weight.dequantize().astype(x.dtype)) + bias.astype(x.dtype)
 
 
 def _zero_point_term(weight: QTensor, act: ActQuantizer) -> jax.Array:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import backends
 from ptq4dit_jax.engine.attention import attention
 from ptq4dit_jax.engine.layers import QLinear
+from ptq4dit_jax.engine.stacks import Leaf, of_layer
 from ptq4dit_jax.model import FloatDiT, step_group
 from ptq4dit_jax.quantizers import ActQuantizer
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
@@ -91,37 +92,51 @@ def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Ar
     silu_c_BD = jax.nn.silu(linears["time_fc2"](hidden, backend) + model.label_embed[y_B].astype(model.dtype))
 
     layers = _split_blocks(linears)
-    stacks = {name: layer.weight.values for name, layer in layers.items()} if backend != "xla" else {}
-
-    def block(x_BTD: jax.Array, of_layer: tuple[dict[str, QLinear], Any, jax.Array]) -> tuple[jax.Array, None]:
-        linears, sites, index = of_layer
-        linears = {name: _from_stack(layer, stacks[name], index) if stacks else layer for name, layer in linears.items()}
-        return _block(config, linears, sites, x_BTD, silu_c_BD, backend), None
-
-    if stacks:  # kernels read a layer where it lies; cut out of the stack it would be copied
-        layers = {name: _from_stack(layer, None, None) for name, layer in layers.items()}
-    x_BTD, _ = jax.lax.scan(block, x_BTD, (layers, sites, jnp.arange(config.depth)))
+    x_BTD = _blocks(config, (layers, sites, _modulation(layers.pop("adaLN"), silu_c_BD, backend)), x_BTD, backend)
 
     shift, scale = jnp.split(linears["final_adaLN"](silu_c_BD, backend), 2, axis=-1)
     h_BTD = dit.modulate(dit.layer_norm(x_BTD), shift, scale)
     return dit.unpatchify(config, linears["final"](h_BTD, backend))
 
 
-def _from_stack(layer: QLinear, values: Any, index: Any) -> QLinear:
-    """A layer whose codes are ``values``, or one layer of them."""
-    return layer.replace(weight=layer.weight.replace(values=values, layer=index))  # type: ignore[attr-defined]
+def _modulation(adaLN: QLinear, silu_c_BD: jax.Array, backend: str) -> list[jax.Array]:
+    """What modulates the blocks, six stacks (L, B, D). All blocks see the same condition, so one product serves them all.
+
+    4-bit and float-fed layers take turns instead: their weights are widened for the product, and all of them wide at once would
+    be the largest array of the program.
+    """
+    one = lambda layer: layer(silu_c_BD, backend)
+    together = adaLN.integer and not adaLN.weight.packed
+    return jnp.split(jax.vmap(one)(adaLN) if together else jax.lax.map(one, adaLN), 6, axis=-1)
+
+
+#: A block's linears, its sites and the six parts of its modulation; or stacks of them.
+_OfBlock: TypeAlias = tuple[dict[str, QLinear], dict[str, ActQuantizer], Sequence[Leaf]]
+
+
+def _blocks(config: DiTConfig, of_blocks: _OfBlock, x_BTD: jax.Array, backend: str) -> jax.Array:
+    """All blocks in turn. XLA cuts each block's arrays out of their stacks; kernels are given the stacks and an index."""
+    if backend == "xla":
+        return jax.lax.scan(lambda x_BTD, block: (_block(config, *block, x_BTD, backend), None), x_BTD, of_blocks)[0]
+
+    def step(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        index, x_BTD = carry
+        linears, sites, modulation = of_layer(of_blocks, index)
+        return index + 1, _block(config, linears, sites, modulation, x_BTD, backend)
+
+    # A scan over the indices would keep a counter of its own beside them.
+    return jax.lax.while_loop(lambda carry: carry[0] < config.depth, step, (jnp.int32(0), x_BTD))[1]
 
 
 def _block(
     config: DiTConfig,
     linears: dict[str, QLinear],
     sites: dict[str, ActQuantizer],
+    modulation: Sequence[Leaf],
     x_BTD: jax.Array,
-    silu_c_BD: jax.Array,
     backend: str,
 ) -> jax.Array:
-    modulation = linears["adaLN"](silu_c_BD, backend)
-    shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
+    shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
 
     qkv = linears["qkv"]
     h = qkv.feed_modulated(x_BTD, shift_attn, scale_attn, 1e-6, backend)

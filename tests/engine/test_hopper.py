@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+import re
+from collections import Counter
+from functools import cache, partial
 from typing import Any
 
 import helpers
@@ -16,6 +18,7 @@ from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import backends, encode, matmul
 from ptq4dit_jax.engine.hopper import gemm, tiles
 from ptq4dit_jax.engine.hopper.gemm import Tiles
+from ptq4dit_jax.engine.stacks import OfLayer
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 IS_HOPPER = backends.resolve("auto", "bfloat16").name == "mosaic_gpu"
@@ -65,22 +68,61 @@ def lowered(function: Any, *args: Any) -> str:
 def test_every_choice_of_tiles_lowers(cut: Tiles) -> None:
     shape = jax.ShapeDtypeStruct
     M, K, N = 1000, 384, 1152
-    base = [shape((M, K), jnp.int8), shape((N, K), jnp.int8), *(shape((n,), jnp.float32) for n in (M, N, N))]
-    text = lowered(partial(gemm.int8_matmul, tiles=cut), *base)
+    vectors = shape((M, 1), jnp.float32), shape((3, N), jnp.float32), shape((3, N), jnp.float32), shape((1,), jnp.int32)
+    text = lowered(partial(gemm.int8_matmul, tiles=cut), shape((M, K), jnp.int8), shape((3, N, K), jnp.int8), *vectors)
     assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@cache
+def small_model(bits: int, **settings: Any) -> ptq.QuantizedDiT:
+    """Depth 2, width 128, 64 tokens, to run on the kernels."""
+    config = DiTConfig(input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=2, num_heads=2, num_classes=10)
+    dit = jax.tree.map(jnp.asarray, helpers.tiny_model(**config.to_dict()))
+    quant = ptq.QuantConfig(weight_bits=bits, steps=2, calib_steps=2, calib_rows=2, step_groups=2, **settings)
+    return ptq.quantize(dit, quant, key=jax.random.key(0)).astype(jnp.bfloat16).replace(backend="mosaic_gpu")
+
+
+def lowered_model(q: ptq.QuantizedDiT, t: tuple[int, ...] = (500,)) -> str:
+    x, y = jnp.zeros((2, *q.config.image_shape)), jnp.array([1, 2])
+    return lowered(lambda q: q.apply(x, jnp.array(t), y), q)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_whole_model_lowers_with_its_blocks_as_kernels(bits: int) -> None:
-    config = DiTConfig(input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=2, num_heads=2, num_classes=10)
-    dit = jax.tree.map(jnp.asarray, helpers.tiny_model(**config.to_dict()))
-    settings = ptq.QuantConfig(weight_bits=bits, steps=2, calib_steps=2, calib_rows=2, step_groups=2)
-    q = ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16).replace(backend="mosaic_gpu")
-    x, t, y = jnp.zeros((2, *config.image_shape)), jnp.array([500]), jnp.array([1, 2])
-    text = lowered(lambda q: q.apply(x, t, y), q)
+    q = small_model(bits)
+    text = lowered_model(q)
     assert text.count("custom_call @mosaic_gpu") == 7  # two norms, qkv, codes for proj, proj, fc1, fc2, once for all blocks
     rows = {row["layer"]: row for row in ptq.describe(q)}
     assert all(rows[f"blocks.{layer}"]["backend"] == "mosaic_gpu" for layer in ("qkv", "proj", "fc1", "fc2"))
+
+
+def loop_bodies(program: str) -> list[Counter[str]]:
+    """The operations in each loop of a StableHLO program, by name; functions that are called count as calls."""
+    program = re.sub(r'"(?:[^"\\]|\\.)*"', "", program)  # kernels lie in strings
+    bodies = []
+    for loop in re.finditer(r"stablehlo\.while.*?\bdo \{", program, re.DOTALL):
+        depth, end = 1, loop.end()
+        while depth:
+            depth += {"{": 1, "}": -1}.get(program[end], 0)
+            end += 1
+        found = re.findall(r"^ *%[\w:]+ = (?:stablehlo\.)?([\w.]+)", program[loop.end() : end], re.MULTILINE)
+        bodies.append(Counter(found))
+    return bodies
+
+
+@pytest.mark.parametrize("dynamic", [None, ()], ids=["per-token", "static"])
+def test_the_loop_over_blocks_holds_kernels_and_its_counter_alone(
+    dynamic: tuple[()] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is cut out of a stack, split or computed between the kernels; attention, which is cuDNN's, is left out here."""
+    monkeypatch.setattr("ptq4dit_jax.engine.attention.mosaic_gpu.attention", lambda q, k, v, heads, sites: v)
+    q = small_model(8, **({} if dynamic is None else {"dynamic_sites": dynamic}))
+    [body] = loop_bodies(lowered_model(q))
+    assert {name: count for name, count in body.items() if name not in ("reshape", "constant")} == {"custom_call": 7, "add": 1}
+
+
+def test_rows_in_groups_of_steps_of_their_own_fall_to_the_reference() -> None:
+    assert "mosaic_gpu" not in lowered_model(small_model(8, dynamic_sites=()), t=(900, 100))
 
 
 # The choice.
@@ -170,23 +212,51 @@ def test_accumulators_are_exact_for_extreme_values(cut: Tiles, value: str) -> No
     }[value]
     b = np.random.default_rng(0).integers(-127, 128, (N, K))
     sums = a.astype(np.int64) @ b.T
-    scale = jnp.full(N, 2.0**-24)  # a power of two: the only rounding is the one to bfloat16
+    scale = jnp.full((1, N), 2.0**-24)  # a power of two: the only rounding is the one to bfloat16
     [got] = jax.jit(partial(gemm.int8_matmul, tiles=cut))(
-        jnp.asarray(a, jnp.int8), jnp.asarray(b, jnp.int8), jnp.ones(1), scale, jnp.zeros(N)
+        jnp.asarray(a, jnp.int8), jnp.asarray(b, jnp.int8)[None], jnp.ones(1), scale, jnp.zeros((1, N)), jnp.zeros(1, jnp.int32)
     )
     want = jnp.asarray(sums * 2.0**-24, jnp.float32).astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
+def in_stack(tree: Any, index: int) -> Any:
+    """The tree as layer ``index`` of stacks of three whose other layers hold NaN or the end of an integer type."""
+
+    def stacked(leaf: jax.Array) -> OfLayer:
+        poison = jnp.iinfo(leaf.dtype).max if jnp.issubdtype(leaf.dtype, jnp.integer) else jnp.nan
+        return OfLayer(jnp.full((3, *leaf.shape), poison, leaf.dtype).at[index].set(leaf), jnp.int32(index))
+
+    return jax.tree.map(stacked, tree)
+
+
 @on_hopper
-def test_a_layer_is_read_out_of_its_stack() -> None:
-    x, weight, bias = operands(2, 64, 384, 768)
-    stack = jnp.stack([jnp.zeros_like(weight.values), weight.values, -weight.values])
-    run = jax.jit(partial(matmul.linear, dtype=jnp.bfloat16, backend="mosaic_gpu"))
-    for index, sign in enumerate((0, 1, -1)):
-        of_layer = weight.replace(values=stack, layer=jnp.int32(index))
-        want = exact(x, weight.replace(values=sign * weight.values), bias)
-        assert_within_one_ulp(run(x, of_layer, bias), want)
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("K", [384, 400])
+def test_a_layer_is_read_out_of_its_stack(index: int, bits: int, K: int) -> None:
+    """Whatever a kernel takes of a layer, and whatever XLA has to cut out for it: the same as without a stack."""
+    x, weight, bias = operands(2, 64, K, 768, bits=bits)
+    rng = np.random.default_rng(3)
+    residual, gate, shift = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((2, 64, 768), (2, 768), (2, 768)))
+    act = STATIC.replace(balance=jnp.asarray(rng.uniform(0.5, 2, 768), jnp.float32))
+
+    @jax.jit
+    def run(scale: Any, weight: QTensor, bias: Any, gate: Any, shift: Any, act: ActQuantizer, plain: ActQuantizer) -> Any:
+        codes = x._replace(scale=scale)
+        return (
+            matmul.linear(codes, weight, bias, jnp.bfloat16, backend="mosaic_gpu"),
+            matmul.linear_parts(codes, weight, bias, jnp.bfloat16, 3, backend="mosaic_gpu"),
+            matmul.linear_residual(codes, weight, bias, gate, residual, backend="mosaic_gpu"),
+            matmul.linear_gelu(codes, weight, bias, act, backend="mosaic_gpu").values,
+            encode.encode(residual, act, backend="mosaic_gpu").values,
+            encode.modulate_encode(residual, shift, gate, plain, 1e-6, backend="mosaic_gpu").values,
+            encode.modulate_encode(residual, shift, gate, DYNAMIC, 1e-6, backend="mosaic_gpu").values,
+        )
+
+    of_layer = x.scale, weight, bias, gate, shift, act, STATIC
+    for got, want in zip(*(jax.tree.leaves(run(*args)) for args in (in_stack(of_layer, index), of_layer)), strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
 @on_hopper

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ pytestmark = pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), 
 
 TILES = [Tiles(64, 64, 2), Tiles(64, 64, 2, "n"), Tiles(64, 128, 3, "ping-pong"), Tiles(64, 128, 2), Tiles(128, 64, 3)]
 K, N = 256, 256
+#: Of the layer that a kernel is to read among LAYERS; the others hold what would show.
+LAYER, LAYERS = 2, 4
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +29,21 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(gemm, "core_count", lambda: 3)  # so that a block has several tiles
     with plgpu.force_gpu_interpret_mode():
         yield
+
+
+def stacked(layer: np.ndarray | float, *, alone: bool = False, dtype: object = None) -> jax.Array:
+    """A layer between others that hold NaN, or the ends of an integer type; or ``alone``, a stack of one."""
+    array = np.asarray(layer, dtype or np.asarray(layer).dtype)
+    if alone:
+        return jnp.asarray(array)[None]
+    integer = jnp.issubdtype(array.dtype, jnp.integer)
+    stack = np.full((LAYERS, *array.shape), np.iinfo(array.dtype).max if integer else np.nan, array.dtype)
+    stack[LAYER] = array
+    return jnp.asarray(stack)
+
+
+def layer() -> jax.Array:
+    return jnp.asarray([LAYER], jnp.int32)
 
 
 def drawn(M: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -55,45 +73,57 @@ def assert_codes(got: object, value: np.ndarray, zero_point: int, low: int = -12
 
 @pytest.mark.parametrize("cut", TILES, ids=str)
 @pytest.mark.parametrize("M", [1, 130, 256])
-def test_products(cut: Tiles, M: int) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_products(cut: Tiles, M: int, alone: bool) -> None:
     a, b, row, column, bias = drawn(M)
-    [y] = gemm.int8_matmul(a, b, jnp.asarray(row), jnp.asarray(column), jnp.asarray(bias), tiles=cut)
+    stacks = (stacked(array, alone=alone) for array in (column, bias))
+    [y] = gemm.int8_matmul(a, stacked(b, alone=alone), jnp.asarray(row)[:, None], *stacks, layer(), tiles=cut)
     near(y, exact(a, b, row, column, bias))
 
 
-def test_one_scale_several_outputs_and_a_layer_of_a_stack() -> None:
+@pytest.mark.parametrize("chosen", range(3))
+def test_one_scale_several_outputs_and_every_layer_of_a_stack(chosen: int) -> None:
     a, b, _, column, bias = drawn(70)
-    stack = jnp.asarray(np.stack([0 * b, b, b[::-1]]))
-    for layer, weight in enumerate((0 * b, b, b[::-1])):
-        parts = gemm.int8_matmul(
-            a, stack, jnp.asarray([0.7]), jnp.asarray(column), jnp.asarray(bias), tiles=Tiles(64, 64, 2), outputs=2,
-            layer=jnp.asarray([layer]),
-        )  # fmt: skip
-        assert [part.shape for part in parts] == [(70, 128)] * 2
-        near(np.concatenate([np.asarray(p, np.float32) for p in parts], 1), exact(a, weight, np.full(70, 0.7), column, bias))
+    weights, scales = (0 * b, b, b[::-1]), (0.7, 0.3, 1.1)
+    stack = lambda arrays: jnp.asarray(np.stack(arrays))
+    vectors = stack([column, 2 * column, 3 * column]), stack([bias, -bias, 0 * bias]), jnp.asarray([chosen], jnp.int32)
+    parts = gemm.int8_matmul(
+        a, stack(weights), jnp.asarray(scales, jnp.float32), *vectors, tiles=Tiles(64, 64, 2), outputs=2
+    )  # fmt: skip
+    assert [part.shape for part in parts] == [(70, 128)] * 2
+    of_layer = np.full(70, scales[chosen], np.float32), (chosen + 1) * column, (1, -1, 0)[chosen] * bias
+    near(np.concatenate([np.asarray(p, np.float32) for p in parts], 1), exact(a, weights[chosen], *of_layer))
 
 
 @pytest.mark.parametrize("cut", TILES, ids=str)
-def test_gate_and_residual(cut: Tiles) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_gate_and_residual(cut: Tiles, alone: bool) -> None:
     a, b, row, column, bias = drawn(192)
     rng = np.random.default_rng(1)
     residual, gate = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((192, N), (3, N)))
-    finish = GatedResidual(residual, gate, 64)
-    [y] = gemm.int8_matmul(a, b, jnp.asarray(row), jnp.asarray(column), jnp.asarray(bias), tiles=cut, finish=finish)
+    finish = GatedResidual(residual, stacked(gate, alone=alone), 64)
+    stacks = (stacked(array, alone=alone) for array in (column, bias))
+    [y] = gemm.int8_matmul(
+        a, stacked(b, alone=alone), jnp.asarray(row)[:, None], *stacks, layer(), tiles=cut, finish=finish
+    )  # fmt: skip
     wide = np.asarray(residual, np.float64), np.repeat(np.asarray(gate, np.float64), 64, 0)
     near(y, wide[0] + wide[1] * exact(a, b, row, column, bias))
 
 
 @pytest.mark.parametrize("cut", TILES, ids=str)
-@pytest.mark.parametrize(("balanced", "bits"), [(True, 8), (False, 8), (True, 6)])
-def test_gelu_and_codes(cut: Tiles, balanced: bool, bits: int) -> None:
+@pytest.mark.parametrize(("balanced", "bits", "alone"), [(True, 8, False), (False, 8, False), (True, 6, True)])
+def test_gelu_and_codes(cut: Tiles, balanced: bool, bits: int, alone: bool) -> None:
     a, b, row, column, bias = drawn(130)
     balance = np.random.default_rng(2).uniform(0.5, 2, N).astype(np.float32) if balanced else np.ones(N, np.float32)
     low, high, zero_point = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, -20
     finish = GeluRequantize(
-        jnp.asarray([0.03]), jnp.asarray([zero_point]), jnp.asarray(balance) if balanced else None, low, high
-    )
-    [codes] = gemm.int8_matmul(a, b, jnp.asarray(row), jnp.asarray(column), jnp.asarray(bias), tiles=cut, finish=finish)
+        stacked(0.03, alone=alone, dtype=np.float32), stacked(zero_point, alone=alone, dtype=np.int32),
+        stacked(balance, alone=alone) if balanced else None, low, high,
+    )  # fmt: skip
+    stacks = (stacked(array, alone=alone) for array in (column, bias))
+    [codes] = gemm.int8_matmul(
+        a, stacked(b, alone=alone), jnp.asarray(row)[:, None], *stacks, layer(), tiles=cut, finish=finish
+    )  # fmt: skip
     y = exact(a, b, row, column, bias)
     gelu = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
     assert codes.dtype == jnp.int8
@@ -102,12 +132,16 @@ def test_gelu_and_codes(cut: Tiles, balanced: bool, bits: int) -> None:
 
 @pytest.mark.parametrize("D", [64, 192])
 @pytest.mark.parametrize("per_row", [True, False])
-def test_norm_modulation_and_codes(D: int, per_row: bool) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_norm_modulation_and_codes(D: int, per_row: bool, alone: bool) -> None:
     rng = np.random.default_rng(3)
     x = jnp.asarray(rng.normal(size=(32, D)) * 3 + 1, jnp.bfloat16)
     shift, scale = (jnp.asarray(rng.normal(size=(2, D)), jnp.bfloat16) for _ in range(2))
-    ranges = None if per_row else (jnp.asarray([0.04]), jnp.asarray([7]))
-    codes, *own = rows.modulate_quantize(x, shift, scale, ranges, tokens=16, eps=1e-6, low=-128, high=127)
+    ranges = stacked(0.04, alone=alone, dtype=np.float32), stacked(7, alone=alone, dtype=np.int32)
+    codes, *own = rows.modulate_quantize(
+        x, stacked(shift, alone=alone), stacked(scale, alone=alone), None if per_row else ranges, layer(),
+        tokens=16, eps=1e-6, low=-128, high=127,
+    )  # fmt: skip
     wide = np.asarray(x, np.float64)
     centered = wide - wide.mean(1, keepdims=True)
     y = centered / np.sqrt(np.square(centered).mean(1, keepdims=True) + 1e-6)
@@ -120,19 +154,21 @@ def test_norm_modulation_and_codes(D: int, per_row: bool) -> None:
 
 
 def test_a_constant_row_has_no_scale_and_codes_of_zero() -> None:
-    x, zeros = jnp.ones((8, 64), jnp.bfloat16), jnp.zeros((1, 64), jnp.bfloat16)
-    codes, scale = rows.modulate_quantize(x, zeros, zeros, None, tokens=8, eps=1e-6, low=-128, high=127)
+    x, zeros = jnp.ones((8, 64), jnp.bfloat16), jnp.zeros((1, 1, 64), jnp.bfloat16)
+    codes, scale = rows.modulate_quantize(x, zeros, zeros, None, layer(), tokens=8, eps=1e-6, low=-128, high=127)
     np.testing.assert_array_equal(codes, 0)
     np.testing.assert_array_equal(scale, 1)
 
 
 @pytest.mark.parametrize("balanced", [True, False])
-def test_codes(balanced: bool) -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_codes(balanced: bool, alone: bool) -> None:
     rng = np.random.default_rng(4)
     x = jnp.asarray(rng.normal(size=(16, 192)), jnp.bfloat16)
     balance = rng.uniform(0.5, 2, 192).astype(np.float32)
     codes = rows.quantize(
-        x, jnp.asarray([0.03]), jnp.asarray([-90]), jnp.asarray(balance) if balanced else None, low=-128, high=127
-    )
+        x, stacked(0.03, alone=alone, dtype=np.float32), stacked(-90, alone=alone, dtype=np.int32),
+        stacked(balance, alone=alone) if balanced else None, layer(), low=-128, high=127,
+    )  # fmt: skip
     value = np.asarray(x, np.float64) * (balance if balanced else 1) / np.float64(np.float32(0.03))
     assert_codes(codes, value, -90)

@@ -150,7 +150,13 @@ def test_float32_each_block_fed_the_same_hidden_state(quantized: Quantized, rows
     seen = block_inputs(ptq.reference(model), *batch)
     at = lambda part: {name.removeprefix("blocks."): leaf.at_group(jnp.int32(0)) for name, leaf in part if "blocks." in name}
     layers = at(model.linears.items()), at(model.sites.items())
-    run = jax.jit(lambda layer, x, c: quantized_dit._block(model.config, *layer, x, c, "xla"))
+
+    @jax.jit
+    def run(layer: tuple[dict[str, QLinear], Any], x: jax.Array, c: jax.Array) -> jax.Array:
+        one = jax.tree.map(lambda a: a[None], layer[0]["adaLN"])
+        modulation = [part[0] for part in quantized_dit._modulation(one, c, "xla")]
+        return quantized_dit._block(model.config, *layer, modulation, x, "xla")
+
     for depth in range(1, model.config.depth):
         x, expected = (np.asarray(seen["block_out"][index]) for index in (depth - 1, depth))
         out = np.asarray(run(jax.tree.map(lambda a, depth=depth: a[depth], layers), x, seen["adaLN_in"][depth]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 
 from ptq4dit_jax.engine import backends
+from ptq4dit_jax.engine.stacks import Leaf
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded
 
 
@@ -14,7 +15,7 @@ def encode(x: jax.Array, act: ActQuantizer, *, backend: str = "xla") -> Encoded:
 
 
 def modulate_encode(
-    x_BTD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array, act: ActQuantizer, eps: float, *, backend: str = "xla"
+    x_BTD: jax.Array, shift_BD: Leaf, scale_BD: Leaf, act: ActQuantizer, eps: float, *, backend: str = "xla"
 ) -> Encoded:
     """``act`` of ``layer_norm(x) * (1 + scale) + shift``, (B, T, D) int8; computed in float32 at least."""
     return backends.run(__name__, "modulate_encode", backend, x_BTD, shift_BD, scale_BD, act, eps)

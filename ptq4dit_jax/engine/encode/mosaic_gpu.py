@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq4dit_jax.engine.hopper import rows
+from ptq4dit_jax.engine.stacks import Leaf, layer_of, stack_of
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range
 
 
@@ -26,21 +27,24 @@ def encode(x: jax.Array, act: ActQuantizer) -> Encoded:
         raise NotImplementedError
     low, high = act_code_range(act.bits)
     K = x.shape[-1]
-    codes = rows.quantize(x.reshape(-1, K), act.scale[None], act.zero_point[None], act.balance, low=low, high=high)
+    scale, zero_point = stack_of(act.scale), stack_of(act.zero_point)
+    balance = None if act.balance is None else stack_of(act.balance)
+    codes = rows.quantize(x.reshape(-1, K), scale, zero_point, balance, layer_of(act), low=low, high=high)
     return Encoded(codes.reshape(x.shape), act.scale, act.zero_point)
 
 
-def modulate_encode(x_BTD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array, act: ActQuantizer, eps: float) -> Encoded:
+def modulate_encode(x_BTD: jax.Array, shift_BD: Leaf, scale_BD: Leaf, act: ActQuantizer, eps: float) -> Encoded:
     """See :func:`ptq4dit_jax.engine.encode.modulate_encode`."""
     _check(x_BTD, act)
     if act.balance is not None or act.nonnegative:
         raise NotImplementedError
     B, T, D = x_BTD.shape
     low, high = act_code_range(act.bits)
-    ranges = None if act.dynamic else (act.scale[None], act.zero_point[None])
+    ranges = None if act.dynamic else (stack_of(act.scale), stack_of(act.zero_point))
     codes, *scale = rows.modulate_quantize(
-        x_BTD.reshape(B * T, D), shift_BD, scale_BD, ranges, tokens=T, eps=eps, low=low, high=high
-    )
+        x_BTD.reshape(B * T, D), stack_of(shift_BD), stack_of(scale_BD), ranges, layer_of(shift_BD, scale_BD, act),
+        tokens=T, eps=eps, low=low, high=high,
+    )  # fmt: skip
     values = codes.reshape(B, T, D)
     if act.dynamic:
         return Encoded(values, scale[0].reshape(B, T, 1), None)

@@ -31,6 +31,11 @@ def load_vector(ref: Any, *index: Any) -> jax.Array:
     return load(ref.at[index], optimized=False) if _NEW else load(ref, index, optimized=False)
 
 
+def load_of_layer(ref: Any, layer: jax.Array, *index: Any) -> jax.Array:
+    """:func:`load_vector` out of one layer of a stack (L, ...), or out of the only one of a stack (1, ...)."""
+    return load_vector(ref, layer if ref.shape[0] > 1 else 0, *index)
+
+
 def transposed(ref: Any) -> Any:
     """The reference with its two axes swapped."""
     return ref.transpose((1, 0)) if _NEW else plgpu.transpose_ref(ref, (1, 0))

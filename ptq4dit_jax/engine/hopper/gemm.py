@@ -4,6 +4,9 @@ One persistent block per multiprocessor, three warpgroups: one copies tiles of b
 two multiply (``wgmma``) and finish. The two either share an output tile, or take turns ("ping-pong"): then each has its own
 tile and its own ring, and one's epilogue runs while the other multiplies. Weights are (N, K): for 8-bit types ``wgmma`` wants
 the contraction axis last in both operands.
+
+What belongs to a layer comes as a stack (S, ...): of all layers, S = L, of which the kernel reads layer ``layer``, or of one,
+S = 1, which serves any.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ptq4dit_jax.engine.hopper.common import core_count, load_vector, to_codes, transposed
+from ptq4dit_jax.engine.hopper.common import core_count, load_of_layer, load_vector, to_codes, transposed
 
 #: Elements of the contraction axis in a tile: one full swizzle of 128 bytes.
 TILE_K = 128
@@ -52,8 +55,8 @@ class Tiles:
 
 
 class GeluRequantize(NamedTuple):
-    """``clip(round(gelu(y) * balance / scale) + zero_point, low, high)``, int8: ``balance`` (N,) or None for ones and ``scale``
-    (1,) float32, ``zero_point`` (1,) int32."""
+    """``clip(round(gelu(y) * balance / scale) + zero_point, low, high)``, int8: ``balance`` (S, N) or None for ones and
+    ``scale`` (S,) float32, ``zero_point`` (S,) int32."""
 
     scale: jax.Array
     zero_point: jax.Array
@@ -63,7 +66,7 @@ class GeluRequantize(NamedTuple):
 
 
 class GatedResidual(NamedTuple):
-    """``residual + gate * y``: ``residual`` (M, N) bfloat16, ``gate`` (M / tokens, N), ``tokens`` a multiple of 64."""
+    """``residual + gate * y``: ``residual`` (M, N) bfloat16, ``gate`` (S, M / tokens, N), ``tokens`` a multiple of 64."""
 
     residual: jax.Array
     gate: jax.Array
@@ -119,9 +122,9 @@ def int8_matmul(
     scale: jax.Array,
     column_scale: jax.Array,
     bias: jax.Array,
+    layer: jax.Array,
     *,
     tiles: Tiles,
-    layer: jax.Array | None = None,
     finish: GeluRequantize | GatedResidual | None = None,
     outputs: int = 1,
 ) -> list[jax.Array]:
@@ -129,29 +132,26 @@ def int8_matmul(
 
     Args:
       a: (M, K) int8, any M.
-      b: (N, K) int8; N and K are multiples of 128, and N / outputs one of the width of a piece of the epilogue. With ``layer``
-        (L, N, K), of which that layer is multiplied.
-      scale: (M,) float32, one for each row, or (1,).
-      column_scale, bias: (N,) float32.
-      tiles: how to cut the work; a block's tile has to divide N where there is a ``layer``.
+      b: (S, N, K) int8; N and K are multiples of 128, and N / outputs one of the width of a piece of the epilogue.
+      scale: float32, one for each row, (M, 1), or one for all, (S,).
+      column_scale, bias: (S, N) float32.
       layer: (1,) int32.
+      tiles: how to cut the work.
       finish: what is done with ``y``; None stores it.
       outputs: into how many arrays of equal width the columns go.
 
     Returns:
       ``outputs`` arrays (M, N / outputs), int8 after :class:`GeluRequantize` and bfloat16 otherwise.
     """
-    (M, K), N = a.shape, b.shape[-2]
+    (M, K), N = a.shape, b.shape[1]
     rows, columns = (pl.cdiv(size, tile) * tile for size, tile in zip((M, N), tiles.block, strict=True))
     # Bulk copies stop at the end of an array; vectors are read without them, so they reach to the end of the last tile.
     widened = lambda v, size: v if v.shape[-1] == size else jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, size - v.shape[-1])])
-    vectors = {"column_scale": widened(column_scale, columns), "bias": widened(bias, columns)}
-    if M > 1 and scale.shape == (M,):
-        vectors["row_scale"] = widened(scale, rows)
+    vectors = {"layer": layer, "column_scale": widened(column_scale, columns), "bias": widened(bias, columns)}
+    if scale.ndim == 2:
+        vectors["row_scale"] = widened(scale.reshape(M), rows)
     else:
         vectors["scale"] = scale
-    if layer is not None:
-        vectors["layer"], b = layer, b.reshape(-1, K)
     requantized = tokens = None
     residual: list[jax.Array] = []
     if isinstance(finish, GeluRequantize):
@@ -170,7 +170,7 @@ def int8_matmul(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )  # fmt: skip
-    return list(kernel(a, b, *vectors.values(), *residual))
+    return list(kernel(a, b.reshape(-1, K), *vectors.values(), *residual))
 
 
 def _swizzled(columns: int, dtype: Any) -> tuple[Any, ...]:
@@ -201,13 +201,14 @@ def _body(plan: _Plan, a: Any, b: Any, *rest: Any) -> None:
     )  # fmt: skip
     def in_shared_memory(a_ring: Any, b_ring: Any, staging: Any, full: Any, empty: Any, fetched: Any) -> None:
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+        layer = load_vector(vectors["layer"], 0)
         count = (plan.counts[0] * plan.counts[1] - block + plan.blocks - 1) // plan.blocks
         origin = lambda turn: plgpu.planar_snake(block + turn * plan.blocks, plan.counts, 1, plan.tiles.band)
 
         @pl.when(warpgroup == 2)
         def copy() -> None:
             plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
-            offset = load_vector(vectors["layer"], 0) * plan.N if "layer" in vectors else 0
+            offset = layer * plan.N if b.shape[0] > plan.N else 0
 
             def fetch_tile(turn: jax.Array, _: Any) -> Any:
                 (im, in_), ring, first = origin(turn), lax.rem(turn, plan.rings), (turn // plan.rings) * plan.steps
@@ -254,7 +255,7 @@ def _body(plan: _Plan, a: Any, b: Any, *rest: Any) -> None:
                     _fetch_residual(plan, residual, staging.at[warpgroup], fetched, warpgroup, m0, n0)
                 operands = a_ring.at[ring, :, pl.ds(row, plan.tiles.m)], b_ring.at[ring, :, pl.ds(column, plan.tiles.n)]
                 acc = _accumulate(plan, *operands, full, empty, ring * stages, turn * plan.steps)
-                _finish(plan, acc, vectors, staging.at[warpgroup], fetched, warpgroup, outs, m0, n0)
+                _finish(plan, acc, vectors, layer, staging.at[warpgroup], fetched, warpgroup, outs, m0, n0)
                 return ()
 
             lax.fori_loop(0, mine, tile, ())
@@ -290,25 +291,26 @@ def _accumulate(plan: _Plan, a_ring: Any, b_ring: Any, full: Any, empty: Any, ba
 
 
 def _finish(
-    plan: _Plan, acc: jax.Array, vectors: dict[str, Any], staging: Any, fetched: Any, warpgroup: jax.Array,
-    outs: tuple[Any, ...], m0: jax.Array, n0: jax.Array,
+    plan: _Plan, acc: jax.Array, vectors: dict[str, Any], layer: jax.Array, staging: Any, fetched: Any,
+    warpgroup: jax.Array, outs: tuple[Any, ...], m0: jax.Array, n0: jax.Array,
 ) -> None:  # fmt: skip
     """The epilogue of a warpgroup's tile, piece by piece through shared memory to the outputs."""
-    for index, (i, j, width) in enumerate(plan.pieces):
-        slot = index % plan.slots
+    of_layer = lambda name, *index: load_of_layer(vectors[name], layer, *index)
+    for piece, (i, j, width) in enumerate(plan.pieces):
+        slot = piece % plan.slots
         rows, columns = pl.ds(m0 + i, EPILOGUE_M), pl.ds(n0 + j, width)
         over_rows = lambda v: lax.broadcast_in_dim(v, (EPILOGUE_M, width), (1,))  # noqa: B023  (used at once)
-        vector = lambda name: over_rows(load_vector(vectors[name], columns))  # noqa: B023
+        vector = lambda name: over_rows(of_layer(name, columns))  # noqa: B023
         y = acc[i : i + EPILOGUE_M, j : j + width].astype(jnp.float32)
-        column_scale = load_vector(vectors["column_scale"], columns)
+        column_scale = of_layer("column_scale", columns)
         if "row_scale" in vectors:
             y = y * lax.broadcast_in_dim(load_vector(vectors["row_scale"], rows), y.shape, (0,))
         else:
-            column_scale = column_scale * load_vector(vectors["scale"], 0)
+            column_scale = column_scale * of_layer("scale")
         y = y * over_rows(column_scale) + vector("bias")
         if plan.tokens is not None:
-            image = lax.min((m0 + i) // plan.tokens, vectors["gate"].shape[0] - 1)
-            gate = over_rows(load_vector(vectors["gate"], image, columns).astype(jnp.float32))
+            image = lax.min((m0 + i) // plan.tokens, vectors["gate"].shape[1] - 1)
+            gate = over_rows(of_layer("gate", image, columns).astype(jnp.float32))
             plgpu.barrier_wait(fetched.at[warpgroup * plan.slots + slot])
             y = staging[slot].astype(jnp.float32) + gate * y
         else:
@@ -316,9 +318,9 @@ def _finish(
         if plan.requantized is None:
             staging[slot] = y.astype(jnp.bfloat16)
         else:
-            y = _gelu(y) * (1 / load_vector(vectors["act_scale"], 0))
+            y = _gelu(y) * (1 / of_layer("act_scale"))
             y = y * vector("balance") if "balance" in vectors else y
-            staging[slot] = to_codes(y, load_vector(vectors["zero_point"], 0), *plan.requantized)
+            staging[slot] = to_codes(y, of_layer("zero_point"), *plan.requantized)
         plgpu.commit_smem()
         _store(plan, staging.at[slot], outs, rows, n0 + j, width)
 

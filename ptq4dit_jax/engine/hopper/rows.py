@@ -1,7 +1,8 @@
 """Row-wise kernels for Hopper: adaLN to int8 in one pass over the hidden state, and plain quantization.
 
 A warp holds whole rows in registers, so that norm, modulation, the row's largest magnitude and the codes come out of one read.
-XLA takes several passes for the same: 101 to 164 us against 39 for 32,768 rows of 1152 on an H200.
+XLA takes several passes for the same: 101 to 164 us against 39 for 32,768 rows of 1152 on an H200. What belongs to a layer
+comes as a stack (S, ...), as in :mod:`ptq4dit_jax.engine.hopper.gemm`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ptq4dit_jax.engine.hopper.common import load_vector, to_codes
+from ptq4dit_jax.engine.hopper.common import load_of_layer, load_vector, to_codes
 from ptq4dit_jax.quantizers import EMPTY_RANGE
 
 #: Rows of a block: two to each of four warps.
@@ -27,15 +28,16 @@ _LAYOUT = plgpu.Layout.TILED(fragmented_array.Tiling(((4, COLUMNS), (COLUMNS // 
 
 
 def modulate_quantize(
-    x: jax.Array, shift: jax.Array, scale: jax.Array, ranges: tuple[jax.Array, jax.Array] | None, *,
+    x: jax.Array, shift: jax.Array, scale: jax.Array, ranges: tuple[jax.Array, jax.Array] | None, layer: jax.Array, *,
     tokens: int, eps: float, low: int, high: int,
 ) -> list[jax.Array]:  # fmt: skip
     """``layer_norm(x) * (1 + scale) + shift`` as int8 codes.
 
     Args:
       x: (M, D) bfloat16; M a multiple of 8, D of 64.
-      shift, scale: (M / tokens, D).
-      ranges: scale (1,) float32 and zero point (1,) int32; or None for a symmetric scale of each row's own.
+      shift, scale: (S, M / tokens, D).
+      ranges: scale (S,) float32 and zero point (S,) int32; or None for a symmetric scale of each row's own.
+      layer: (1,) int32.
       tokens: rows to an image, a multiple of 8.
       eps: of the norm.
       low, high: code range.
@@ -44,16 +46,16 @@ def modulate_quantize(
       (M, D) int8, and without ``ranges`` the scales (M,) float32.
     """
 
-    def body(x_ref: Any, shift_ref: Any, scale_ref: Any, *rest: Any) -> None:
-        at = _rows()
+    def body(layer_ref: Any, x_ref: Any, shift_ref: Any, scale_ref: Any, *rest: Any) -> None:
+        at, layer = _rows(), load_vector(layer_ref, 0)
         over_columns = lambda v: lax.broadcast_in_dim(v, (ROWS, D), (0,))
         over_rows = lambda v: lax.broadcast_in_dim(v.astype(jnp.float32), (ROWS, D), (1,))
         x = _held(x_ref, at)
         x = x - over_columns(x.sum(1) * (1 / D))
         x = x * over_columns(lax.rsqrt((x * x).sum(1) * (1 / D) + eps))
         image = lax.axis_index("rows") * ROWS // tokens
-        x = x * (1 + over_rows(load_vector(scale_ref, image, slice(None)))) + over_rows(
-            load_vector(shift_ref, image, slice(None))
+        x = x * (1 + over_rows(load_of_layer(scale_ref, layer, image, slice(None)))) + over_rows(
+            load_of_layer(shift_ref, layer, image, slice(None))
         )
         codes = rest[-2] if ranges is None else rest[-1]
         if ranges is None:
@@ -62,34 +64,36 @@ def modulate_quantize(
             rest[-1][at] = row_scale
             codes[at, :] = to_codes(x * over_columns(1 / row_scale), 0, low, high)
         else:
-            step, zero_point = (load_vector(ref, 0) for ref in rest[:2])
+            step, zero_point = (load_of_layer(ref, layer) for ref in rest[:2])
             codes[at, :] = to_codes(x * (1 / step), zero_point, low, high)
 
     M, D = x.shape
     outs = [jax.ShapeDtypeStruct((M, D), jnp.int8)]
     if ranges is None:
         outs.append(jax.ShapeDtypeStruct((M,), jnp.float32))
-    return list(_over_rows(body, outs)(x, shift, scale, *(ranges or ())))
+    return list(_over_rows(body, outs)(layer, x, shift, scale, *(ranges or ())))
 
 
 def quantize(
-    x: jax.Array, scale: jax.Array, zero_point: jax.Array, balance: jax.Array | None, *, low: int, high: int
+    x: jax.Array, scale: jax.Array, zero_point: jax.Array, balance: jax.Array | None, layer: jax.Array, *, low: int, high: int
 ) -> jax.Array:
     """``clip(round(x * balance / scale) + zero_point)``, (M, K) bfloat16 to int8.
 
-    ``scale`` (1,) and ``balance`` (K,), or None for ones, are float32, ``zero_point`` (1,) is int32.
+    ``scale`` (S,) and ``balance`` (S, K), or None for ones, are float32, ``zero_point`` (S,) and ``layer`` (1,) int32.
     """
 
-    def body(x_ref: Any, scale_ref: Any, zero_ref: Any, *rest: Any) -> None:
-        at, factor = _rows(), 1 / load_vector(scale_ref, 0)
+    def body(layer_ref: Any, x_ref: Any, scale_ref: Any, zero_ref: Any, *rest: Any) -> None:
+        at, layer = _rows(), load_vector(layer_ref, 0)
+        factor = 1 / load_of_layer(scale_ref, layer)
         y = _held(x_ref, at)
         if balance is None:
             y = y * factor
         else:
-            y = y * lax.broadcast_in_dim(load_vector(rest[0], slice(None)) * factor, (ROWS, x.shape[1]), (1,))
-        rest[-1][at, :] = to_codes(y, load_vector(zero_ref, 0), low, high)
+            per_column = load_of_layer(rest[0], layer, slice(None)) * factor
+            y = y * lax.broadcast_in_dim(per_column, (ROWS, x.shape[1]), (1,))
+        rest[-1][at, :] = to_codes(y, load_of_layer(zero_ref, layer), low, high)
 
-    inputs = [x, scale, zero_point, *([] if balance is None else [balance])]
+    inputs = [layer, x, scale, zero_point, *([] if balance is None else [balance])]
     [codes] = _over_rows(body, [jax.ShapeDtypeStruct(x.shape, jnp.int8)])(*inputs)
     return codes
 

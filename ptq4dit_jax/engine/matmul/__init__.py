@@ -10,10 +10,11 @@ import jax
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine import backends
+from ptq4dit_jax.engine.stacks import Leaf
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 
-def linear(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, *, backend: str = "xla") -> jax.Array:
+def linear(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike, *, backend: str = "xla") -> jax.Array:
     """``scale * (values @ codes.T) + bias``: int8 (..., K) times a weight (N, K), to (..., N) in ``dtype``.
 
     ``bias`` broadcasts against the result; the zero point of ``x`` is already in it. The epilogue is in float32 at least.
@@ -22,19 +23,19 @@ def linear(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, *, ba
 
 
 def linear_parts(
-    x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int, *, backend: str = "xla"
+    x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike, parts: int, *, backend: str = "xla"
 ) -> list[jax.Array]:
     """:func:`linear`, its columns in ``parts`` arrays of equal width."""
     return backends.run(__name__, "linear_parts", backend, x, weight, bias, dtype, parts)
 
 
-def linear_gelu(x: Encoded, weight: QTensor, bias: jax.Array, act: ActQuantizer, *, backend: str = "xla") -> Encoded:
+def linear_gelu(x: Encoded, weight: QTensor, bias: Leaf, act: ActQuantizer, *, backend: str = "xla") -> Encoded:
     """:func:`linear`, then GELU (by tanh), quantized by ``act`` for the next layer."""
     return backends.run(__name__, "linear_gelu", backend, x, weight, bias, act)
 
 
 def linear_residual(
-    x: Encoded, weight: QTensor, bias: jax.Array, gate_BD: jax.Array, x_BTD: jax.Array, *, backend: str = "xla"
+    x: Encoded, weight: QTensor, bias: Leaf, gate_BD: Leaf, x_BTD: jax.Array, *, backend: str = "xla"
 ) -> jax.Array:
     """``x + gate * linear``, (B, T, D) in the type of ``x_BTD``."""
     return backends.run(__name__, "linear_residual", backend, x, weight, bias, gate_BD, x_BTD)

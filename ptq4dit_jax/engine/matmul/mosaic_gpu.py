@@ -1,7 +1,8 @@
 """Products on Hopper's tensor cores by :mod:`ptq4dit_jax.engine.hopper.gemm`: fits operands to the kernel and picks tiles.
 
-Covers activations (B, T, K) that become bfloat16 or int8, with one group of steps for all rows. Widths that are no multiple of
-128 are padded with zeros, which change no sum.
+Covers activations (B, T, K) that become bfloat16 or int8, with one group of steps for all rows. Kernels read what they can out
+of the stacks of layers; widths that are no multiple of 128 are padded with zeros, which change no sum, and 4-bit weights are
+unpacked by XLA, a layer at a time.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.hopper import gemm, tiles
+from ptq4dit_jax.engine.stacks import Leaf, layer_of, stack_of, taken
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, act_code_range
 
 
 class _Operands(NamedTuple):
     """Arguments of the kernel, and the shape (B, T, N) of the result."""
 
-    arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
-    layer: jax.Array | None
+    arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
     shape: tuple[int, int, int]
 
-    def columns(self, vector: jax.Array) -> jax.Array:
-        """A vector (..., N) as wide as the padded product."""
-        return _widened(vector, self.arrays[1].shape[-2])
+    def columns(self, leaf: Leaf) -> jax.Array:
+        """The stack of a leaf (..., N), as wide as the padded product."""
+        return _stack_widened(leaf, self.arrays[1].shape[-2])
 
     def rows(self, array: jax.Array) -> jax.Array:
         """A result (M, padded N) as (B, T, N)."""
@@ -42,28 +43,33 @@ def _widened(array: jax.Array, size: int, axis: int = -1) -> jax.Array:
     return jnp.pad(array, widths)
 
 
-def _operands(x: Encoded, weight: QTensor, bias: jax.Array) -> _Operands:
+def _stack_widened(leaf: Leaf, size: int) -> jax.Array:
+    """The stack of a leaf (..., N) with N = ``size``; of the layer alone where it has to be padded."""
+    return stack_of(leaf) if leaf.shape[-1] == size else _widened(taken(leaf), size)[None]
+
+
+def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operands:
+    """``finish`` is what else of the layer the kernel reads."""
     if x.values.ndim != 3 or bias.ndim != 1 or x.scale.dtype != jnp.float32:
         raise NotImplementedError
     (B, T, K), N = x.values.shape, weight.shape[-2]
     padded_N, padded_K = (-(-size // gemm.TILE_K) * gemm.TILE_K for size in (N, K))
-    scale = jnp.broadcast_to(x.scale, (B, T, 1)).reshape(-1) if x.scale.ndim else x.scale[None]
-    values = _widened(x.values.reshape(B * T, K), padded_K)
-    if weight.layer is not None and not weight.packed and (padded_N, padded_K) == (N, K):
-        codes, layer = weight.values, weight.layer[None]
+    if weight.packed or (padded_N, padded_K) != (N, K):
+        codes = _widened(_widened(taken(weight).codes(), padded_K), padded_N, axis=0)[None]
     else:
-        codes, layer = _widened(_widened(weight.codes(), padded_K), padded_N, axis=0), None
-    arrays = (values, codes, scale, _widened(weight.scale, padded_N), _widened(bias.astype(jnp.float32), padded_N))
-    return _Operands(arrays, layer, (B, T, N))
+        codes = stack_of(weight.values)
+    scale = jnp.broadcast_to(x.scale, (B, T, 1)).reshape(-1, 1) if x.scale.ndim else stack_of(x.scale)
+    vectors = _stack_widened(weight.scale, padded_N), _stack_widened(bias, padded_N).astype(jnp.float32)
+    values = _widened(x.values.reshape(B * T, K), padded_K)
+    return _Operands((values, codes, scale, *vectors, layer_of(x, weight, bias, finish)), (B, T, N))
 
 
 def _run(kind: tiles.Kind, operands: _Operands, **finish: Any) -> list[jax.Array]:
     a, b = operands.arrays[:2]
-    cut = tiles.choose(kind, a.shape[0], *b.shape[-2:])
-    return gemm.int8_matmul(*operands.arrays, tiles=cut, layer=operands.layer, **finish)
+    return gemm.int8_matmul(*operands.arrays, tiles=tiles.choose(kind, a.shape[0], *b.shape[1:]), **finish)
 
 
-def linear(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike) -> jax.Array:
+def linear(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike) -> jax.Array:
     """See :func:`ptq4dit_jax.engine.matmul.linear`."""
     if dtype != jnp.bfloat16:
         raise NotImplementedError
@@ -71,7 +77,7 @@ def linear(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike) -> ja
     return operands.rows(_run("store", operands)[0])
 
 
-def linear_parts(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
+def linear_parts(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike, parts: int) -> list[jax.Array]:
     """See :func:`ptq4dit_jax.engine.matmul.linear_parts`. Arrays of their own are what attention reads without a copy."""
     B, T, _ = x.values.shape
     each = weight.shape[-2] // parts
@@ -80,23 +86,23 @@ def linear_parts(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike,
     return [part.reshape(B, T, each) for part in _run("store", _operands(x, weight, bias), outputs=parts)]
 
 
-def linear_gelu(x: Encoded, weight: QTensor, bias: jax.Array, act: ActQuantizer) -> Encoded:
+def linear_gelu(x: Encoded, weight: QTensor, bias: Leaf, act: ActQuantizer) -> Encoded:
     """See :func:`ptq4dit_jax.engine.matmul.linear_gelu`."""
     if act.dynamic or np.ndim(act.scale):
         raise NotImplementedError
-    operands = _operands(x, weight, bias)
+    operands = _operands(x, weight, bias, act)
     balance = None if act.balance is None else operands.columns(act.balance)
     low, high = act_code_range(act.bits)
-    finish = gemm.GeluRequantize(act.scale[None], act.zero_point[None], balance, low, high)
+    finish = gemm.GeluRequantize(stack_of(act.scale), stack_of(act.zero_point), balance, low, high)
     [codes] = _run("gelu", operands, finish=finish)
     return Encoded(operands.rows(codes), act.scale, act.zero_point)
 
 
-def linear_residual(x: Encoded, weight: QTensor, bias: jax.Array, gate_BD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+def linear_residual(x: Encoded, weight: QTensor, bias: Leaf, gate_BD: Leaf, x_BTD: jax.Array) -> jax.Array:
     """See :func:`ptq4dit_jax.engine.matmul.linear_residual`."""
     B, T, N = x_BTD.shape
     if x_BTD.dtype != jnp.bfloat16 or T % gemm.EPILOGUE_M or N % gemm.TILE_K:
         raise NotImplementedError
-    finish = gemm.GatedResidual(x_BTD.reshape(B * T, N), gate_BD, T)
-    operands = _operands(x, weight, bias)
+    finish = gemm.GatedResidual(x_BTD.reshape(B * T, N), stack_of(gate_BD), T)
+    operands = _operands(x, weight, bias, gate_BD)
     return operands.rows(_run("residual", operands, finish=finish)[0])

@@ -1,0 +1,65 @@
+"""One layer of arrays that are stacked over depth: kernels read it where it lies, everything else takes it out."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class OfLayer:
+    """Layer ``index`` () int32 of ``stack`` (L, ...); it has the shape and type of the layer.
+
+    In a loop over layers XLA copies what it cuts out of a stack for a kernel, and a kernel can as well add the offset itself.
+    """
+
+    stack: Any
+    index: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stack.shape[1:]
+
+    @property
+    def ndim(self) -> int:
+        return self.stack.ndim - 1
+
+    @property
+    def dtype(self) -> Any:
+        return self.stack.dtype
+
+    def take(self) -> jax.Array:
+        """The layer, cut out."""
+        return jax.lax.dynamic_index_in_dim(self.stack, self.index, keepdims=False)
+
+
+#: What the leaves of a layer are inside a block.
+Leaf: TypeAlias = jax.Array | OfLayer
+
+
+def _is_one(leaf: Any) -> bool:
+    return isinstance(leaf, OfLayer)
+
+
+def of_layer(tree: Any, index: jax.Array) -> Any:
+    """The tree of stacks as one of layers, none of them cut out."""
+    return jax.tree.map(lambda stack: OfLayer(stack, index), tree)
+
+
+def taken(tree: Any) -> Any:
+    """The tree with every layer cut out of its stack; all else as it is."""
+    return jax.tree.map(lambda leaf: leaf.take() if _is_one(leaf) else leaf, tree, is_leaf=_is_one)
+
+
+def stack_of(leaf: Leaf) -> jax.Array:
+    """The stack that a layer lies in, (L, ...); of any other array a stack of that one, (1, ...)."""
+    return leaf.stack if isinstance(leaf, OfLayer) else jnp.asarray(leaf)[None]
+
+
+def layer_of(*trees: Any) -> jax.Array:
+    """Which layer the trees are of, (1,) int32, which is one for all their stacks; 0 where nothing lies in a stack."""
+    indices = (leaf.index for leaf in jax.tree.leaves(trees, is_leaf=_is_one) if _is_one(leaf))
+    return jnp.asarray(next(indices, 0), jnp.int32).reshape(1)
