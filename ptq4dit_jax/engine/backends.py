@@ -55,12 +55,38 @@ def resolve(name: str, dtype: str) -> Choice:
 
 def run(package: str, operation: str, backend: str, *args: Any) -> Any:
     """Calls ``operation`` of the package's module for the backend, or of its reference where that does not cover the case."""
-    check(backend)
-    if backend != "xla" and importlib.util.find_spec(f"{package}.{backend}") is not None:
-        function = getattr(importlib.import_module(f"{package}.{backend}"), operation, None)
-        if function is not None:
-            try:
-                return function(*args)
-            except NotImplementedError:
-                pass
+    function = _of_backend(package, operation, backend)
+    if function is not None:
+        try:
+            return function(*args)
+        except NotImplementedError:
+            pass
     return getattr(importlib.import_module(f"{package}.xla"), operation)(*stacks.taken(args))
+
+
+def covers(package: str, operation: str, backend: str, *args: Any) -> bool:
+    """Whether the backend itself, and not the reference in its place, runs the operation for arguments like these; arrays may
+    be ``jax.ShapeDtypeStruct``. Nothing runs: the operation is traced, so that there is one place that knows what it covers."""
+    function = _of_backend(package, operation, backend)
+    if function is None:
+        return backend == "xla"
+    leaves, tree = jax.tree.flatten(args)
+    arrays = [leaf for leaf in leaves if hasattr(leaf, "dtype")]
+
+    def traced(*given: Any) -> Any:
+        replaced = iter(given)
+        return function(*jax.tree.unflatten(tree, [next(replaced) if hasattr(leaf, "dtype") else leaf for leaf in leaves]))
+
+    try:
+        jax.eval_shape(traced, *arrays)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _of_backend(package: str, operation: str, backend: str) -> Any:
+    """The backend's own function for the operation, or None where there is none or the reference is asked for."""
+    check(backend)
+    if backend == "xla" or importlib.util.find_spec(f"{package}.{backend}") is None:
+        return None
+    return getattr(importlib.import_module(f"{package}.{backend}"), operation, None)

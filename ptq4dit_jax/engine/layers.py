@@ -104,6 +104,25 @@ class QLinear:
         return jnp.einsum("...k,nk->...n", x, weight.dequantize().astype(x.dtype)) + bias.astype(x.dtype)
 
 
+def in_unit_steps(qkv: QLinear, proj: QLinear) -> tuple[QLinear, QLinear]:
+    """The same function with the input of ``proj``, whose ranges are static, in steps of 1.
+
+    Attention's output is linear in v, so scale and balance of that input can go into v's columns of ``qkv``: what is then
+    summed up is what is to be rounded. Both layers are for one group of steps, bias (..., N); leading axes (depth) are allowed.
+    """
+    act = proj.act
+    assert act is not None
+    step = act.scale[..., None]
+    D = proj.weight.shape[-1]
+    of_v = (1.0 if act.balance is None else act.balance) / step * jnp.ones(D)
+    factor = jnp.concatenate([jnp.ones((*of_v.shape[:-1], 2 * D)), of_v], axis=-1)
+    scaled = lambda layer, by: layer.weight.replace(scale=layer.weight.scale * by)
+    return (
+        qkv.replace(weight=scaled(qkv, factor), bias=qkv.bias * factor),  # type: ignore[attr-defined]
+        proj.replace(weight=scaled(proj, step), act=act.replace(scale=jnp.ones_like(act.scale), balance=None)),  # type: ignore[attr-defined]
+    )
+
+
 def _zero_point_term(weight: QTensor, act: ActQuantizer) -> jax.Array:
     """``sx zx sw_n sum_k w'_nk`` for every group, (..., G, N)."""
     sums = weight.codes().astype(jnp.int32).sum(-1).astype(weight.scale.dtype) * weight.scale

@@ -14,8 +14,8 @@ from jax.typing import ArrayLike, DTypeLike
 from ptq4dit_jax import dit
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import backends
-from ptq4dit_jax.engine.attention import attention
-from ptq4dit_jax.engine.layers import QLinear
+from ptq4dit_jax.engine.attention import attention, attention_codes, covers_codes
+from ptq4dit_jax.engine.layers import Fed, QLinear, in_unit_steps
 from ptq4dit_jax.engine.stacks import Leaf, of_layer
 from ptq4dit_jax.model import FloatDiT, step_group
 from ptq4dit_jax.quantizers import ActQuantizer
@@ -92,7 +92,8 @@ def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Ar
     silu_c_BD = jax.nn.silu(linears["time_fc2"](hidden, backend) + model.label_embed[y_B].astype(model.dtype))
 
     layers = _split_blocks(linears)
-    x_BTD = _blocks(config, (layers, sites, _modulation(layers.pop("adaLN"), silu_c_BD, backend)), x_BTD, backend)
+    modulation = _modulation(layers.pop("adaLN"), silu_c_BD, backend)
+    x_BTD = _blocks(config, (layers, sites, modulation), x_BTD, backend)
 
     shift, scale = jnp.split(linears["final_adaLN"](silu_c_BD, backend), 2, axis=-1)
     h_BTD = dit.modulate(dit.layer_norm(x_BTD), shift, scale)
@@ -110,40 +111,42 @@ def _modulation(adaLN: QLinear, silu_c_BD: jax.Array, backend: str) -> list[jax.
     return jnp.split(jax.vmap(one)(adaLN) if together else jax.lax.map(one, adaLN), 6, axis=-1)
 
 
-#: A block's linears, its sites and the six parts of its modulation; or stacks of them.
-_OfBlock: TypeAlias = tuple[dict[str, QLinear], dict[str, ActQuantizer], Sequence[Leaf]]
+#: A block's linears, the sites of its attention (None where that ends in codes), and its modulation in six parts; or stacks.
+_OfBlock: TypeAlias = tuple[dict[str, QLinear], dict[str, ActQuantizer] | None, Sequence[Leaf]]
 
 
 def _blocks(config: DiTConfig, of_blocks: _OfBlock, x_BTD: jax.Array, backend: str) -> jax.Array:
     """All blocks in turn. XLA cuts each block's arrays out of their stacks; kernels are given the stacks and an index."""
     if backend == "xla":
-        return jax.lax.scan(lambda x_BTD, block: (_block(config, *block, x_BTD, backend), None), x_BTD, of_blocks)[0]
+        return jax.lax.scan(lambda x_BTD, block: (_block(config, block, x_BTD, backend), None), x_BTD, of_blocks)[0]
+
+    linears, _, modulation = of_blocks
+    proj = of_layer(linears["proj"], jnp.int32(0))
+    if proj.integer and covers_codes(x_BTD.shape, x_BTD.dtype, config.num_heads, proj.act, backend):
+        qkv, proj = in_unit_steps(linears["qkv"], linears["proj"])
+        of_blocks = linears | {"qkv": qkv, "proj": proj}, None, modulation
 
     def step(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         index, x_BTD = carry
-        linears, sites, modulation = of_layer(of_blocks, index)
-        return index + 1, _block(config, linears, sites, modulation, x_BTD, backend)
+        return index + 1, _block(config, of_layer(of_blocks, index), x_BTD, backend)
 
     # A scan over the indices would keep a counter of its own beside them.
     return jax.lax.while_loop(lambda carry: carry[0] < config.depth, step, (jnp.int32(0), x_BTD))[1]
 
 
-def _block(
-    config: DiTConfig,
-    linears: dict[str, QLinear],
-    sites: dict[str, ActQuantizer],
-    modulation: Sequence[Leaf],
-    x_BTD: jax.Array,
-    backend: str,
-) -> jax.Array:
-    shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+def _block(config: DiTConfig, of_block: _OfBlock, x_BTD: jax.Array, backend: str) -> jax.Array:
+    linears, sites, (shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp) = of_block
 
-    qkv = linears["qkv"]
+    qkv, proj = linears["qkv"], linears["proj"]
     h = qkv.feed_modulated(x_BTD, shift_attn, scale_attn, 1e-6, backend)
     q_BTD, k_BTD, v_BTD = qkv.product_parts(h, 3, x_BTD.dtype, backend)
-    out_BTD = attention(q_BTD, k_BTD, v_BTD, config.num_heads, sites, backend=backend)
-    proj = linears["proj"]
-    x_BTD = proj.product_residual(proj.feed(out_BTD, backend), gate_attn, x_BTD, backend)
+    fed: Fed
+    if sites is None:
+        assert proj.act is not None
+        fed = attention_codes(q_BTD, k_BTD, v_BTD, config.num_heads, proj.act, backend=backend)
+    else:
+        fed = proj.feed(attention(q_BTD, k_BTD, v_BTD, config.num_heads, sites, backend=backend), backend)
+    x_BTD = proj.product_residual(fed, gate_attn, x_BTD, backend)
 
     fc1, fc2 = linears["fc1"], linears["fc2"]
     h = fc1.feed_modulated(x_BTD, shift_mlp, scale_mlp, config.mlp_norm_eps, backend)

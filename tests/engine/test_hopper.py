@@ -74,9 +74,11 @@ def test_every_choice_of_tiles_lowers(cut: Tiles) -> None:
 
 
 @cache
-def small_model(bits: int, **settings: Any) -> ptq.QuantizedDiT:
-    """Depth 2, width 128, 64 tokens, to run on the kernels."""
-    config = DiTConfig(input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=2, num_heads=2, num_classes=10)
+def small_model(bits: int, input_size: int = 16, **settings: Any) -> ptq.QuantizedDiT:
+    """Depth 2, width 128, 64 tokens (256 of a latent of 32), to run on the kernels."""
+    config = DiTConfig(
+        input_size=input_size, patch_size=2, in_channels=4, hidden_size=128, depth=2, num_heads=2, num_classes=10
+    )
     dit = jax.tree.map(jnp.asarray, helpers.tiny_model(**config.to_dict()))
     quant = ptq.QuantConfig(weight_bits=bits, steps=2, calib_steps=2, calib_rows=2, step_groups=2, **settings)
     return ptq.quantize(dit, quant, key=jax.random.key(0)).astype(jnp.bfloat16).replace(backend="mosaic_gpu")
@@ -117,6 +119,12 @@ def test_the_loop_over_blocks_holds_kernels_and_its_counter_alone(
     """Nothing is cut out of a stack, split or computed between the kernels; attention, which is cuDNN's, is left out here."""
     monkeypatch.setattr("ptq4dit_jax.engine.attention.mosaic_gpu.attention", lambda q, k, v, heads, sites: v)
     q = small_model(8, **({} if dynamic is None else {"dynamic_sites": dynamic}))
+    [body] = loop_bodies(lowered_model(q))
+    assert {name: count for name, count in body.items() if name not in ("reshape", "constant")} == {"custom_call": 7, "add": 1}
+
+
+def test_attention_is_a_kernel_that_gives_codes_where_it_covers_the_shape() -> None:
+    q = small_model(8, input_size=32)
     [body] = loop_bodies(lowered_model(q))
     assert {name: count for name, count in body.items() if name not in ("reshape", "constant")} == {"custom_call": 7, "add": 1}
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from helpers import relative_error
 
-from ptq4dit_jax.engine.attention import attention
+from ptq4dit_jax.engine.attention import attention, attention_codes
 from ptq4dit_jax.engine.attention.xla import attention_of_heads, centered_product
-from ptq4dit_jax.engine.layers import QLinear
+from ptq4dit_jax.engine.layers import QLinear, in_unit_steps
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded
 from ptq4dit_jax.ranges import quantize_weight
 
@@ -214,3 +214,41 @@ def test_layers_are_pytrees_with_static_settings() -> None:
     assert dataclasses.asdict(again.weight)["bits"] == 4
     assert again.act.bits == 8
     assert all(hasattr(leaf, "dtype") for leaf in leaves)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_attention_in_unit_steps_is_attention_quantized_for_proj(balanced: bool) -> None:
+    """Scale and balance of proj's input moved into v: the same codes but at ties, and the same output."""
+    heads, D = 2, K
+    rng = np.random.default_rng(7)
+    balance = factors() if balanced else None
+    quantizer = act(-2.0, 2.5, balance=balance)
+    proj = QLinear.pack(
+        quantize_weight(jnp.asarray(rng.standard_normal((D, D)) * D**-0.5, jnp.float32), 8), jnp.ones(D), quantizer
+    )
+    qkv = QLinear.pack(
+        quantize_weight(jnp.asarray(rng.standard_normal((3 * D, K)) * K**-0.5, jnp.float32), 8), jnp.zeros(3 * D), act()
+    )
+    qkv, proj = (layer.replace(bias=layer.bias[0]) for layer in (qkv, proj))
+    x = jnp.asarray(inputs(B, T))
+    moved_qkv, moved_proj = jax.jit(in_unit_steps)(qkv, proj)
+
+    def floats(layer: QLinear) -> list[np.ndarray]:
+        return [wide(part) for part in layer.product_parts(layer.feed(x, "xla"), 3, jnp.float32, "xla")]
+
+    q, k, v = floats(qkv)
+    heads_of = lambda y: y.reshape(B, T, heads, D // heads).transpose(0, 2, 1, 3)
+    scores = heads_of(q) @ heads_of(k).swapaxes(-1, -2) / np.sqrt(D // heads)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    out = (p / p.sum(-1, keepdims=True) @ heads_of(v)).transpose(0, 2, 1, 3).reshape(B, T, D)
+    value = out * (1 if balance is None else balance) / float(quantizer.scale)
+    want = np.clip(np.round(value) + int(quantizer.zero_point), -128, 127)
+
+    got = jax.jit(lambda q, k, v, act: attention_codes(q, k, v, heads, act))(
+        *(jnp.asarray(part, jnp.float32) for part in floats(moved_qkv)), moved_proj.act
+    )
+    differing = np.asarray(got.values, int) != want
+    assert np.all(np.abs(value - np.floor(value) - 0.5)[differing] < 1e-4)
+    expected = proj.product(Encoded(jnp.asarray(want, jnp.int8), quantizer.scale, quantizer.zero_point), jnp.float32, "xla")
+    moved = moved_proj.product(Encoded(jnp.asarray(want, jnp.int8), got.scale, got.zero_point), jnp.float32, "xla")
+    np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-5)

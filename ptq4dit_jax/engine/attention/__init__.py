@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine import backends
-from ptq4dit_jax.quantizers import ActQuantizer
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded
 
 
 def attention(
@@ -20,3 +22,17 @@ def attention(
     """Softmax attention, (B, T, D). The reference quantizes q, k, v and the probabilities by ``sites``; a backend may compute
     in bfloat16 instead where that is faster, and :func:`ptq4dit_jax.describe` says so."""
     return backends.run(__name__, "attention", backend, q_BTD, k_BTD, v_BTD, num_heads, sites)
+
+
+def attention_codes(
+    q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, act: ActQuantizer, *, backend: str = "xla"
+) -> Encoded:
+    """Softmax attention of floats, quantized for the next product in steps of 1: of ``act``, static, only the zero point and
+    the code range count. Scale and balance lie in ``v_BTD`` (:func:`ptq4dit_jax.engine.layers.in_unit_steps`)."""
+    return backends.run(__name__, "attention_codes", backend, q_BTD, k_BTD, v_BTD, num_heads, act)
+
+
+def covers_codes(shape_BTD: tuple[int, ...], dtype: DTypeLike, num_heads: int, act: ActQuantizer, backend: str) -> bool:
+    """Whether the backend has a kernel for :func:`attention_codes`."""
+    x = jax.ShapeDtypeStruct(shape_BTD, jnp.dtype(dtype))
+    return backends.covers(__name__, "attention_codes", backend, x, x, x, num_heads, act)

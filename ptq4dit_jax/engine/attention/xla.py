@@ -19,6 +19,17 @@ def attention(
     return einops.rearrange(attention_of_heads(q, k, v, sites), "b a t d -> b t (a d)")
 
 
+def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, act: ActQuantizer) -> Encoded:
+    """See :func:`ptq4dit_jax.engine.attention.attention_codes`. Computes in float32 at least."""
+    q, k, v = (
+        einops.rearrange(x.astype(dit.at_least_float32(x.dtype)), "b t (a d) -> b a t d", a=num_heads)
+        for x in (q_BTD, k_BTD, v_BTD)
+    )
+    probs = dit.softmax(jnp.einsum("baqd,bakd->baqk", q, k) * q.shape[-1] ** -0.5)
+    out_BTD = einops.rearrange(jnp.einsum("baqk,bakd->baqd", probs, v), "b a t d -> b t (a d)")
+    return act.replace(scale=jnp.ones_like(act.scale), balance=None).encode(out_BTD)  # type: ignore[attr-defined]
+
+
 def centered_product(a: Encoded, b: Encoded) -> jax.Array:
     """``sum_k (a - za)(b - zb)`` over the last axes, exact: values int8 (B, A, M, K) and (B, A, N, K) to int32 (B, A, M, N).
 

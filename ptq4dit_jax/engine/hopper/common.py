@@ -45,3 +45,9 @@ def core_count() -> int:
     """Multiprocessors of the default device; an H200's where that is no GPU and a kernel is only lowered."""
     device = jax.devices()[0]
     return getattr(device, "core_count", 0) if device.platform == "gpu" else 132
+
+
+def swizzled(columns: int, dtype: Any) -> tuple[Any, ...]:
+    """The layout in shared memory of tiles that are copied in bulk."""
+    swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
+    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)

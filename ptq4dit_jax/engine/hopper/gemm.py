@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ptq4dit_jax.engine.hopper.common import core_count, load_of_layer, load_vector, to_codes, transposed
+from ptq4dit_jax.engine.hopper.common import core_count, load_of_layer, load_vector, swizzled, to_codes, transposed
 
 #: Elements of the contraction axis in a tile: one full swizzle of 128 bytes.
 TILE_K = 128
@@ -166,17 +166,12 @@ def int8_matmul(
     kernel = plgpu.kernel(
         partial(_body, plan), out_type=[jax.ShapeDtypeStruct((M, N // outputs), plan.out_dtype)] * outputs,
         grid=(plan.blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
+        kernel_name="int8_matmul_" + ("gelu" if requantized else "residual" if residual else "store"),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )  # fmt: skip
     return list(kernel(a, b.reshape(-1, K), *vectors.values(), *residual))
-
-
-def _swizzled(columns: int, dtype: Any) -> tuple[Any, ...]:
-    """The layout in shared memory of tiles that are copied in bulk."""
-    swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
 def _body(plan: _Plan, a: Any, b: Any, *rest: Any) -> None:
@@ -185,14 +180,14 @@ def _body(plan: _Plan, a: Any, b: Any, *rest: Any) -> None:
     residual, outs = (rest[len(vectors)] if plan.tokens else None), rest[-plan.outputs :]
     (block_m, block_n), stages = plan.tiles.block, plan.tiles.stages
     _, _, width = plan.pieces[0]
-    operand = _swizzled(TILE_K, jnp.int8)
+    operand = swizzled(TILE_K, jnp.int8)
 
     @partial(
         pl.run_scoped,
         a_ring=plgpu.SMEM((plan.rings, stages, block_m, TILE_K), jnp.int8, transforms=operand),
         b_ring=plgpu.SMEM((plan.rings, stages, block_n, TILE_K), jnp.int8, transforms=operand),
         staging=plgpu.SMEM(
-            (2, plan.slots, EPILOGUE_M, width), plan.out_dtype, transforms=_swizzled(width, plan.out_dtype)
+            (2, plan.slots, EPILOGUE_M, width), plan.out_dtype, transforms=swizzled(width, plan.out_dtype)
         ),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=plan.rings * stages),
         empty=plgpu.Barrier(num_arrivals=2 // plan.rings, num_barriers=plan.rings * stages),

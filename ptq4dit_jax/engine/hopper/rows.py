@@ -71,7 +71,7 @@ def modulate_quantize(
     outs = [jax.ShapeDtypeStruct((M, D), jnp.int8)]
     if ranges is None:
         outs.append(jax.ShapeDtypeStruct((M,), jnp.float32))
-    return list(_over_rows(body, outs)(layer, x, shift, scale, *(ranges or ())))
+    return list(_over_rows("modulate_quantize", body, outs)(layer, x, shift, scale, *(ranges or ())))
 
 
 def quantize(
@@ -94,7 +94,7 @@ def quantize(
         rest[-1][at, :] = to_codes(y, load_of_layer(zero_ref, layer), low, high)
 
     inputs = [layer, x, scale, zero_point, *([] if balance is None else [balance])]
-    [codes] = _over_rows(body, [jax.ShapeDtypeStruct(x.shape, jnp.int8)])(*inputs)
+    [codes] = _over_rows("quantize", body, [jax.ShapeDtypeStruct(x.shape, jnp.int8)])(*inputs)
     return codes
 
 
@@ -108,9 +108,9 @@ def _held(ref: Any, at: Any) -> jax.Array:
     return plgpu.layout_cast(load_vector(ref, at, slice(None)), _LAYOUT).astype(jnp.float32)
 
 
-def _over_rows(body: Any, outs: list[jax.ShapeDtypeStruct]) -> Any:
+def _over_rows(name: str, body: Any, outs: list[jax.ShapeDtypeStruct]) -> Any:
     """The kernel that runs ``body`` for every eight rows."""
     return plgpu.kernel(
-        body, out_type=outs, grid=(outs[0].shape[0] // ROWS,), grid_names=("rows",),
+        body, out_type=outs, grid=(outs[0].shape[0] // ROWS,), grid_names=("rows",), kernel_name=name,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )  # fmt: skip

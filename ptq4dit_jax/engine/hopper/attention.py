@@ -1,0 +1,366 @@
+"""Softmax attention in one kernel, with the quantization of its output for the next product.
+
+Products are bfloat16 with float32 sums; probabilities never leave registers. One persistent block per multiprocessor: a
+warpgroup copies keys and values into shared memory, two multiply, each for 64 queries of the same head. While one takes the
+softmax, the other has the tensor cores.
+
+Heads lie side by side, ``d`` columns each, and tiles in shared memory start at whole swizzles. So a head of 72 columns is
+fetched as 80, from the multiple of 16 at or before its first: the strangers among them meet zeros in the queries and are
+dropped from the output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ptq4dit_jax.engine.hopper.common import core_count, load_of_layer, load_vector, swizzled, to_codes, transposed
+
+#: Queries of a tile: 64 for each of two warpgroups.
+BLOCK_Q = 128
+#: Keys whose scores a warpgroup holds at a time. Twice as many leave too few registers.
+_KEYS = 128
+#: Stages of each ring: four hold both heads' keys of 256 tokens.
+_STAGES = 4
+#: Registers a thread of the copying and of the multiplying warpgroups: 128 * (24 + 2 * 240) fit the register file.
+_COPY_REGISTERS, _MATH_REGISTERS = 24, 240
+
+
+class Round(NamedTuple):
+    """``clip(round(out) + zero_point, low, high)`` as int8: ``zero_point`` int32 is a stack (S,) and ``layer`` (1,) int32
+    the index of the one that counts, as in :mod:`ptq4dit_jax.engine.hopper.gemm`."""
+
+    zero_point: jax.Array
+    layer: jax.Array
+    low: int
+    high: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What the kernel's body has to know; all static."""
+
+    images: int
+    tokens: int
+    heads: int
+    d: int
+    codes: tuple[int, int] | None
+    cores: int
+
+    @property
+    def steps(self) -> int:
+        """Stages of keys that a query meets."""
+        return self.tokens // _KEYS
+
+    @property
+    def tiles(self) -> int:
+        return self.tokens // BLOCK_Q
+
+    @property
+    def tiles_at_once(self) -> int:
+        """Tiles of a unit of work, which share keys and values in shared memory: all where the rings hold all keys, and there
+        is work for all multiprocessors without cutting images."""
+        whole = self.images * self.heads // 2 >= 0.75 * self.cores
+        return self.tiles if 2 * self.steps <= _STAGES and whole else 1
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether the warpgroups are made to take turns: one's softmax under the other's products. Where many stages of keys
+        follow one another it gains a tenth; where few do, as much is lost by waiting."""
+        return 2 * self.steps > _STAGES
+
+    @property
+    def units(self) -> int:
+        """Units of work: two neighbouring heads of an image, for one tile or all."""
+        return self.images * (self.heads // 2) * (self.tiles // self.tiles_at_once)
+
+    @property
+    def blocks(self) -> int:
+        return min(self.cores, self.units)
+
+    @property
+    def width(self) -> int:
+        """Columns that are fetched for a head."""
+        return -(-self.d // 16) * 16
+
+    def lead(self, head: int) -> int:
+        """Strangers before the first column of the first or second head of a pair."""
+        return head * self.d % 16
+
+    @property
+    def out_dtype(self) -> Any:
+        return jnp.bfloat16 if self.codes is None else jnp.int8
+
+
+def covers(tokens: int, heads: int, d: int) -> bool:
+    """Whether the kernel runs for that many tokens and heads of width ``d``."""
+    return tokens % BLOCK_Q == 0 and heads % 2 == 0 and d % 8 == 0 and 32 <= d <= 80
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, tokens: int, heads: int, finish: Round | None = None) -> jax.Array:
+    """``softmax(q k^T / sqrt(d)) v`` for every head.
+
+    Args:
+      q, k, v: (M, D) bfloat16, images of ``tokens`` rows below one another and heads of ``D / heads`` columns side by side.
+      tokens: a multiple of 128.
+      heads: an even number; their width is a multiple of 8, 32 to 80.
+      finish: makes codes of the output, in steps of 1: whatever scale and balance there is lies in ``v``.
+
+    Returns:
+      (M, D), int8 with ``finish`` and bfloat16 without.
+    """
+    M, D = q.shape
+    plan = _Plan(
+        images=M // tokens, tokens=tokens, heads=heads, d=D // heads,
+        codes=None if finish is None else (finish.low, finish.high), cores=core_count(),
+    )  # fmt: skip
+    kernel = plgpu.kernel(
+        partial(_body, plan), out_type=jax.ShapeDtypeStruct((M, D), plan.out_dtype), grid=(plan.blocks,),
+        grid_names=("block",), num_threads=3, thread_name="warpgroup", kernel_name="attention",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+    )  # fmt: skip
+    return kernel(q, k, v, *([] if finish is None else [finish.zero_point, finish.layer]))
+
+
+class _Scratch(NamedTuple):
+    """Shared memory: rings of keys and values, queries and output of each warpgroup, the barriers of the first three, and the
+    one at which the warpgroups take turns."""
+
+    k_ring: Any
+    v_ring: Any
+    queries: Any
+    staging: Any
+    full: Any
+    empty: Any
+    queries_full: Any
+    turns: Any
+
+    def take_turns(self) -> None:
+        """Waits for the other warpgroup to come here, too."""
+        plgpu.barrier_arrive(self.turns)
+        plgpu.barrier_wait(self.turns)
+
+    def keys_at(self, stage: jax.Array) -> tuple[Any, Any, Any]:
+        """Keys of a stage, the barrier that says that they are there, and the one that says that they are done with."""
+        slot = lax.rem(stage, _STAGES)
+        return self.k_ring.at[slot], self.full.at[slot], self.empty.at[slot]
+
+    def values_at(self, stage: jax.Array) -> tuple[Any, Any, Any]:
+        """The same of values."""
+        slot = lax.rem(stage, _STAGES)
+        return self.v_ring.at[slot], self.full.at[_STAGES + slot], self.empty.at[_STAGES + slot]
+
+
+class _Unit(NamedTuple):
+    """First row of the image, its first tile, and first column of the pair of heads."""
+
+    row: jax.Array
+    tile: jax.Array
+    column: jax.Array
+
+    @classmethod
+    def at(cls, plan: _Plan, index: jax.Array) -> _Unit:
+        cuts, pairs = plan.tiles // plan.tiles_at_once, plan.heads // 2
+        image_and_pair = index // cuts
+        return cls(
+            image_and_pair // pairs * plan.tokens,
+            lax.rem(index, cuts) * plan.tiles_at_once,
+            lax.rem(image_and_pair, pairs) * 2 * plan.d,
+        )
+
+    def columns(self, plan: _Plan, head: int) -> Any:
+        """Those that are fetched for a head of the pair."""
+        return pl.ds(pl.multiple_of(self.column + head * plan.d - plan.lead(head), 16), plan.width)
+
+
+def _body(plan: _Plan, q: Any, k: Any, v: Any, *rest: Any) -> None:
+    """The kernel: references in device memory, in the order of the call, the output last."""
+    zero_point, out = rest[:-1], rest[-1]
+    fetched = partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=swizzled(plan.width, jnp.bfloat16))
+
+    @partial(
+        pl.run_scoped,
+        k_ring=fetched((_STAGES, _KEYS, plan.width)),
+        v_ring=fetched((_STAGES, _KEYS, plan.width)),
+        queries=fetched((2, BLOCK_Q // 2, plan.width)),
+        staging=plgpu.SMEM((2, BLOCK_Q // 2, 2 * plan.d), plan.out_dtype),
+        full=plgpu.Barrier(num_barriers=2 * _STAGES),
+        empty=plgpu.Barrier(num_arrivals=2, num_barriers=2 * _STAGES),
+        queries_full=plgpu.Barrier(num_barriers=2),
+        turns=plgpu.Barrier(num_arrivals=2),
+        collective_axes="warpgroup",
+    )
+    def in_shared_memory(**references: Any) -> None:
+        scratch = _Scratch(**references)
+        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+        count = (plan.units - block + plan.blocks - 1) // plan.blocks
+        unit_at = lambda turn: _Unit.at(plan, block + turn * plan.blocks)
+
+        @pl.when(warpgroup == 2)
+        def copy() -> None:
+            plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+            _copy(plan, k, v, scratch, unit_at, count)
+
+        @pl.when(warpgroup < 2)
+        def multiply() -> None:
+            plgpu.set_max_registers(_MATH_REGISTERS, action="increase")
+            _multiply(plan, q, zero_point, out, scratch, unit_at, count, warpgroup)
+
+
+def _copy(plan: _Plan, k: Any, v: Any, scratch: _Scratch, unit_at: Any, count: jax.Array) -> None:
+    """Fills the rings: for every unit the keys and values of its two heads."""
+
+    def fetch_unit(turn: jax.Array, _: Any) -> Any:
+        unit = unit_at(turn)
+        for head in range(2):
+
+            def fetch(step: jax.Array, _: Any, head: int = head) -> Any:
+                stage = (2 * turn + head) * plan.steps + step
+                at = pl.ds(unit.row + step * _KEYS, _KEYS), unit.columns(plan, head)
+                for source, (target, full, empty) in ((k, scratch.keys_at(stage)), (v, scratch.values_at(stage))):
+
+                    @pl.when(stage >= _STAGES)
+                    def wait_for_room(empty: Any = empty) -> None:
+                        plgpu.barrier_wait(empty)
+
+                    plgpu.copy_gmem_to_smem(source.at[at], target, full)
+                return ()
+
+            lax.fori_loop(0, plan.steps, fetch, ())
+        return ()
+
+    lax.fori_loop(0, count, fetch_unit, ())
+
+    def drain(stage: jax.Array, _: Any) -> Any:  # a barrier may not go away while an arrival at it has not been seen
+        for _, _, empty in (scratch.keys_at(stage), scratch.values_at(stage)):
+            plgpu.barrier_wait(empty)
+        return ()
+
+    stages = 2 * count * plan.steps
+    lax.fori_loop(lax.max(stages - _STAGES, 0), stages, drain, ())
+
+
+def _multiply(
+    plan: _Plan, q: Any, zero_point: Any, out: Any, scratch: _Scratch, unit_at: Any, count: jax.Array, warpgroup: jax.Array
+) -> None:
+    """One warpgroup's queries of every unit."""
+    queries, staging, full = (ref.at[warpgroup] for ref in (scratch.queries, scratch.staging, scratch.queries_full))
+
+    zero = load_of_layer(zero_point[0], load_vector(zero_point[1], 0)) if plan.codes else None
+
+    def rows(unit: _Unit, tile: jax.Array) -> Any:
+        return pl.ds(unit.row + (unit.tile + tile) * BLOCK_Q + warpgroup * (BLOCK_Q // 2), BLOCK_Q // 2)
+
+    def fetch_queries(turn: jax.Array, tile: jax.Array, head: int) -> None:
+        unit = unit_at(turn)
+        plgpu.copy_gmem_to_smem(q.at[rows(unit, tile), unit.columns(plan, head)], queries, full)
+
+    def one_tile(index: jax.Array, _: Any) -> Any:
+        turn, tile = index // plan.tiles_at_once, lax.rem(index, plan.tiles_at_once)
+        unit = unit_at(turn)
+        for head in range(2):
+            plgpu.barrier_wait(full)
+            x = _without_strangers(plan, queries[...], head)
+            plgpu.commit_smem()  # all have read before the next queries come
+            if head == 0:
+                fetch_queries(turn, tile, 1)
+            else:
+
+                @pl.when(index + 1 < count * plan.tiles_at_once)
+                def fetch_next() -> None:
+                    fetch_queries((index + 1) // plan.tiles_at_once, lax.rem(index + 1, plan.tiles_at_once), 0)
+
+            y = _attend(plan, x, scratch, (2 * turn + head) * plan.steps, tile)
+            y = y[:, plan.lead(head) : plan.lead(head) + plan.d]
+            if zero is not None and plan.codes is not None:
+                y = to_codes(y, zero, *plan.codes)
+            if head == 0:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            staging[:, head * plan.d : (head + 1) * plan.d] = y.astype(plan.out_dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staging, out.at[rows(unit, tile), pl.ds(unit.column, 2 * plan.d)])
+        return ()
+
+    fetch_queries(jnp.int32(0), jnp.int32(0), 0)
+    if plan.in_turns:  # the second starts one turn behind
+        pl.when(warpgroup == 1)(scratch.take_turns)
+    lax.fori_loop(0, count * plan.tiles_at_once, one_tile, ())
+    if plan.in_turns:
+        pl.when(warpgroup == 0)(scratch.take_turns)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _without_strangers(plan: _Plan, x: jax.Array, head: int) -> jax.Array:
+    """Queries (64, width) with zeros where the columns are another head's."""
+    if plan.width == plan.d:
+        return x
+    column, lead = lax.broadcasted_iota(jnp.int32, x.shape, 1), plan.lead(head)
+    return jnp.where((column >= lead) & (column < lead + plan.d), x, jnp.zeros_like(x))
+
+
+def _attend(plan: _Plan, queries: jax.Array, scratch: _Scratch, first: jax.Array, tile: jax.Array) -> jax.Array:
+    """The attention of 64 queries to the keys of the stages from ``first``, (64, width) float32."""
+    to_log2 = math.log2(math.e) / math.sqrt(plan.d)
+    over_columns = lambda x, like: lax.broadcast_in_dim(x, like.shape, (0,))
+    take_turns = scratch.take_turns if plan.in_turns else lambda: None
+
+    def used(part: tuple[Any, Any, Any], multiply: Any) -> jax.Array:
+        """The product with keys or values: waited for by the first tile, given back by the last."""
+        reference, full, empty = part
+        pl.when(tile == 0)(lambda: plgpu.barrier_wait(full))
+        result = multiply(reference)
+        pl.when(tile == plan.tiles_at_once - 1)(lambda: plgpu.barrier_arrive(empty))
+        return result
+
+    def weights(step: Any, before: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """``exp(scores - largest)`` in bfloat16, its sums, and the logarithm (base 2) of the largest so far."""
+        scores = used(scratch.keys_at(first + step), lambda keys: product(queries, transposed(keys), then=take_turns))
+        largest = scores.max(1) * to_log2
+        largest = largest if before is None else jnp.maximum(before, largest)
+        p = jnp.exp2(scores * to_log2 - over_columns(largest, scores))
+        # Summed before the next product, so that registers are free for it.
+        return *lax.optimization_barrier((p.astype(jnp.bfloat16), p.sum(1))), largest
+
+    def weighed(step: Any, p: jax.Array, before: jax.Array | None) -> jax.Array:
+        take_turns()
+        return used(scratch.values_at(first + step), lambda values: product(p, values, before))
+
+    p, total, largest = weights(0, None)
+    y = weighed(0, p, None)
+
+    def further(step: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        y, total, before = carry
+        p, own, largest = weights(step, before)
+        shrink = jnp.exp2(before - largest)
+        return weighed(step, p, y * over_columns(shrink, y)), total * shrink + own, largest
+
+    if plan.steps > 1:
+        y, total, _ = lax.fori_loop(1, plan.steps, further, (y, total, largest))
+    return y * over_columns(1 / total, y)
+
+
+def product(a: jax.Array, b: Any, init: jax.Array | None = None, then: Callable[[], None] = lambda: None) -> jax.Array:
+    """``init + a @ b`` in float32, of bfloat16 in registers and in shared memory; ``then`` is called once it has started."""
+
+    def multiply(acc: Any) -> None:
+        plgpu.wgmma(acc, a, b)
+
+    def from_zero(acc: Any) -> jax.Array:
+        multiply(acc)
+        then()
+        return acc[...]
+
+    if init is None:
+        return pl.run_scoped(from_zero, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_state(multiply)(plgpu.ACC.init(init))

@@ -1,0 +1,109 @@
+"""The attention kernel for Hopper: lowered for CUDA anywhere, run by Pallas' interpreter (JAX 0.11), and on such a GPU compared
+with NumPy in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ptq4dit_jax.engine import backends
+from ptq4dit_jax.engine.hopper import attention as kernel
+from ptq4dit_jax.engine.hopper.attention import Round
+
+#: Images, tokens, heads and their width: strangers among the columns or none, one or several rounds of the ring, tiles that
+#: share keys and tiles that do not.
+CASES = [(3, 256, 4, 72), (1, 128, 4, 72), (1, 256, 2, 64), (1, 512, 2, 72), (1, 128, 2, 40)]
+ROUND = Round(jnp.asarray([99, -3]), jnp.asarray([1], jnp.int32), -128, 127)
+on_hopper = pytest.mark.skipif(
+    backends.resolve("auto", "bfloat16").name != "mosaic_gpu", reason="needs a GPU of compute capability 9.0"
+)
+
+
+def drawn(images: int, tokens: int, heads: int, d: int, size: float = 1.0) -> list[jax.Array]:
+    """Queries, keys and values; some rows are far more certain than others, one column is large."""
+    rng = np.random.default_rng(images * tokens * d)
+    shape = images * tokens, heads * d
+    q, k, v = (rng.normal(size=shape) for _ in range(3))
+    q *= rng.choice([0.0, 1.0, 8.0], (shape[0], 1))
+    v[:, 3] *= 4
+    return [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v * size)]
+
+
+def exact(q: jax.Array, k: jax.Array, v: jax.Array, tokens: int, heads: int) -> np.ndarray:
+    """In float64."""
+    M, D = q.shape
+    by_head = lambda x: np.asarray(x, np.float64).reshape(-1, tokens, heads, D // heads).transpose(0, 2, 1, 3)
+    q, k, v = map(by_head, (q, k, v))
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(D // heads)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return (p / p.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3).reshape(M, D)
+
+
+def check(images: int, tokens: int, heads: int, d: int) -> None:
+    """Probabilities are rounded to bfloat16 (2^-9 of each), sums of them are not; then the output is, or becomes a code."""
+    q, k, v = drawn(images, tokens, heads, d)
+    run = jax.jit(partial(kernel.attention, tokens=tokens, heads=heads))
+    spread = np.abs(np.asarray(v, np.float64)).max()
+    want = exact(q, k, v, tokens, heads)
+    np.testing.assert_allclose(np.asarray(run(q, k, v), np.float64), want, rtol=2**-8, atol=2**-9 * spread)
+
+    q, k, v = drawn(images, tokens, heads, d, 30.0)
+    codes = jax.jit(partial(kernel.attention, tokens=tokens, heads=heads, finish=ROUND))(q, k, v)
+    assert codes.dtype == jnp.int8
+    value = exact(q, k, v, tokens, heads)
+    off = np.abs(np.asarray(codes, int) - np.clip(np.round(value) - 3, -128, 127))
+    assert off.max() <= 1
+    to_tie = np.abs(value - np.floor(value) - 0.5)
+    assert np.all(to_tie[off > 0] < 2**-9 * np.abs(np.asarray(v, np.float64)).max())
+
+
+@pytest.mark.parametrize("case", [*CASES, (128, 256, 16, 72), (16, 1024, 16, 72)], ids=str)
+@pytest.mark.parametrize("finish", [None, ROUND], ids=["bfloat16", "codes"])
+def test_it_lowers(case: tuple[int, int, int, int], finish: Round | None) -> None:
+    images, tokens, heads, d = case
+    x = jax.ShapeDtypeStruct((images * tokens, heads * d), jnp.bfloat16)
+    assert kernel.covers(tokens, heads, d)
+    run = jax.jit(partial(kernel.attention, tokens=tokens, heads=heads, finish=finish))
+    text = run.trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize(("tokens", "heads", "d"), [(64, 16, 72), (256, 3, 72), (256, 16, 70), (256, 16, 96), (256, 16, 24)])
+def test_what_it_does_not_cover(tokens: int, heads: int, d: int) -> None:
+    assert not kernel.covers(tokens, heads, d)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter has no products with an operand in registers: that one function is NumPy's here."""
+    if not hasattr(plgpu, "force_gpu_interpret_mode"):
+        pytest.skip("needs Pallas' GPU interpreter")
+
+    def product(a, b, init=None, then=lambda: None):
+        made = lax.dot(a.astype(jnp.float32), b[...].astype(jnp.float32))
+        then()
+        return made if init is None else init + made
+
+    monkeypatch.setattr(kernel, "product", product)
+    monkeypatch.setattr(kernel, "core_count", lambda: 3)  # so that a block has several units
+    with plgpu.force_gpu_interpret_mode():
+        yield
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_interpreted(case: tuple[int, int, int, int]) -> None:
+    check(*case)
+
+
+@on_hopper
+@pytest.mark.parametrize("case", [*CASES, (2, 256, 16, 72), (40, 256, 16, 72), (3, 1024, 16, 72), (20, 256, 6, 64)], ids=str)
+def test_on_hopper(case: tuple[int, int, int, int]) -> None:
+    check(*case)
