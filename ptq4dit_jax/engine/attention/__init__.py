@@ -27,8 +27,8 @@ def attention(
 def attention_codes(
     q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, act: ActQuantizer, *, backend: str = "xla"
 ) -> Encoded:
-    """Softmax attention of floats, quantized for the next product in steps of 1: of ``act``, static, only the zero point and
-    the code range count. Scale and balance lie in ``v_BTD`` (:func:`ptq4dit_jax.engine.layers.in_unit_steps`)."""
+    """Softmax attention of floats, quantized by ``act`` for the next product: static, its scale is 1 and it balances nothing.
+    Both lie in ``v_BTD`` then (:func:`ptq4dit_jax.engine.layers.in_unit_steps`)."""
     return backends.run(__name__, "attention_codes", backend, q_BTD, k_BTD, v_BTD, num_heads, act)
 
 

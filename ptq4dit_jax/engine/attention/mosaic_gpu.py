@@ -22,7 +22,7 @@ def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_he
     finish = kernel.Round(stack_of(act.zero_point), layer_of(act), *act_code_range(act.bits))
     q, k, v = (x.reshape(B * T, D) for x in (q_BTD, k_BTD, v_BTD))
     codes = kernel.attention(q, k, v, tokens=T, heads=num_heads, finish=finish)
-    return Encoded(codes.reshape(B, T, D), jnp.float32(1), act.zero_point)
+    return Encoded(codes.reshape(B, T, D), act.scale, act.zero_point)
 
 
 def attention(

@@ -27,7 +27,7 @@ def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_he
     )
     probs = dit.softmax(jnp.einsum("baqd,bakd->baqk", q, k) * q.shape[-1] ** -0.5)
     out_BTD = einops.rearrange(jnp.einsum("baqk,bakd->baqd", probs, v), "b a t d -> b t (a d)")
-    return act.replace(scale=jnp.ones_like(act.scale), balance=None).encode(out_BTD)  # type: ignore[attr-defined]
+    return act.encode(out_BTD)
 
 
 def centered_product(a: Encoded, b: Encoded) -> jax.Array:
