@@ -7,8 +7,11 @@ it does not cover; the reference runs then, on layers cut out of their stacks (:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -37,30 +40,61 @@ def check(name: str) -> str:
 
 
 def resolve(name: str, dtype: str) -> Choice:
-    """What ``auto`` means on the default device for a model that computes in ``dtype``; any other name is taken at its word."""
-    if check(name) != "auto":
-        return Choice(name)
-    device = default_device()
-    if device.platform != "gpu":
+    """What ``auto`` means on the default device for a model that computes in ``dtype``. Any other name is taken at its word
+    about the device, but not where it cannot compute in that type."""
+    if check(name) == "auto":
+        device = default_device()
+        if device.platform != "gpu":
+            return Choice("xla")
+        if device.capability != (9, 0):
+            found = ".".join(map(str, device.capability))
+            return Choice("xla", f"the kernels are for GPUs of compute capability 9.0 (Hopper) and this one has {found}")
+        if not _TESTED[0] <= jax.__version_info__ < _TESTED[1]:
+            return Choice("xla", f"the kernels are for JAX 0.10.2 to 0.11 and this is {jax.__version__}")
+    if name == "xla":
         return Choice("xla")
-    if device.capability != (9, 0):
-        found = ".".join(map(str, device.capability))
-        return Choice("xla", f"the kernels are for GPUs of compute capability 9.0 (Hopper) and this one has {found}")
-    if not _TESTED[0] <= jax.__version_info__ < _TESTED[1]:
-        return Choice("xla", f"the kernels are for JAX 0.10.2 to 0.11 and this is {jax.__version__}")
     if dtype != "bfloat16":
         return Choice("xla", f"the kernels compute in bfloat16 between the products and the model in {dtype}")
     return Choice("mosaic_gpu")
 
 
+class Ran(NamedTuple):
+    """One call of an operation: its package and name, and the backend that covered it."""
+
+    package: str
+    operation: str
+    backend: str
+
+
+_RAN: ContextVar[list[Ran] | None] = ContextVar("ran", default=None)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Ran]]:
+    """The calls that are traced meanwhile, in their order: what a program will run, by the code that decides it."""
+    ran: list[Ran] = []
+    token = _RAN.set(ran)
+    try:
+        yield ran
+    finally:
+        _RAN.reset(token)
+
+
 def run(package: str, operation: str, backend: str, *args: Any) -> Any:
     """Calls ``operation`` of the package's module for the backend, or of its reference where that does not cover the case."""
-    check(backend)
+    out, name = _run(package, operation, check(backend), args)
+    if (ran := _RAN.get()) is not None:
+        ran.append(Ran(package.rpartition(".")[2], operation, name))
+    return out
+
+
+def _run(package: str, operation: str, backend: str, args: tuple[Any, ...]) -> tuple[Any, str]:
+    """The result, and the backend that it comes from."""
     if backend != "xla" and importlib.util.find_spec(f"{package}.{backend}") is not None:
         function = getattr(importlib.import_module(f"{package}.{backend}"), operation, None)
         if function is not None:
             try:
-                return function(*args)
+                return function(*args), backend
             except NotImplementedError:
                 pass
-    return getattr(importlib.import_module(f"{package}.xla"), operation)(*stacks.taken(args))
+    return getattr(importlib.import_module(f"{package}.xla"), operation)(*stacks.taken(args)), "xla"

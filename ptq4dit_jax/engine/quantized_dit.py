@@ -178,8 +178,8 @@ def reference(model: QuantizedDiT) -> FloatDiT:
 
 def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
     """What runs for each layer and each product of attention on the default device: name, shape, bits, input ranges, the
-    arithmetic, and the backend."""
-    backend = model.backend_choice.name
+    arithmetic, and the backend, as the forward decides it while it is traced for rows of one timestep."""
+    ran, attention_by = _what_runs(model)
     rows = []
     for name in model.config.linear_shapes:  # JAX sorts the names of a pytree it rebuilds
         layer = model.linears[name]
@@ -193,11 +193,11 @@ def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
                 "act_bits": layer.act.bits if layer.act else 32,
                 "ranges": _ranges(layer.act),
                 "runs": "int8 x int8 -> int32" if layer.integer else "float32 on de-quantized weights",
-                "backend": backend if layer.integer and in_block and name != "blocks.adaLN" else "xla",
+                "backend": ran.get(name, "xla"),
                 "integer": layer.integer,
             }
         )
-    floats = backend == "mosaic_gpu" and dit.can_fuse_attention(model.dtype, model.config.head_width)
+    floats = attention_by == "mosaic_gpu"
     for product, (left, right) in {"q @ k": ("q", "k"), "probs @ v": ("probs", "v")}.items():
         a, b = model.sites[f"blocks.{left}"], model.sites[f"blocks.{right}"]
         rows.append(
@@ -213,6 +213,24 @@ def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _what_runs(model: QuantizedDiT) -> tuple[dict[str, str], str]:
+    """The backend of each integer layer, and whose codes it takes if not its own; and the backend of attention."""
+    rows, shape = 2, jax.ShapeDtypeStruct
+    x = shape((rows, *model.config.image_shape), model.dtype)
+    t, y = shape((1,), model.schedule.time_dtype), shape((rows,), jnp.int32)
+    with backends.watched() as ran:
+        jax.eval_shape(lambda *args: _forward(*args), model, x, t, y)
+    # Layers run in the order of this table, each once: that of a block is traced once for all of them.
+    integer = [name for name in model.config.linear_shapes if model.linears[name].integer]
+    products = [index for index, call in enumerate(ran) if call.operation.startswith("linear")]
+    by_layer, before = {}, 0
+    for name, index in zip(integer, products, strict=True):
+        product, codes = ran[index].backend, [call.backend for call in ran[before:index] if call.package == "encode"]
+        by_layer[name] = product if set(codes) <= {product} else f"{product}, codes by {codes[-1]}"
+        before = index + 1
+    return by_layer, next(call.backend for call in ran if call.package == "attention")
 
 
 def _ranges(act: ActQuantizer | None) -> str:
