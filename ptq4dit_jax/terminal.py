@@ -93,6 +93,9 @@ def to_run(model: _Model, dtype: str, backend: str) -> _Model:
         return model if dtype == "auto" else cast(_Model, model.astype(dtype))
     if dtype == "auto":
         dtype = model.dtype if device.platform == "cpu" else "bfloat16"
+    choice = backends.resolve(backend, dtype)
+    if backend not in ("auto", choice.name):
+        raise Ptq4ditError(f"The backend {backend} cannot run here: {choice.why}; compute in bfloat16, or use auto or xla.")
     return cast(_Model, dataclasses.replace(cast(Any, model), dtype=dtype, backend=backend))
 
 

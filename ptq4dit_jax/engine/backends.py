@@ -7,8 +7,11 @@ it does not cover; the reference runs then, on layers cut out of their stacks (:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -37,56 +40,77 @@ def check(name: str) -> str:
 
 
 def resolve(name: str, dtype: str) -> Choice:
-    """What ``auto`` means on the default device for a model that computes in ``dtype``; any other name is taken at its word."""
-    if check(name) != "auto":
-        return Choice(name)
-    device = default_device()
-    if device.platform != "gpu":
+    """What ``auto`` means on the default device for a model that computes in ``dtype``. Any other name is taken at its word
+    about the device, but not where it cannot compute in that type."""
+    if check(name) == "auto":
+        device = default_device()
+        if device.platform != "gpu":
+            return Choice("xla")
+        if device.capability != (9, 0):
+            found = ".".join(map(str, device.capability))
+            return Choice("xla", f"the kernels are for GPUs of compute capability 9.0 (Hopper) and this one has {found}")
+        if not _TESTED[0] <= jax.__version_info__ < _TESTED[1]:
+            return Choice("xla", f"the kernels are for JAX 0.10.2 to 0.11 and this is {jax.__version__}")
+    if name == "xla":
         return Choice("xla")
-    if device.capability != (9, 0):
-        found = ".".join(map(str, device.capability))
-        return Choice("xla", f"the kernels are for GPUs of compute capability 9.0 (Hopper) and this one has {found}")
-    if not _TESTED[0] <= jax.__version_info__ < _TESTED[1]:
-        return Choice("xla", f"the kernels are for JAX 0.10.2 to 0.11 and this is {jax.__version__}")
     if dtype != "bfloat16":
         return Choice("xla", f"the kernels compute in bfloat16 between the products and the model in {dtype}")
     return Choice("mosaic_gpu")
 
 
+class Ran(NamedTuple):
+    """One call of an operation: its package and name, and the backend that covered it."""
+
+    package: str
+    operation: str
+    backend: str
+
+
+_RAN: ContextVar[list[Ran] | None] = ContextVar("ran", default=None)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Ran]]:
+    """The calls that are traced meanwhile, in their order: what a program will run, by the code that decides it."""
+    ran: list[Ran] = []
+    token = _RAN.set(ran)
+    try:
+        yield ran
+    finally:
+        _RAN.reset(token)
+
+
 def run(package: str, operation: str, backend: str, *args: Any) -> Any:
     """Calls ``operation`` of the package's module for the backend, or of its reference where that does not cover the case."""
-    function = _of_backend(package, operation, backend)
-    if function is not None:
-        try:
-            return function(*args)
-        except NotImplementedError:
-            pass
-    return getattr(importlib.import_module(f"{package}.xla"), operation)(*stacks.taken(args))
+    out, name = _run(package, operation, check(backend), args)
+    if (ran := _RAN.get()) is not None:
+        ran.append(Ran(package.rpartition(".")[2], operation, name))
+    return out
+
+
+def _run(package: str, operation: str, backend: str, args: tuple[Any, ...]) -> tuple[Any, str]:
+    """The result, and the backend that it comes from."""
+    if backend != "xla" and importlib.util.find_spec(f"{package}.{backend}") is not None:
+        function = getattr(importlib.import_module(f"{package}.{backend}"), operation, None)
+        if function is not None:
+            try:
+                return function(*args), backend
+            except NotImplementedError:
+                pass
+    return getattr(importlib.import_module(f"{package}.xla"), operation)(*stacks.taken(args)), "xla"
 
 
 def covers(package: str, operation: str, backend: str, *args: Any) -> bool:
     """Whether the backend itself, and not the reference in its place, runs the operation for arguments like these; arrays may
-    be ``jax.ShapeDtypeStruct``. Nothing runs: the operation is traced, so that there is one place that knows what it covers."""
-    function = _of_backend(package, operation, backend)
-    if function is None:
-        return backend == "xla"
+    be ``jax.ShapeDtypeStruct``. Asked by tracing the call, so that what a backend covers is said in one place."""
     leaves, tree = jax.tree.flatten(args)
-    arrays = [leaf for leaf in leaves if hasattr(leaf, "dtype")]
+    is_array = [hasattr(leaf, "dtype") for leaf in leaves]
 
-    def traced(*given: Any) -> Any:
-        replaced = iter(given)
-        return function(*jax.tree.unflatten(tree, [next(replaced) if hasattr(leaf, "dtype") else leaf for leaf in leaves]))
+    def call(*arrays: Any) -> Any:
+        given = iter(arrays)
+        filled = [next(given) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
+        return run(package, operation, backend, *jax.tree.unflatten(tree, filled))
 
-    try:
-        jax.eval_shape(traced, *arrays)
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _of_backend(package: str, operation: str, backend: str) -> Any:
-    """The backend's own function for the operation, or None where there is none or the reference is asked for."""
-    check(backend)
-    if backend == "xla" or importlib.util.find_spec(f"{package}.{backend}") is None:
-        return None
-    return getattr(importlib.import_module(f"{package}.{backend}"), operation, None)
+    with watched() as ran:
+        jax.eval_shape(call, *(leaf for leaf, array in zip(leaves, is_array, strict=True) if array))
+    return ran[-1].backend == backend

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -100,15 +101,20 @@ def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Ar
     return dit.unpatchify(config, linears["final"](h_BTD, backend))
 
 
+#: Blocks whose adaLN weights are widened at the same time.
+_WIDENED_TOGETHER = 4
+
+
 def _modulation(adaLN: QLinear, silu_c_BD: jax.Array, backend: str) -> list[jax.Array]:
     """What modulates the blocks, six stacks (L, B, D). All blocks see the same condition, so one product serves them all.
 
-    4-bit and float-fed layers take turns instead: their weights are widened for the product, and all of them wide at once would
-    be the largest array of the program.
+    4-bit and float-fed layers take turns, a few at a time: their weights are widened for the product, and all of them wide at
+    once would be the largest array of the program.
     """
     one = lambda layer: layer(silu_c_BD, backend)
     together = adaLN.integer and not adaLN.weight.packed
-    return jnp.split(jax.vmap(one)(adaLN) if together else jax.lax.map(one, adaLN), 6, axis=-1)
+    few = partial(jax.lax.map, one, batch_size=_WIDENED_TOGETHER)
+    return jnp.split(jax.vmap(one)(adaLN) if together else few(adaLN), 6, axis=-1)
 
 
 #: A block's linears, the sites of its attention (None where that ends in codes), and its modulation in six parts; or stacks.
@@ -181,8 +187,8 @@ def reference(model: QuantizedDiT) -> FloatDiT:
 
 def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
     """What runs for each layer and each product of attention on the default device: name, shape, bits, input ranges, the
-    arithmetic, and the backend."""
-    backend = model.backend_choice.name
+    arithmetic, and the backend, as the forward decides it while it is traced for rows of one timestep."""
+    ran, attention_by = _what_runs(model)
     rows = []
     for name in model.config.linear_shapes:  # JAX sorts the names of a pytree it rebuilds
         layer = model.linears[name]
@@ -196,11 +202,11 @@ def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
                 "act_bits": layer.act.bits if layer.act else 32,
                 "ranges": _ranges(layer.act),
                 "runs": "int8 x int8 -> int32" if layer.integer else "float32 on de-quantized weights",
-                "backend": backend if layer.integer and in_block and name != "blocks.adaLN" else "xla",
+                "backend": ran.get(name, "xla"),
                 "integer": layer.integer,
             }
         )
-    floats = backend == "mosaic_gpu" and dit.can_fuse_attention(model.dtype, model.config.head_width)
+    floats = attention_by != "xla"
     for product, (left, right) in {"q @ k": ("q", "k"), "probs @ v": ("probs", "v")}.items():
         a, b = model.sites[f"blocks.{left}"], model.sites[f"blocks.{right}"]
         rows.append(
@@ -211,11 +217,32 @@ def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
                 "act_bits": 16 if floats else a.bits,
                 "ranges": "none" if floats else _ranges(a),
                 "runs": "bfloat16" if floats else "int8 x int8 -> int32",
-                "backend": "cudnn" if floats else "xla",
+                "backend": attention_by,
                 "integer": not floats,
             }
         )
     return rows
+
+
+def _what_runs(model: QuantizedDiT) -> tuple[dict[str, str], str]:
+    """The backend of each integer layer, and whose codes it takes if not its own; and the backend of attention."""
+    rows, shape = 2, jax.ShapeDtypeStruct
+    x = shape((rows, *model.config.image_shape), model.dtype)
+    t, y = shape((1,), model.schedule.time_dtype), shape((rows,), jnp.int32)
+    with backends.watched() as ran:
+        jax.eval_shape(lambda *args: _forward(*args), model, x, t, y)
+    # Layers run in the order of this table, each once: that of a block is traced once for all of them.
+    integer = [name for name in model.config.linear_shapes if model.linears[name].integer]
+    products = [index for index, call in enumerate(ran) if call.operation.startswith("linear")]
+    by_layer, before = {}, 0
+    for name, index in zip(integer, products, strict=True):
+        product, codes = ran[index].backend, [call.backend for call in ran[before:index] if call.package == "encode"]
+        by_layer[name] = product if set(codes) <= {product} else f"{product}, codes by {codes[-1]}"
+        before = index + 1
+    attention = next(call for call in ran if call.package == "attention")
+    # Where no kernel of ours fits, Hopper's backend runs cuDNN's.
+    cudnn = attention.backend == "mosaic_gpu" and attention.operation == "attention"
+    return by_layer, "cudnn" if cudnn else attention.backend
 
 
 def _ranges(act: ActQuantizer | None) -> str:

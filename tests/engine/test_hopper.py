@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 import ptq4dit_jax as ptq
+from ptq4dit_jax import terminal
+from ptq4dit_jax.devices import DeviceKind
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import backends, encode, matmul
 from ptq4dit_jax.engine.hopper import gemm, tiles
@@ -74,11 +76,9 @@ def test_every_choice_of_tiles_lowers(cut: Tiles) -> None:
 
 
 @cache
-def small_model(bits: int, input_size: int = 16, **settings: Any) -> ptq.QuantizedDiT:
-    """Depth 2, width 128, 64 tokens (256 of a latent of 32), to run on the kernels."""
-    config = DiTConfig(
-        input_size=input_size, patch_size=2, in_channels=4, hidden_size=128, depth=2, num_heads=2, num_classes=10
-    )
+def small_model(bits: int, width: int = 128, side: int = 16, **settings: Any) -> ptq.QuantizedDiT:
+    """Depth 2, 64 tokens unless ``side`` says otherwise, to run on the kernels."""
+    config = DiTConfig(input_size=side, patch_size=2, in_channels=4, hidden_size=width, depth=2, num_heads=2, num_classes=10)
     dit = jax.tree.map(jnp.asarray, helpers.tiny_model(**config.to_dict()))
     quant = ptq.QuantConfig(weight_bits=bits, steps=2, calib_steps=2, calib_rows=2, step_groups=2, **settings)
     return ptq.quantize(dit, quant, key=jax.random.key(0)).astype(jnp.bfloat16).replace(backend="mosaic_gpu")
@@ -124,9 +124,39 @@ def test_the_loop_over_blocks_holds_kernels_and_its_counter_alone(
 
 
 def test_attention_is_a_kernel_that_gives_codes_where_it_covers_the_shape() -> None:
-    q = small_model(8, input_size=32)
+    q = small_model(8, side=32)
     [body] = loop_bodies(lowered_model(q))
     assert {name: count for name, count in body.items() if name not in ("reshape", "constant")} == {"custom_call": 7, "add": 1}
+
+
+def runs_on(q: ptq.QuantizedDiT) -> dict[str, str]:
+    """What the table says of the layers of the blocks."""
+    rows = {row["layer"].removeprefix("blocks."): row["backend"] for row in ptq.describe(q)}
+    return {name: rows[name] for name in ("adaLN", "qkv", "proj", "fc1", "fc2")}
+
+
+def test_the_table_says_what_is_lowered() -> None:
+    """Not what was asked for: widths and tokens that a kernel does not cover, types, and the edges."""
+    own, mixed = "mosaic_gpu", "mosaic_gpu, codes by xla"
+    in_blocks = {"adaLN": "xla", "qkv": own, "proj": own, "fc1": own, "fc2": own}
+    assert runs_on(small_model(8)) == in_blocks
+    narrow = small_model(8, width=80)  # padded to 128 for the products; the norms want multiples of 64
+    assert runs_on(narrow) == in_blocks | {"qkv": mixed, "proj": mixed, "fc1": mixed}
+    assert lowered_model(narrow).count("custom_call @mosaic_gpu") == 4
+    few = small_model(8, side=12)  # 36 tokens: no multiple of 8, for the norms, nor of 64, for the gates
+    assert runs_on(few) == in_blocks | {"qkv": mixed, "proj": "xla", "fc1": mixed, "fc2": "xla"}
+    assert lowered_model(few).count("custom_call @mosaic_gpu") == 2
+    assert set(runs_on(small_model(8).astype(jnp.float32)).values()) == {"xla"}
+    edges = {row["layer"]: row["backend"] for row in ptq.describe(small_model(8, policy="edges8"))}
+    assert (edges["patch_embed"], edges["time_fc1"], edges["final"]) == (mixed, "xla", own)
+
+
+def test_what_ran_is_noted_by_call() -> None:
+    with backends.watched() as ran:
+        matmul.linear(*operands(1, 4, 16, 8), jnp.float32, backend="mosaic_gpu")
+        encode.encode(jnp.zeros((2, 3)), STATIC)
+    matmul.linear(*operands(1, 4, 16, 8), jnp.float32)
+    assert ran == [("matmul", "linear", "xla"), ("encode", "encode", "xla")]
 
 
 def test_rows_in_groups_of_steps_of_their_own_fall_to_the_reference() -> None:
@@ -139,7 +169,11 @@ def test_rows_in_groups_of_steps_of_their_own_fall_to_the_reference() -> None:
 def test_the_backend_is_chosen_by_device_and_an_unknown_one_is_named(raises_sentence: Any) -> None:
     if not IS_HOPPER and jax.default_backend() == "cpu":
         assert backends.resolve("auto", "bfloat16") == backends.Choice("xla")
-    assert backends.resolve("mosaic_gpu", "float32").name == "mosaic_gpu"
+    assert backends.resolve("mosaic_gpu", "bfloat16") == backends.Choice("mosaic_gpu")  # the device is the caller's business
+    refused = backends.resolve("mosaic_gpu", "float32")
+    assert refused.name == "xla"
+    assert "bfloat16" in refused.why
+    assert backends.resolve("xla", "float32") == backends.Choice("xla")
     with raises_sentence("'cutlass'", "mosaic_gpu"):
         backends.resolve("cutlass", "float32")
 
@@ -163,6 +197,17 @@ def test_what_auto_means(platform, capability, dtype, expected, why, monkeypatch
     assert choice.name == expected
     assert why in choice.why
     assert bool(choice.why) == bool(why)
+
+
+def test_the_kernels_are_refused_for_a_type_that_they_do_not_compute_in(
+    monkeypatch: pytest.MonkeyPatch, raises_sentence: Any
+) -> None:
+    monkeypatch.setattr(terminal, "default_device", lambda: DeviceKind("gpu", (9, 0)))
+    q = small_model(8).astype(jnp.float32)
+    with raises_sentence("mosaic_gpu", "float32", "bfloat16"):
+        terminal.to_run(q, "float32", "mosaic_gpu")
+    assert terminal.runs_line(terminal.to_run(q, "auto", "mosaic_gpu")) == "in bfloat16, integer products by mosaic_gpu"
+    assert terminal.to_run(q, "float32", "xla").backend == "xla"
 
 
 @pytest.mark.parametrize("kind", ["store", "gelu", "residual"])
@@ -190,9 +235,10 @@ def test_products_on_hopper(B: int, T: int, K: int, N: int, bits: int, rows: boo
     want = exact(x, weight, bias)
     run = jax.jit(partial(matmul.linear, dtype=jnp.bfloat16, backend="mosaic_gpu"))
     assert_within_one_ulp(run(x, weight, bias), want)
-    if N % 384 == 0:
-        parts = jax.jit(partial(matmul.linear_parts, dtype=jnp.bfloat16, parts=3, backend="mosaic_gpu"))(x, weight, bias)
-        assert_within_one_ulp(jnp.concatenate(parts, -1), want)
+    count = 3 if N % 3 == 0 else 2
+    parts = jax.jit(partial(matmul.linear_parts, dtype=jnp.bfloat16, parts=count, backend="mosaic_gpu"))(x, weight, bias)
+    assert [part.shape[-1] for part in parts] == [N // count] * count
+    assert_within_one_ulp(jnp.concatenate(parts, -1), want)
     rng = np.random.default_rng(3)
     residual, gate = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((B, T, N), (B, N)))
     got = jax.jit(partial(matmul.linear_residual, backend="mosaic_gpu"))(x, weight, bias, gate, residual)

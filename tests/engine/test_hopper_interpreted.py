@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+import ptq4dit_jax as ptq
+from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.engine import backends, matmul
 from ptq4dit_jax.engine.hopper import gemm, rows
 from ptq4dit_jax.engine.hopper.gemm import GatedResidual, GeluRequantize, Tiles
+from ptq4dit_jax.engine.stacks import OfLayer
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 pytestmark = pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), reason="needs Pallas' GPU interpreter")
 
@@ -172,3 +178,44 @@ def test_codes(balanced: bool, alone: bool) -> None:
     )  # fmt: skip
     value = np.asarray(x, np.float64) * (balance if balanced else 1) / np.float64(np.float32(0.03))
     assert_codes(codes, value, -90)
+
+
+@pytest.mark.parametrize("in_stack", [True, False])
+def test_widths_that_are_no_multiple_of_a_tile(in_stack: bool) -> None:
+    """Padded on the way in, trimmed on the way out; a layer of a stack is cut out for it."""
+    B, T, odd_K, odd_N = 2, 64, 80, 144
+    a, b, _, column, bias = drawn(B * T)
+    a, b, column, bias = a[:, :odd_K], b[:odd_N, :odd_K], column[:odd_N], bias[:odd_N]
+    rng = np.random.default_rng(5)
+    gate, residual = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((B, odd_N), (B, T, odd_N)))
+    balance, scale, zero_point = rng.uniform(0.5, 2, odd_N).astype(np.float32), np.float32(0.03), np.int32(-20)
+    lie = lambda array: OfLayer(stacked(array), jnp.int32(LAYER)) if in_stack else jnp.asarray(array)
+    x = Encoded(jnp.asarray(a).reshape(B, T, odd_K), lie(np.float32(0.7)), None)
+    layer = x, QTensor(lie(b), lie(column), None, odd_K, 8), lie(bias)
+    act = ActQuantizer(lie(scale), lie(zero_point), lie(balance))
+    with backends.watched() as ran:
+        parts = matmul.linear_parts(*layer, jnp.bfloat16, 3, backend="mosaic_gpu")
+        gated = matmul.linear_residual(*layer, lie(gate), residual, backend="mosaic_gpu")
+        codes = matmul.linear_gelu(*layer, act, backend="mosaic_gpu")
+    assert {call.backend for call in ran} == {"mosaic_gpu"}
+    y = exact(a, b, np.full(B * T, 0.7, np.float32), column, bias).reshape(B, T, odd_N)
+    assert [part.shape for part in parts] == [(B, T, odd_N // 3)] * 3
+    near(jnp.concatenate(parts, -1), y)
+    near(gated, np.asarray(residual, np.float64) + np.asarray(gate, np.float64)[:, None] * y)
+    gelu = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    assert_codes(codes.values, gelu * balance / np.float64(scale), -20)
+
+
+@pytest.mark.slow
+def test_a_whole_model_is_its_reference() -> None:
+    """Every layer reads what is its own: nearer to the reference than that is to the float model, by far."""
+    config = DiTConfig(
+        input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=2, num_heads=2, num_classes=10, mlp_ratio=1.0
+    )  # fmt: skip
+    dit = jax.tree.map(jnp.asarray, helpers.tiny_model(**config.to_dict()))
+    settings = ptq.QuantConfig(steps=2, calib_steps=2, calib_rows=2, step_groups=2)
+    q = ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16)
+    x, y = jax.random.normal(jax.random.key(1), (1, *config.image_shape)), jnp.array([2])
+    apply = jax.jit(lambda model: model.apply(x, jnp.array([400]), y).astype(jnp.float32))
+    fast, slow, floats = (np.asarray(apply(m)) for m in (q.replace(backend="mosaic_gpu"), q.replace(backend="xla"), dit))
+    assert np.square(fast - slow).mean() < 0.05 * np.square(slow - floats).mean()

@@ -29,6 +29,10 @@ class _Operands(NamedTuple):
         """The stack of a leaf (..., N), as wide as the padded product."""
         return _stack_widened(leaf, self.arrays[1].shape[-2])
 
+    def padded(self, array: jax.Array) -> jax.Array:
+        """An array (M, N) as wide as the padded product."""
+        return _widened(array, self.arrays[1].shape[-2])
+
     def rows(self, array: jax.Array) -> jax.Array:
         """A result (M, padded N) as (B, T, N)."""
         return array[:, : self.shape[-1]].reshape(self.shape)
@@ -81,7 +85,9 @@ def linear_parts(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike, part
     """See :func:`ptq4dit_jax.engine.matmul.linear_parts`. Arrays of their own are what attention reads without a copy."""
     B, T, _ = x.values.shape
     each = weight.shape[-2] // parts
-    if dtype != jnp.bfloat16 or each % gemm.TILE_K:
+    if each % gemm.TILE_K:  # a piece of the epilogue would lie in two parts
+        return jnp.split(linear(x, weight, bias, dtype), parts, axis=-1)
+    if dtype != jnp.bfloat16:
         raise NotImplementedError
     return [part.reshape(B, T, each) for part in _run("store", _operands(x, weight, bias), outputs=parts)]
 
@@ -101,8 +107,8 @@ def linear_gelu(x: Encoded, weight: QTensor, bias: Leaf, act: ActQuantizer) -> E
 def linear_residual(x: Encoded, weight: QTensor, bias: Leaf, gate_BD: Leaf, x_BTD: jax.Array) -> jax.Array:
     """See :func:`ptq4dit_jax.engine.matmul.linear_residual`."""
     B, T, N = x_BTD.shape
-    if x_BTD.dtype != jnp.bfloat16 or T % gemm.EPILOGUE_M or N % gemm.TILE_K:
+    if x_BTD.dtype != jnp.bfloat16 or T % gemm.EPILOGUE_M:
         raise NotImplementedError
-    finish = gemm.GatedResidual(x_BTD.reshape(B * T, N), stack_of(gate_BD), T)
     operands = _operands(x, weight, bias, gate_BD)
+    finish = gemm.GatedResidual(operands.padded(x_BTD.reshape(B * T, N)), operands.columns(gate_BD), T)
     return operands.rows(_run("residual", operands, finish=finish)[0])
