@@ -64,7 +64,7 @@ def check(images: int, tokens: int, heads: int, d: int) -> None:
     assert np.all(to_tie[off > 0] < 2**-9 * np.abs(np.asarray(v, np.float64)).max())
 
 
-@pytest.mark.parametrize("case", [*CASES, (128, 256, 16, 72), (16, 1024, 16, 72)], ids=str)
+@pytest.mark.parametrize("case", [*CASES, (2, 256, 16, 72), (128, 256, 16, 72), (16, 1024, 16, 72)], ids=str)
 @pytest.mark.parametrize("finish", [None, ROUND], ids=["bfloat16", "codes"])
 def test_it_lowers(case: tuple[int, int, int, int], finish: Round | None) -> None:
     images, tokens, heads, d = case
@@ -92,14 +92,15 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return made if init is None else init + made
 
     monkeypatch.setattr(kernel, "product", product)
-    monkeypatch.setattr(kernel, "core_count", lambda: 3)  # so that a block has several units
     with plgpu.force_gpu_interpret_mode():
         yield
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_interpreted(case: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize("cores", [3, 132], ids=["units in turn", "a unit a core"])
+def test_interpreted(case: tuple[int, int, int, int], cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "core_count", lambda: cores)
     check(*case)
 
 

@@ -24,8 +24,15 @@ from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 pytestmark = pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), reason="needs Pallas' GPU interpreter")
 
-TILES = [Tiles(64, 64, 2), Tiles(64, 64, 2, "n"), Tiles(64, 128, 3, "ping-pong"), Tiles(64, 128, 2), Tiles(128, 64, 3)]
-K, N = 256, 256
+TILES = [
+    Tiles(64, 64, 2),
+    Tiles(64, 64, 2, "n"),
+    Tiles(64, 128, 3, "ping-pong"),
+    Tiles(64, 128, 2),
+    Tiles(64, 192, 2),
+    Tiles(128, 64, 3),
+]
+K, N = 256, 384
 #: Of the layer that a kernel is to read among LAYERS; the others hold what would show.
 LAYER, LAYERS = 2, 4
 
@@ -96,7 +103,7 @@ def test_one_scale_several_outputs_and_every_layer_of_a_stack(chosen: int) -> No
     parts = gemm.int8_matmul(
         a, stack(weights), jnp.asarray(scales, jnp.float32), *vectors, tiles=Tiles(64, 64, 2), outputs=2
     )  # fmt: skip
-    assert [part.shape for part in parts] == [(70, 128)] * 2
+    assert [part.shape for part in parts] == [(70, N // 2)] * 2
     of_layer = np.full(70, scales[chosen], np.float32), (chosen + 1) * column, (1, -1, 0)[chosen] * bias
     near(np.concatenate([np.asarray(p, np.float32) for p in parts], 1), exact(a, weights[chosen], *of_layer))
 

@@ -1,8 +1,8 @@
 """Softmax attention in one kernel, with the quantization of its output for the next product.
 
 Products are bfloat16 with float32 sums; probabilities never leave registers. One persistent block per multiprocessor: a
-warpgroup copies keys and values into shared memory, two multiply, each for 64 queries of the same head. While one takes the
-softmax, the other has the tensor cores.
+warpgroup copies keys and values into shared memory, two multiply, each for 64 queries of the same head, or for the same queries
+of two heads. While one takes the softmax, the other has the tensor cores.
 
 Heads lie side by side, ``d`` columns each, and tiles in shared memory start at whole swizzles. So a head of 72 columns is
 fetched as 80, from the multiple of 16 at or before its first: the strangers among them meet zeros in the queries and are
@@ -25,8 +25,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ptq4dit_jax.engine.hopper.common import core_count, load_of_layer, load_vector, swizzled, to_codes, transposed
 
-#: Queries of a tile: 64 for each of two warpgroups.
-BLOCK_Q = 128
+#: Queries of a warpgroup.
+_QUERIES = 64
 #: Keys whose scores a warpgroup holds at a time. Twice as many leave too few registers.
 _KEYS = 128
 #: Stages of each ring: four hold both heads' keys of 256 tokens.
@@ -62,21 +62,37 @@ class _Plan:
         return self.tokens // _KEYS
 
     @property
+    def resident(self) -> bool:
+        """Whether the rings hold all keys and values of two heads."""
+        return 2 * self.steps <= _STAGES
+
+    @property
+    def by_head(self) -> bool:
+        """Whether each warpgroup takes one head of the pair, instead of half of a tile: where there are multiprocessors for
+        tiles of half the size, it is done in half the time."""
+        return self.resident and self.images * self.heads // 2 * (self.tokens // _QUERIES) <= self.cores
+
+    @property
+    def tile(self) -> int:
+        """Queries of a tile."""
+        return _QUERIES if self.by_head else 2 * _QUERIES
+
+    @property
     def tiles(self) -> int:
-        return self.tokens // BLOCK_Q
+        return self.tokens // self.tile
 
     @property
     def tiles_at_once(self) -> int:
-        """Tiles of a unit of work, which share keys and values in shared memory: all where the rings hold all keys, and there
-        is work for all multiprocessors without cutting images."""
+        """Tiles of a unit of work, which share keys and values in shared memory: all where they fit, and there is work for all
+        multiprocessors without cutting images."""
         whole = self.images * self.heads // 2 >= 0.75 * self.cores
-        return self.tiles if 2 * self.steps <= _STAGES and whole else 1
+        return self.tiles if self.resident and whole else 1
 
     @property
     def in_turns(self) -> bool:
         """Whether the warpgroups are made to take turns: one's softmax under the other's products. Where many stages of keys
         follow one another it gains a tenth; where few do, as much is lost by waiting."""
-        return 2 * self.steps > _STAGES
+        return not self.resident
 
     @property
     def units(self) -> int:
@@ -103,7 +119,7 @@ class _Plan:
 
 def covers(tokens: int, heads: int, d: int) -> bool:
     """Whether the kernel runs for that many tokens and heads of width ``d``."""
-    return tokens % BLOCK_Q == 0 and heads % 2 == 0 and d % 8 == 0 and 32 <= d <= 80
+    return tokens % _KEYS == 0 and heads % 2 == 0 and d % 8 == 0 and 32 <= d <= 80
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, tokens: int, heads: int, finish: Round | None = None) -> jax.Array:
@@ -193,10 +209,10 @@ def _body(plan: _Plan, q: Any, k: Any, v: Any, *rest: Any) -> None:
         pl.run_scoped,
         k_ring=fetched((_STAGES, _KEYS, plan.width)),
         v_ring=fetched((_STAGES, _KEYS, plan.width)),
-        queries=fetched((2, BLOCK_Q // 2, plan.width)),
-        staging=plgpu.SMEM((2, BLOCK_Q // 2, 2 * plan.d), plan.out_dtype),
+        queries=fetched((2, _QUERIES, plan.width)),
+        staging=plgpu.SMEM((1 if plan.by_head else 2, _QUERIES, 2 * plan.d), plan.out_dtype),
         full=plgpu.Barrier(num_barriers=2 * _STAGES),
-        empty=plgpu.Barrier(num_arrivals=2, num_barriers=2 * _STAGES),
+        empty=plgpu.Barrier(num_arrivals=1 if plan.by_head else 2, num_barriers=2 * _STAGES),
         queries_full=plgpu.Barrier(num_barriers=2),
         turns=plgpu.Barrier(num_arrivals=2),
         collective_axes="warpgroup",
@@ -254,50 +270,69 @@ def _copy(plan: _Plan, k: Any, v: Any, scratch: _Scratch, unit_at: Any, count: j
 def _multiply(
     plan: _Plan, q: Any, zero_point: Any, out: Any, scratch: _Scratch, unit_at: Any, count: jax.Array, warpgroup: jax.Array
 ) -> None:
-    """One warpgroup's queries of every unit."""
-    queries, staging, full = (ref.at[warpgroup] for ref in (scratch.queries, scratch.staging, scratch.queries_full))
-
+    """One warpgroup's part of every unit."""
+    queries, full = scratch.queries.at[warpgroup], scratch.queries_full.at[warpgroup]
+    staging = scratch.staging.at[0 if plan.by_head else warpgroup]
     zero = load_of_layer(zero_point[0], load_vector(zero_point[1], 0)) if plan.codes else None
 
     def rows(unit: _Unit, tile: jax.Array) -> Any:
-        return pl.ds(unit.row + (unit.tile + tile) * BLOCK_Q + warpgroup * (BLOCK_Q // 2), BLOCK_Q // 2)
+        first = unit.row + (unit.tile + tile) * plan.tile
+        return pl.ds(first if plan.by_head else first + warpgroup * _QUERIES, _QUERIES)
 
-    def fetch_queries(turn: jax.Array, tile: jax.Array, head: int) -> None:
+    def fetch_queries(index: jax.Array, head: int) -> None:
+        """Those of the tile ``index``, counted over the units of this block."""
+        turn, tile = index // plan.tiles_at_once, lax.rem(index, plan.tiles_at_once)
         unit = unit_at(turn)
         plgpu.copy_gmem_to_smem(q.at[rows(unit, tile), unit.columns(plan, head)], queries, full)
 
-    def one_tile(index: jax.Array, _: Any) -> Any:
+    def one_head(index: jax.Array, head: int, fetch_next: Callable[[], None]) -> None:
+        """Attends and leaves the result in ``staging``."""
+        plgpu.barrier_wait(full)
+        x = _without_strangers(plan, queries[...], head)
+        plgpu.commit_smem()  # all have read before the next queries come
+        fetch_next()
         turn, tile = index // plan.tiles_at_once, lax.rem(index, plan.tiles_at_once)
-        unit = unit_at(turn)
-        for head in range(2):
-            plgpu.barrier_wait(full)
-            x = _without_strangers(plan, queries[...], head)
-            plgpu.commit_smem()  # all have read before the next queries come
-            if head == 0:
-                fetch_queries(turn, tile, 1)
-            else:
+        y = _attend(plan, x, scratch, (2 * turn + head) * plan.steps, tile)
+        y = y[:, plan.lead(head) : plan.lead(head) + plan.d]
+        if zero is not None and plan.codes is not None:
+            y = to_codes(y, zero, *plan.codes)
+        if head == 0 or plan.by_head:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        staging[:, head * plan.d : (head + 1) * plan.d] = y.astype(plan.out_dtype)
 
-                @pl.when(index + 1 < count * plan.tiles_at_once)
-                def fetch_next() -> None:
-                    fetch_queries((index + 1) // plan.tiles_at_once, lax.rem(index + 1, plan.tiles_at_once), 0)
-
-            y = _attend(plan, x, scratch, (2 * turn + head) * plan.steps, tile)
-            y = y[:, plan.lead(head) : plan.lead(head) + plan.d]
-            if zero is not None and plan.codes is not None:
-                y = to_codes(y, zero, *plan.codes)
-            if head == 0:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            staging[:, head * plan.d : (head + 1) * plan.d] = y.astype(plan.out_dtype)
-        plgpu.commit_smem()
+    def store(index: jax.Array) -> None:
+        unit, tile = unit_at(index // plan.tiles_at_once), lax.rem(index, plan.tiles_at_once)
         plgpu.copy_smem_to_gmem(staging, out.at[rows(unit, tile), pl.ds(unit.column, 2 * plan.d)])
+
+    def both_heads(index: jax.Array, _: Any) -> Any:
+        def fetch_next() -> None:
+            pl.when(index + 1 < count * plan.tiles_at_once)(lambda: fetch_queries(index + 1, 0))
+
+        one_head(index, 0, lambda: fetch_queries(index, 1))
+        one_head(index, 1, fetch_next)
+        plgpu.commit_smem()
+        store(index)
         return ()
 
-    fetch_queries(jnp.int32(0), jnp.int32(0), 0)
-    if plan.in_turns:  # the second starts one turn behind
-        pl.when(warpgroup == 1)(scratch.take_turns)
-    lax.fori_loop(0, count * plan.tiles_at_once, one_tile, ())
-    if plan.in_turns:
-        pl.when(warpgroup == 0)(scratch.take_turns)
+    first = jnp.int32(0)
+    if plan.by_head:  # there is one unit for each block
+
+        def own(head: int) -> None:
+            fetch_queries(first, head)
+            one_head(first, head, lambda: None)
+            plgpu.commit_smem()
+
+        for head in range(2):
+            pl.when(warpgroup == head)(partial(own, head))
+        scratch.take_turns()
+        pl.when(warpgroup == 0)(lambda: store(first))
+    else:
+        fetch_queries(first, 0)
+        if plan.in_turns:  # the second starts one turn behind
+            pl.when(warpgroup == 1)(scratch.take_turns)
+        lax.fori_loop(0, count * plan.tiles_at_once, both_heads, ())
+        if plan.in_turns:
+            pl.when(warpgroup == 0)(scratch.take_turns)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
