@@ -70,6 +70,17 @@ class MemoryPlan:
         return f"needs {self.peak / 1e9:.1f}{limit} GB a device; {where}"
 
 
+def check_mesh(settings: Reconstruction, mesh: Mesh | None) -> None:
+    """Refuses a batch that the mesh cannot share."""
+    devices = sharding.data_size(mesh)
+    if settings.batch_size % devices:
+        raise Ptq4ditError(
+            f"A reconstruction batch of {settings.batch_size} rows cannot be spread over {devices} devices; use a multiple."
+        )
+    if settings.parts > 1 and settings.parts % devices:
+        raise Ptq4ditError(f"The {settings.parts} parts of a batch cannot be spread over {devices} devices; use a multiple.")
+
+
 class Walk:
     """Walks both hidden states through the network part by part; see :func:`ptq4dit_jax.reconstruction.reconstruct`.
 
@@ -84,13 +95,7 @@ class Walk:
         settings: Reconstruction,
         mesh: Mesh | None,
     ) -> None:
-        devices = sharding.data_size(mesh)
-        if settings.batch_size % devices:
-            raise Ptq4ditError(
-                f"A reconstruction batch of {settings.batch_size} rows cannot be spread over {devices} devices; use a multiple."
-            )
-        if settings.parts > 1 and settings.parts % devices:
-            raise Ptq4ditError(f"{settings.parts} parts of a batch cannot be spread over {devices} devices; use a multiple.")
+        check_mesh(settings, mesh)
         self.folded, self.quantized, self.settings, self.mesh = folded, quantized, settings, mesh
         self.config = folded.config
         on_cpu = jax.default_backend() == "cpu"

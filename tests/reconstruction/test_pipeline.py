@@ -290,9 +290,17 @@ def test_a_damaged_state_is_noticed(model, rows, tmp_path, raises_sentence):
         quantize(model, rows, state=state)
 
 
-def test_a_batch_that_devices_cannot_share_is_refused(model, rows, mesh8, raises_sentence):
-    with raises_sentence("12 rows", "8 devices"):
-        quantize(model, rows, dataclasses.replace(SETTINGS, batch_size=12), mesh=mesh8)
+@pytest.mark.parametrize(("change", "part"), [({"batch_size": 12}, "12 rows"), ({"parts": 2}, "2 parts")])
+def test_a_batch_that_devices_cannot_share_is_refused_before_any_work(
+    change, part, model, nearest, rows, mesh8, tmp_path, raises_sentence
+):
+    wrong, told = dataclasses.replace(SETTINGS, **change), []
+    with raises_sentence(part, "8 devices"):
+        quantize(model, rows, wrong, mesh=mesh8, state=tmp_path / "state", progress=lambda *stage: told.append(stage))
+    assert told == []
+    assert list(tmp_path.iterdir()) == []
+    with raises_sentence(part, "8 devices"):
+        reconstruct(model, nearest, rows, wrong, key=KEY, mesh=mesh8)
 
 
 @pytest.mark.parametrize(
