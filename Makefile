@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# A file stays with one worker, which compiles its programs once; tests/conftest.py says which come first.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -34,10 +36,10 @@ demo: $(INSTALLED)  ## quantize the shipped digits model and draw samples beside
 	@$(BIN)/python -m models.digits.demo
 
 test: $(INSTALLED)  ## run every test
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 test-fast: $(INSTALLED)  ## run the tests that take seconds
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## check style and types
 	@$(BIN)/ruff check .

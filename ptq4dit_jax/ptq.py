@@ -27,7 +27,7 @@ from ptq4dit_jax.folding import fold
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 from ptq4dit_jax.ranges import RangeSearch, activation_parameters, quantize_weight
-from ptq4dit_jax.reconstruction import Journal, reconstruct
+from ptq4dit_jax.reconstruction import Journal, check_mesh, reconstruct
 
 
 class StageProgress(Protocol):
@@ -90,6 +90,8 @@ def quantize(
     report = progress or (lambda stage, done, total, note="": None)
     if bad := has_nonfinite(model.params):
         raise Ptq4ditError(f"The weights hold NaN or infinity in {', '.join(bad[:3])}; a model must be finite to be quantized.")
+    if config.reconstruction is not None:
+        check_mesh(config.reconstruction, mesh)
     source_sha256 = source_hash(model.params)
     journal = _journal(config, source_sha256, key, calibration, state, fresh)
     model = sharding.replicate(mesh, model.astype(jnp.float32))

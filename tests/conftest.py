@@ -21,6 +21,26 @@ from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 
+#: The files that take a minute or more, the longest first. One that came last would leave the other worker without work.
+LONG_FILES = (
+    "reconstruction/test_pipeline.py",
+    "test_ptq.py",
+    "engine/test_quantized_dit.py",
+    "test_scale.py",
+    "test_cli.py",
+    "test_flow.py",
+    "checkpoints/foreign/test_flows.py",
+    "test_notebooks.py",
+    "models/test_photos.py",
+    "test_vae.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts them first; within a file the order stays."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 @pytest.fixture(scope="module", autouse=True)
 def few_memory_maps() -> Iterator[None]:

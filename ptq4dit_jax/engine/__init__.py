@@ -1,6 +1,6 @@
 """The integer DiT."""
 
 from ptq4dit_jax.engine.layers import QLinear
-from ptq4dit_jax.engine.quantized_dit import Provenance, QuantizedDiT, describe, reference
+from ptq4dit_jax.engine.quantized_dit import Provenance, QuantizedDiT, describe, reference, site_quantizers
 
-__all__ = ["Provenance", "QLinear", "QuantizedDiT", "describe", "reference"]
+__all__ = ["Provenance", "QLinear", "QuantizedDiT", "describe", "reference", "site_quantizers"]

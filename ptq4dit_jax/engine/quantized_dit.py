@@ -159,28 +159,35 @@ def _block(config: DiTConfig, of_block: _OfBlock, x_BTD: jax.Array, backend: str
     return fc2.product_residual(fc1.product_gelu(h, fc2, x_BTD.dtype, backend), gate_mlp, x_BTD, backend)
 
 
+def site_quantizers(model: QuantizedDiT) -> dict[str, Any]:
+    """All quantizers by site, those of the products without weights and those at the inputs of layers."""
+    fed = {dit.SITE_OF_LAYER[name]: layer.act for name, layer in model.linears.items() if layer.act is not None}
+    return {**model.sites, **fed}
+
+
+@jax.jit
+def _float_layer(layer: QLinear) -> dict[str, jax.Array]:
+    """De-quantized kernel (..., K, N) and bias (..., N)."""
+    return {"kernel": jnp.swapaxes(layer.weight.dequantize(), -1, -2), "bias": layer.float_bias}
+
+
 def reference(model: QuantizedDiT) -> FloatDiT:
     """The fake-quant twin: the float forward with de-quantized weights and quantizers at the sites.
 
     It is what the engine is tested against, and what reconstruction and layer-by-layer reports look into.
     """
     params: dict[str, Any] = {"label_embed": {"embedding": model.label_embed}, "blocks": {}}
-    quantizers = dict(model.sites)
-    inputs = {f"blocks.{layer}": f"blocks.{name}" for name, layer in dit.BLOCK_SITES.items() if layer}
-    inputs |= {layer: name for name, layer in dit.EDGE_SITES.items()}
     for name, layer in model.linears.items():
-        tree = {"kernel": jnp.swapaxes(layer.weight.dequantize(), -1, -2), "bias": layer.float_bias}
+        tree = _float_layer(layer)
         if name.startswith("blocks."):
             params["blocks"][name.removeprefix("blocks.")] = tree
         else:
             params[name] = tree
-        if layer.act is not None:
-            quantizers[inputs[name]] = layer.act
     return FloatDiT(
         params=params,
         config=model.config,
         schedule=model.schedule,
-        quantizers=dit.nest_sites(quantizers),
+        quantizers=dit.nest_sites(site_quantizers(model)),
         group_edges=model.group_edges,
     )
 

@@ -2,6 +2,6 @@
 
 from ptq4dit_jax.reconstruction.pipeline import UnitProgress, reconstruct
 from ptq4dit_jax.reconstruction.resume import Journal
-from ptq4dit_jax.reconstruction.walk import MemoryPlan
+from ptq4dit_jax.reconstruction.walk import MemoryPlan, check_mesh
 
-__all__ = ["Journal", "MemoryPlan", "UnitProgress", "reconstruct"]
+__all__ = ["Journal", "MemoryPlan", "UnitProgress", "check_mesh", "reconstruct"]

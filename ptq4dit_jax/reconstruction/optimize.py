@@ -74,6 +74,7 @@ def optimizers(settings: Reconstruction) -> tuple[optax.GradientTransformation, 
     return optax.adam(rounding_rate, eps=settings.rounding_eps), optax.adam(decayed(settings.scale_rate))
 
 
+@partial(jax.jit, static_argnames="settings")
 def start(variables: Variables, settings: Reconstruction) -> TrainState:
     """The state before the first iteration; its arrays are its own, so that it may be donated."""
     for_rounding, for_scales = optimizers(settings)

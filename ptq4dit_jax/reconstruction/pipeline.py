@@ -27,6 +27,7 @@ from ptq4dit_jax.reconstruction.walk import MemoryPlan, Walk
 UnitProgress = Callable[[str, int, int, float], None]
 
 _REPORT_EVERY, _CURVE_POINTS = 100, 50
+_pack = jax.jit(QLinear.pack)
 
 
 @struct.dataclass
@@ -92,7 +93,7 @@ def reconstruct(
             state = _optimize(unit, position, task, start, rows, before, walk, key, journal, save_every, progress)
             variables, errors = state.variables, state.errors
         else:
-            variables, errors = _restored(mesh, task, start, result), result.errors
+            variables, errors = sharding.replicate(mesh, _restored(task, start, result)), result.errors
         outputs, after = walk.outputs(unit, variables, task, rows)
         if result is None and after > before:
             variables = start
@@ -130,7 +131,8 @@ def _optimize(
     return state
 
 
-def _restored(mesh: Mesh | None, task: Task, variables: Variables, result: PartResult) -> Variables:
+@jax.jit
+def _restored(task: Task, variables: Variables, result: PartResult) -> Variables:
     """Variables that decide for the codes and scales of a stored result."""
     rounding = {}
     for layer, kernel in task.kernels.items():
@@ -138,9 +140,10 @@ def _restored(mesh: Mesh | None, task: Task, variables: Variables, result: PartR
         up = jnp.swapaxes(codes, -1, -2).astype(jnp.int32) > kernel.base.astype(jnp.int32)
         rounding[layer] = jnp.where(up, 1.0, -1.0)
     log_scale = {site: jnp.asarray(result.log_scale[site]) for site in variables.log_scale}
-    return sharding.replicate(mesh, Variables(rounding, log_scale))
+    return Variables(rounding, log_scale)
 
 
+@jax.jit
 def _result(task: Task, variables: Variables, before: jax.Array, after: jax.Array, errors: jax.Array) -> PartResult:
     values = {layer: kernel.pack(variables.rounding[layer]).values for layer, kernel in task.kernels.items()}
     return PartResult(values=values, log_scale=variables.log_scale, before=before, after=after, errors=errors)
@@ -173,7 +176,7 @@ def _assemble(folded: FloatDiT, quantized: QuantizedDiT, results: list[PartResul
     for name, linear in quantized.linears.items():
         weight = _with_values(linear.weight, joined(name, values[name]))
         bias = _bias(folded.params, name)
-        linears[name] = jax.jit(QLinear.pack)(weight, bias, learned(dit.SITE_OF_LAYER[name], linear.act))
+        linears[name] = _pack(weight, bias, learned(dit.SITE_OF_LAYER[name], linear.act))
     sites = {name: learned(name, act) for name, act in quantized.sites.items()}
     return quantized.replace(linears=linears, sites=sites)  # type: ignore[attr-defined]
 

@@ -15,7 +15,7 @@ from ptq4dit_jax import dit, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.dit import DiTConfig
-from ptq4dit_jax.engine import QuantizedDiT, reference
+from ptq4dit_jax.engine import QuantizedDiT, site_quantizers
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT, step_group
 from ptq4dit_jax.reconstruction import optimize
@@ -25,6 +25,8 @@ from ptq4dit_jax.reconstruction.units import Kind, Unit
 
 #: Iterations whose batches are sent to the device at once where rows stay on the host.
 _BATCHES_SENT = 20
+#: One program for each shape, where each operation would be one.
+_rounded_kernel = jax.jit(RoundedKernel.of)
 #: A part that rounding to the nearest already reproduces has nothing to learn, and its error must not be divided by 0.
 _TINY = 1e-30
 
@@ -70,6 +72,17 @@ class MemoryPlan:
         return f"needs {self.peak / 1e9:.1f}{limit} GB a device; {where}"
 
 
+def check_mesh(settings: Reconstruction, mesh: Mesh | None) -> None:
+    """Refuses a batch that the mesh cannot share."""
+    devices = sharding.data_size(mesh)
+    if settings.batch_size % devices:
+        raise Ptq4ditError(
+            f"A reconstruction batch of {settings.batch_size} rows cannot be spread over {devices} devices; use a multiple."
+        )
+    if settings.parts > 1 and settings.parts % devices:
+        raise Ptq4ditError(f"The {settings.parts} parts of a batch cannot be spread over {devices} devices; use a multiple.")
+
+
 class Walk:
     """Walks both hidden states through the network part by part; see :func:`ptq4dit_jax.reconstruction.reconstruct`.
 
@@ -84,18 +97,12 @@ class Walk:
         settings: Reconstruction,
         mesh: Mesh | None,
     ) -> None:
-        devices = sharding.data_size(mesh)
-        if settings.batch_size % devices:
-            raise Ptq4ditError(
-                f"A reconstruction batch of {settings.batch_size} rows cannot be spread over {devices} devices; use a multiple."
-            )
-        if settings.parts > 1 and settings.parts % devices:
-            raise Ptq4ditError(f"{settings.parts} parts of a batch cannot be spread over {devices} devices; use a multiple.")
+        check_mesh(settings, mesh)
         self.folded, self.quantized, self.settings, self.mesh = folded, quantized, settings, mesh
         self.config = folded.config
         on_cpu = jax.default_backend() == "cpu"
         self.dtype = settings.dtype if settings.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
-        self.acts = dit.flatten_sites(reference(quantized).quantizers)
+        self.acts = site_quantizers(quantized)
         self.balances = dit.flatten_sites(folded.quantizers)
 
         count, strata = calibration.num_steps * calibration.num_rows, settings.batch_size
@@ -156,7 +163,7 @@ class Walk:
         kernels, biases, rounding = {}, {}, {}
         for layer, name in unit.layers.items():
             tree = self._params(unit, layer)
-            kernels[layer], rounding[layer] = RoundedKernel.of(
+            kernels[layer], rounding[layer] = _rounded_kernel(
                 tree["kernel"], unit.of_depth(name, self.quantized.linears[name].weight)
             )
             biases[layer] = tree["bias"]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -55,8 +56,17 @@ def nearest(model: ptq.FloatDiT, rows: CalibrationData) -> ptq.QuantizedDiT:
 
 
 @pytest.fixture(scope="module")
-def learned(model: ptq.FloatDiT, rows: CalibrationData) -> ptq.QuantizedDiT:
-    return quantize(model, rows)
+def run(model: ptq.FloatDiT, rows: CalibrationData) -> SimpleNamespace:
+    """The reconstruction that most tests look at: the ``model`` it made, what it ``told``, how many ``programs`` trained it."""
+    _compiled.cache_clear()
+    told: list[tuple[str, str]] = []
+    made = quantize(model, rows, progress=lambda stage, done, total, note="": told.append((stage, note)))
+    return SimpleNamespace(model=made, told=told, programs=_compiled.cache_info().misses)
+
+
+@pytest.fixture(scope="module")
+def learned(run: SimpleNamespace) -> ptq.QuantizedDiT:
+    return run.model
 
 
 def codes(q: ptq.QuantizedDiT) -> dict[str, np.ndarray]:
@@ -145,20 +155,13 @@ def test_rows_on_the_host_change_nothing(model, rows, learned):
     assert same_bytes(quantize(model, rows, dataclasses.replace(SETTINGS, rows_on="host")), learned)
 
 
-def test_all_blocks_share_one_program(model, rows):
-    before = _compiled.cache_info().misses
-    quantize(model, rows, dataclasses.replace(SETTINGS, iterations=2))
-    assert _compiled.cache_info().misses == before + 4  # one for each kind of part
+def test_all_blocks_share_one_program(run):
+    assert run.programs == 4  # one for each kind of part
 
 
-def test_the_plan_is_told_before_the_first_iteration(model, rows):
-    told: list[tuple[str, str]] = []
-    quantize(
-        model, rows, dataclasses.replace(SETTINGS, iterations=1),
-        progress=lambda stage, done, total, note="": told.append((stage, note)),
-    )  # fmt: skip
-    stages = [stage for stage, _ in told]
-    note = dict(told)["plan reconstruction"]
+def test_the_plan_is_told_before_the_first_iteration(run):
+    stages = [stage for stage, _ in run.told]
+    note = dict(run.told)["plan reconstruction"]
     assert stages.index("plan reconstruction") < stages.index("reconstruct embed image")
     assert "GB a device" in note
     assert "stay on the device" in note
@@ -290,9 +293,17 @@ def test_a_damaged_state_is_noticed(model, rows, tmp_path, raises_sentence):
         quantize(model, rows, state=state)
 
 
-def test_a_batch_that_devices_cannot_share_is_refused(model, rows, mesh8, raises_sentence):
-    with raises_sentence("12 rows", "8 devices"):
-        quantize(model, rows, dataclasses.replace(SETTINGS, batch_size=12), mesh=mesh8)
+@pytest.mark.parametrize(("change", "part"), [({"batch_size": 12}, "12 rows"), ({"parts": 2}, "2 parts")])
+def test_a_batch_that_devices_cannot_share_is_refused_before_any_work(
+    change, part, model, nearest, rows, mesh8, tmp_path, raises_sentence
+):
+    wrong, told = dataclasses.replace(SETTINGS, **change), []
+    with raises_sentence(part, "8 devices"):
+        quantize(model, rows, wrong, mesh=mesh8, state=tmp_path / "state", progress=lambda *stage: told.append(stage))
+    assert told == []
+    assert list(tmp_path.iterdir()) == []
+    with raises_sentence(part, "8 devices"):
+        reconstruct(model, nearest, rows, wrong, key=KEY, mesh=mesh8)
 
 
 @pytest.mark.parametrize(
