@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ptq4dit_jax.quantizers import ActQuantizer, act_code_range, reciprocal
+from ptq4dit_jax.reconstruction.sums import order_free_sum
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -44,9 +45,8 @@ def _backward(bits: int, saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.A
     x, scale, zero_point = saved
     _, slope, inside = _codes(x, scale, zero_point, bits)
     over = tuple(axis for axis in range(x.ndim) if scale.ndim == 0 or scale.shape[axis] == 1)
-    d_scale = (g.astype(jnp.float32) * slope).sum(over, keepdims=scale.ndim > 0)
-    # The order of this long sum depends on the program; the bits in which two programs differ are dropped.
-    d_scale = jax.lax.reduce_precision(d_scale, exponent_bits=8, mantissa_bits=7)
+    # A last bit of it moves the scale, and that moves codes: for devices to agree, it must not hang on the program.
+    d_scale = order_free_sum(g.astype(jnp.float32) * slope, over).reshape(scale.shape)
     return jnp.where(inside, g, 0).astype(x.dtype), d_scale, None
 
 

@@ -137,6 +137,12 @@ def _mean_in_order(stacked: jax.Array) -> jax.Array:
     return total / stacked.shape[0]
 
 
+def _on_grid(step: jax.Array) -> jax.Array:
+    """A step of the logarithm of a scale as a multiple of 2^-14. Its last bits hang on the program, and through the codes
+    everything after hangs on them; a scale need not be known better."""
+    return jnp.round(step * 2**14) * 2**-14
+
+
 def train(
     state: TrainState, task: Task, rows: Rows, nearest_error: jax.Array, key: jax.Array, stop: jax.Array,
     *, config: DiTConfig, kind: Kind, settings: Reconstruction, dtype: str, drawn: bool = False, devices: int = 1,
@@ -186,6 +192,7 @@ def train(
         total = jax.tree.map(lambda a, b: count * (a + b), grads.rounding, undecided)
         rounding, rounding_state = for_rounding.update(total, state.optimizer[0])
         log_scale, scale_state = for_scales.update(jax.tree.map(lambda a: count * a, grads.log_scale), state.optimizer[1])
+        log_scale = jax.tree.map(_on_grid, log_scale)
         return TrainState(
             variables=Variables(
                 optax.apply_updates(state.variables.rounding, rounding),

@@ -51,9 +51,7 @@ def test_gradients_pass_straight_through_the_rounding():
     assert 0.2 < inside.mean() < 0.99
     np.testing.assert_allclose(d_x, g * inside, rtol=1e-6)
     slope = np.clip(code, -128, 127) - zero_point.reshape(4, 1, 1) - np.where(inside, position, 0)
-    # Seven bits of mantissa are kept, so that two programs that sum in another order agree.
-    np.testing.assert_allclose(d_scale.ravel(), (g * slope).sum((1, 2)), rtol=2**-8, atol=1e-3)
-    assert np.all(np.asarray(d_scale).view(np.uint32) & 0xFFFF == 0)
+    np.testing.assert_allclose(d_scale.ravel(), (g * slope).sum((1, 2)), rtol=1e-5, atol=1e-3)
 
 
 def test_bfloat16_stays_bfloat16():

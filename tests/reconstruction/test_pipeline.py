@@ -90,15 +90,18 @@ def test_it_lowers_the_error_on_rows_that_it_has_not_seen(model, nearest, learne
 
 
 def test_weights_move_to_a_neighbouring_code_at_most_and_weight_scales_stay(nearest, learned):
-    before, after = codes(nearest), codes(learned)
-    moved = {name: np.abs(after[name] - before[name]) for name in before}
+    codes_before, codes_after = codes(nearest), codes(learned)
+    moved = {name: np.abs(codes_after[name] - codes_before[name]) for name in codes_before}
     assert max(m.max() for m in moved.values()) == 1
     for name in ("blocks.qkv", "blocks.fc2", "blocks.adaLN"):
         assert 0.02 < moved[name].mean() < 0.6, name
         np.testing.assert_array_equal(learned.linears[name].weight.scale, nearest.linears[name].weight.scale)
     for name in ("blocks.proj", "blocks.fc2", "blocks.adaLN"):
         np.testing.assert_array_equal(learned.linears[name].act.zero_point, nearest.linears[name].act.zero_point)
-        assert np.all(np.asarray(learned.linears[name].act.scale) != np.asarray(nearest.linears[name].act.scale))
+        before, after = (np.asarray(q.linears[name].act.scale, np.float64) for q in (nearest, learned))
+        assert np.all(after != before)
+        steps = np.log(after / before) * 2**14  # whole ones, so that no last bit of a step counts
+        np.testing.assert_allclose(steps, np.round(steps), atol=0.05)
 
 
 def test_the_engine_runs_what_was_learned(model, rows, learned):
@@ -135,7 +138,7 @@ def test_one_seed_one_result_another_seed_another(model, rows, learned):
 
 
 def test_in_parts_one_and_eight_devices_give_the_same_integers(model, rows, nearest, mesh8):
-    """All but a few in ten thousand: the gradient of a scale differs in its last bit, XLA fusing it otherwise for a mesh."""
+    """All but a few in ten thousand: two programs may still differ in an ulp somewhere, which is not let grow."""
     settings = dataclasses.replace(SETTINGS, parts=8)
     extremes = channel_extremes(model, rows, sites=tuple(model.config.site_features))
     folded, _ = apply_balancing(model, balance(model, CONFIG, extremes, rows).factors)

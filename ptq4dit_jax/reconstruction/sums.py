@@ -1,0 +1,37 @@
+"""A sum that does not depend on the order of its terms, and so not on how a program was compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_BIAS, _MANTISSA = 127, 23  # of float32
+
+
+def order_free_sum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """``x.sum(axes, keepdims=True)`` of float32, the same bits in whatever order the terms are met.
+
+    Float sums are associated otherwise by every program, on every number of devices. Here each term is rounded to a multiple
+    of a power of two, 2^-22 or more of the largest's own (2^-18 for two million terms), and integers are added up, high and
+    low halves apart, so that int32 holds them.
+    """
+    terms = int(np.prod([x.shape[axis] for axis in axes]))
+    half = min(11, 30 - max(terms - 1, 1).bit_length())
+    if half < 1:
+        raise ValueError(f"{terms} terms are too many for a sum in int32")
+    largest = jnp.abs(x).max(axes, keepdims=True)
+    exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) >> _MANTISSA
+    # 2^up times the largest lies below 2^(2 half), and neither power leaves float32's normal numbers.
+    up = jnp.clip(2 * half - (exponent - _BIAS + 1), 1 - _BIAS, _BIAS - 1)
+    units = jnp.round(x * _power_of_two(up)).astype(jnp.int32)
+    high, low = units >> half, units & (2**half - 1)
+    high, low = (part.sum(axes, keepdims=True).astype(jnp.float32) for part in (high, low))
+    return (high * 2**half + low) * _power_of_two(-up)
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    """2^exponent in float32, exactly, for exponents of normal numbers."""
+    return jax.lax.bitcast_convert_type((exponent + _BIAS) << _MANTISSA, jnp.float32)
