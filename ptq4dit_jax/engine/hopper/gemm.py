@@ -166,7 +166,7 @@ def int8_matmul(
     kernel = plgpu.kernel(
         partial(_body, plan), out_type=[jax.ShapeDtypeStruct((M, N // outputs), plan.out_dtype)] * outputs,
         grid=(plan.blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
-        kernel_name="int8_matmul_" + ("gelu" if requantized else "residual" if residual else "store"),
+        kernel_name=f"int8_matmul_{'gelu' if requantized else 'residual' if residual else 'store'}_{N}x{K}",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
