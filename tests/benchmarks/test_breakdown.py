@@ -58,7 +58,8 @@ def test_the_table_has_a_row_an_operation_and_a_column_a_size() -> None:
 
     document = {
         "date": "2026-11-28", "commit": "abc1234", "jax": "0.11.2", "hardware": "one GPU", "model": "DiT-XL/2",
-        "input_size": 32, "steps": 10, "ceilings": {"bandwidth": 4.3e12, "int8": 1.4e15, "bfloat16": 7.9e14}, "entries": [entry(1), entry(8)],
+        "input_size": 32, "steps": 10, "ceilings": {"bandwidth": 4.3e12, "int8": 1.4e15, "bfloat16": 7.9e14},
+        "entries": [entry(1), entry(8)],
     }  # fmt: skip
     lines = breakdown.markdown(document).splitlines()
     assert "4.30 TB/s, 1400 TOPS" in lines[0]

@@ -127,6 +127,8 @@ def test_attention_is_a_kernel_that_gives_codes_where_it_covers_the_shape() -> N
     q = small_model(8, side=32)
     [body] = loop_bodies(lowered_model(q))
     assert {name: count for name, count in body.items() if name not in ("reshape", "constant")} == {"custom_call": 7, "add": 1}
+    products = [row for row in ptq.describe(q) if row["layer"] in ("blocks.q @ k", "blocks.probs @ v")]
+    assert [(row["backend"], row["runs"], row["integer"]) for row in products] == [("mosaic_gpu", "bfloat16", False)] * 2
 
 
 def runs_on(q: ptq.QuantizedDiT) -> dict[str, str]:
