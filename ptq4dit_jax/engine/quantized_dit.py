@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -101,7 +100,7 @@ def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Ar
     return dit.unpatchify(config, linears["final"](h_BTD, backend))
 
 
-#: Blocks whose adaLN weights are widened at the same time.
+#: The most blocks whose adaLN weights are widened at the same time.
 _WIDENED_TOGETHER = 4
 
 
@@ -113,8 +112,9 @@ def _modulation(adaLN: QLinear, silu_c_BD: jax.Array, backend: str) -> list[jax.
     """
     one = lambda layer: layer(silu_c_BD, backend)
     together = adaLN.integer and not adaLN.weight.packed
-    few = partial(jax.lax.map, one, batch_size=_WIDENED_TOGETHER)
-    return jnp.split(jax.vmap(one)(adaLN) if together else few(adaLN), 6, axis=-1)
+    depth = adaLN.weight.shape[0]
+    few = max(size for size in range(1, _WIDENED_TOGETHER + 1) if depth % size == 0)  # all turns are then one program
+    return jnp.split(jax.vmap(one)(adaLN) if together else jax.lax.map(one, adaLN, batch_size=few), 6, axis=-1)
 
 
 #: A block's linears, the sites of its attention (None where that ends in codes), and its modulation in six parts; or stacks.

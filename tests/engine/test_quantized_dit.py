@@ -155,7 +155,7 @@ def test_float32_each_block_fed_the_same_hidden_state(quantized: Quantized, rows
     def run(layer: tuple[dict[str, QLinear], Any], x: jax.Array, c: jax.Array) -> jax.Array:
         one = jax.tree.map(lambda a: a[None], layer[0]["adaLN"])
         modulation = [part[0] for part in quantized_dit._modulation(one, c, "xla")]
-        return quantized_dit._block(model.config, *layer, modulation, x, "xla")
+        return quantized_dit._block(model.config, (*layer, modulation), x, "xla")
 
     for depth in range(1, model.config.depth):
         x, expected = (np.asarray(seen["block_out"][index]) for index in (depth - 1, depth))
