@@ -275,15 +275,19 @@ def _multiply(
     staging = scratch.staging.at[0 if plan.by_head else warpgroup]
     zero = load_of_layer(zero_point[0], load_vector(zero_point[1], 0)) if plan.codes else None
 
-    def rows(unit: _Unit, tile: jax.Array) -> Any:
+    # Tiles are counted over all units of this block.
+    place = lambda index: (index // plan.tiles_at_once, lax.rem(index, plan.tiles_at_once))
+
+    def rows(index: jax.Array) -> tuple[_Unit, Any]:
+        """The unit of a tile, and this warpgroup's rows of it."""
+        turn, tile = place(index)
+        unit = unit_at(turn)
         first = unit.row + (unit.tile + tile) * plan.tile
-        return pl.ds(first if plan.by_head else first + warpgroup * _QUERIES, _QUERIES)
+        return unit, pl.ds(first if plan.by_head else first + warpgroup * _QUERIES, _QUERIES)
 
     def fetch_queries(index: jax.Array, head: int) -> None:
-        """Those of the tile ``index``, counted over the units of this block."""
-        turn, tile = index // plan.tiles_at_once, lax.rem(index, plan.tiles_at_once)
-        unit = unit_at(turn)
-        plgpu.copy_gmem_to_smem(q.at[rows(unit, tile), unit.columns(plan, head)], queries, full)
+        unit, own = rows(index)
+        plgpu.copy_gmem_to_smem(q.at[own, unit.columns(plan, head)], queries, full)
 
     def one_head(index: jax.Array, head: int, fetch_next: Callable[[], None]) -> None:
         """Attends and leaves the result in ``staging``."""
@@ -291,7 +295,7 @@ def _multiply(
         x = _without_strangers(plan, queries[...], head)
         plgpu.commit_smem()  # all have read before the next queries come
         fetch_next()
-        turn, tile = index // plan.tiles_at_once, lax.rem(index, plan.tiles_at_once)
+        turn, tile = place(index)
         y = _attend(plan, x, scratch, (2 * turn + head) * plan.steps, tile)
         y = y[:, plan.lead(head) : plan.lead(head) + plan.d]
         if zero is not None and plan.codes is not None:
@@ -301,8 +305,8 @@ def _multiply(
         staging[:, head * plan.d : (head + 1) * plan.d] = y.astype(plan.out_dtype)
 
     def store(index: jax.Array) -> None:
-        unit, tile = unit_at(index // plan.tiles_at_once), lax.rem(index, plan.tiles_at_once)
-        plgpu.copy_smem_to_gmem(staging, out.at[rows(unit, tile), pl.ds(unit.column, 2 * plan.d)])
+        unit, own = rows(index)
+        plgpu.copy_smem_to_gmem(staging, out.at[own, pl.ds(unit.column, 2 * plan.d)])
 
     def both_heads(index: jax.Array, _: Any) -> Any:
         def fetch_next() -> None:
