@@ -170,9 +170,7 @@ def measure(config: DiTConfig, guided: list[int], steps: int) -> tuple[Ceilings,
 
 def main() -> None:
     parser = common.parser(__doc__.splitlines()[0], RESULTS)
-    parser.add_argument("--model", default="DiT-XL/2")
-    parser.add_argument("--input-size", type=int, default=32, help="side of the latent; 32 is 256 px, 64 is 512 px")
-    parser.add_argument("--guided", type=int, nargs="+", default=[1, 8, 64], help="images, each with its unconditional twin")
+    common.add_sampling_options(parser)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--table-only", action="store_true", help="only rewrite the table from the stored results")
     arguments = parser.parse_args()

@@ -24,6 +24,13 @@ def parser(description: str, out: Path | None) -> argparse.ArgumentParser:
     return made
 
 
+def add_sampling_options(made: argparse.ArgumentParser) -> None:
+    """What is sampled by the benchmarks of speed."""
+    made.add_argument("--model", default="DiT-XL/2")
+    made.add_argument("--input-size", type=int, default=32, help="side of the latent; 32 is 256 px, 64 is 512 px")
+    made.add_argument("--guided", type=int, nargs="+", default=[1, 8, 64], help="images, each with its unconditional twin")
+
+
 def header(arguments: argparse.Namespace) -> dict[str, Any]:
     """Date, commit, JAX version and hardware."""
     commit = arguments.commit

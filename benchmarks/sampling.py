@@ -178,9 +178,7 @@ def run(arguments: argparse.Namespace, out: Path) -> None:
 
 def main() -> None:
     parser = common.parser(__doc__.splitlines()[0], None)
-    parser.add_argument("--model", default="DiT-XL/2")
-    parser.add_argument("--input-size", type=int, default=32, help="side of the latent; 32 is 256 px, 64 is 512 px")
-    parser.add_argument("--guided", type=int, nargs="+", default=[1, 8, 64], help="images, each with its unconditional twin")
+    common.add_sampling_options(parser)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
