@@ -237,6 +237,7 @@ def _what_runs(model: QuantizedDiT) -> tuple[dict[str, str], str]:
     x = shape((rows, *model.config.image_shape), model.dtype)
     t, y = shape((1,), model.schedule.time_dtype), shape((rows,), jnp.int32)
     with backends.watched() as ran:
+        # A function of its own: one that JAX has traced for these shapes it would not trace again.
         jax.eval_shape(lambda *args: _forward(*args), model, x, t, y)
     # Layers run in the order of this table, each once: that of a block is traced once for all of them.
     integer = [name for name in model.config.linear_shapes if model.linears[name].integer]

@@ -15,11 +15,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ptq4dit_jax.engine import backends
 from ptq4dit_jax.engine.hopper import attention as kernel
+from ptq4dit_jax.engine.hopper import common
 from ptq4dit_jax.engine.hopper.attention import Round
 
 #: Images, tokens, heads and their width: strangers among the columns or none, one or several rounds of the ring, tiles that
 #: share keys and tiles that do not.
-CASES = [(3, 256, 4, 72), (1, 128, 4, 72), (1, 256, 2, 64), (1, 512, 2, 72), (1, 128, 2, 40)]
+CASES = [(3, 256, 4, 72), (1, 128, 4, 72), (1, 256, 2, 64), (1, 512, 2, 72), (1, 128, 2, 40), (1, 128, 4, 56)]
 ROUND = Round(jnp.asarray([99, -3]), jnp.asarray([1], jnp.int32), -128, 127)
 on_hopper = pytest.mark.skipif(
     backends.resolve("auto", "bfloat16").name != "mosaic_gpu", reason="needs a GPU of compute capability 9.0"
@@ -73,6 +74,20 @@ def test_it_lowers(case: tuple[int, int, int, int], finish: Round | None) -> Non
     run = jax.jit(partial(kernel.attention, tokens=tokens, heads=heads, finish=finish))
     text = run.trace(x, x, x).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("d", range(32, 81, 8))
+def test_fetches_begin_at_whole_tiles(d: int) -> None:
+    """What a bulk copy does with another place, the interpreter does not show."""
+    plan = kernel._Plan(images=1, tokens=256, heads=6, d=d, codes=None, cores=132)
+    tiling, _ = common.swizzled(plan.aligned, jnp.bfloat16)
+    tile = tiling.tiling[-1]
+    assert plan.width % tile == 0
+    for head in range(6):
+        first = head // 2 * 2 * d + head % 2 * d - plan.lead(head % 2)
+        assert first % tile == 0
+        assert first <= head * d
+        assert head * d + d <= first + plan.width
 
 
 @pytest.mark.parametrize(("tokens", "heads", "d"), [(64, 16, 72), (256, 3, 72), (256, 16, 70), (256, 16, 96), (256, 16, 24)])

@@ -113,6 +113,12 @@ class _Plan:
         return head * self.d % 16
 
     @property
+    def aligned(self) -> int:
+        """What divides the first column and the width of every fetch, in columns: a tile of a swizzle must do so, too, for bulk
+        copies find their place by whole tiles."""
+        return math.gcd(self.width, 2 * self.d, self.d - self.lead(1))
+
+    @property
     def out_dtype(self) -> Any:
         return jnp.bfloat16 if self.codes is None else jnp.int8
 
@@ -203,7 +209,7 @@ class _Unit(NamedTuple):
 def _body(plan: _Plan, q: Any, k: Any, v: Any, *rest: Any) -> None:
     """The kernel: references in device memory, in the order of the call, the output last."""
     zero_point, out = rest[:-1], rest[-1]
-    fetched = partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=swizzled(plan.width, jnp.bfloat16))
+    fetched = partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=swizzled(plan.aligned, jnp.bfloat16))
 
     @partial(
         pl.run_scoped,
@@ -390,7 +396,8 @@ def _attend(plan: _Plan, queries: jax.Array, scratch: _Scratch, first: jax.Array
 
 
 def product(a: jax.Array, b: Any, init: jax.Array | None = None, then: Callable[[], None] = lambda: None) -> jax.Array:
-    """``init + a @ b`` in float32, of bfloat16 in registers and in shared memory; ``then`` is called once it has started."""
+    """``init + a @ b`` in float32, of bfloat16 in registers and in shared memory. Without ``init``, ``then`` is called once it
+    has started."""
 
     def multiply(acc: Any) -> None:
         plgpu.wgmma(acc, a, b)
