@@ -19,7 +19,7 @@ from ptq4dit_jax.devices import DeviceKind
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import backends, encode, matmul
 from ptq4dit_jax.engine.hopper import gemm, tiles
-from ptq4dit_jax.engine.hopper.gemm import Tiles
+from ptq4dit_jax.engine.hopper.plan import Tiles
 from ptq4dit_jax.engine.stacks import OfLayer
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 

@@ -5,7 +5,9 @@ The interpreter also checks what a GPU does not: races, and barriers that are le
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import helpers
 import jax
@@ -17,10 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import ptq4dit_jax as ptq
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import backends, matmul
-from ptq4dit_jax.engine.hopper import gemm, rows
-from ptq4dit_jax.engine.hopper.gemm import GatedResidual, GeluRequantize, Tiles
+from ptq4dit_jax.engine.hopper import feed, gemm, rows
+from ptq4dit_jax.engine.hopper.plan import GatedResidual, GeluRequantize, Tiles
 from ptq4dit_jax.engine.stacks import OfLayer
-from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, pack_nibbles
 
 pytestmark = pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), reason="needs Pallas' GPU interpreter")
 
@@ -32,6 +34,8 @@ TILES = [
     Tiles(64, 192, 2),
     Tiles(128, 64, 3),
 ]
+#: For packed weights, with more stages than steps and with fewer.
+PACKED_TURNS = [Tiles(64, 64, 3, "ping-pong"), Tiles(64, 64, 6, "m")]
 K, N = 256, 384
 #: Of the layer that a kernel is to read among LAYERS; the others hold what would show.
 LAYER, LAYERS = 2, 4
@@ -40,8 +44,20 @@ LAYER, LAYERS = 2, 4
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(gemm, "core_count", lambda: 3)  # so that a block has several tiles
+    # The interpreter keeps the bytes and the words of the same memory apart; here words are made of bytes.
+    monkeypatch.setattr(feed, "load_words", words_of_bytes)
+    monkeypatch.setattr(feed, "store_words", bytes_of_words)
     with plgpu.force_gpu_interpret_mode():
         yield
+
+
+def words_of_bytes(ref: Any, *index: Any) -> jax.Array:
+    data = ref[0][index]
+    return jax.lax.bitcast_convert_type(data.reshape(data.shape[0], -1, 4), jnp.int32)
+
+
+def bytes_of_words(ref: Any, words: jax.Array, *index: Any) -> None:
+    ref[0][index] = jax.lax.bitcast_convert_type(words, jnp.int8).reshape(words.shape[0], -1)
 
 
 def stacked(layer: np.ndarray | float, *, alone: bool = False, dtype: object = None) -> jax.Array:
@@ -92,6 +108,23 @@ def test_products(cut: Tiles, M: int, alone: bool) -> None:
     stacks = (stacked(array, alone=alone) for array in (column, bias))
     [y] = gemm.int8_matmul(a, stacked(b, alone=alone), jnp.asarray(row)[:, None], *stacks, layer(), tiles=cut)
     near(y, exact(a, b, row, column, bias))
+
+
+@pytest.mark.parametrize("cut", [dataclasses.replace(cut, stages=4) for cut in TILES[:2] + TILES[3:]] + PACKED_TURNS, ids=str)
+@pytest.mark.parametrize(("M", "odd_K"), [(1, 256), (130, 384), (256, 128)])
+@pytest.mark.parametrize("alone", [False, True])
+def test_packed_weights(cut: Tiles, M: int, odd_K: int, alone: bool) -> None:
+    """Each product of every code with every zero point is right; halves of K need not be multiples of a stage."""
+    rng = np.random.default_rng(M)
+    a, codes = rng.integers(-128, 128, (M, odd_K)).astype(np.int8), rng.integers(0, 16, (N, odd_K)).astype(np.uint8)
+    zero = (np.arange(N) % 16).astype(np.int8)
+    vectors = np.ones(N, np.float32) / 2**12, np.zeros(N, np.float32)
+    stacks = (stacked(array, alone=alone) for array in vectors)
+    packed = stacked(np.asarray(pack_nibbles(jnp.asarray(codes))), alone=alone)
+    [y] = gemm.int8_matmul(
+        a, packed, jnp.ones((M, 1)), *stacks, layer(), stacked(zero, alone=alone), tiles=cut
+    )  # fmt: skip
+    near(y, exact(a, codes.astype(int) - zero[:, None], np.ones(M, np.float32), *vectors))
 
 
 @pytest.mark.parametrize("chosen", range(3))

@@ -36,6 +36,16 @@ def load_of_layer(ref: Any, layer: jax.Array, *index: Any) -> jax.Array:
     return load_vector(ref, layer if ref.shape[0] > 1 else 0, *index)
 
 
+def load_words(ref: Any, *index: Any) -> jax.Array:
+    """Four bytes to an int32, of a reference to the same memory as bytes and as words; ``index`` counts words."""
+    return ref[1][index]
+
+
+def store_words(ref: Any, words: jax.Array, *index: Any) -> None:
+    """The inverse of :func:`load_words`."""
+    ref[1][index] = words
+
+
 def transposed(ref: Any) -> Any:
     """The reference with its two axes swapped."""
     return ref.transpose((1, 0)) if _NEW else plgpu.transpose_ref(ref, (1, 0))

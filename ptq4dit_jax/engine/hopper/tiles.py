@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from ptq4dit_jax.engine.hopper.common import core_count
-from ptq4dit_jax.engine.hopper.gemm import Tiles
+from ptq4dit_jax.engine.hopper.plan import Tiles
 
 #: What the epilogue does: stores bfloat16; GELU and int8; gate and residual.
 Kind = Literal["store", "gelu", "residual"]
@@ -16,15 +16,21 @@ _CANDIDATES: dict[Kind, tuple[Tiles, ...]] = {
     "gelu": (Tiles(128, 128, 3, "ping-pong"), Tiles(64, 192, 4), Tiles(64, 128, 4), Tiles(64, 64, 6)),
     "residual": (Tiles(64, 192, 4), Tiles(64, 128, 4), Tiles(64, 64, 6)),
 }
+#: Of packed weights, which take room in shared memory twice.
+_CANDIDATES_PACKED: dict[Kind, tuple[Tiles, ...]] = {
+    "store": (Tiles(128, 128, 3), Tiles(64, 128, 4), Tiles(64, 64, 6)),
+    "gelu": (Tiles(128, 128, 3), Tiles(64, 192, 4), Tiles(64, 128, 4), Tiles(64, 64, 6)),
+    "residual": (Tiles(64, 192, 3), Tiles(64, 128, 4), Tiles(64, 64, 6)),
+}
 
 
-def choose(kind: Kind, M: int, N: int, K: int) -> Tiles:
+def choose(kind: Kind, M: int, N: int, K: int, *, packed: bool = False) -> Tiles:
     """The largest tiles that keep the multiprocessors busy for 70 % of the rounds that they take; if none do, those that are
     through first.
 
     A tile has to divide N.
     """
-    fitting = [tiles for tiles in _CANDIDATES[kind] if N % tiles.block[1] == 0]
+    fitting = [tiles for tiles in (_CANDIDATES_PACKED if packed else _CANDIDATES)[kind] if N % tiles.block[1] == 0]
     for tiles in fitting:
         if _count(tiles, M, N) >= 0.7 * _rounds(tiles, M, N) * core_count():
             return tiles

@@ -1,8 +1,8 @@
 """Products on Hopper's tensor cores by :mod:`ptq4dit_jax.engine.hopper.gemm`: fits operands to the kernel and picks tiles.
 
 Covers activations (B, T, K) that become bfloat16 or int8, with one group of steps for all rows. Kernels read what they can out
-of the stacks of layers; widths that are no multiple of 128 are padded with zeros, which change no sum, and 4-bit weights are
-unpacked by XLA, a layer at a time.
+of the stacks of layers, 4-bit weights packed as they are; widths that are no multiple of 128 are padded with zeros, which change
+no sum, and such 4-bit weights are unpacked by XLA.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.hopper import gemm, tiles
+from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, TILE_K, GatedResidual, GeluRequantize
 from ptq4dit_jax.engine.stacks import Leaf, layer_of, stack_of, taken
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, act_code_range
 
 
 class _Operands(NamedTuple):
-    """Arguments of the kernel, and the shape (B, T, N) of the result."""
+    """Arguments of the kernel, what is to be taken from packed codes last, and the shape (B, T, N) of the result."""
 
-    arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+    arrays: tuple[jax.Array, ...]
+    weight_zero: jax.Array | None
     shape: tuple[int, int, int]
 
     def columns(self, leaf: Leaf) -> jax.Array:
@@ -57,20 +59,23 @@ def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operand
     if x.values.ndim != 3 or bias.ndim != 1 or x.scale.dtype != jnp.float32:
         raise NotImplementedError
     (B, T, K), N = x.values.shape, weight.shape[-2]
-    padded_N, padded_K = (-(-size // gemm.TILE_K) * gemm.TILE_K for size in (N, K))
-    if weight.packed or (padded_N, padded_K) != (N, K):
+    padded_N, padded_K = (-(-size // TILE_K) * TILE_K for size in (N, K))
+    weight_zero = None
+    if (padded_N, padded_K) != (N, K):
         codes = _widened(_widened(taken(weight).codes(), padded_K), padded_N, axis=0)[None]
     else:
         codes = stack_of(weight.values)
+        weight_zero = stack_of(weight.zero_point) if weight.packed else None
     scale = jnp.broadcast_to(x.scale, (B, T, 1)).reshape(-1, 1) if x.scale.ndim else stack_of(x.scale)
     vectors = _stack_widened(weight.scale, padded_N), _stack_widened(bias, padded_N).astype(jnp.float32)
     values = _widened(x.values.reshape(B * T, K), padded_K)
-    return _Operands((values, codes, scale, *vectors, layer_of(x, weight, bias, finish)), (B, T, N))
+    return _Operands((values, codes, scale, *vectors, layer_of(x, weight, bias, finish)), weight_zero, (B, T, N))
 
 
 def _run(kind: tiles.Kind, operands: _Operands, **finish: Any) -> list[jax.Array]:
-    a, b = operands.arrays[:2]
-    return gemm.int8_matmul(*operands.arrays, tiles=tiles.choose(kind, a.shape[0], *b.shape[1:]), **finish)
+    (M, K), N = operands.arrays[0].shape, operands.arrays[1].shape[-2]
+    cut = tiles.choose(kind, M, N, K, packed=operands.weight_zero is not None)
+    return gemm.int8_matmul(*operands.arrays, operands.weight_zero, tiles=cut, **finish)
 
 
 def linear(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike) -> jax.Array:
@@ -85,7 +90,7 @@ def linear_parts(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike, part
     """See :func:`ptq4dit_jax.engine.matmul.linear_parts`. Arrays of their own are what attention reads without a copy."""
     B, T, _ = x.values.shape
     each = weight.shape[-2] // parts
-    if each % gemm.TILE_K:  # a piece of the epilogue would lie in two parts
+    if each % TILE_K:  # a piece of the epilogue would lie in two parts
         return jnp.split(linear(x, weight, bias, dtype), parts, axis=-1)
     if dtype != jnp.bfloat16:
         raise NotImplementedError
@@ -99,7 +104,7 @@ def linear_gelu(x: Encoded, weight: QTensor, bias: Leaf, act: ActQuantizer) -> E
     operands = _operands(x, weight, bias, act)
     balance = None if act.balance is None else operands.columns(act.balance)
     low, high = act_code_range(act.bits)
-    finish = gemm.GeluRequantize(stack_of(act.scale), stack_of(act.zero_point), balance, low, high)
+    finish = GeluRequantize(stack_of(act.scale), stack_of(act.zero_point), balance, low, high)
     [codes] = _run("gelu", operands, finish=finish)
     return Encoded(operands.rows(codes), act.scale, act.zero_point)
 
@@ -107,8 +112,8 @@ def linear_gelu(x: Encoded, weight: QTensor, bias: Leaf, act: ActQuantizer) -> E
 def linear_residual(x: Encoded, weight: QTensor, bias: Leaf, gate_BD: Leaf, x_BTD: jax.Array) -> jax.Array:
     """See :func:`ptq4dit_jax.engine.matmul.linear_residual`."""
     B, T, N = x_BTD.shape
-    if x_BTD.dtype != jnp.bfloat16 or T % gemm.EPILOGUE_M:
+    if x_BTD.dtype != jnp.bfloat16 or T % EPILOGUE_M:
         raise NotImplementedError
     operands = _operands(x, weight, bias, gate_BD)
-    finish = gemm.GatedResidual(operands.padded(x_BTD.reshape(B * T, N)), operands.columns(gate_BD), T)
+    finish = GatedResidual(operands.padded(x_BTD.reshape(B * T, N)), operands.columns(gate_BD), T)
     return operands.rows(_run("residual", operands, finish=finish)[0])

@@ -1,0 +1,120 @@
+"""How a product is cut into tiles, and what becomes of it: what the parts of the kernel in
+:mod:`ptq4dit_jax.engine.hopper.gemm` have to agree on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+#: Elements of the contraction axis in a stage of a ring.
+TILE_K = 128
+#: Rows that an epilogue handles at a time.
+EPILOGUE_M = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How the work is cut.
+
+    Attributes:
+      m, n: a warpgroup's output tile, multiples of 64.
+      stages: of each ring.
+      sharing: the axis along which the two warpgroups lie in one output tile, or ``ping-pong``.
+      band: width, in tiles, of the bands in which tiles are visited, so that both operands stay in the L2 cache.
+    """
+
+    m: int = 128
+    n: int = 128
+    stages: int = 4
+    sharing: Literal["m", "n", "ping-pong"] = "m"
+    band: int = 8
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of a tile of the block."""
+        return self.m * (2 if self.sharing == "m" else 1), self.n * (2 if self.sharing == "n" else 1)
+
+
+class GeluRequantize(NamedTuple):
+    """``clip(round(gelu(y) * balance / scale) + zero_point, low, high)``, int8: ``balance`` (S, N) or None for ones and
+    ``scale`` (S,) float32, ``zero_point`` (S,) int32."""
+
+    scale: jax.Array
+    zero_point: jax.Array
+    balance: jax.Array | None
+    low: int
+    high: int
+
+
+class GatedResidual(NamedTuple):
+    """``residual + gate * y``: ``residual`` (M, N) bfloat16, ``gate`` (S, M / tokens, N), ``tokens`` a multiple of 64."""
+
+    residual: jax.Array
+    gate: jax.Array
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the kernel's body has to know; all static.
+
+    A stage holds TILE_K elements of the contraction axis, as one part: a full swizzle of 128 bytes. Of packed weights, whose byte
+    j holds the codes j and j + K / 2, it holds two parts, from each half of the axis: what half a stage of bytes unpacks to.
+    """
+
+    M: int
+    N: int
+    K: int
+    tiles: Tiles
+    outputs: int
+    vectors: tuple[str, ...]
+    requantized: tuple[int, int] | None
+    tokens: int | None
+    blocks: int
+    packed: bool
+
+    @property
+    def parts(self) -> int:
+        return 2 if self.packed else 1
+
+    @property
+    def part_k(self) -> int:
+        """Elements of the contraction axis in a part."""
+        return TILE_K // self.parts
+
+    @property
+    def ahead(self) -> int:
+        """How many steps packed weights are fetched before they are unpacked."""
+        return min(3, self.tiles.stages - 2)
+
+    @property
+    def out_dtype(self) -> Any:
+        return jnp.bfloat16 if self.requantized is None else jnp.int8
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Output tiles along M and N."""
+        return pl.cdiv(self.M, self.tiles.block[0]), pl.cdiv(self.N, self.tiles.block[1])
+
+    @property
+    def steps(self) -> int:
+        return pl.cdiv(self.K, TILE_K)
+
+    @property
+    def rings(self) -> int:
+        return 2 if self.tiles.sharing == "ping-pong" else 1
+
+    @property
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """Pieces of a warpgroup's tile that the epilogue handles at a time: first row, first column, columns."""
+        width = 128 if self.requantized and self.tiles.n % 128 == 0 else 64
+        return [(i, j, width) for i in range(0, self.tiles.m, EPILOGUE_M) for j in range(0, self.tiles.n, width)]
+
+    @property
+    def slots(self) -> int:
+        """Pieces in shared memory at a time: all where a residual is fetched ahead, else two."""
+        return len(self.pieces) if self.tokens else min(2, len(self.pieces))
