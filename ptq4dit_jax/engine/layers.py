@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from ptq4dit_jax import dit
 from ptq4dit_jax.engine import encode, matmul
-from ptq4dit_jax.engine.stacks import Leaf, taken
+from ptq4dit_jax.engine.stacks import Leaf, in_turns, taken
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 #: What a layer is fed: codes, or floats where its product is not an integer one.
@@ -82,6 +82,13 @@ class QLinear:
         if not isinstance(fed, Encoded):
             return jnp.split(self._float_product(fed), parts, axis=-1)
         return matmul.linear_parts(fed, self.weight, self._bias_for(fed.values), dtype, parts, backend=backend)
+
+    def product_each(self, x: jax.Array, parts: int, backend: str) -> list[jax.Array]:
+        """Of a stack of layers, all fed by ``x`` (B, K): their outputs, ``parts`` stacks (L, B, N / parts)."""
+        if not self.integer:
+            return jnp.split(in_turns(lambda layer: layer(x, backend), self), parts, axis=-1)
+        fed = jax.vmap(lambda layer: layer.feed(x, backend))(self)
+        return matmul.linear_each(fed, self.weight, self.bias, x.dtype, parts, backend=backend)
 
     def product_gelu(self, fed: Fed, following: QLinear, dtype: DTypeLike, backend: str) -> Fed:
         """GELU of the output, fed to the ``following`` layer."""

@@ -92,29 +92,12 @@ def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Ar
     silu_c_BD = jax.nn.silu(linears["time_fc2"](hidden, backend) + model.label_embed[y_B].astype(model.dtype))
 
     layers = _split_blocks(linears)
-    modulation = _modulation(layers.pop("adaLN"), silu_c_BD, backend)
+    modulation = layers.pop("adaLN").product_each(silu_c_BD, 6, backend)  # all blocks see the same condition
     x_BTD = _blocks(config, (layers, sites, modulation), x_BTD, backend)
 
     shift, scale = jnp.split(linears["final_adaLN"](silu_c_BD, backend), 2, axis=-1)
     h_BTD = dit.modulate(dit.layer_norm(x_BTD), shift, scale)
     return dit.unpatchify(config, linears["final"](h_BTD, backend))
-
-
-#: The most blocks whose adaLN weights are widened at the same time.
-_WIDENED_TOGETHER = 4
-
-
-def _modulation(adaLN: QLinear, silu_c_BD: jax.Array, backend: str) -> list[jax.Array]:
-    """What modulates the blocks, six stacks (L, B, D). All blocks see the same condition, so one product serves them all.
-
-    4-bit and float-fed layers take turns, a few at a time: their weights are widened for the product, and all of them wide at
-    once would be the largest array of the program.
-    """
-    one = lambda layer: layer(silu_c_BD, backend)
-    together = adaLN.integer and not adaLN.weight.packed
-    depth = adaLN.weight.shape[0]
-    few = max(size for size in range(1, _WIDENED_TOGETHER + 1) if depth % size == 0)  # all turns are then one program
-    return jnp.split(jax.vmap(one)(adaLN) if together else jax.lax.map(one, adaLN, batch_size=few), 6, axis=-1)
 
 
 #: A block's linears, the sites of its attention (None where that ends in codes), and its modulation in six parts; or stacks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
@@ -63,3 +64,15 @@ def layer_of(*trees: Any) -> jax.Array:
     """Which layer the trees are of, (1,) int32, which is one for all their stacks; 0 where nothing lies in a stack."""
     indices = (leaf.index for leaf in jax.tree.leaves(trees, is_leaf=_is_one) if _is_one(leaf))
     return jnp.asarray(next(indices, 0), jnp.int32).reshape(1)
+
+
+#: The most layers whose weights are widened at the same time.
+_WIDENED_TOGETHER = 4
+
+
+def in_turns(function: Callable[[Any], Any], layers: Any) -> Any:
+    """The function of every layer of a tree of stacks, a few at a time: what it widens of all layers at once would be the
+    largest array of the program."""
+    depth = jax.tree.leaves(layers)[0].shape[0]
+    few = max(size for size in range(1, _WIDENED_TOGETHER + 1) if depth % size == 0)  # all turns are then one program
+    return jax.lax.map(function, layers, batch_size=few)

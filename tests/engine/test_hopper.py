@@ -19,14 +19,22 @@ from ptq4dit_jax.devices import DeviceKind
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import backends, encode, matmul
 from ptq4dit_jax.engine.hopper import gemm, tiles
-from ptq4dit_jax.engine.hopper.plan import Tiles
+from ptq4dit_jax.engine.hopper.plan import GatedResidual, GeluRequantize, Tiles
 from ptq4dit_jax.engine.stacks import OfLayer
-from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, pack_nibbles
 
 IS_HOPPER = backends.resolve("auto", "bfloat16").name == "mosaic_gpu"
 on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0")
 
-ALL_TILES = sorted({choice for choices in tiles._CANDIDATES.values() for choice in choices} | {Tiles(64, 128, 4, "n")}, key=str)
+
+def every(table: dict[Any, tuple[Tiles, ...]], *more: Tiles) -> list[Tiles]:
+    return sorted({cut for cuts in table.values() for cut in cuts} | {*more}, key=str)
+
+
+ALL_TILES = every(tiles._CANDIDATES, Tiles(64, 128, 4, "n"))
+ALL_PACKED = every(
+    {kind: cuts for kind, cuts in tiles._CANDIDATES_PACKED.items() if kind != "gelu"}, tiles.choose_for_few_rows(256)
+)
 STATIC = ActQuantizer(scale=jnp.float32(0.03), zero_point=jnp.int32(-90))
 DYNAMIC = ActQuantizer(None, None, dynamic=True)
 
@@ -66,13 +74,50 @@ def lowered(function: Any, *args: Any) -> str:
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("cut", ALL_TILES, ids=str)
-def test_every_choice_of_tiles_lowers(cut: Tiles) -> None:
+@pytest.mark.parametrize("kind", tiles._CANDIDATES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_choice_of_tiles_lowers(kind: tiles.Kind, packed: bool) -> None:
+    """Which is refused where the rings would not fit shared memory."""
     shape = jax.ShapeDtypeStruct
-    M, K, N = 1000, 384, 1152
-    vectors = shape((M, 1), jnp.float32), shape((3, N), jnp.float32), shape((3, N), jnp.float32), shape((1,), jnp.int32)
-    text = lowered(partial(gemm.int8_matmul, tiles=cut), shape((M, K), jnp.int8), shape((3, N, K), jnp.int8), *vectors)
-    assert text.count("custom_call @mosaic_gpu") == 1
+    M, K, N = 1024, 384, 1152
+    vector = shape((3, N), jnp.float32)
+    arguments = shape((M, K), jnp.int8), *[vector] * 2, shape((M, 1), jnp.float32)
+    finish: Any = {
+        "store": None,
+        "gelu": GeluRequantize(jnp.ones(1), jnp.zeros(1, jnp.int32), jnp.ones((1, N)), -128, 127),
+        "residual": GatedResidual(jnp.zeros((M, N), jnp.bfloat16), jnp.ones((1, 4, N), jnp.bfloat16), 256),
+    }[kind]
+    weight = shape((3, N, K // 2), jnp.uint8) if packed else shape((3, N, K), jnp.int8)
+
+    for cut in (tiles._CANDIDATES_PACKED if packed else tiles._CANDIDATES)[kind]:
+
+        def run(a: Any, scale: Any, bias: Any, row: Any, b: Any, zero: Any, cut: Tiles = cut) -> Any:
+            weight_zero = zero if packed else None
+            layer = jnp.zeros(1, jnp.int32)
+            return gemm.int8_matmul(a, b, row, scale, bias, layer, tiles=cut, weight_zero=weight_zero, finish=finish)
+
+        assert lowered(run, *arguments, weight, shape((3, N), jnp.int8)).count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("M", [1, 7, 12, 36, 130])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_any_number_of_rows_lowers(M: int, grouped: bool) -> None:
+    """Bulk copies want 8 or fewer, or a multiple."""
+    a, b = jnp.zeros((3, M, 128) if grouped else (M, 128), jnp.int8), jnp.zeros((3, 128, 128), jnp.int8)
+    vectors, layer = jnp.ones((3, 128)), None if grouped else jnp.zeros(1, jnp.int32)
+    scale = jnp.ones(3) if grouped else jnp.ones((M, 1))
+    run = lambda a, b: gemm.int8_matmul(a, b, scale, vectors, vectors, layer, tiles=Tiles(64, 64, 2))
+    assert lowered(run, a, b).count("custom_call @mosaic_gpu") == 1
+    assert [out.shape for out in jax.eval_shape(run, a, b)] == [(3, M, 128) if grouped else (M, 128)]
+
+
+@pytest.mark.parametrize("N", [128, 768, 2304, 6912])
+def test_all_layers_at_once_lower(N: int) -> None:
+    shape = jax.ShapeDtypeStruct
+    x = Encoded(shape((3, 2, 384), jnp.int8), shape((3,), jnp.float32), None)
+    weight = QTensor(shape((3, N, 192), jnp.uint8), shape((3, N), jnp.float32), shape((3, N), jnp.int8), 384, 4)
+    run = partial(matmul.linear_each, dtype=jnp.bfloat16, parts=2, backend="mosaic_gpu")
+    assert lowered(run, x, weight, shape((3, N), jnp.float32)).count("custom_call @mosaic_gpu") == 1
 
 
 @cache
@@ -93,7 +138,9 @@ def lowered_model(q: ptq.QuantizedDiT, t: tuple[int, ...] = (500,)) -> str:
 def test_a_whole_model_lowers_with_its_blocks_as_kernels(bits: int) -> None:
     q = small_model(bits)
     text = lowered_model(q)
-    assert text.count("custom_call @mosaic_gpu") == 7  # two norms, qkv, codes for proj, proj, fc1, fc2, once for all blocks
+    # Two norms, qkv, codes for proj, proj, fc1, fc2, once for all blocks; and the modulation of all of them, where XLA would
+    # have to unpack its weights.
+    assert text.count("custom_call @mosaic_gpu") == (8 if bits == 4 else 7)
     rows = {row["layer"]: row for row in ptq.describe(q)}
     assert all(rows[f"blocks.{layer}"]["backend"] == "mosaic_gpu" for layer in ("qkv", "proj", "fc1", "fc2"))
 
@@ -112,13 +159,14 @@ def loop_bodies(program: str) -> list[Counter[str]]:
     return bodies
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dynamic", [None, ()], ids=["per-token", "static"])
 def test_the_loop_over_blocks_holds_kernels_and_its_counter_alone(
-    dynamic: tuple[()] | None, monkeypatch: pytest.MonkeyPatch
+    bits: int, dynamic: tuple[()] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is cut out of a stack, split or computed between the kernels; attention, which is cuDNN's, is left out here."""
     monkeypatch.setattr("ptq4dit_jax.engine.attention.mosaic_gpu.attention", lambda q, k, v, heads, sites: v)
-    q = small_model(8, **({} if dynamic is None else {"dynamic_sites": dynamic}))
+    q = small_model(bits, **({} if dynamic is None else {"dynamic_sites": dynamic}))
     [body] = loop_bodies(lowered_model(q))
     assert {name: count for name, count in body.items() if name not in ("reshape", "constant")} == {"custom_call": 7, "add": 1}
 
@@ -142,6 +190,7 @@ def test_the_table_says_what_is_lowered() -> None:
     own, mixed = "mosaic_gpu", "mosaic_gpu, codes by xla"
     in_blocks = {"adaLN": "xla", "qkv": own, "proj": own, "fc1": own, "fc2": own}
     assert runs_on(small_model(8)) == in_blocks
+    assert runs_on(small_model(4)) == in_blocks | {"adaLN": mixed}
     narrow = small_model(8, width=80)  # padded to 128 for the products; the norms want multiples of 64
     assert runs_on(narrow) == in_blocks | {"qkv": mixed, "proj": mixed, "fc1": mixed}
     assert lowered_model(narrow).count("custom_call @mosaic_gpu") == 4
@@ -228,7 +277,7 @@ def test_tiles_divide_the_width_and_keep_the_cores_busy(kind: tiles.Kind, N: int
 @on_hopper
 @pytest.mark.parametrize(
     ("B", "T", "K", "N"),
-    [(4, 256, 1152, 3456), (3, 64, 384, 1152), (1, 64, 4608, 1152), (2, 128, 400, 176), (5, 192, 768, 768)],
+    [(4, 256, 1152, 3456), (3, 64, 384, 1152), (1, 64, 4608, 1152), (2, 128, 400, 176), (5, 192, 768, 768), (3, 36, 128, 384)],
 )
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows", [False, True])
@@ -256,9 +305,11 @@ def test_products_on_hopper(B: int, T: int, K: int, N: int, bits: int, rows: boo
 
 
 @on_hopper
-@pytest.mark.parametrize("cut", ALL_TILES, ids=str)
+@pytest.mark.parametrize(
+    ("cut", "packed"), [*((cut, False) for cut in ALL_TILES), *((cut, True) for cut in ALL_PACKED)], ids=str
+)
 @pytest.mark.parametrize("value", ["lowest", "highest", "zeros", "one hot"])
-def test_accumulators_are_exact_for_extreme_values(cut: Tiles, value: str) -> None:
+def test_accumulators_are_exact_for_extreme_values(cut: Tiles, packed: bool, value: str) -> None:
     M, K, N = 328, 1152, 384
     a = {
         "lowest": np.full((M, K), -128),
@@ -266,14 +317,38 @@ def test_accumulators_are_exact_for_extreme_values(cut: Tiles, value: str) -> No
         "zeros": np.zeros((M, K)),
         "one hot": np.eye(M, K) * 127,
     }[value]
-    b = np.random.default_rng(0).integers(-127, 128, (N, K))
-    sums = a.astype(np.int64) @ b.T
+    rng = np.random.default_rng(0)
+    b = rng.integers(0, 16, (N, K)) if packed else rng.integers(-127, 128, (N, K))
+    zero = np.arange(N) % 16 if packed else np.zeros(N, int)
+    sums = a.astype(np.int64) @ (b - zero[:, None]).T
     scale = jnp.full((1, N), 2.0**-24)  # a power of two: the only rounding is the one to bfloat16
+    weight, weight_zero = (
+        (pack_nibbles(jnp.asarray(b)), jnp.asarray(zero, jnp.int8)[None]) if packed else (jnp.asarray(b, jnp.int8), None)
+    )
     [got] = jax.jit(partial(gemm.int8_matmul, tiles=cut))(
-        jnp.asarray(a, jnp.int8), jnp.asarray(b, jnp.int8)[None], jnp.ones(1), scale, jnp.zeros((1, N)), jnp.zeros(1, jnp.int32)
+        jnp.asarray(a, jnp.int8),
+        weight[None],
+        jnp.ones(1),
+        scale,
+        jnp.zeros((1, N)),
+        jnp.zeros(1, jnp.int32),
+        weight_zero=weight_zero,
     )
     want = jnp.asarray(sums * 2.0**-24, jnp.float32).astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
+
+
+@on_hopper
+@pytest.mark.parametrize(("L", "B", "K", "N"), [(28, 2, 1152, 6912), (3, 128, 384, 2304), (2, 1, 768, 4608), (5, 70, 128, 384)])
+def test_all_layers_at_once_on_hopper(L: int, B: int, K: int, N: int) -> None:
+    """The same sums as the reference's, with every layer's own rows, scales and zero points."""
+    layers = [operands(1, B, K, N, seed=seed, bits=4) for seed in range(L)]
+    stack = lambda *leaves: jnp.stack(leaves)
+    x, weight, bias = jax.tree.map(stack, *layers)
+    x = x._replace(values=x.values[:, 0])
+    run = lambda backend: jax.jit(partial(matmul.linear_each, dtype=jnp.bfloat16, parts=2, backend=backend))(x, weight, bias)
+    for got, want in zip(run("mosaic_gpu"), run("xla"), strict=True):
+        assert_within_one_ulp(got, np.asarray(want, np.float64))
 
 
 def in_stack(tree: Any, index: int) -> Any:

@@ -111,20 +111,40 @@ def test_products(cut: Tiles, M: int, alone: bool) -> None:
 
 
 @pytest.mark.parametrize("cut", [dataclasses.replace(cut, stages=4) for cut in TILES[:2] + TILES[3:]] + PACKED_TURNS, ids=str)
-@pytest.mark.parametrize(("M", "odd_K"), [(1, 256), (130, 384), (256, 128)])
+@pytest.mark.parametrize(("M", "K"), [(1, 256), (130, 384), (256, 128)])
 @pytest.mark.parametrize("alone", [False, True])
-def test_packed_weights(cut: Tiles, M: int, odd_K: int, alone: bool) -> None:
-    """Each product of every code with every zero point is right; halves of K need not be multiples of a stage."""
+def test_packed_weights(cut: Tiles, M: int, K: int, alone: bool) -> None:
+    """Every code with every zero point; halves of K need not be multiples of a stage."""
     rng = np.random.default_rng(M)
-    a, codes = rng.integers(-128, 128, (M, odd_K)).astype(np.int8), rng.integers(0, 16, (N, odd_K)).astype(np.uint8)
+    a, codes = rng.integers(-128, 128, (M, K)).astype(np.int8), rng.integers(0, 16, (N, K)).astype(np.uint8)
     zero = (np.arange(N) % 16).astype(np.int8)
     vectors = np.ones(N, np.float32) / 2**12, np.zeros(N, np.float32)
     stacks = (stacked(array, alone=alone) for array in vectors)
     packed = stacked(np.asarray(pack_nibbles(jnp.asarray(codes))), alone=alone)
-    [y] = gemm.int8_matmul(
-        a, packed, jnp.ones((M, 1)), *stacks, layer(), stacked(zero, alone=alone), tiles=cut
-    )  # fmt: skip
+    zeros = stacked(zero, alone=alone)
+    [y] = gemm.int8_matmul(a, packed, jnp.ones((M, 1)), *stacks, layer(), tiles=cut, weight_zero=zeros)
     near(y, exact(a, codes.astype(int) - zero[:, None], np.ones(M, np.float32), *vectors))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("cut", [Tiles(64, 64, 3, "n"), Tiles(64, 64, 3), Tiles(64, 64, 3, "ping-pong")], ids=str)
+def test_all_layers_at_once(bits: int, cut: Tiles) -> None:
+    """Each with rows, scales, biases and zero points of its own."""
+    L, M = 3, 70
+    a, codes, _, column, bias = (np.stack(arrays) for arrays in zip(*(drawn(M, seed) for seed in range(L)), strict=True))
+    zero = np.zeros((L, N), np.int8)
+    if bits == 4:
+        codes, zero = codes & 15, (np.arange(L * N).reshape(L, N) % 16).astype(np.int8)
+    weights = pack_nibbles(jnp.asarray(codes, jnp.uint8)) if bits == 4 else jnp.asarray(codes)
+    scale = np.asarray([0.5, 0.7, 1.1], np.float32)
+    parts = gemm.int8_matmul(
+        jnp.asarray(a), weights, jnp.asarray(scale), jnp.asarray(column), jnp.asarray(bias), None,
+        tiles=cut, weight_zero=jnp.asarray(zero) if bits == 4 else None, outputs=2,
+    )  # fmt: skip
+    assert [part.shape for part in parts] == [(L, M, N // 2)] * 2
+    for index, got in enumerate(np.concatenate([np.asarray(part, np.float64) for part in parts], -1)):
+        centered = codes[index].astype(int) - zero[index][:, None]
+        near(got, exact(a[index], centered, np.full(M, scale[index]), column[index], bias[index]))
 
 
 @pytest.mark.parametrize("chosen", range(3))

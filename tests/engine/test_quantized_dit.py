@@ -154,7 +154,7 @@ def test_float32_each_block_fed_the_same_hidden_state(quantized: Quantized, rows
     @jax.jit
     def run(layer: tuple[dict[str, QLinear], Any], x: jax.Array, c: jax.Array) -> jax.Array:
         one = jax.tree.map(lambda a: a[None], layer[0]["adaLN"])
-        modulation = [part[0] for part in quantized_dit._modulation(one, c, "xla")]
+        modulation = [part[0] for part in one.product_each(c, 6, "xla")]
         return quantized_dit._block(model.config, (*layer, modulation), x, "xla")
 
     for depth in range(1, model.config.depth):

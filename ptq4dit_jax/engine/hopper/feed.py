@@ -1,4 +1,8 @@
-"""The copying warpgroup of a product on Hopper: fills the rings that the others multiply from."""
+"""The warpgroups that feed a product on Hopper: one copies, and of packed weights another unpacks what came.
+
+Every stage of a ring goes round: copied when the multiplying warpgroups have left it (``empty``), unpacked when it has arrived
+(``arrived``), multiplied when both operands are there (``full``).
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ptq4dit_jax.engine.hopper.common import load_of_layer, load_words, store_words, swizzled
-from ptq4dit_jax.engine.hopper.plan import TILE_K, Plan
+from ptq4dit_jax.engine.hopper.plan import OutputTile, Plan
 
-#: Rows of a weight that are unpacked at a time.
-_UNPACK_N = 64
 #: In each byte of a word: the low half, and the sign.
 _LOW, _SIGN = np.int32(0x0F0F0F0F), np.int32(-0x7F7F7F80)
 
 
 class Rings(NamedTuple):
-    """References in shared memory: operands by ring, stage and part, and the barriers of each stage. ``b`` and ``packed`` are
-    pairs of the same bytes, as bytes and as words, where weights are packed."""
+    """References in shared memory: operands by ring, stage and part, and the barriers of each stage. Where weights are packed,
+    ``packed`` holds what is copied and ``b`` what it unpacks to, both as bytes and as words of the same memory."""
 
     a: Any
     b: Any
@@ -35,83 +37,96 @@ class Rings(NamedTuple):
 
 def rings(plan: Plan) -> Rings:
     """What to allocate."""
-    (block_m, block_n), stages, lead = plan.tiles.block, plan.tiles.stages, (plan.rings, plan.tiles.stages, plan.parts)
-    bytes_ = lambda shape, dtype: plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
-    barriers = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.rings * stages)
+    (block_m, block_n), lead = plan.tiles.block, (plan.rings, plan.tiles.stages)
+    as_bytes = lambda shape, dtype: plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
+    barriers = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.rings * plan.tiles.stages)
 
     def both(shape: tuple[int, ...], dtype: Any) -> Any:
-        return plgpu.RefUnion(bytes_(shape, dtype), bytes_((*shape[:-1], shape[-1] // 4), jnp.int32))
+        return plgpu.RefUnion(as_bytes(shape, dtype), as_bytes((*shape[:-1], shape[-1] // 4), jnp.int32))
 
-    b = (*lead, block_n, plan.part_k)
+    b = (*lead, plan.parts, block_n, plan.part_k)
     return Rings(
-        a=bytes_((*lead, block_m, plan.part_k), jnp.int8),
-        b=both(b, jnp.int8) if plan.packed else bytes_(b, jnp.int8),
-        full=barriers(3 if plan.packed else 2),  # two copies each; of packed weights, those of the activations and the unpacking
+        a=as_bytes((*lead, plan.parts, block_m, plan.part_k), jnp.int8),
+        b=both(b, jnp.int8) if plan.packed else as_bytes(b, jnp.int8),
+        full=barriers(plan.parts + 1),  # the parts of the activations, and the weight
         empty=barriers(2 // plan.rings),
-        packed=both((plan.ahead + 1, block_n, plan.part_k), jnp.uint8) if plan.packed else None,
-        arrived=plgpu.Barrier(num_barriers=plan.ahead + 1) if plan.packed else None,
+        packed=both((*lead, block_n, plan.part_k), jnp.uint8) if plan.packed else None,
+        arrived=barriers(1) if plan.packed else None,
     )
 
 
-def feed(plan: Plan, a: Any, b: Any, zero_point: Any, layer: jax.Array, to: Rings, count: jax.Array, origin: Callable) -> None:
-    """Copies what ``count`` output tiles are made of, tile after tile; ``origin`` says which tile comes when."""
+class _Place(NamedTuple):
+    """Where a step goes: its ring, its stage there, the barrier of that stage, and how many steps the ring has seen."""
+
+    ring: jax.Array
+    stage: jax.Array
+    barrier: jax.Array
+    before: jax.Array
+
+
+def _each_step(plan: Plan, turn: jax.Array, body: Callable[[jax.Array, _Place], None]) -> None:
+    """Does ``body`` for every step of an output tile."""
+    ring, first = lax.rem(turn, plan.rings), lax.div(turn, plan.rings) * plan.steps
+
+    def step(k: jax.Array) -> None:
+        stage = lax.rem(first + k, plan.tiles.stages)
+        body(k, _Place(ring, stage, ring * plan.tiles.stages + stage, first + k))
+
+    _loop(0, plan.steps, step)
+
+
+def copy(plan: Plan, a: Any, b: Any, to: Rings, count: jax.Array, at_turn: Callable[[jax.Array], OutputTile]) -> None:
+    """Copies what ``count`` output tiles are made of, tile after tile."""
     (block_m, block_n), stages = plan.tiles.block, plan.tiles.stages
-    first_row = layer * plan.N if b.shape[0] > plan.N else 0
 
-    def feed_tile(turn: jax.Array, _: Any) -> Any:
-        (im, in_), ring, before = origin(turn), lax.rem(turn, plan.rings), lax.div(turn, plan.rings) * plan.steps
-        column = in_ * block_n
-        rows, weight_rows = pl.ds(im * block_m, block_m), pl.ds(first_row + column, block_n)
+    def tile(turn: jax.Array) -> None:
+        layer, row, column = at_turn(turn)
+        above = layer * plan.N if b.shape[0] > plan.N else 0  # weights of the layers before
+        rows, weight_rows = pl.ds(row, block_m), pl.ds(above + column, block_n)
 
-        def fetch(k: jax.Array) -> None:
-            slot = lax.rem(before + k, stages)
-            full = to.full.at[ring * stages + slot]
-
-            @pl.when(before + k >= stages)
+        def step(k: jax.Array, at: _Place) -> None:
+            # Room for the operands is room for packed weights, too: what lay there has been unpacked for what was multiplied.
+            @pl.when(at.before >= stages)
             def wait_for_room() -> None:
-                plgpu.barrier_wait(to.empty.at[ring * stages + slot])
+                plgpu.barrier_wait(to.empty.at[at.barrier])
 
-            for part in range(plan.parts):
-                columns = pl.ds(part * plan.K // plan.parts + k * plan.part_k, plan.part_k)
-                plgpu.copy_gmem_to_smem(a.at[rows, columns], to.a.at[ring, slot, part], full)
             weight = b.at[weight_rows, pl.ds(k * plan.part_k, plan.part_k)]
             if plan.packed:
-                place = lax.rem(k, plan.ahead + 1)
-                plgpu.copy_gmem_to_smem(weight, to.packed[0].at[place], to.arrived.at[place])
+                plgpu.copy_gmem_to_smem(weight, to.packed[0].at[at.ring, at.stage], to.arrived.at[at.barrier])
             else:
-                plgpu.copy_gmem_to_smem(weight, to.b.at[ring, slot, 0], full)
+                plgpu.copy_gmem_to_smem(weight, to.b.at[at.ring, at.stage, 0], to.full.at[at.barrier])
+            for part in range(plan.parts):
+                piece = plan.of_group(a, layer).at[rows, pl.ds(part * plan.K // plan.parts + k * plan.part_k, plan.part_k)]
+                plgpu.copy_gmem_to_smem(piece, to.a.at[at.ring, at.stage, part], to.full.at[at.barrier])
 
-        if not plan.packed:
-            _loop(0, plan.steps, fetch)
-            return ()
+        _each_step(plan, turn, step)
 
-        pieces = [pl.ds(i, _UNPACK_N) for i in range(0, block_n, _UNPACK_N)]
-        zeros = [load_of_layer(zero_point, layer, pl.ds(column + piece.start, _UNPACK_N)) for piece in pieces]
-        offsets = [_SIGN - zero.astype(jnp.int32) * np.int32(0x01010101) for zero in zeros]
-
-        def unpack(k: jax.Array) -> None:
-            slot, place = lax.rem(before + k, stages), lax.rem(k, plan.ahead + 1)
-            plgpu.barrier_wait(to.arrived.at[place])
-            for piece, offset in zip(pieces, offsets, strict=True):
-                for part, words in enumerate(_centered(load_words(to.packed, place, piece, slice(None)), offset)):
-                    store_words(to.b, words, ring, slot, part, piece, slice(None))
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(to.full.at[ring * stages + slot])
-
-        def fetch_and_unpack(k: jax.Array) -> None:
-            pl.when(k + plan.ahead < plan.steps)(lambda: fetch(k + plan.ahead))
-            unpack(k)
-
-        _loop(0, min(plan.ahead, plan.steps), fetch)
-        _loop(0, plan.steps, fetch_and_unpack)
-        return ()
-
-    lax.fori_loop(0, count, feed_tile, ())
+    _loop(0, count, tile)
     for ring in range(plan.rings):  # a barrier may not go away while an arrival at it has not been seen
         done = (count - ring + plan.rings - 1) // plan.rings * plan.steps
-
         drain = lambda step, ring=ring: plgpu.barrier_wait(to.empty.at[ring * stages + lax.rem(step, stages)])
         _loop(lax.max(done - stages, 0), done, drain)
+
+
+def unpack(plan: Plan, zero_point: Any, to: Rings, count: jax.Array, at_turn: Callable[[jax.Array], OutputTile]) -> None:
+    """Unpacks what :func:`copy` brings of packed weights, and takes their zero points from them."""
+
+    def tile(turn: jax.Array) -> None:
+        layer, _, column = at_turn(turn)
+        zeros = load_of_layer(zero_point, layer, pl.ds(column, plan.tiles.block[1]))
+        offset = _SIGN - zeros.astype(jnp.int32) * np.int32(0x01010101)
+
+        def step(_: jax.Array, at: _Place) -> None:
+            plgpu.barrier_wait(to.arrived.at[at.barrier])
+            words = load_words(to.packed, at.ring, at.stage)
+            for part, unpacked in enumerate(_centered(words, offset)):
+                store_words(to.b, unpacked, at.ring, at.stage, part)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(to.full.at[at.barrier])
+
+        _each_step(plan, turn, step)
+
+    _loop(0, count, tile)
 
 
 def _loop(low: Any, high: Any, body: Callable[[jax.Array], None]) -> None:
@@ -127,7 +142,8 @@ def _centered(words: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array
 
     ``offset`` (rows,) is 128 less the zero point in each byte: the sums stay above 0, and no byte borrows from the next.
     """
-    words = plgpu.layout_cast(words, plgpu.Layout.WGMMA)
+    # 16 bytes to a thread: every access to shared memory is as wide as can be.
+    words = plgpu.layout_cast(words, plgpu.Layout.SMEM_GMEM_COPY(words.shape, words.dtype, 4 * words.shape[1]))
     offset = lax.broadcast_in_dim(offset, words.shape, (0,))
     center = lambda low: ((low & _LOW) + offset) ^ _SIGN
     return center(words), center(lax.shift_right_logical(words, 4))

@@ -3,10 +3,13 @@
 One persistent block per multiprocessor, three warpgroups: one copies tiles of both operands into rings in shared memory (TMA),
 two multiply (``wgmma``) and finish. The two either share an output tile, or take turns ("ping-pong"): then each has its own
 tile and its own ring, and one's epilogue runs while the other multiplies. Weights are (N, K): for 8-bit types ``wgmma`` wants
-the contraction axis last in both operands. 4-bit weights are copied packed, and unpacked by the copying warpgroup.
+the contraction axis last in both operands. 4-bit weights are copied packed, and a fourth warpgroup unpacks them.
+
+Warpgroups meet at the barriers of the rings' stages, and the threads of one where it commits what it wrote to shared memory or
+waits for its copies out of it; the compiler inserts no others.
 
 What belongs to a layer comes as a stack (S, ...): of all layers, S = L, of which the kernel reads layer ``layer``, or of one,
-S = 1, which serves any.
+S = 1, which serves any. Or all layers are multiplied, each with rows of its own.
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ptq4dit_jax.engine.hopper.common import core_count, load_vector, swizzled, transposed
 from ptq4dit_jax.engine.hopper.epilogue import fetch_residual, finish_tile
-from ptq4dit_jax.engine.hopper.feed import Rings, feed, rings
-from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, GatedResidual, GeluRequantize, Plan, Tiles
+from ptq4dit_jax.engine.hopper.feed import Rings, copy, rings, unpack
+from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, GatedResidual, GeluRequantize, OutputTile, Plan, Tiles
 
-#: Registers a thread of the copying and of each multiplying warpgroup, which fit the register file: of 8-bit weights, and of
-#: packed ones.
-_REGISTERS, _REGISTERS_PACKED = (40, 232), (72, 216)
+#: Bulk copies want arrays of as many rows as this, or a multiple.
+ROWS = 8
+#: Registers a thread of the multiplying, the copying and, of packed weights, the unpacking warpgroups.
+_REGISTERS, _REGISTERS_PACKED = (232, 40, 0), (208, 40, 56)
 
 
 def int8_matmul(
@@ -36,35 +40,45 @@ def int8_matmul(
     scale: jax.Array,
     column_scale: jax.Array,
     bias: jax.Array,
-    layer: jax.Array,
-    weight_zero: jax.Array | None = None,
+    layer: jax.Array | None,
     *,
     tiles: Tiles,
+    weight_zero: jax.Array | None = None,
     finish: GeluRequantize | GatedResidual | None = None,
     outputs: int = 1,
 ) -> list[jax.Array]:
     """``y = (a @ b.T) * scale * column_scale + bias``, finished, in one kernel.
 
     Args:
-      a: (M, K) int8, any M.
+      a: (M, K) int8, any M; or (S, M, K), for all layers.
       b: (S, N, K) int8, or packed, (S, N, K / 2) uint8 (:func:`ptq4dit_jax.quantizers.pack_nibbles`); N and K are multiples of
         128, and N / outputs one of the width of a piece of the epilogue.
       scale: float32, one for each row, (M, 1), or one for all, (S,).
       column_scale, bias: (S, N) float32.
-      layer: (1,) int32.
-      weight_zero: (S, N) int8, what codes of packed weights are less; None for 8-bit weights.
+      layer: (1,) int32; None for all layers, which takes one scale a layer, no ``finish``, and tiles that divide N.
       tiles: how to cut the work.
+      weight_zero: (S, N) int8, the zero points of packed weights; None for 8-bit weights.
       finish: what is done with ``y``; None stores it.
       outputs: into how many arrays of equal width the columns go.
 
     Returns:
-      ``outputs`` arrays (M, N / outputs), int8 after :class:`GeluRequantize` and bfloat16 otherwise.
+      ``outputs`` arrays ([S,] M, N / outputs), int8 after :class:`GeluRequantize` and bfloat16 otherwise.
     """
-    (M, K), N = a.shape, b.shape[1]
+    if a.shape[-2] > ROWS and a.shape[-2] % ROWS:
+        more = [(0, 0)] * (a.ndim - 2) + [(0, -a.shape[-2] % ROWS), (0, 0)]
+        padded = int8_matmul(
+            jnp.pad(a, more), b, jnp.pad(scale, more[-2:]) if scale.ndim == 2 else scale, column_scale, bias, layer,
+            tiles=tiles, weight_zero=weight_zero, finish=finish, outputs=outputs,
+        )  # fmt: skip
+        return [out[..., : a.shape[-2], :] for out in padded]
+    *of_all, M, K = a.shape
+    N, groups = b.shape[1], of_all[0] if layer is None else None
     rows, columns = (pl.cdiv(size, tile) * tile for size, tile in zip((M, N), tiles.block, strict=True))
     # Bulk copies stop at the end of an array; vectors are read without them, so they reach to the end of the last tile.
     widened = lambda v, size: v if v.shape[-1] == size else jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, size - v.shape[-1])])
-    vectors = {"layer": layer, "column_scale": widened(column_scale, columns), "bias": widened(bias, columns)}
+    vectors = {"column_scale": widened(column_scale, columns), "bias": widened(bias, columns)}
+    if layer is not None:
+        vectors["layer"] = layer
     if scale.ndim == 2:
         vectors["row_scale"] = widened(scale.reshape(M), rows)
     else:
@@ -81,13 +95,13 @@ def int8_matmul(
     if isinstance(finish, GatedResidual):
         vectors["gate"] = widened(finish.gate, columns)
         tokens, residual = finish.tokens, [finish.residual]
-    plan = Plan(M, N, K, tiles, outputs, tuple(vectors), requantized, tokens, core_count(), weight_zero is not None)
+    plan = Plan(M, N, K, tiles, outputs, tuple(vectors), requantized, tokens, core_count(), weight_zero is not None, groups)
     kernel = plgpu.kernel(
-        partial(_body, plan), out_type=[jax.ShapeDtypeStruct((M, N // outputs), plan.out_dtype)] * outputs,
-        grid=(plan.blocks,), grid_names=("block",), num_threads=3, thread_name="warpgroup",
+        partial(_body, plan), out_type=[jax.ShapeDtypeStruct((*of_all, M, N // outputs), plan.out_dtype)] * outputs,
+        grid=(plan.blocks,), grid_names=("block",), num_threads=4 if plan.packed else 3, thread_name="warpgroup",
         kernel_name=f"int8_matmul_{'gelu' if requantized else 'residual' if residual else 'store'}_{N}x{K}",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True
         ),
     )  # fmt: skip
     return list(kernel(a, b.reshape(-1, b.shape[-1]), *vectors.values(), *residual))
@@ -111,15 +125,29 @@ def _body(plan: Plan, a: Any, b: Any, *rest: Any) -> None:
     )  # fmt: skip
     def in_shared_memory(ring: Rings, staging: Any, fetched: Any) -> None:
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        layer = load_vector(vectors["layer"], 0)
-        count = (plan.counts[0] * plan.counts[1] - block + plan.blocks - 1) // plan.blocks
-        origin = lambda turn: plgpu.planar_snake(block + turn * plan.blocks, plan.counts, 1, plan.tiles.band)
-        copying, multiplying = _REGISTERS_PACKED if plan.packed else _REGISTERS
+        in_group = plan.counts[0] * plan.counts[1]
+        count = (in_group * (plan.groups or 1) - block + plan.blocks - 1) // plan.blocks
+        chosen = None if plan.groups else load_vector(vectors["layer"], 0)
+
+        def at_turn(turn: jax.Array) -> OutputTile:
+            index = block + turn * plan.blocks
+            layer, index = (lax.div(index, in_group), lax.rem(index, in_group)) if chosen is None else (chosen, index)
+            im, in_ = plgpu.planar_snake(index, plan.counts, 1, plan.tiles.band)
+            return OutputTile(layer, im * block_m, in_ * block_n)
+
+        multiplying, copying, unpacking = _REGISTERS_PACKED if plan.packed else _REGISTERS
 
         @pl.when(warpgroup == 2)
-        def copy() -> None:
+        def _() -> None:
             plgpu.set_max_registers(copying, action="decrease")
-            feed(plan, a, b, vectors.get("weight_zero"), layer, ring, count, origin)
+            copy(plan, a, b, ring, count, at_turn)
+
+        if plan.packed:
+
+            @pl.when(warpgroup == 3)
+            def _() -> None:
+                plgpu.set_max_registers(unpacking, action="decrease")
+                unpack(plan, vectors["weight_zero"], ring, count, at_turn)
 
         @pl.when(warpgroup < 2)
         def multiply() -> None:
@@ -130,12 +158,13 @@ def _body(plan: Plan, a: Any, b: Any, *rest: Any) -> None:
             column = warpgroup * plan.tiles.n if plan.tiles.sharing == "n" else 0
 
             def tile(turn: jax.Array, _: Any) -> Any:
-                im, in_ = origin(2 * turn + warpgroup if alone else turn)
-                m0, n0 = im * block_m + row, in_ * block_n + column
+                layer, m0, n0 = at_turn(2 * turn + warpgroup if alone else turn)
+                m0, n0 = m0 + row, n0 + column
                 if residual is not None:
                     fetch_residual(plan, residual, staging.at[warpgroup], fetched, warpgroup, m0, n0)
+                of_layer = tuple(plan.of_group(out, layer) for out in outs)
                 acc = _accumulate(plan, ring, warpgroup if alone else 0, row, column, turn * plan.steps)
-                finish_tile(plan, acc, vectors, layer, staging.at[warpgroup], fetched, warpgroup, outs, m0, n0)
+                finish_tile(plan, acc, vectors, layer, staging.at[warpgroup], fetched, warpgroup, of_layer, m0, n0)
                 return ()
 
             lax.fori_loop(0, mine, tile, ())

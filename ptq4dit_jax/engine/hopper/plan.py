@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-#: Elements of the contraction axis in a stage of a ring.
+#: Elements of the contraction axis in a step.
 TILE_K = 128
 #: Rows that an epilogue handles at a time.
 EPILOGUE_M = 64
@@ -58,12 +58,22 @@ class GatedResidual(NamedTuple):
     tokens: int
 
 
+class OutputTile(NamedTuple):
+    """Which layer a tile of a block is of, and its first row and column."""
+
+    layer: jax.Array
+    row: jax.Array
+    column: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What the kernel's body has to know; all static.
 
-    A stage holds TILE_K elements of the contraction axis, as one part: a full swizzle of 128 bytes. Of packed weights, whose byte
-    j holds the codes j and j + K / 2, it holds two parts, from each half of the axis: what half a stage of bytes unpacks to.
+    A step takes TILE_K elements of the contraction axis, as one part: a full swizzle of 128 bytes. Of packed weights, whose
+    byte j holds the codes j and j + K / 2, it takes two parts, from each half of the axis: what its bytes unpack to.
+
+    ``groups`` is the number of layers that are multiplied at once, each with rows of its own; None for one layer.
     """
 
     M: int
@@ -76,6 +86,7 @@ class Plan:
     tokens: int | None
     blocks: int
     packed: bool
+    groups: int | None
 
     @property
     def parts(self) -> int:
@@ -87,11 +98,6 @@ class Plan:
         return TILE_K // self.parts
 
     @property
-    def ahead(self) -> int:
-        """How many steps packed weights are fetched before they are unpacked."""
-        return min(3, self.tiles.stages - 2)
-
-    @property
     def out_dtype(self) -> Any:
         return jnp.bfloat16 if self.requantized is None else jnp.int8
 
@@ -99,6 +105,10 @@ class Plan:
     def counts(self) -> tuple[int, int]:
         """Output tiles along M and N."""
         return pl.cdiv(self.M, self.tiles.block[0]), pl.cdiv(self.N, self.tiles.block[1])
+
+    def of_group(self, ref: Any, layer: jax.Array) -> Any:
+        """The rows (M, ...) of a layer, out of those of all layers where all are multiplied."""
+        return ref if self.groups is None else ref.at[layer]
 
     @property
     def steps(self) -> int:

@@ -29,6 +29,14 @@ def linear_parts(
     return backends.run(__name__, "linear_parts", backend, x, weight, bias, dtype, parts)
 
 
+def linear_each(
+    x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int, *, backend: str = "xla"
+) -> list[jax.Array]:
+    """:func:`linear_parts` for stacks of layers that do not follow one another: values (L, B, K) and weights (L, N, K) to
+    ``parts`` arrays (L, B, N / parts)."""
+    return backends.run(__name__, "linear_each", backend, x, weight, bias, dtype, parts)
+
+
 def linear_gelu(x: Encoded, weight: QTensor, bias: Leaf, act: ActQuantizer, *, backend: str = "xla") -> Encoded:
     """:func:`linear`, then GELU (by tanh), quantized by ``act`` for the next layer."""
     return backends.run(__name__, "linear_gelu", backend, x, weight, bias, act)

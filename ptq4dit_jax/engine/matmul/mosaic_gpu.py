@@ -1,8 +1,8 @@
 """Products on Hopper's tensor cores by :mod:`ptq4dit_jax.engine.hopper.gemm`: fits operands to the kernel and picks tiles.
 
 Covers activations (B, T, K) that become bfloat16 or int8, with one group of steps for all rows. Kernels read what they can out
-of the stacks of layers, 4-bit weights packed as they are; widths that are no multiple of 128 are padded with zeros, which change
-no sum, and such 4-bit weights are unpacked by XLA.
+of the stacks of layers. Widths that are no multiple of 128 are padded with zeros, which change no sum. 4-bit weights are
+unpacked by the kernels where rows are few and no width is padded, and by XLA, a layer at a time, elsewhere.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operand
         raise NotImplementedError
     (B, T, K), N = x.values.shape, weight.shape[-2]
     padded_N, padded_K = (-(-size // TILE_K) * TILE_K for size in (N, K))
-    weight_zero = None
-    if (padded_N, padded_K) != (N, K):
-        codes = _widened(_widened(taken(weight).codes(), padded_K), padded_N, axis=0)[None]
-    else:
+    aligned, few = (padded_N, padded_K) == (N, K), B * T <= tiles.UNPACKING_ROWS
+    weight_zero = stack_of(weight.zero_point) if weight.packed and aligned and few else None
+    if aligned and (weight_zero is not None or not weight.packed):
         codes = stack_of(weight.values)
-        weight_zero = stack_of(weight.zero_point) if weight.packed else None
+    else:
+        codes = _widened(_widened(taken(weight).codes(), padded_K), padded_N, axis=0)[None]
     scale = jnp.broadcast_to(x.scale, (B, T, 1)).reshape(-1, 1) if x.scale.ndim else stack_of(x.scale)
     vectors = _stack_widened(weight.scale, padded_N), _stack_widened(bias, padded_N).astype(jnp.float32)
     values = _widened(x.values.reshape(B * T, K), padded_K)
@@ -75,7 +75,7 @@ def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operand
 def _run(kind: tiles.Kind, operands: _Operands, **finish: Any) -> list[jax.Array]:
     (M, K), N = operands.arrays[0].shape, operands.arrays[1].shape[-2]
     cut = tiles.choose(kind, M, N, K, packed=operands.weight_zero is not None)
-    return gemm.int8_matmul(*operands.arrays, operands.weight_zero, tiles=cut, **finish)
+    return gemm.int8_matmul(*operands.arrays, tiles=cut, weight_zero=operands.weight_zero, **finish)
 
 
 def linear(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike) -> jax.Array:
@@ -95,6 +95,18 @@ def linear_parts(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike, part
     if dtype != jnp.bfloat16:
         raise NotImplementedError
     return [part.reshape(B, T, each) for part in _run("store", _operands(x, weight, bias), outputs=parts)]
+
+
+def linear_each(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
+    """See :func:`ptq4dit_jax.engine.matmul.linear_each`. 4-bit weights only: XLA reads 8-bit ones as fast as memory can."""
+    N, K = weight.shape[-2:]
+    covered = weight.packed and N % TILE_K == K % TILE_K == 0 and (N // parts) % EPILOGUE_M == 0
+    if not covered or dtype != jnp.bfloat16 or x.scale.dtype != jnp.float32 or x.scale.ndim != 1 or bias.ndim != 2:
+        raise NotImplementedError
+    return gemm.int8_matmul(
+        x.values, weight.values, x.scale, weight.scale, bias.astype(jnp.float32), None,
+        tiles=tiles.choose_for_few_rows(N), weight_zero=weight.zero_point, outputs=parts,
+    )  # fmt: skip
 
 
 def linear_gelu(x: Encoded, weight: QTensor, bias: Leaf, act: ActQuantizer) -> Encoded:

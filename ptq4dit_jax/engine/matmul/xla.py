@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from ptq4dit_jax.engine.stacks import in_turns
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 
@@ -30,6 +31,17 @@ def linear(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike) -> ja
 def linear_parts(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
     """See :func:`ptq4dit_jax.engine.matmul.linear_parts`."""
     return jnp.split(linear(x, weight, bias, dtype), parts, axis=-1)
+
+
+def linear_each(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
+    """See :func:`ptq4dit_jax.engine.matmul.linear_each`."""
+
+    def one(layer: tuple[Encoded, QTensor, jax.Array]) -> jax.Array:
+        values, codes, offset = layer
+        return linear(values, codes, offset, dtype)
+
+    layers = x, weight, bias
+    return jnp.split(in_turns(one, layers) if weight.packed else jax.vmap(one)(layers), parts, axis=-1)
 
 
 def linear_gelu(x: Encoded, weight: QTensor, bias: jax.Array, act: ActQuantizer) -> Encoded:
