@@ -6,7 +6,7 @@
 
 Every engine runs in a process of its own, one after another, on the same shapes, steps and guidance, with random weights (their
 values do not change the time). Times are of whole chains, noise to latents; the first call, which compiles, is told apart.
-PyTorch's and Qwix's engines need the extra ``peers``; one that fails is reported and left out of the tables.
+PyTorch's and Qwix's engines need the extra ``peers``; one that fails is reported, and what it had measured before stays.
 
 Peak memory is that of sampling, without compiling, tuning and quantization. JAX's counter cannot be reset, so there it is what
 the compiled chain takes: arguments (the weights), results, and the buffer for all between, which XLA plans beforehand and
@@ -166,8 +166,8 @@ def run(arguments: argparse.Namespace, out: Path) -> None:
         for entry in entries(engine, options, arguments.limit):
             if "failed" in entry:
                 document["failed"][engine] = entry["failed"]
-                document["engines"].pop(engine, None)
-                print(f"{engine} failed and is left out of the tables: {entry['failed']}", flush=True)
+                finished = len(document["engines"].get(engine, []))
+                print(f"{engine} failed after {finished} of {len(arguments.guided)} sizes: {entry['failed']}", flush=True)
             else:
                 document["engines"].setdefault(engine, []).append(entry)
                 step = 1e3 * min(entry["seconds"]) / arguments.steps

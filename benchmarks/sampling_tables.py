@@ -80,7 +80,7 @@ def full(document: dict[str, Any]) -> str:
 
 def joined(documents: list[dict[str, Any]]) -> dict[str, Any]:
     """Documents over different engines or numbers of images as one; of two measurements of the same, the later document's.
-    An engine counts as failed where no document has it."""
+    An engine counts as failed where some size is in no document."""
     common.refuse_unlike(documents, _FIXED)
     engines: dict[str, dict[int, dict[str, Any]]] = {}
     failed: dict[str, str] = {}
@@ -88,11 +88,12 @@ def joined(documents: list[dict[str, Any]]) -> dict[str, Any]:
         failed |= document.get("failed", {})
         for engine, entries in document["engines"].items():
             engines.setdefault(engine, {}).update({entry["guided"]: entry for entry in entries})
+    guided = sorted({count for document in documents for count in document["guided"]})
     return {
         **documents[0],
-        "guided": sorted({count for document in documents for count in document["guided"]}),
+        "guided": guided,
         "engines": {engine: [by_count[count] for count in sorted(by_count)] for engine, by_count in engines.items()},
-        "failed": {engine: reason for engine, reason in failed.items() if engine not in engines},
+        "failed": {engine: reason for engine, reason in failed.items() if len(engines.get(engine, ())) < len(guided)},
     }
 
 

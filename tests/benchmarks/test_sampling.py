@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,8 @@ def test_partial_results_are_joined_by_engine_and_number_of_images(document: dic
     assert whole["guided"] == [1, 8, 64]
     assert whole["engines"].keys() == {"bf16", "torch", "w8a8", "qwix"}
     assert [(e["guided"], min(e["seconds"])) for e in whole["engines"]["bf16"]] == [(1, 0.08), (8, 0.18), (64, 1.2)]
-    assert whole["failed"] == {"torchao-fp8": "no such product"}
+    assert whole["failed"] == {"w8a8": "too late", "torchao-fp8": "no such product"}  # no document has W8A8 for 64 images
+    assert sampling_tables.joined([whole, {**part, "engines": {"w8a8": [entry(64, 30.0)]}}])["failed"].keys() == {"torchao-fp8"}
     assert "fp8" not in sampling_tables.full(whole)
 
 
@@ -85,6 +88,18 @@ def engine_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def test_measurements_are_read_as_they_come(engine_process: Any) -> None:
     engine_process("""echo '{"guided": 1}'; echo a warning; echo '{"guided": 8}'""")
     assert list(sampling.entries("bf16", [], 30)) == [{"guided": 1}, {"guided": 8}]
+
+
+def test_what_an_engine_measured_before_it_failed_stays(engine_process: Any, tmp_path: Path) -> None:
+    engine_process("""echo '{"guided": 1, "seconds": [1.0], "first_s": 2.0}'; exit 3""")
+    arguments = argparse.Namespace(
+        engines=["bf16"], guided=[1, 8], model="DiT-S/2", input_size=32, steps=2, repeats=1, limit=30,
+        hardware="none", commit="0",
+    )  # fmt: skip
+    sampling.run(arguments, tmp_path / "out.json")
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert [entry["guided"] for entry in document["engines"]["bf16"]] == [1]
+    assert document["failed"] == {"bf16": "exit status 3"}
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ TILES = [
     Tiles(64, 192, 2),
     Tiles(128, 64, 3),
 ]
-#: For packed weights, with more stages than steps and with fewer.
+#: For packed weights; the last with parts of 64 or 128 elements, by the width.
 PACKED_TURNS = [Tiles(64, 64, 3, "ping-pong"), Tiles(64, 64, 6, "m")]
 K, N = 256, 384
 #: Of the layer that a kernel is to read among LAYERS; the others hold what would show.
@@ -111,7 +111,7 @@ def test_products(cut: Tiles, M: int, alone: bool) -> None:
 
 
 @pytest.mark.parametrize("cut", [dataclasses.replace(cut, stages=4) for cut in TILES[:2] + TILES[3:]] + PACKED_TURNS, ids=str)
-@pytest.mark.parametrize(("M", "K"), [(1, 256), (130, 384), (256, 128)])
+@pytest.mark.parametrize(("M", "K"), [(1, 256), (130, 384), (256, 128), (70, 1024)])
 @pytest.mark.parametrize("alone", [False, True])
 def test_packed_weights(cut: Tiles, M: int, K: int, alone: bool) -> None:
     """Every code with every zero point; halves of K need not be multiples of a stage."""

@@ -37,9 +37,9 @@ class Rings(NamedTuple):
 
 def rings(plan: Plan) -> Rings:
     """What to allocate."""
-    (block_m, block_n), lead = plan.tiles.block, (plan.rings, plan.tiles.stages)
+    (block_m, block_n), lead = plan.tiles.block, (plan.rings, plan.stages)
     as_bytes = lambda shape, dtype: plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
-    barriers = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.rings * plan.tiles.stages)
+    barriers = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.rings * plan.stages)
 
     def both(shape: tuple[int, ...], dtype: Any) -> Any:
         return plgpu.RefUnion(as_bytes(shape, dtype), as_bytes((*shape[:-1], shape[-1] // 4), jnp.int32))
@@ -69,15 +69,15 @@ def _each_step(plan: Plan, turn: jax.Array, body: Callable[[jax.Array, _Place], 
     ring, first = lax.rem(turn, plan.rings), lax.div(turn, plan.rings) * plan.steps
 
     def step(k: jax.Array) -> None:
-        stage = lax.rem(first + k, plan.tiles.stages)
-        body(k, _Place(ring, stage, ring * plan.tiles.stages + stage, first + k))
+        stage = lax.rem(first + k, plan.stages)
+        body(k, _Place(ring, stage, ring * plan.stages + stage, first + k))
 
     _loop(0, plan.steps, step)
 
 
 def copy(plan: Plan, a: Any, b: Any, to: Rings, count: jax.Array, at_turn: Callable[[jax.Array], OutputTile]) -> None:
     """Copies what ``count`` output tiles are made of, tile after tile."""
-    (block_m, block_n), stages = plan.tiles.block, plan.tiles.stages
+    (block_m, block_n), stages = plan.tiles.block, plan.stages
 
     def tile(turn: jax.Array) -> None:
         layer, row, column = at_turn(turn)

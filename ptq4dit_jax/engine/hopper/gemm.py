@@ -179,8 +179,8 @@ def _accumulate(plan: Plan, rings: Rings, ring: Any, row: Any, column: Any, firs
 
     def multiply(acc: Any) -> jax.Array:
         def step(k: jax.Array, _: Any) -> Any:
-            slot = lax.rem(first + k, plan.tiles.stages)
-            barrier = ring * plan.tiles.stages + slot
+            slot = lax.rem(first + k, plan.stages)
+            barrier = ring * plan.stages + slot
             plgpu.barrier_wait(rings.full.at[barrier])
             for part in range(plan.parts):
                 plgpu.wgmma(acc, rings.a.at[ring, slot, part, rows], transposed(b.at[ring, slot, part, columns]))

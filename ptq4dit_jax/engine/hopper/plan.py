@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-#: Elements of the contraction axis in a step.
+#: Elements of the contraction axis in a stage of a ring; it is a multiple of so many.
 TILE_K = 128
 #: Rows that an epilogue handles at a time.
 EPILOGUE_M = 64
@@ -22,7 +22,7 @@ class Tiles:
 
     Attributes:
       m, n: a warpgroup's output tile, multiples of 64.
-      stages: of each ring.
+      stages: of each ring, of 128 elements of the contraction axis.
       sharing: the axis along which the two warpgroups lie in one output tile, or ``ping-pong``.
       band: width, in tiles, of the bands in which tiles are visited, so that both operands stay in the L2 cache.
     """
@@ -70,8 +70,9 @@ class OutputTile(NamedTuple):
 class Plan:
     """What the kernel's body has to know; all static.
 
-    A step takes TILE_K elements of the contraction axis, as one part: a full swizzle of 128 bytes. Of packed weights, whose
-    byte j holds the codes j and j + K / 2, it takes two parts, from each half of the axis: what its bytes unpack to.
+    A stage holds TILE_K elements of the contraction axis, as one part: a full swizzle of 128 bytes. Of packed weights, whose
+    byte j holds the codes j and j + K / 2, it holds two parts, from each half of the axis: what its bytes unpack to. Copies are
+    bound by how many rows they fetch, not by bytes, so parts are as wide as a swizzle where the axis and the memory allow it.
 
     ``groups`` is the number of layers that are multiplied at once, each with rows of its own; None for one layer.
     """
@@ -95,7 +96,12 @@ class Plan:
     @property
     def part_k(self) -> int:
         """Elements of the contraction axis in a part."""
-        return TILE_K // self.parts
+        return TILE_K if not self.packed or (self.tiles.stages >= 6 and self.K % (2 * TILE_K) == 0) else TILE_K // 2
+
+    @property
+    def stages(self) -> int:
+        """Of a ring; half as many where they hold twice as much."""
+        return self.tiles.stages * TILE_K // (self.parts * self.part_k)
 
     @property
     def out_dtype(self) -> Any:
@@ -112,7 +118,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        return pl.cdiv(self.K, TILE_K)
+        return self.K // (self.parts * self.part_k)
 
     @property
     def rings(self) -> int:
