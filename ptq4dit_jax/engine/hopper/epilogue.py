@@ -28,7 +28,10 @@ def finish_tile(
     plan: Plan, acc: jax.Array, vectors: dict[str, Any], layer: jax.Array, staging: Any, fetched: Any,
     warpgroup: jax.Array, outs: tuple[Any, ...], m0: jax.Array, n0: jax.Array,
 ) -> None:  # fmt: skip
-    """The epilogue of a warpgroup's tile, piece by piece through shared memory to the outputs."""
+    """The epilogue of a warpgroup's tile, piece by piece through shared memory to the outputs.
+
+    A residual is read by the threads that write the result in its place, so they need not wait for one another.
+    """
     of_layer = lambda name, *index: load_of_layer(vectors[name], layer, *index)
     for piece, (i, j, width) in enumerate(plan.pieces):
         slot = piece % plan.slots
