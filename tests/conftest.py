@@ -27,7 +27,7 @@ LONG_FILES = (
     "test_ptq.py",
     "engine/test_quantized_dit.py",
     "test_scale.py",
-    "test_cli.py",
+    "cli/test_commands.py",
     "test_flow.py",
     "checkpoints/foreign/test_flows.py",
     "test_notebooks.py",

@@ -1,0 +1,30 @@
+"""What the tests of the commands share: the program in this process, its inputs, and what it wrote."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+
+from ptq4dit_jax import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+DIGITS = str(ROOT / "models/digits")
+VAE = str(ROOT / "tests/golden/vae")
+CALIBRATE = ["--weight-bits", "4", "--calib-steps", "2", "--calib-rows", "4", "--steps", "4"]
+WALK = ["--labels", "0-3", "--steps", "4"]
+COMMANDS = typer.main.get_command(cli.app).commands
+
+
+def run(*arguments):
+    """The program in this process; a command must succeed. Arguments may be paths."""
+    assert cli.main([str(a) for a in arguments]) == 0
+
+
+def listing(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
+
+
+def figures(path):
+    """JSON as its standard has it: NaN is none of it."""
+    return json.loads(Path(path).read_text(), parse_constant=lambda text: pytest.fail(f"{text} in {path}"))
