@@ -263,11 +263,12 @@ def test_the_kernels_are_refused_for_a_type_that_they_do_not_compute_in(
 
 @pytest.mark.parametrize("kind", ["store", "gelu", "residual"])
 @pytest.mark.parametrize("N", [128, 384, 768, 1024, 1152, 3456, 4608])
-def test_tiles_divide_the_width_and_keep_the_cores_busy(kind: tiles.Kind, N: int) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_tiles_divide_the_width_and_keep_the_cores_busy(kind: tiles.Kind, N: int, packed: bool) -> None:
+    choose = partial(tiles.choose, kind, N=N, K=1152, packed=packed)
     for M in (1, 64, 512, 4096, 32768):
-        cut = tiles.choose(kind, M, N, 1152)
-        assert N % cut.block[1] == 0
-    few, many = (np.prod(tiles.choose(kind, M, N, 1152).block) for M in (64, 10**6))
+        assert N % choose(M=M).block[1] == 0
+    few, many = (np.prod(choose(M=M).block) for M in (64, 10**6))
     assert few <= many
 
 
@@ -277,7 +278,17 @@ def test_tiles_divide_the_width_and_keep_the_cores_busy(kind: tiles.Kind, N: int
 @on_hopper
 @pytest.mark.parametrize(
     ("B", "T", "K", "N"),
-    [(4, 256, 1152, 3456), (3, 64, 384, 1152), (1, 64, 4608, 1152), (2, 128, 400, 176), (5, 192, 768, 768), (3, 36, 128, 384)],
+    [
+        (4, 256, 1152, 3456),
+        (3, 64, 384, 1152),
+        (1, 64, 4608, 1152),
+        (2, 128, 400, 176),
+        (5, 192, 768, 768),
+        (3, 36, 128, 384),
+        (2, 256, 1152, 4608),
+        (4, 256, 1152, 4608),
+        (2, 256, 4608, 1152),
+    ],
 )
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows", [False, True])

@@ -1,6 +1,7 @@
 """The kernels for Hopper run by Pallas' interpreter on a CPU, against NumPy in float64; needs JAX 0.11.
 
-The interpreter also checks what a GPU does not: races, and barriers that are left with arrivals nobody has seen.
+The interpreter also checks what a GPU does not: races between warpgroups and with copies, and barriers that are left with
+arrivals nobody has seen.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from hopper_helpers import HAS_INTERPRETER, interpreter
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.dit import DiTConfig
@@ -24,7 +25,7 @@ from ptq4dit_jax.engine.hopper.plan import GatedResidual, GeluRequantize, Tiles
 from ptq4dit_jax.engine.stacks import OfLayer
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, pack_nibbles
 
-pytestmark = pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), reason="needs Pallas' GPU interpreter")
+pytestmark = pytest.mark.skipif(not HAS_INTERPRETER, reason="needs Pallas' GPU interpreter")
 
 TILES = [
     Tiles(64, 64, 2),
@@ -47,7 +48,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # The interpreter keeps the bytes and the words of the same memory apart; here words are made of bytes.
     monkeypatch.setattr(feed, "load_words", words_of_bytes)
     monkeypatch.setattr(feed, "store_words", bytes_of_words)
-    with plgpu.force_gpu_interpret_mode():
+    with interpreter():
         yield
 
 

@@ -30,7 +30,7 @@ def finish_tile(
 ) -> None:  # fmt: skip
     """The epilogue of a warpgroup's tile, piece by piece through shared memory to the outputs.
 
-    A residual is read by the threads that write the result in its place, so they need not wait for one another.
+    A residual is read by the warps that write the result in its place, so they need not wait for one another.
     """
     of_layer = lambda name, *index: load_of_layer(vectors[name], layer, *index)
     for piece, (i, j, width) in enumerate(plan.pieces):
@@ -51,7 +51,9 @@ def finish_tile(
             plgpu.barrier_wait(fetched.at[warpgroup * plan.slots + slot])
             y = staging[slot].astype(jnp.float32) + gate * y
         else:
-            plgpu.wait_smem_to_gmem(plan.slots - 1, wait_read_only=True)
+            # Pieces take turns with the slots, but a tile begins with slot 0 even where the last one ended there.
+            again = piece == 0 and len(plan.pieces) % plan.slots
+            plgpu.wait_smem_to_gmem(0 if again else plan.slots - 1, wait_read_only=True)
         if plan.requantized is None:
             staging[slot] = y.astype(jnp.bfloat16)
         else:

@@ -28,7 +28,7 @@ from ptq4dit_jax.engine.hopper.epilogue import fetch_residual, finish_tile
 from ptq4dit_jax.engine.hopper.feed import Rings, copy, rings, unpack
 from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, GatedResidual, GeluRequantize, OutputTile, Plan, Tiles
 
-#: Bulk copies want arrays of as many rows as this, or a multiple.
+#: Bulk copies want arrays of no more rows than this, or of a multiple.
 ROWS = 8
 #: Registers a thread of the multiplying, the copying and, of packed weights, the unpacking warpgroups.
 _REGISTERS, _REGISTERS_PACKED = (232, 40, 0), (208, 40, 56)

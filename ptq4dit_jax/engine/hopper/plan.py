@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-#: Elements of the contraction axis in a stage of a ring; it is a multiple of so many.
+#: Elements of the contraction axis in a stage of a ring, unless it holds two such parts; the axis is a multiple of it.
 TILE_K = 128
 #: Rows that an epilogue handles at a time.
 EPILOGUE_M = 64
@@ -22,7 +22,7 @@ class Tiles:
 
     Attributes:
       m, n: a warpgroup's output tile, multiples of 64.
-      stages: of each ring, of 128 elements of the contraction axis.
+      stages: of each ring, counted in stages of TILE_K elements (:attr:`Plan.stages`).
       sharing: the axis along which the two warpgroups lie in one output tile, or ``ping-pong``.
       band: width, in tiles, of the bands in which tiles are visited, so that both operands stay in the L2 cache.
     """
@@ -72,7 +72,7 @@ class Plan:
 
     A stage holds TILE_K elements of the contraction axis, as one part: a full swizzle of 128 bytes. Of packed weights, whose
     byte j holds the codes j and j + K / 2, it holds two parts, from each half of the axis: what its bytes unpack to. Copies are
-    bound by how many rows they fetch, not by bytes, so parts are as wide as a swizzle where the axis and the memory allow it.
+    bound by how many rows they fetch, not by bytes, so both parts are a full swizzle where the axis and the memory allow it.
 
     ``groups`` is the number of layers that are multiplied at once, each with rows of its own; None for one layer.
     """
