@@ -25,6 +25,16 @@ def to_codes(x: jax.Array, zero_point: jax.Array | int, low: int, high: int) -> 
     return (rounded + zero_point).astype(jnp.int8)
 
 
+def widened(array: jax.Array, size: int, axis: int = -1) -> jax.Array:
+    """The array with zeros behind it along an axis, where that is shorter than ``size``."""
+    missing = size - array.shape[axis]
+    if not missing:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(array, widths)
+
+
 def load_vector(ref: Any, *index: Any) -> jax.Array:
     """A piece of a reference in device memory, read by every thread that needs it; not by a bulk copy."""
     load: Any = plgpu.load

@@ -55,7 +55,7 @@ def rings(plan: Plan) -> Rings:
     )
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a step goes: its ring, its stage there, the barrier of that stage, and how many steps the ring has seen."""
 
     ring: jax.Array
@@ -64,27 +64,28 @@ class _Place(NamedTuple):
     before: jax.Array
 
 
-def _each_step(plan: Plan, turn: jax.Array, body: Callable[[jax.Array, _Place], None]) -> None:
+def each_step(plan: Plan, turn: jax.Array, body: Callable[[jax.Array, Place], None]) -> None:
     """Does ``body`` for every step of an output tile."""
     ring, first = lax.rem(turn, plan.rings), lax.div(turn, plan.rings) * plan.steps
 
+    @pl.loop(0, plan.steps)
     def step(k: jax.Array) -> None:
         stage = lax.rem(first + k, plan.stages)
-        body(k, _Place(ring, stage, ring * plan.stages + stage, first + k))
-
-    _loop(0, plan.steps, step)
+        body(k, Place(ring, stage, ring * plan.stages + stage, first + k))
 
 
 def copy(plan: Plan, a: Any, b: Any, to: Rings, count: jax.Array, at_turn: Callable[[jax.Array], OutputTile]) -> None:
     """Copies what ``count`` output tiles are made of, tile after tile."""
     (block_m, block_n), stages = plan.tiles.block, plan.stages
 
+    @pl.loop(0, count)
     def tile(turn: jax.Array) -> None:
         layer, row, column = at_turn(turn)
         above = layer * plan.N if b.shape[0] > plan.N else 0  # weights of the layers before
         rows, weight_rows = pl.ds(row, block_m), pl.ds(above + column, block_n)
+        activations = plan.of_group(a, layer)
 
-        def step(k: jax.Array, at: _Place) -> None:
+        def step(k: jax.Array, at: Place) -> None:
             # Room for the operands is room for packed weights, too: what lay there has been unpacked for what was multiplied.
             @pl.when(at.before >= stages)
             def wait_for_room() -> None:
@@ -96,27 +97,29 @@ def copy(plan: Plan, a: Any, b: Any, to: Rings, count: jax.Array, at_turn: Calla
             else:
                 plgpu.copy_gmem_to_smem(weight, to.b.at[at.ring, at.stage, 0], to.full.at[at.barrier])
             for part in range(plan.parts):
-                piece = plan.of_group(a, layer).at[rows, pl.ds(part * plan.K // plan.parts + k * plan.part_k, plan.part_k)]
+                piece = activations.at[rows, pl.ds(part * plan.K // plan.parts + k * plan.part_k, plan.part_k)]
                 plgpu.copy_gmem_to_smem(piece, to.a.at[at.ring, at.stage, part], to.full.at[at.barrier])
 
-        _each_step(plan, turn, step)
+        each_step(plan, turn, step)
 
-    _loop(0, count, tile)
     for ring in range(plan.rings):  # a barrier may not go away while an arrival at it has not been seen
         done = (count - ring + plan.rings - 1) // plan.rings * plan.steps
-        drain = lambda step, ring=ring: plgpu.barrier_wait(to.empty.at[ring * stages + lax.rem(step, stages)])
-        _loop(lax.max(done - stages, 0), done, drain)
+
+        @pl.loop(lax.max(done - stages, 0), done)
+        def drain(step: jax.Array, ring: int = ring) -> None:
+            plgpu.barrier_wait(to.empty.at[ring * stages + lax.rem(step, stages)])
 
 
 def unpack(plan: Plan, zero_point: Any, to: Rings, count: jax.Array, at_turn: Callable[[jax.Array], OutputTile]) -> None:
     """Unpacks what :func:`copy` brings of packed weights, and takes their zero points from them."""
 
+    @pl.loop(0, count)
     def tile(turn: jax.Array) -> None:
         layer, _, column = at_turn(turn)
         zeros = load_of_layer(zero_point, layer, pl.ds(column, plan.tiles.block[1]))
         offset = _SIGN - zeros.astype(jnp.int32) * np.int32(0x01010101)
 
-        def step(_: jax.Array, at: _Place) -> None:
+        def step(_: jax.Array, at: Place) -> None:
             plgpu.barrier_wait(to.arrived.at[at.barrier])
             words = load_words(to.packed, at.ring, at.stage)
             for part, unpacked in enumerate(_centered(words, offset)):
@@ -124,17 +127,7 @@ def unpack(plan: Plan, zero_point: Any, to: Rings, count: jax.Array, at_turn: Ca
             plgpu.commit_smem()
             plgpu.barrier_arrive(to.full.at[at.barrier])
 
-        _each_step(plan, turn, step)
-
-    _loop(0, count, tile)
-
-
-def _loop(low: Any, high: Any, body: Callable[[jax.Array], None]) -> None:
-    def step(index: jax.Array, _: Any) -> Any:
-        body(index)
-        return ()
-
-    lax.fori_loop(low, high, step, ())
+        each_step(plan, turn, step)
 
 
 def _centered(words: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array]:

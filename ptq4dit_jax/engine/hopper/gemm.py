@@ -23,9 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ptq4dit_jax.engine.hopper.common import core_count, load_vector, swizzled, transposed
+from ptq4dit_jax.engine.hopper.common import core_count, load_vector, swizzled, transposed, widened
 from ptq4dit_jax.engine.hopper.epilogue import fetch_residual, finish_tile
-from ptq4dit_jax.engine.hopper.feed import Rings, copy, rings, unpack
+from ptq4dit_jax.engine.hopper.feed import Place, Rings, copy, each_step, rings, unpack
 from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, GatedResidual, GeluRequantize, OutputTile, Plan, Tiles
 
 #: Bulk copies want arrays of no more rows than this, or of a multiple.
@@ -64,23 +64,17 @@ def int8_matmul(
     Returns:
       ``outputs`` arrays ([S,] M, N / outputs), int8 after :class:`GeluRequantize` and bfloat16 otherwise.
     """
-    if a.shape[-2] > ROWS and a.shape[-2] % ROWS:
-        more = [(0, 0)] * (a.ndim - 2) + [(0, -a.shape[-2] % ROWS), (0, 0)]
-        padded = int8_matmul(
-            jnp.pad(a, more), b, jnp.pad(scale, more[-2:]) if scale.ndim == 2 else scale, column_scale, bias, layer,
-            tiles=tiles, weight_zero=weight_zero, finish=finish, outputs=outputs,
-        )  # fmt: skip
-        return [out[..., : a.shape[-2], :] for out in padded]
-    *of_all, M, K = a.shape
+    *of_all, given, K = a.shape
+    M = given if given <= ROWS else pl.cdiv(given, ROWS) * ROWS
+    a = widened(a, M, axis=-2)
     N, groups = b.shape[1], of_all[0] if layer is None else None
-    rows, columns = (pl.cdiv(size, tile) * tile for size, tile in zip((M, N), tiles.block, strict=True))
     # Bulk copies stop at the end of an array; vectors are read without them, so they reach to the end of the last tile.
-    widened = lambda v, size: v if v.shape[-1] == size else jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, size - v.shape[-1])])
+    rows, columns = (pl.cdiv(size, tile) * tile for size, tile in zip((M, N), tiles.block, strict=True))
     vectors = {"column_scale": widened(column_scale, columns), "bias": widened(bias, columns)}
     if layer is not None:
         vectors["layer"] = layer
     if scale.ndim == 2:
-        vectors["row_scale"] = widened(scale.reshape(M), rows)
+        vectors["row_scale"] = widened(scale.reshape(-1), rows)
     else:
         vectors["scale"] = scale
     if weight_zero is not None:
@@ -104,7 +98,8 @@ def int8_matmul(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True
         ),
     )  # fmt: skip
-    return list(kernel(a, b.reshape(-1, b.shape[-1]), *vectors.values(), *residual))
+    outs = kernel(a, b.reshape(-1, b.shape[-1]), *vectors.values(), *residual)
+    return [out[..., :given, :] for out in outs]
 
 
 def _body(plan: Plan, a: Any, b: Any, *rest: Any) -> None:
@@ -157,38 +152,35 @@ def _body(plan: Plan, a: Any, b: Any, *rest: Any) -> None:
             row = warpgroup * plan.tiles.m if plan.tiles.sharing == "m" else 0
             column = warpgroup * plan.tiles.n if plan.tiles.sharing == "n" else 0
 
-            def tile(turn: jax.Array, _: Any) -> Any:
-                layer, m0, n0 = at_turn(2 * turn + warpgroup if alone else turn)
+            @pl.loop(0, mine)
+            def tile(turn: jax.Array) -> None:
+                turn = 2 * turn + warpgroup if alone else turn
+                layer, m0, n0 = at_turn(turn)
                 m0, n0 = m0 + row, n0 + column
                 if residual is not None:
                     fetch_residual(plan, residual, staging.at[warpgroup], fetched, warpgroup, m0, n0)
                 of_layer = tuple(plan.of_group(out, layer) for out in outs)
-                acc = _accumulate(plan, ring, warpgroup if alone else 0, row, column, turn * plan.steps)
+                acc = _accumulate(plan, ring, turn, row, column)
                 finish_tile(plan, acc, vectors, layer, staging.at[warpgroup], fetched, warpgroup, of_layer, m0, n0)
-                return ()
 
-            lax.fori_loop(0, mine, tile, ())
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _accumulate(plan: Plan, rings: Rings, ring: Any, row: Any, column: Any, first: jax.Array) -> jax.Array:
-    """The int32 product of a warpgroup's tile, which begins at ``row`` and ``column`` of the block's, and at step ``first`` of
-    its ring."""
+def _accumulate(plan: Plan, rings: Rings, turn: jax.Array, row: Any, column: Any) -> jax.Array:
+    """The int32 product of a warpgroup's tile, which begins at ``row`` and ``column`` of the block's."""
     rows, columns = pl.ds(row, plan.tiles.m), pl.ds(column, plan.tiles.n)
     b = rings.b[0] if plan.packed else rings.b
 
     def multiply(acc: Any) -> jax.Array:
-        def step(k: jax.Array, _: Any) -> Any:
-            slot = lax.rem(first + k, plan.stages)
-            barrier = ring * plan.stages + slot
-            plgpu.barrier_wait(rings.full.at[barrier])
+        def step(_: jax.Array, at: Place) -> None:
+            plgpu.barrier_wait(rings.full.at[at.barrier])
             for part in range(plan.parts):
-                plgpu.wgmma(acc, rings.a.at[ring, slot, part, rows], transposed(b.at[ring, slot, part, columns]))
+                in_ring = at.ring, at.stage, part
+                plgpu.wgmma(acc, rings.a.at[*in_ring, rows], transposed(b.at[*in_ring, columns]))
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(rings.empty.at[barrier])
-            return ()
+            plgpu.barrier_arrive(rings.empty.at[at.barrier])
 
-        lax.fori_loop(0, plan.steps, step, ())
+        each_step(plan, turn, step)
         return acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((plan.tiles.m, plan.tiles.n), jnp.int32))

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.hopper import gemm, tiles
+from ptq4dit_jax.engine.hopper.common import widened
 from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, TILE_K, GatedResidual, GeluRequantize
 from ptq4dit_jax.engine.stacks import Leaf, layer_of, stack_of, taken
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, act_code_range
@@ -33,25 +34,16 @@ class _Operands(NamedTuple):
 
     def padded(self, array: jax.Array) -> jax.Array:
         """An array (M, N) as wide as the padded product."""
-        return _widened(array, self.arrays[1].shape[-2])
+        return widened(array, self.arrays[1].shape[-2])
 
     def rows(self, array: jax.Array) -> jax.Array:
         """A result (M, padded N) as (B, T, N)."""
         return array[:, : self.shape[-1]].reshape(self.shape)
 
 
-def _widened(array: jax.Array, size: int, axis: int = -1) -> jax.Array:
-    missing = size - array.shape[axis]
-    if not missing:
-        return array
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, missing)
-    return jnp.pad(array, widths)
-
-
 def _stack_widened(leaf: Leaf, size: int) -> jax.Array:
     """The stack of a leaf (..., N) with N = ``size``; of the layer alone where it has to be padded."""
-    return stack_of(leaf) if leaf.shape[-1] == size else _widened(taken(leaf), size)[None]
+    return stack_of(leaf) if leaf.shape[-1] == size else widened(taken(leaf), size)[None]
 
 
 def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operands:
@@ -60,15 +52,13 @@ def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operand
         raise NotImplementedError
     (B, T, K), N = x.values.shape, weight.shape[-2]
     padded_N, padded_K = (-(-size // TILE_K) * TILE_K for size in (N, K))
-    aligned, few = (padded_N, padded_K) == (N, K), B * T <= tiles.UNPACKING_ROWS
-    weight_zero = stack_of(weight.zero_point) if weight.packed and aligned and few else None
-    if aligned and (weight_zero is not None or not weight.packed):
-        codes = stack_of(weight.values)
+    if (padded_N, padded_K) == (N, K) and (not weight.packed or B * T <= tiles.UNPACKING_ROWS):
+        codes, weight_zero = stack_of(weight.values), stack_of(weight.zero_point) if weight.packed else None
     else:
-        codes = _widened(_widened(taken(weight).codes(), padded_K), padded_N, axis=0)[None]
+        codes, weight_zero = widened(widened(taken(weight).codes(), padded_K), padded_N, axis=0)[None], None
     scale = jnp.broadcast_to(x.scale, (B, T, 1)).reshape(-1, 1) if x.scale.ndim else stack_of(x.scale)
     vectors = _stack_widened(weight.scale, padded_N), _stack_widened(bias, padded_N).astype(jnp.float32)
-    values = _widened(x.values.reshape(B * T, K), padded_K)
+    values = widened(x.values.reshape(B * T, K), padded_K)
     return _Operands((values, codes, scale, *vectors, layer_of(x, weight, bias, finish)), weight_zero, (B, T, N))
 
 
