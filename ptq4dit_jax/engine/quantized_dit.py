@@ -115,12 +115,14 @@ def _blocks(config: DiTConfig, of_blocks: _OfBlock, x_BTD: jax.Array, backend: s
         qkv, proj = in_unit_steps(linears["qkv"], linears["proj"])
         of_blocks = linears | {"qkv": qkv, "proj": proj}, None, modulation
 
-    def step(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        index, x_BTD = carry
-        return index + 1, _block(config, of_layer(of_blocks, index), x_BTD, backend)
+    @jax.jit
+    def block(of_blocks: _OfBlock, index: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        return _block(config, of_layer(of_blocks, index), x_BTD, backend)
 
-    # A scan over the indices would keep a counter of its own beside them.
-    return jax.lax.while_loop(lambda carry: carry[0] < config.depth, step, (jnp.int32(0), x_BTD))[1]
+    # One function that is called for each: in a loop its counter and the constants of a block would be launches of their own.
+    for index in range(config.depth):
+        x_BTD = block(of_blocks, jnp.int32(index), x_BTD)
+    return x_BTD
 
 
 def _block(config: DiTConfig, of_block: _OfBlock, x_BTD: jax.Array, backend: str) -> jax.Array:

@@ -145,36 +145,34 @@ def test_a_whole_model_lowers_with_its_blocks_as_kernels(bits: int) -> None:
     assert all(rows[f"blocks.{layer}"]["backend"] == "mosaic_gpu" for layer in ("qkv", "proj", "fc1", "fc2"))
 
 
-def loop_bodies(program: str) -> list[Counter[str]]:
-    """The operations in each loop of a StableHLO program, by name; functions that are called count as calls."""
+def functions(program: str) -> dict[str, Counter[str]]:
+    """The operations of each function of a StableHLO program, by name; calls with what they call."""
     program = re.sub(r'"(?:[^"\\]|\\.)*"', "", program)  # kernels lie in strings
-    bodies = []
-    for loop in re.finditer(r"stablehlo\.while.*?\bdo \{", program, re.DOTALL):
-        depth, end = 1, loop.end()
-        while depth:
-            depth += {"{": 1, "}": -1}.get(program[end], 0)
-            end += 1
-        found = re.findall(r"^ *%[\w:]+ = (?:stablehlo\.)?([\w.]+)", program[loop.end() : end], re.MULTILINE)
-        bodies.append(Counter(found))
-    return bodies
+    bodies = re.findall(r"^  func\.func \w+ @(\w+)\((.*?)^  \}", program, re.MULTILINE | re.DOTALL)
+    operation = re.compile(r"^ *%[\w:]+ = (?:stablehlo\.)?(call @\w+|[\w.]+)", re.MULTILINE)
+    return {name: Counter(operation.findall(body)) for name, body in bodies}
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+def blocks_run_kernels_alone(q: ptq.QuantizedDiT) -> None:
+    """The program has one function for a block, called for each, of nothing but seven kernels; and no loop."""
+    found = functions(lowered_model(q))
+    [(name, block)] = [(name, body) for name, body in found.items() if name != "main" and body["custom_call"]]
+    assert {kind: count for kind, count in block.items() if kind not in ("reshape", "constant")} == {"custom_call": 7}
+    assert found["main"][f"call @{name}"] == q.config.depth
+    assert not any(body["while"] for body in found.values())
+
+
 @pytest.mark.parametrize("dynamic", [None, ()], ids=["per-token", "static"])
-def test_the_loop_over_blocks_holds_kernels_and_its_counter_alone(
-    bits: int, dynamic: tuple[()] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_are_kernels_alone(dynamic: tuple[()] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is cut out of a stack, split or computed between the kernels; attention, which is cuDNN's, is left out here."""
     monkeypatch.setattr("ptq4dit_jax.engine.attention.mosaic_gpu.attention", lambda q, k, v, heads, sites: v)
-    q = small_model(bits, **({} if dynamic is None else {"dynamic_sites": dynamic}))
-    [body] = loop_bodies(lowered_model(q))
-    assert {name: count for name, count in body.items() if name not in ("reshape", "constant")} == {"custom_call": 7, "add": 1}
+    for bits in (8, 4):
+        blocks_run_kernels_alone(small_model(bits, **({} if dynamic is None else {"dynamic_sites": dynamic})))
 
 
 def test_attention_is_a_kernel_that_gives_codes_where_it_covers_the_shape() -> None:
     q = small_model(8, side=32)
-    [body] = loop_bodies(lowered_model(q))
-    assert {name: count for name, count in body.items() if name not in ("reshape", "constant")} == {"custom_call": 7, "add": 1}
+    blocks_run_kernels_alone(q)
     products = [row for row in ptq.describe(q) if row["layer"] in ("blocks.q @ k", "blocks.probs @ v")]
     assert [(row["backend"], row["runs"], row["integer"]) for row in products] == [("mosaic_gpu", "bfloat16", False)] * 2
 
