@@ -132,21 +132,36 @@ class Balance:
         return x * self.factor.astype(x.dtype)
 
 
+#: Rows of a weight that are packed by themselves, where they divide it. A kernel's tiles are made of whole ones.
+PACKED_ROWS = 64
+
+
+def _packed_rows(N: int) -> int:
+    """Rows that are packed by themselves: of a weight that they do not divide all, and one more if they are odd."""
+    return PACKED_ROWS if N % PACKED_ROWS == 0 else N + N % 2
+
+
 def pack_nibbles(codes: jax.Array) -> jax.Array:
-    """Codes 0..15 (..., K) to bytes (..., ceil(K / 2)), uint8.
+    """Codes 0..15 (..., N, K) to bytes (..., ceil(N / 2), K), uint8.
 
-    Byte ``j`` holds code ``j`` in its low half and code ``j + ceil(K / 2)`` in its high half, so unpacking is a concatenation.
+    Of every 64 rows, or of all where 64 do not divide them, a byte of row ``i`` holds the code of row ``i`` in its low half and
+    that of row ``i + 32``, of the second half of them, in its high half. So whole rows are unpacked, each with one zero point,
+    and what is contiguous stays so.
     """
-    half = -(-codes.shape[-1] // 2)
-    padding = [(0, 0)] * (codes.ndim - 1) + [(0, 2 * half - codes.shape[-1])]
-    low, high = jnp.split(jnp.pad(codes.astype(jnp.uint8), padding), 2, axis=-1)
-    return low | (high << 4)
+    *lead, N, K = codes.shape
+    rows = _packed_rows(N)
+    padding = [(0, 0)] * len(lead) + [(0, -N % rows), (0, 0)]
+    blocks = jnp.pad(codes.astype(jnp.uint8), padding).reshape(*lead, -1, rows, K)
+    low, high = jnp.split(blocks, 2, axis=-2)
+    return (low | (high << 4)).reshape(*lead, -1, K)
 
 
-def unpack_nibbles(packed: jax.Array, length: int) -> jax.Array:
-    """The inverse of :func:`pack_nibbles`: (..., length) int8 codes 0..15."""
-    halves = jnp.concatenate([packed & 0xF, packed >> 4], axis=-1)
-    return halves[..., :length].astype(jnp.int8)
+def unpack_nibbles(packed: jax.Array, N: int) -> jax.Array:
+    """The inverse of :func:`pack_nibbles`: (..., N, K) int8 codes 0..15."""
+    *lead, half, K = packed.shape
+    blocks = packed.reshape(*lead, -1, _packed_rows(N) // 2, K)
+    codes = jnp.concatenate([blocks & 0xF, blocks >> 4], axis=-2).reshape(*lead, 2 * half, K)
+    return codes[..., :N, :].astype(jnp.int8)
 
 
 @struct.dataclass
@@ -154,7 +169,7 @@ class QTensor:
     """A quantized weight, output channels first: ``w_nk = scale_n (code_nk - zero_point_n)``.
 
     Invariants. ``bits > 4``: ``values`` is int8 (..., N, K) and holds centered codes; ``zero_point`` is None.
-    ``bits <= 4``: ``values`` is uint8 (..., N, ceil(K / 2)), two codes ``0 .. 2^bits - 1`` to a byte
+    ``bits <= 4``: ``values`` is uint8 (..., ceil(N / 2), K), two codes ``0 .. 2^bits - 1`` to a byte
     (:func:`pack_nibbles`), and ``zero_point`` is int8 (..., N). ``scale`` is positive float32 (..., N). Leading axes
     (depth) are allowed everywhere.
 
@@ -165,7 +180,6 @@ class QTensor:
     values: Any
     scale: Any
     zero_point: Any
-    in_features: int = struct.field(pytree_node=False)
     bits: int = struct.field(pytree_node=False)
 
     @property
@@ -175,13 +189,13 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """(..., N, K) of the weight that this stands for."""
-        return (*self.values.shape[:-1], self.in_features)
+        return (*self.scale.shape, self.values.shape[-1])
 
     def codes(self) -> jax.Array:
         """Centered codes (..., N, K), int8."""
         if not self.packed:
             return self.values
-        return unpack_nibbles(self.values, self.in_features) - self.zero_point[..., None]
+        return unpack_nibbles(self.values, self.scale.shape[-1]) - self.zero_point[..., None]
 
     def dequantize(self) -> jax.Array:
         """The weight (..., N, K), in the scale's type."""
@@ -192,9 +206,9 @@ class QTensor:
         """From unsigned codes ``0 .. 2^bits - 1`` and zero points of the same range (8 bits: already centered, zero point
         0)."""
         if bits <= 4:
-            return cls(pack_nibbles(codes), scale, zero_point.astype(jnp.int8), codes.shape[-1], bits)
+            return cls(pack_nibbles(codes), scale, zero_point.astype(jnp.int8), bits)
         centered = (codes - zero_point[..., None]).astype(jnp.int8)
-        return cls(centered, scale, None, codes.shape[-1], bits)
+        return cls(centered, scale, None, bits)
 
 
 def weight_code_range(bits: int) -> tuple[int, int]:

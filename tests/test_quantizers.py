@@ -83,29 +83,32 @@ def test_an_impossible_width_is_named(bits: object) -> None:
 # --- packing
 
 
-@pytest.mark.parametrize("shape", [(1,), (2,), (7,), (3, 8), (3, 9), (2, 3, 5), (2, 1, 3, 6)])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (7, 2), (3, 8, 4), (3, 9, 1), (2, 3, 5, 2), (64, 3), (2, 128, 2), (100, 2)])
 @settings(properties, max_examples=10)
 @given(data=st.data())
 def test_packing_round_trip(shape: tuple[int, ...], data: st.DataObject) -> None:
     codes = data.draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 15)))
     packed = pack_nibbles(codes)
-    half = (shape[-1] + 1) // 2
+    *lead, N, K = shape
     assert packed.dtype == jnp.uint8
-    assert packed.shape == (*shape[:-1], half)
-    high = np.zeros((*shape[:-1], half), np.uint8)
-    high[..., : shape[-1] - half] = codes[..., half:]
-    np.testing.assert_array_equal(packed, codes[..., :half] + 16 * high)
-    unpacked = unpack_nibbles(packed, shape[-1])
+    assert packed.shape == (*lead, (N + 1) // 2, K)
+    half = 32 if N % 64 == 0 else (N + 1) // 2
+    want = np.zeros((*lead, (N + 1) // 2, K), np.uint8)
+    for n in range(N):
+        block, row = divmod(n, 2 * half)
+        want[..., block * half + row % half, :] += codes[..., n, :] * np.uint8(16 if row >= half else 1)
+    np.testing.assert_array_equal(packed, want)
+    unpacked = unpack_nibbles(packed, N)
     assert unpacked.dtype == jnp.int8
     np.testing.assert_array_equal(unpacked, codes)
 
 
-@pytest.mark.parametrize("length", [8, 9])
-def test_packing_under_jit_equals_plain(length: int) -> None:
-    codes = np.random.default_rng(0).integers(0, 16, (2, 3, length))
+@pytest.mark.parametrize("N", [8, 9, 128])
+def test_packing_under_jit_equals_plain(N: int) -> None:
+    codes = np.random.default_rng(0).integers(0, 16, (2, N, 3))
     packed = jax.jit(pack_nibbles)(codes)
     np.testing.assert_array_equal(packed, pack_nibbles(codes))
-    np.testing.assert_array_equal(jax.jit(unpack_nibbles, static_argnums=1)(packed, length), codes)
+    np.testing.assert_array_equal(jax.jit(unpack_nibbles, static_argnums=1)(packed, N), codes)
 
 
 # --- weights
@@ -124,9 +127,9 @@ def weight_case(bits: int, shape: tuple[int, ...] = (2, 5, 9), seed: int = 0) ->
 
 
 @every_width
-@pytest.mark.parametrize("width", [8, 9], ids=["even", "odd"])
-def test_weights_dequantize_as_numpy_says(bits: int, width: int) -> None:
-    codes, scale, zero_point = weight_case(bits, (2, 5, width))
+@pytest.mark.parametrize("N", [6, 5, 128], ids=["even", "odd", "blocks"])
+def test_weights_dequantize_as_numpy_says(bits: int, N: int) -> None:
+    codes, scale, zero_point = weight_case(bits, (2, N, 9))
 
     @jax.jit
     def both(codes: jax.Array, scale: jax.Array, zero_point: jax.Array) -> tuple[QTensor, jax.Array, jax.Array]:
@@ -141,8 +144,8 @@ def test_weights_dequantize_as_numpy_says(bits: int, width: int) -> None:
     assert weight.dtype == jnp.float32
 
     assert q.shape == codes.shape
-    assert (q.in_features, q.bits, q.packed) == (width, bits, bits <= 4)
-    assert q.values.nbytes == 2 * 5 * ((width + 1) // 2 if bits <= 4 else width)
+    assert (q.bits, q.packed) == (bits, bits <= 4)
+    assert q.values.nbytes == 2 * 9 * ((N + 1) // 2 if bits <= 4 else N)
     if bits <= 4:
         assert (q.values.dtype, q.zero_point.dtype) == (jnp.uint8, jnp.int8)
     else:

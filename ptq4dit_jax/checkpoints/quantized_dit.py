@@ -16,10 +16,13 @@ from ptq4dit_jax.checkpoints.float_dit import FLOATS, check_arrays, model_meta, 
 from ptq4dit_jax.dit import BLOCK_SITES, DiTConfig
 from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.quantizers import ActQuantizer, QTensor, check_bits
+from ptq4dit_jax.quantizers import ActQuantizer, QTensor, check_bits, pack_nibbles
 from ptq4dit_jax.schedules import Schedule
 
 KIND = "quantized_dit"
+#: Whose codes share a byte where they have 4 bits or fewer: now those of two rows (:func:`pack_nibbles`); in models that do not
+#: say, byte j of a row holds its codes j and j + ceil(K / 2).
+_ROWS, _COLUMNS = "rows", "columns"
 _SITES = tuple(f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer is None)
 
 
@@ -36,6 +39,7 @@ def save_quantized(
         **model_meta(model.config, model.schedule),
         "dtype": model.dtype,
         "num_groups": model.num_groups,
+        "packed": _ROWS,
         "linears": {name: _linear_spec(layer) for name, layer in model.linears.items()},
         "sites": {name: _act_spec(act) for name, act in model.sites.items()},
         "provenance": {**model.provenance.facts, **(provenance or {})},
@@ -60,11 +64,27 @@ def load_quantized(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) ->
         skeleton = _skeleton(config, schedule, meta["linears"], meta["sites"], num_groups)
     except (KeyError, TypeError, AttributeError) as error:
         raise Ptq4ditError(f"This quantized model's config.json lacks or garbles {error}; the folder is damaged.") from error
+    if (packed := meta.get("packed", _COLUMNS)) not in (_ROWS, _COLUMNS):
+        raise Ptq4ditError(f"The model's 4-bit weights are packed by {packed!r}, which this version does not know: upgrade.")
+    if packed == _COLUMNS:
+        arrays = _packed_by_rows(arrays, skeleton)
     expected = _flatten(skeleton)
     check_arrays(arrays, expected, "This is no complete quantized model")
     leaves = [jnp.asarray(arrays[name]) for name in expected]
     model = jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
     return model.replace(dtype=dtype, provenance=Provenance(dict(meta.get("provenance", {}))))
+
+
+def _packed_by_rows(arrays: Mapping[str, np.ndarray], skeleton: QuantizedDiT) -> dict[str, Any]:
+    """The arrays with weights that were packed along K packed as they are now; what is of another shape stays as it is."""
+    repacked: dict[str, Any] = dict(arrays)
+    for linear, layer in skeleton.linears.items():
+        name = f"linears/{linear}/weight/values"
+        *lead, N, K = layer.weight.shape
+        values = repacked.get(name)
+        if layer.weight.packed and values is not None and (values.dtype, values.shape) == (np.uint8, (*lead, N, -(-K // 2))):
+            repacked[name] = pack_nibbles(jnp.concatenate([values & 0xF, values >> 4], axis=-1)[..., :K])
+    return repacked
 
 
 def _flatten(model: QuantizedDiT) -> dict[str, Any]:
@@ -105,8 +125,8 @@ def _skeleton(
         lead, (K, N) = _lead(config, name), config.linear_shapes[name]
         bits = check_bits(f"The width of {name}", spec["weight_bits"])
         packed = bits <= 4
-        values = leaf("uint8", *lead, N, -(-K // 2)) if packed else leaf("int8", *lead, N, K)
-        weight = QTensor(values, leaf("float32", *lead, N), leaf("int8", *lead, N) if packed else None, K, bits)
+        values = leaf("uint8", *lead, -(-N // 2), K) if packed else leaf("int8", *lead, N, K)
+        weight = QTensor(values, leaf("float32", *lead, N), leaf("int8", *lead, N) if packed else None, bits)
         quantizer = None if spec["act"] is None else act(spec["act"], lead, K)
         groups = 1 if quantizer is None or quantizer.dynamic else num_groups
         return QLinear(weight=weight, bias=leaf("float32", *lead, groups, N), act=quantizer)

@@ -50,12 +50,12 @@ def build(weight_bits, act_bits=8, groups=1, dynamic=(), balanced=(), float_inpu
         if weight_bits > 4:
             values, zero_point = rng.integers(1 - half, half, (*lead, N, K), np.int8), None
         else:  # the same mask for both codes of a byte
-            values = rng.integers(0, 256, (*lead, N, -(-K // 2)), np.uint8) & np.uint8(17 * (2 * half - 1))
+            values = rng.integers(0, 256, (*lead, -(-N // 2), K), np.uint8) & np.uint8(17 * (2 * half - 1))
             zero_point = np.full((*lead, N), half, np.int8)
         scale = uniform(1, 2, *lead, N) * np.float32(K**-0.5 / half)
         quantizer = None if name in float_inputs else act(lead, K if name in balanced else None, name in dynamic)
         bias = uniform(-0.2, 0.2, *lead, 1 if quantizer is None or quantizer.dynamic else groups, N)
-        return QLinear(weight=QTensor(values, scale, zero_point, K, weight_bits), bias=bias, act=quantizer)
+        return QLinear(weight=QTensor(values, scale, zero_point, weight_bits), bias=bias, act=quantizer)
 
     model = QuantizedDiT(
         linears={name: linear(name) for name in config.linear_shapes},
@@ -97,6 +97,22 @@ def test_round_trip(variant, tmp_path):
         assert isinstance(ours, jax.Array)
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+
+
+@pytest.mark.parametrize("shape", [{}, {"patch_size": 1, "in_channels": 3}], ids=["even", "odd"])
+def test_a_model_whose_codes_share_bytes_along_k_is_packed_anew(shape, tmp_path):
+    """As they did before ``packed`` was written: byte j of a row held its codes j and j + ceil(K / 2)."""
+    model = build(4, **shape)
+    arrays, meta = store.read(checkpoints.save(model, tmp_path / "now"))
+    assert meta.pop("packed") == "rows"
+    for name, layer in model.linears.items():
+        codes = np.asarray(layer.weight.codes() + layer.weight.zero_point[..., None]).astype(np.uint8)
+        half = (codes.shape[-1] + 1) // 2
+        old = codes[..., :half].copy()
+        old[..., : codes.shape[-1] - half] |= codes[..., half:] << 4
+        arrays[f"linears/{name}/weight/values"] = old
+    loaded = checkpoints.load(store.write(tmp_path / "before", arrays, meta))
+    assert all(map(np.array_equal, jax.tree.leaves(loaded), jax.tree.leaves(model)))
 
 
 def test_the_same_samples(saved):
@@ -181,7 +197,7 @@ QKV, FC2, FINAL = (("linears", name) for name in ("blocks.qkv", "blocks.fc2", "f
         ((*QKV, "weight_bits"), 1, "not 1"),
         ((*QKV, "weight_bits"), 9, "not 9"),
         ((*QKV, "weight_bits"), True, "not True"),
-        ((*QKV, "weight_bits"), 8, "linears/blocks.qkv/weight/values is uint8 (2, 96, 16), not int8 (2, 96, 32)"),
+        ((*QKV, "weight_bits"), 8, "linears/blocks.qkv/weight/values is uint8 (2, 48, 32), not int8 (2, 96, 32)"),
         ((*QKV, "act"), "int8", "config.json"),
         ((*QKV, "act", "bits"), None, "bits"),
         ((*QKV, "act", "bits"), 8.0, "not 8.0"),
@@ -208,6 +224,7 @@ QKV, FC2, FINAL = (("linears", name) for name in ("blocks.qkv", "blocks.fc2", "f
         (("provenance",), [1], "provenance"),
         (("provenance",), "none", "provenance"),
         (("dtype",), "int8", "dtype"),
+        (("packed",), "spirals", "'spirals'"),
     ],
 )
 def test_a_damaged_spec_is_refused_in_one_sentence(path, value, words, saved, tmp_path, raises_sentence):
@@ -230,7 +247,7 @@ def test_all_arrays_that_do_not_fit_are_named_at_once(saved):
     for words in (
         "missing: label_embed, linears/blocks.fc1/bias;",
         "unexpected: linears/final/act/scale;",
-        "linears/blocks.proj/weight/values is int8 (2, 32, 16), not uint8 (2, 32, 16)",
+        "linears/blocks.proj/weight/values is int8 (2, 16, 32), not uint8 (2, 16, 32)",
         "linears/time_fc1/bias is float32 (2, 3), not float32 (2, 32).",
     ):
         assert words in message

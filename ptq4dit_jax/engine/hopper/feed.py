@@ -7,6 +7,7 @@ Every stage of a ring goes round: copied when the multiplying warpgroups have le
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +18,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ptq4dit_jax.engine.hopper.common import load_of_layer, load_words, store_words, swizzled
-from ptq4dit_jax.engine.hopper.plan import OutputTile, Plan
+from ptq4dit_jax.engine.hopper.plan import TILE_K, OutputTile, Plan
+from ptq4dit_jax.quantizers import PACKED_ROWS
 
 #: In each byte of a word: the low half, and the sign.
 _LOW, _SIGN = np.int32(0x0F0F0F0F), np.int32(-0x7F7F7F80)
 
 
 class Rings(NamedTuple):
-    """References in shared memory: operands by ring, stage and part, and the barriers of each stage. Where weights are packed,
+    """References in shared memory: operands by ring and stage, and the barriers of each stage. Where weights are packed,
     ``packed`` holds what is copied and ``b`` what it unpacks to, both as bytes and as words of the same memory."""
 
     a: Any
@@ -37,20 +39,20 @@ class Rings(NamedTuple):
 
 def rings(plan: Plan) -> Rings:
     """What to allocate."""
-    (block_m, block_n), lead = plan.tiles.block, (plan.rings, plan.stages)
+    (block_m, block_n), lead = plan.tiles.block, (plan.rings, plan.tiles.stages)
     as_bytes = lambda shape, dtype: plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
-    barriers = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.rings * plan.stages)
+    barriers = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.rings * plan.tiles.stages)
 
     def both(shape: tuple[int, ...], dtype: Any) -> Any:
         return plgpu.RefUnion(as_bytes(shape, dtype), as_bytes((*shape[:-1], shape[-1] // 4), jnp.int32))
 
-    b = (*lead, plan.parts, block_n, plan.part_k)
+    b = (*lead, block_n, TILE_K)
     return Rings(
-        a=as_bytes((*lead, plan.parts, block_m, plan.part_k), jnp.int8),
+        a=as_bytes((*lead, block_m, TILE_K), jnp.int8),
         b=both(b, jnp.int8) if plan.packed else as_bytes(b, jnp.int8),
-        full=barriers(plan.parts + 1),  # the parts of the activations, and the weight
+        full=barriers(2),  # both operands
         empty=barriers(2 // plan.rings),
-        packed=both((*lead, block_n, plan.part_k), jnp.uint8) if plan.packed else None,
+        packed=both((*lead, block_n // 2, TILE_K), jnp.uint8) if plan.packed else None,
         arrived=barriers(1) if plan.packed else None,
     )
 
@@ -64,25 +66,32 @@ class Place(NamedTuple):
     before: jax.Array
 
 
+def _place(plan: Plan, turn: jax.Array, k: jax.Array) -> Place:
+    """Where step ``k`` of an output tile goes."""
+    ring, before = lax.rem(turn, plan.rings), lax.div(turn, plan.rings) * plan.steps + k
+    stage = lax.rem(before, plan.tiles.stages)
+    return Place(ring, stage, ring * plan.tiles.stages + stage, before)
+
+
 def each_step(plan: Plan, turn: jax.Array, body: Callable[[jax.Array, Place], None]) -> None:
     """Does ``body`` for every step of an output tile."""
-    ring, first = lax.rem(turn, plan.rings), lax.div(turn, plan.rings) * plan.steps
 
     @pl.loop(0, plan.steps)
     def step(k: jax.Array) -> None:
-        stage = lax.rem(first + k, plan.stages)
-        body(k, Place(ring, stage, ring * plan.stages + stage, first + k))
+        body(k, _place(plan, turn, k))
 
 
 def copy(plan: Plan, a: Any, b: Any, to: Rings, count: jax.Array, at_turn: Callable[[jax.Array], OutputTile]) -> None:
     """Copies what ``count`` output tiles are made of, tile after tile."""
-    (block_m, block_n), stages = plan.tiles.block, plan.stages
+    (block_m, block_n), stages = plan.tiles.block, plan.tiles.stages
+    rows_of = lambda columns: columns // 2 if plan.packed else columns  # of the weight; two share the bytes of one
 
     @pl.loop(0, count)
     def tile(turn: jax.Array) -> None:
         layer, row, column = at_turn(turn)
-        above = layer * plan.N if b.shape[0] > plan.N else 0  # weights of the layers before
-        rows, weight_rows = pl.ds(row, block_m), pl.ds(above + column, block_n)
+        above = layer * rows_of(plan.N) if b.shape[0] > rows_of(plan.N) else 0  # weights of the layers before
+        weight_row = above + pl.multiple_of(rows_of(column), rows_of(block_n))
+        rows, weight_rows = pl.ds(row, block_m), pl.ds(weight_row, rows_of(block_n))
         activations = plan.of_group(a, layer)
 
         def step(k: jax.Array, at: Place) -> None:
@@ -91,14 +100,13 @@ def copy(plan: Plan, a: Any, b: Any, to: Rings, count: jax.Array, at_turn: Calla
             def wait_for_room() -> None:
                 plgpu.barrier_wait(to.empty.at[at.barrier])
 
-            weight = b.at[weight_rows, pl.ds(k * plan.part_k, plan.part_k)]
+            part, in_ring = pl.ds(k * TILE_K, TILE_K), (at.ring, at.stage)
+            weight, full = b.at[weight_rows, part], to.full.at[at.barrier]
             if plan.packed:
-                plgpu.copy_gmem_to_smem(weight, to.packed[0].at[at.ring, at.stage], to.arrived.at[at.barrier])
+                plgpu.copy_gmem_to_smem(weight, to.packed[0].at[*in_ring], to.arrived.at[at.barrier])
             else:
-                plgpu.copy_gmem_to_smem(weight, to.b.at[at.ring, at.stage, 0], to.full.at[at.barrier])
-            for part in range(plan.parts):
-                piece = activations.at[rows, pl.ds(part * plan.K // plan.parts + k * plan.part_k, plan.part_k)]
-                plgpu.copy_gmem_to_smem(piece, to.a.at[at.ring, at.stage, part], to.full.at[at.barrier])
+                plgpu.copy_gmem_to_smem(weight, to.b.at[*in_ring], full)
+            plgpu.copy_gmem_to_smem(activations.at[rows, part], to.a.at[*in_ring], full)
 
         each_step(plan, turn, step)
 
@@ -111,32 +119,52 @@ def copy(plan: Plan, a: Any, b: Any, to: Rings, count: jax.Array, at_turn: Calla
 
 
 def unpack(plan: Plan, zero_point: Any, to: Rings, count: jax.Array, at_turn: Callable[[jax.Array], OutputTile]) -> None:
-    """Unpacks what :func:`copy` brings of packed weights, and takes their zero points from them."""
+    """Unpacks what :func:`copy` brings of packed weights, and takes their zero points from them.
+
+    Several stages at a time where the ring has them: most of the time from an arrival to the fence behind it is waiting.
+    """
+    block_n, half = plan.tiles.block[1], PACKED_ROWS // 2
+    together = max(1, min(3, plan.tiles.stages // 2))
 
     @pl.loop(0, count)
     def tile(turn: jax.Array) -> None:
         layer, _, column = at_turn(turn)
-        zeros = load_of_layer(zero_point, layer, pl.ds(column, plan.tiles.block[1]))
-        offset = _SIGN - zeros.astype(jnp.int32) * np.int32(0x01010101)
+        # Of every 64 rows of a tile, 32 of bytes make the first and the second 32 (:func:`pack_nibbles`).
+        offsets = [_offset(load_of_layer(zero_point, layer, pl.ds(column + first, half))) for first in range(0, block_n, half)]
 
-        def step(_: jax.Array, at: Place) -> None:
-            plgpu.barrier_wait(to.arrived.at[at.barrier])
-            words = load_words(to.packed, at.ring, at.stage)
-            for part, unpacked in enumerate(_centered(words, offset)):
-                store_words(to.b, unpacked, at.ring, at.stage, part)
+        def unpack_stages(first: jax.Array, number: int) -> None:
+            places = [_place(plan, turn, first + k) for k in range(number)]
+            packed = []
+            for at in places:
+                plgpu.barrier_wait(to.arrived.at[at.barrier])
+                for row in range(0, block_n // 2, half):
+                    packed.append(_spread(load_words(to.packed, at.ring, at.stage, pl.ds(row, half))))
+            for at in places:
+                for index in range(0, len(offsets), 2):
+                    words = packed.pop(0)
+                    for low, codes in ((index, words), (index + 1, lax.shift_right_logical(words, 4))):
+                        centered = _centered(codes, offsets[low])
+                        store_words(to.b, centered, at.ring, at.stage, pl.ds(low * half, half))
             plgpu.commit_smem()
-            plgpu.barrier_arrive(to.full.at[at.barrier])
+            for at in places:
+                plgpu.barrier_arrive(to.full.at[at.barrier])
 
-        each_step(plan, turn, step)
+        left = plan.steps % together
+        pl.loop(0, plan.steps - left, step=together)(partial(unpack_stages, number=together))
+        pl.loop(plan.steps - left, plan.steps)(partial(unpack_stages, number=1))
 
 
-def _centered(words: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The two codes of each byte less the row's zero point, four bytes to a word: ``words`` (rows, columns) int32.
+def _spread(words: jax.Array) -> jax.Array:
+    """The words, 16 bytes to a thread: every access to shared memory is as wide as can be."""
+    return plgpu.layout_cast(words, plgpu.Layout.SMEM_GMEM_COPY(words.shape, words.dtype, 4 * words.shape[1]))
 
-    ``offset`` (rows,) is 128 less the zero point in each byte: the sums stay above 0, and no byte borrows from the next.
-    """
-    # 16 bytes to a thread: every access to shared memory is as wide as can be.
-    words = plgpu.layout_cast(words, plgpu.Layout.SMEM_GMEM_COPY(words.shape, words.dtype, 4 * words.shape[1]))
-    offset = lax.broadcast_in_dim(offset, words.shape, (0,))
-    center = lambda low: ((low & _LOW) + offset) ^ _SIGN
-    return center(words), center(lax.shift_right_logical(words, 4))
+
+def _offset(zero_point: jax.Array) -> jax.Array:
+    """128 less the zero point, in each byte of a word: (rows,) int8 to int32."""
+    return _SIGN - zero_point.astype(jnp.int32) * np.int32(0x01010101)
+
+
+def _centered(words: jax.Array, offset: jax.Array) -> jax.Array:
+    """The codes in the low halves of the bytes of ``words`` (rows, columns) int32, less the zero points of their rows: sums
+    with the ``offset`` (rows,) stay above 0, so that no byte borrows from the next."""
+    return ((words & _LOW) + lax.broadcast_in_dim(offset, words.shape, (0,))) ^ _SIGN

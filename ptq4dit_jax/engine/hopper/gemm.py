@@ -30,8 +30,8 @@ from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, GatedResidual, GeluRequan
 
 #: Bulk copies want arrays of no more rows than this, or of a multiple.
 ROWS = 8
-#: Registers a thread of the multiplying, the copying and, of packed weights, the unpacking warpgroups.
-_REGISTERS, _REGISTERS_PACKED = (232, 40, 0), (208, 40, 56)
+#: Registers a thread of the multiplying, the copying and, of packed weights, the unpacking warpgroups: 512 in all.
+_REGISTERS, _REGISTERS_PACKED = (232, 40, 0), (184, 40, 104)
 
 
 def int8_matmul(
@@ -51,7 +51,7 @@ def int8_matmul(
 
     Args:
       a: (M, K) int8, any M; or (S, M, K), for all layers.
-      b: (S, N, K) int8, or packed, (S, N, K / 2) uint8 (:func:`ptq4dit_jax.quantizers.pack_nibbles`); N and K are multiples of
+      b: (S, N, K) int8, or packed, (S, N / 2, K) uint8 (:func:`ptq4dit_jax.quantizers.pack_nibbles`); N and K are multiples of
         128, and N / outputs one of the width of a piece of the epilogue.
       scale: float32, one for each row, (M, 1), or one for all, (S,).
       column_scale, bias: (S, N) float32.
@@ -67,7 +67,7 @@ def int8_matmul(
     *of_all, given, K = a.shape
     M = given if given <= ROWS else pl.cdiv(given, ROWS) * ROWS
     a = widened(a, M, axis=-2)
-    N, groups = b.shape[1], of_all[0] if layer is None else None
+    N, groups = column_scale.shape[-1], of_all[0] if layer is None else None
     # Bulk copies stop at the end of an array; vectors are read without them, so they reach to the end of the last tile.
     rows, columns = (pl.cdiv(size, tile) * tile for size, tile in zip((M, N), tiles.block, strict=True))
     vectors = {"column_scale": widened(column_scale, columns), "bias": widened(bias, columns)}
@@ -174,9 +174,7 @@ def _accumulate(plan: Plan, rings: Rings, turn: jax.Array, row: Any, column: Any
     def multiply(acc: Any) -> jax.Array:
         def step(_: jax.Array, at: Place) -> None:
             plgpu.barrier_wait(rings.full.at[at.barrier])
-            for part in range(plan.parts):
-                in_ring = at.ring, at.stage, part
-                plgpu.wgmma(acc, rings.a.at[*in_ring, rows], transposed(b.at[*in_ring, columns]))
+            plgpu.wgmma(acc, rings.a.at[at.ring, at.stage, rows], transposed(b.at[at.ring, at.stage, columns]))
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(rings.empty.at[at.barrier])
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-#: Elements of the contraction axis in a stage of a ring, unless it holds two such parts; the axis is a multiple of it.
+#: Elements of the contraction axis in a stage of a ring, a full swizzle of 128 bytes; the axis is a multiple of it.
 TILE_K = 128
 #: Rows that an epilogue handles at a time.
 EPILOGUE_M = 64
@@ -22,7 +22,7 @@ class Tiles:
 
     Attributes:
       m, n: a warpgroup's output tile, multiples of 64.
-      stages: of each ring, counted in stages of TILE_K elements (:attr:`Plan.stages`).
+      stages: of each ring.
       sharing: the axis along which the two warpgroups lie in one output tile, or ``ping-pong``.
       band: width, in tiles, of the bands in which tiles are visited, so that both operands stay in the L2 cache.
     """
@@ -70,10 +70,6 @@ class OutputTile(NamedTuple):
 class Plan:
     """What the kernel's body has to know; all static.
 
-    A stage holds TILE_K elements of the contraction axis, as one part: a full swizzle of 128 bytes. Of packed weights, whose
-    byte j holds the codes j and j + K / 2, it holds two parts, from each half of the axis: what its bytes unpack to. Copies are
-    bound by how many rows they fetch, not by bytes, so both parts are a full swizzle where the axis and the memory allow it.
-
     ``groups`` is the number of layers that are multiplied at once, each with rows of its own; None for one layer.
     """
 
@@ -90,20 +86,6 @@ class Plan:
     groups: int | None
 
     @property
-    def parts(self) -> int:
-        return 2 if self.packed else 1
-
-    @property
-    def part_k(self) -> int:
-        """Elements of the contraction axis in a part."""
-        return TILE_K if not self.packed or (self.tiles.stages >= 6 and self.K % (2 * TILE_K) == 0) else TILE_K // 2
-
-    @property
-    def stages(self) -> int:
-        """Of a ring; half as many where they hold twice as much."""
-        return self.tiles.stages * TILE_K // (self.parts * self.part_k)
-
-    @property
     def out_dtype(self) -> Any:
         return jnp.bfloat16 if self.requantized is None else jnp.int8
 
@@ -118,7 +100,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        return self.K // (self.parts * self.part_k)
+        return self.K // TILE_K
 
     @property
     def rings(self) -> int:

@@ -28,13 +28,18 @@ class _Operands(NamedTuple):
     weight_zero: jax.Array | None
     shape: tuple[int, int, int]
 
+    @property
+    def width(self) -> int:
+        """N of the padded product."""
+        return self.arrays[3].shape[-1]
+
     def columns(self, leaf: Leaf) -> jax.Array:
         """The stack of a leaf (..., N), as wide as the padded product."""
-        return _stack_widened(leaf, self.arrays[1].shape[-2])
+        return _stack_widened(leaf, self.width)
 
     def padded(self, array: jax.Array) -> jax.Array:
         """An array (M, N) as wide as the padded product."""
-        return widened(array, self.arrays[1].shape[-2])
+        return widened(array, self.width)
 
     def rows(self, array: jax.Array) -> jax.Array:
         """A result (M, padded N) as (B, T, N)."""
@@ -63,8 +68,8 @@ def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operand
 
 
 def _run(kind: tiles.Kind, operands: _Operands, **finish: Any) -> list[jax.Array]:
-    (M, K), N = operands.arrays[0].shape, operands.arrays[1].shape[-2]
-    cut = tiles.choose(kind, M, N, K, packed=operands.weight_zero is not None)
+    M, K = operands.arrays[0].shape
+    cut = tiles.choose(kind, M, operands.width, K, packed=operands.weight_zero is not None)
     return gemm.int8_matmul(*operands.arrays, tiles=cut, weight_zero=operands.weight_zero, **finish)
 
 

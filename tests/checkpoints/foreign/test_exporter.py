@@ -52,7 +52,7 @@ def build() -> QuantizedDiT:
         K, N = config.linear_shapes[name]
         values, scale = rng.integers(-127, 128, (*lead, N, K), np.int8), uniform(1, 2, *lead, N) * np.float32(K**-0.5 / 100)
         quantizer = act(lead, K if name in ("blocks.proj", "blocks.fc2") else None)
-        return QLinear(QTensor(values, scale, None, K, 8), uniform(-0.2, 0.2, *lead, 2, N), quantizer)
+        return QLinear(QTensor(values, scale, None, 8), uniform(-0.2, 0.2, *lead, 2, N), quantizer)
 
     model = QuantizedDiT(
         linears={name: linear(name) for name in config.linear_shapes},
