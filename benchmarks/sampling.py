@@ -90,7 +90,7 @@ def _measure_torch(engine: str, config: DiTConfig, guided: list[int], steps: int
     if engine.startswith("torchao"):
         from benchmarks.peers import torchao_dit
 
-        recipe = {"options": torchao_dit.OPTIONS, "convert": getattr(torchao_dit, engine.removeprefix("torchao-"))}
+        recipe = torchao_dit.RECIPES[engine]
     yield from torch_dit.measure(config, guided, steps, repeats, **recipe)
 
 

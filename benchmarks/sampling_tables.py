@@ -19,6 +19,7 @@ ENGINES = {
     "torch": "bfloat16, PyTorch, torch.compile",
     "torch-graphs": "bfloat16, PyTorch, torch.compile with CUDA graphs",
     "torchao-int8": "W8A8, PyTorch, torchao, torch.compile with CUDA graphs",
+    "torchao-int8-tuned": "W8A8, PyTorch, torchao, torch.compile with CUDA graphs and tuned products",
     "torchao-fp8": "fp8, PyTorch, torchao, torch.compile with CUDA graphs",
 }
 #: Left to the full table.
@@ -53,7 +54,7 @@ def compact(document: dict[str, Any]) -> str:
     ]
     for engine, entries in _rows(document).items():
         if engine not in _NOT_IN_README:
-            cells = [_time(entries.get(count), document, "{:.1f} ({:.2f})") for count in guided]
+            cells = [_time(entries.get(count), document, "{:.2f} ({:.1f})") for count in guided]
             lines.append(f"| {ENGINES[engine]} | {_weights(entries)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -36,8 +36,8 @@ def test_the_compact_table_has_a_row_an_engine_in_a_fixed_order(document: dict[s
     assert lines[0].endswith("best of 2; one GPU, 2026-11-23, commit abc1234, JAX 0.11.2, Qwix 0.1.8.")
     assert lines[2].endswith("| weights, GB | 1 image | 8 images |")
     assert lines[4:] == [
-        "| **W8A8** | 1.35 | 2.0 (10.00) | 5.0 (32.00) |",
-        "| bfloat16, JAX with cuDNN attention | 1.35 | 4.0 (5.00) | 10.0 (16.00) |",
+        "| **W8A8** | 1.35 | 2.00 (10.0) | 5.00 (32.0) |",
+        "| bfloat16, JAX with cuDNN attention | 1.35 | 4.00 (5.0) | 10.00 (16.0) |",
     ]
 
 
