@@ -243,11 +243,13 @@ def _body(plan: _Plan, q: Any, k: Any, v: Any, *rest: Any) -> None:
 def _copy(plan: _Plan, k: Any, v: Any, scratch: _Scratch, unit_at: Any, count: jax.Array) -> None:
     """Fills the rings: for every unit the keys and values of its two heads."""
 
-    def fetch_unit(turn: jax.Array, _: Any) -> Any:
+    @pl.loop(0, count)
+    def fetch_unit(turn: jax.Array) -> None:
         unit = unit_at(turn)
         for head in range(2):
 
-            def fetch(step: jax.Array, _: Any, head: int = head) -> Any:
+            @pl.loop(0, plan.steps)
+            def fetch(step: jax.Array, head: int = head) -> None:
                 stage = (2 * turn + head) * plan.steps + step
                 at = pl.ds(unit.row + step * _KEYS, _KEYS), unit.columns(plan, head)
                 for source, (target, full, empty) in ((k, scratch.keys_at(stage)), (v, scratch.values_at(stage))):
@@ -257,20 +259,13 @@ def _copy(plan: _Plan, k: Any, v: Any, scratch: _Scratch, unit_at: Any, count: j
                         plgpu.barrier_wait(empty)
 
                     plgpu.copy_gmem_to_smem(source.at[at], target, full)
-                return ()
-
-            lax.fori_loop(0, plan.steps, fetch, ())
-        return ()
-
-    lax.fori_loop(0, count, fetch_unit, ())
-
-    def drain(stage: jax.Array, _: Any) -> Any:  # a barrier may not go away while an arrival at it has not been seen
-        for _, _, empty in (scratch.keys_at(stage), scratch.values_at(stage)):
-            plgpu.barrier_wait(empty)
-        return ()
 
     stages = 2 * count * plan.steps
-    lax.fori_loop(lax.max(stages - _STAGES, 0), stages, drain, ())
+
+    @pl.loop(lax.max(stages - _STAGES, 0), stages)
+    def drain(stage: jax.Array) -> None:  # a barrier may not go away while an arrival at it has not been seen
+        for _, _, empty in (scratch.keys_at(stage), scratch.values_at(stage)):
+            plgpu.barrier_wait(empty)
 
 
 def _multiply(
@@ -314,7 +309,7 @@ def _multiply(
         unit, own = rows(index)
         plgpu.copy_smem_to_gmem(staging, out.at[own, pl.ds(unit.column, 2 * plan.d)])
 
-    def both_heads(index: jax.Array, _: Any) -> Any:
+    def both_heads(index: jax.Array) -> None:
         def fetch_next() -> None:
             pl.when(index + 1 < count * plan.tiles_at_once)(lambda: fetch_queries(index + 1, 0))
 
@@ -322,7 +317,6 @@ def _multiply(
         one_head(index, 1, fetch_next)
         plgpu.commit_smem()
         store(index)
-        return ()
 
     first = jnp.int32(0)
     if plan.by_head:  # there is one unit for each block
@@ -340,7 +334,7 @@ def _multiply(
         fetch_queries(first, 0)
         if plan.in_turns:  # the second starts one turn behind
             pl.when(warpgroup == 1)(scratch.take_turns)
-        lax.fori_loop(0, count * plan.tiles_at_once, both_heads, ())
+        pl.loop(0, count * plan.tiles_at_once)(both_heads)
         if plan.in_turns:
             pl.when(warpgroup == 0)(scratch.take_turns)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
