@@ -84,8 +84,9 @@ def sorted_out(kernels: Iterable[tuple[str, float]], operations: dict[str, Opera
 def ceilings() -> Ceilings:
     """Measured on the default device."""
     size = 8192
+    # Floats: bytes of int8 XLA moves at less than half the bandwidth of an H200.
     wide, keys = jnp.zeros(2**28, jnp.float32), jax.random.split(jax.random.key(0), 2)
-    bandwidth = 2 * wide.nbytes / _seconds(jax.jit(lambda x: x + 1), wide)  # of int8 it would be a third on a GPU
+    bandwidth = 2 * wide.nbytes / _seconds(jax.jit(lambda x: x + 1), wide)
 
     def rate(dtype: Any, out: Any) -> float:
         a, b = (jax.random.randint(key, (size, size), -127, 127).astype(dtype) for key in keys)

@@ -162,12 +162,12 @@ def blocks_run_kernels_alone(q: ptq.QuantizedDiT) -> None:
     assert not any(body["while"] for body in found.values())
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dynamic", [None, ()], ids=["per-token", "static"])
-def test_blocks_are_kernels_alone(dynamic: tuple[()] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_kernels_alone(bits: int, dynamic: tuple[()] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is cut out of a stack, split or computed between the kernels; attention, which is cuDNN's, is left out here."""
     monkeypatch.setattr("ptq4dit_jax.engine.attention.mosaic_gpu.attention", lambda q, k, v, heads, sites: v)
-    for bits in (8, 4):
-        blocks_run_kernels_alone(small_model(bits, **({} if dynamic is None else {"dynamic_sites": dynamic})))
+    blocks_run_kernels_alone(small_model(bits, **({} if dynamic is None else {"dynamic_sites": dynamic})))
 
 
 def test_attention_is_a_kernel_that_gives_codes_where_it_covers_the_shape() -> None:

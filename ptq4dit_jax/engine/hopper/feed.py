@@ -126,6 +126,10 @@ def unpack(plan: Plan, zero_point: Any, to: Rings, count: jax.Array, at_turn: Ca
     block_n, half = plan.tiles.block[1], PACKED_ROWS // 2
     together = max(1, min(3, plan.tiles.stages // 2))
 
+    def load(at: Place) -> list[jax.Array]:
+        plgpu.barrier_wait(to.arrived.at[at.barrier])
+        return [_spread(load_words(to.packed, at.ring, at.stage, pl.ds(row, half))) for row in range(0, block_n // 2, half)]
+
     @pl.loop(0, count)
     def tile(turn: jax.Array) -> None:
         layer, _, column = at_turn(turn)
@@ -134,17 +138,11 @@ def unpack(plan: Plan, zero_point: Any, to: Rings, count: jax.Array, at_turn: Ca
 
         def unpack_stages(first: jax.Array, number: int) -> None:
             places = [_place(plan, turn, first + k) for k in range(number)]
-            packed = []
-            for at in places:
-                plgpu.barrier_wait(to.arrived.at[at.barrier])
-                for row in range(0, block_n // 2, half):
-                    packed.append(_spread(load_words(to.packed, at.ring, at.stage, pl.ds(row, half))))
-            for at in places:
-                for index in range(0, len(offsets), 2):
-                    words = packed.pop(0)
-                    for low, codes in ((index, words), (index + 1, lax.shift_right_logical(words, 4))):
-                        centered = _centered(codes, offsets[low])
-                        store_words(to.b, centered, at.ring, at.stage, pl.ds(low * half, half))
+            packed = [load(at) for at in places]
+            for at, blocks in zip(places, packed, strict=True):
+                halves = [codes for words in blocks for codes in (words, lax.shift_right_logical(words, 4))]
+                for index, (codes, offset) in enumerate(zip(halves, offsets, strict=True)):
+                    store_words(to.b, _centered(codes, offset), at.ring, at.stage, pl.ds(index * half, half))
             plgpu.commit_smem()
             for at in places:
                 plgpu.barrier_arrive(to.full.at[at.barrier])

@@ -30,7 +30,7 @@ from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, GatedResidual, GeluRequan
 
 #: Bulk copies want arrays of no more rows than this, or of a multiple.
 ROWS = 8
-#: Registers a thread of the multiplying, the copying and, of packed weights, the unpacking warpgroups: 512 in all.
+#: Registers a thread of the multiplying, the copying and, of packed weights, the unpacking warpgroups: all four have 512.
 _REGISTERS, _REGISTERS_PACKED = (232, 40, 0), (184, 40, 104)
 
 
