@@ -430,15 +430,20 @@ def test_codes_on_hopper(balanced: bool) -> None:
     assert (codes[0] != codes[1]).mean() < 1e-4
 
 
-@on_hopper
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_model_on_hopper_is_its_reference(bits: int) -> None:
+def medium_model(bits: int) -> tuple[ptq.FloatDiT, ptq.QuantizedDiT]:
+    """As wide as DiT-S/2, and the same quantized."""
     config = DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=384, depth=3, num_heads=6, num_classes=10)
     dit = ptq.FloatDiT.init(config, jax.random.key(0))
     settings = ptq.QuantConfig(weight_bits=bits, steps=4, calib_steps=4, calib_rows=8)
-    q = ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16)
+    return dit, ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16)
+
+
+@on_hopper
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_model_on_hopper_is_its_reference(bits: int) -> None:
+    dit, q = medium_model(bits)
     assert q.backend_choice.name == "mosaic_gpu"
-    x, y = jax.random.normal(jax.random.key(1), (8, *config.image_shape)), jnp.arange(8)
+    x, y = jax.random.normal(jax.random.key(1), (8, *q.config.image_shape)), jnp.arange(8)
     apply = jax.jit(lambda model: model.apply(x, jnp.array([400]), y).astype(jnp.float32))
     fast, slow, floats = (np.asarray(apply(m)) for m in (q, q.replace(backend="xla"), dit))
     noise = np.square(slow - floats).mean()
@@ -447,6 +452,17 @@ def test_a_model_on_hopper_is_its_reference(bits: int) -> None:
     before = apply._cache_size()
     apply(q)
     assert apply._cache_size() == before
+
+
+@on_hopper
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs several GPUs")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_several_gpus_make_the_images_of_one(bits: int) -> None:
+    _, q = medium_model(bits)
+    draw = partial(ptq.sample, q, np.arange(8), jax.random.key(2), steps=8, cfg_scale=1.5)
+    once = draw()
+    assert once.std() > 0.1
+    np.testing.assert_array_equal(draw(mesh=ptq.data_mesh()), once)
 
 
 def test_an_unknown_backend_is_refused_by_operations_too(raises_sentence: Any) -> None:

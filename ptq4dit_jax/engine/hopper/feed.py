@@ -66,7 +66,7 @@ class Place(NamedTuple):
     before: jax.Array
 
 
-def _place(plan: Plan, turn: jax.Array, k: jax.Array) -> Place:
+def place(plan: Plan, turn: jax.Array, k: jax.Array) -> Place:
     """Where step ``k`` of an output tile goes."""
     ring, before = lax.rem(turn, plan.rings), lax.div(turn, plan.rings) * plan.steps + k
     stage = lax.rem(before, plan.tiles.stages)
@@ -78,7 +78,7 @@ def each_step(plan: Plan, turn: jax.Array, body: Callable[[jax.Array, Place], No
 
     @pl.loop(0, plan.steps)
     def step(k: jax.Array) -> None:
-        body(k, _place(plan, turn, k))
+        body(k, place(plan, turn, k))
 
 
 def copy(plan: Plan, a: Any, b: Any, to: Rings, count: jax.Array, at_turn: Callable[[jax.Array], OutputTile]) -> None:
@@ -137,7 +137,7 @@ def unpack(plan: Plan, zero_point: Any, to: Rings, count: jax.Array, at_turn: Ca
         offsets = [_offset(load_of_layer(zero_point, layer, pl.ds(column + first, half))) for first in range(0, block_n, half)]
 
         def unpack_stages(first: jax.Array, number: int) -> None:
-            places = [_place(plan, turn, first + k) for k in range(number)]
+            places = [place(plan, turn, first + k) for k in range(number)]
             packed = [load(at) for at in places]
             for at, blocks in zip(places, packed, strict=True):
                 halves = [codes for words in blocks for codes in (words, lax.shift_right_logical(words, 4))]

@@ -25,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ptq4dit_jax.engine.hopper.common import core_count, load_vector, swizzled, transposed, widened
 from ptq4dit_jax.engine.hopper.epilogue import fetch_residual, finish_tile
-from ptq4dit_jax.engine.hopper.feed import Place, Rings, copy, each_step, rings, unpack
+from ptq4dit_jax.engine.hopper.feed import Place, Rings, copy, each_step, place, rings, unpack
 from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, GatedResidual, GeluRequantize, OutputTile, Plan, Tiles
 
 #: Bulk copies want arrays of no more rows than this, or of a multiple.
@@ -171,14 +171,24 @@ def _accumulate(plan: Plan, rings: Rings, turn: jax.Array, row: Any, column: Any
     rows, columns = pl.ds(row, plan.tiles.m), pl.ds(column, plan.tiles.n)
     b = rings.b[0] if plan.packed else rings.b
 
+    def leave(at: Place) -> None:
+        plgpu.barrier_arrive(rings.empty.at[at.barrier])
+
     def multiply(acc: Any) -> jax.Array:
-        def step(_: jax.Array, at: Place) -> None:
+        def step(k: jax.Array, at: Place) -> None:
             plgpu.barrier_wait(rings.full.at[at.barrier])
             plgpu.wgmma(acc, rings.a.at[at.ring, at.stage, rows], transposed(b.at[at.ring, at.stage, columns]))
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(rings.empty.at[at.barrier])
+            if plan.in_flight:
+                plgpu.wgmma_wait(1)  # for the product before this one
+                pl.when(k > 0)(lambda: leave(place(plan, turn, k - 1)))
+            else:
+                plgpu.wgmma_wait(0)
+                leave(at)
 
         each_step(plan, turn, step)
+        if plan.in_flight:
+            plgpu.wgmma_wait(0)
+            leave(place(plan, turn, jnp.int32(plan.steps - 1)))
         return acc[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((plan.tiles.m, plan.tiles.n), jnp.int32))

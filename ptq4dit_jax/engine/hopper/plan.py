@@ -107,6 +107,12 @@ class Plan:
         return 2 if self.tiles.sharing == "ping-pong" else 1
 
     @property
+    def in_flight(self) -> bool:
+        """Whether a step's product goes on while the next is issued. That pays where it is short; larger ones, which fill the
+        tensor cores longer than it takes to give a stage back, become slower by it (docs/kernels.md)."""
+        return self.tiles.m * self.tiles.n <= 64 * 64
+
+    @property
     def pieces(self) -> list[tuple[int, int, int]]:
         """Pieces of a warpgroup's tile that the epilogue handles at a time: first row, first column, columns."""
         width = 128 if self.requantized and self.tiles.n % 128 == 0 else 64

@@ -12,9 +12,9 @@ Kind = Literal["store", "gelu", "residual"]
 
 #: From the largest tiles to the smallest. Large ones read each operand less often; small ones keep all multiprocessors busy.
 _CANDIDATES: dict[Kind, tuple[Tiles, ...]] = {
-    "store": (Tiles(128, 128, 4), Tiles(64, 128, 4), Tiles(64, 64, 6)),
-    "gelu": (Tiles(128, 128, 3, "ping-pong"), Tiles(64, 192, 4), Tiles(64, 128, 4), Tiles(64, 64, 6)),
-    "residual": (Tiles(64, 192, 4), Tiles(64, 128, 4), Tiles(64, 64, 6)),
+    "store": (Tiles(128, 128, 4), Tiles(64, 128, 4), Tiles(64, 64, 8)),
+    "gelu": (Tiles(128, 128, 3, "ping-pong"), Tiles(64, 192, 4), Tiles(64, 128, 4), Tiles(64, 64, 8)),
+    "residual": (Tiles(64, 192, 4), Tiles(64, 128, 4), Tiles(64, 64, 8)),
 }
 #: Of packed weights, which take room in shared memory twice.
 _CANDIDATES_PACKED: dict[Kind, tuple[Tiles, ...]] = {
