@@ -27,8 +27,10 @@ def data_size(mesh: Mesh | None) -> int:
 
 
 def replicate(mesh: Mesh | None, tree: Any) -> Any:
-    """The tree with every leaf whole on every device of the mesh, or without one on the default device."""
-    return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+    """The tree with every leaf whole on every device of the mesh, or without one on a device: where it is, or the default."""
+    if mesh is None:
+        return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), tree)
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def shard(mesh: Mesh | None, tree: Any, axis: int = 0) -> Any:

@@ -273,9 +273,11 @@ def test_a_batch_moves_nothing_between_host_and_device(tiny_model, key, all_at_o
     assert_close(np.asarray(images), all_at_once)
 
 
-def test_a_sharded_run_makes_explicit_transfers_only(toy, key, explicit, mesh8):
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_run_makes_intended_transfers_only(toy, key, explicit, request, devices):
+    mesh = request.getfixturevalue("mesh8") if devices == 8 else None
     with jax.transfer_guard("disallow"):
-        images = sample(toy, LABELS, key, batch_size=2, mesh=mesh8, **explicit)
+        images = sample(toy, LABELS, key, batch_size=2, mesh=mesh, **explicit)
     assert_close(images, sample(toy, LABELS, key, **explicit))
 
 
