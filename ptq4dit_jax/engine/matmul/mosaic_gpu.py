@@ -7,7 +7,6 @@ unpacked by the kernels where rows are few and no width is padded, and by XLA, a
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -52,15 +51,6 @@ def _stack_widened(leaf: Leaf, size: int) -> jax.Array:
     return stack_of(leaf) if leaf.shape[-1] == size else widened(taken(leaf), size)[None]
 
 
-def _codes_beside(weight: QTensor, x: jax.Array) -> jax.Array:
-    """The weight's codes, (N, K) int8; packed ones are not unpacked before ``x`` is there. No step of a sampler changes them,
-    so XLA would unpack the weights of all layers ahead of its loop and keep them beside the packed ones."""
-    if weight.packed:
-        values, _ = jax.lax.optimization_barrier((weight.values, x))
-        weight = dataclasses.replace(weight, values=values)
-    return weight.codes()
-
-
 def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operands:
     """``finish`` is what else of the layer the kernel reads."""
     if x.values.ndim != 3 or bias.ndim != 1 or x.scale.dtype != jnp.float32:
@@ -70,7 +60,7 @@ def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operand
     if (padded_N, padded_K) == (N, K) and (not weight.packed or B * T <= tiles.UNPACKING_ROWS):
         codes, weight_zero = stack_of(weight.values), stack_of(weight.zero_point) if weight.packed else None
     else:
-        codes, weight_zero = widened(widened(_codes_beside(taken(weight), x.values), padded_K), padded_N, axis=0)[None], None
+        codes, weight_zero = widened(widened(taken(weight).codes(fusible=False), padded_K), padded_N, axis=0)[None], None
     scale = jnp.broadcast_to(x.scale, (B, T, 1)).reshape(-1, 1) if x.scale.ndim else stack_of(x.scale)
     vectors = _stack_widened(weight.scale, padded_N), _stack_widened(bias, padded_N).astype(jnp.float32)
     values = widened(x.values.reshape(B * T, K), padded_K)
