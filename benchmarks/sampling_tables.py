@@ -1,4 +1,4 @@
-"""What benchmarks/sampling.py writes: the tables, and partial results joined."""
+"""What benchmarks/sampling.py writes: the tables, a picture, and partial results joined."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from benchmarks import common
 
 README = common.ROOT / "README.md"
 PAGE = common.ROOT / "docs" / "kernels.md"
+PICTURE = common.ROOT / "docs" / "speed.png"
 #: In the order of the tables.
 ENGINES = {
     "w8a8": "**W8A8**",
@@ -34,13 +37,14 @@ def results(input_size: int) -> Path:
 
 
 def put() -> None:
-    """Rewrites the tables in the documents from the stored results."""
+    """Rewrites the tables in the documents, and the picture, from the stored results."""
     for size in (32, 64):
         if results(size).exists():
             document = json.loads(results(size).read_text())
             common.put_table(PAGE, f"sampling.py, {8 * size} px", full(document))
             if size == 32:
                 common.put_table(README, "sampling.py", compact(document))
+                figure(document).savefig(PICTURE, dpi=120)
 
 
 def compact(document: dict[str, Any]) -> str:
@@ -57,6 +61,30 @@ def compact(document: dict[str, Any]) -> str:
             cells = [_time(entries.get(count), document, "{:.2f} ({:.1f})") for count in guided]
             lines.append(f"| {ENGINES[engine]} | {_weights(entries)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def figure(document: dict[str, Any]) -> Figure:
+    """Images a second by engine, a panel with a scale of its own for each number of images."""
+    rows = {engine: entries for engine, entries in _rows(document).items() if engine not in _NOT_IN_README}
+    made = Figure(figsize=(11.0, 0.4 * len(rows) + 1.0), layout="constrained")
+    for axes, count in zip(
+        made.subplots(1, len(document["guided"]), sharey=True, squeeze=False).flat, document["guided"], strict=True
+    ):
+        for place, (engine, entries) in enumerate(rows.items()):
+            if (entry := entries.get(count)) is not None:
+                rate = _rate(entry, document)
+                axes.barh(place, rate, color="#0072B2" if ENGINES[engine].startswith("**") else "#BBBBBB")
+                axes.annotate(f" {rate:.1f}", (rate, place), va="center", fontsize=9)
+        axes.set_yticks(range(len(rows)), [_short(engine) for engine in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
+        axes.set_title(_images(count), loc="left", fontsize=10)
+        axes.set_xticks([])  # the bars say how long they are
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.margins(x=0.15)
+    made.supxlabel(
+        f"images a second, 50 steps; {document['model']}, {document['input_size'] * 8} px, {document['hardware']}", fontsize=9
+    )
+    return made
 
 
 def full(document: dict[str, Any]) -> str:
@@ -120,12 +148,21 @@ def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count} images"
 
 
+def _short(engine: str) -> str:
+    """An engine's name without markup and what all of its kind have."""
+    return ENGINES[engine].replace("**", "").replace(", torch.compile", "").replace("JAX with cuDNN attention", "JAX")
+
+
+def _rate(entry: dict[str, Any], document: dict[str, Any]) -> float:
+    """Images a second with 50 steps."""
+    return entry["guided"] * document["steps"] / (50 * min(entry["seconds"]))
+
+
 def _time(entry: dict[str, Any] | None, document: dict[str, Any], form: str) -> str:
     """Milliseconds a step and images a second in this form; nothing where it was not measured."""
     if entry is None:
         return ""
-    step = min(entry["seconds"]) / document["steps"]
-    return form.format(1e3 * step, entry["guided"] / (50 * step))
+    return form.format(1e3 * min(entry["seconds"]) / document["steps"], _rate(entry, document))
 
 
 def _weights(entries: dict[int, dict[str, Any]]) -> str:
