@@ -67,9 +67,8 @@ def figure(document: dict[str, Any]) -> Figure:
     """Images a second by engine, a panel with a scale of its own for each number of images."""
     rows = {engine: entries for engine, entries in _rows(document).items() if engine not in _NOT_IN_README}
     made = Figure(figsize=(11.0, 0.4 * len(rows) + 1.0), layout="constrained")
-    for axes, count in zip(
-        made.subplots(1, len(document["guided"]), sharey=True, squeeze=False).flat, document["guided"], strict=True
-    ):
+    [panels] = made.subplots(1, len(document["guided"]), sharey=True, squeeze=False)
+    for axes, count in zip(panels, document["guided"], strict=True):
         for place, (engine, entries) in enumerate(rows.items()):
             if (entry := entries.get(count)) is not None:
                 rate = _rate(entry, document)

@@ -236,10 +236,10 @@ def run_chain(
 
     # Those transfers are meant, should a caller forbid others.
     placing = partial(jax.transfer_guard_host_to_device, "allow") if mesh is None else nullcontext
-    images, kept = [], []
+    indices_N, images, kept = np.arange(total, dtype=np.int32), [], []
     for start in range(0, total, batch):
         stop = min(start + batch, total)
-        rows = batch_of(np.arange(total, dtype=np.int32), start), batch_of(labels_N, start)
+        rows = batch_of(indices_N, start), batch_of(labels_N, start)
         with placing():
             x, inputs = sample_batch(
                 model, tables, key, *rows, scale, batch_of(noise, start), batch_of(step_noise, start, 1), slots, decoder,

@@ -1,15 +1,18 @@
-"""What several test modules share: a small model, the same model with salient channels, and how far two arrays are apart."""
+"""What several test modules share: a small model, one with salient channels, a lowered sampler, and the distance of arrays."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import DiTConfig, init_params
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.sampling import sample_batch
 
 
 def tiny_config(**overrides: Any) -> DiTConfig:
@@ -65,6 +68,16 @@ def random_inputs(config: DiTConfig, rows: int, seed: int = 0) -> tuple[np.ndarr
     rng = np.random.default_rng(seed)
     labels = np.arange(rows, dtype=np.int32) % (config.num_classes + config.null_class)
     return rng.standard_normal((rows, *config.image_shape), np.float32), labels
+
+
+def lowered_sampler(model: Any, steps: int, rows: int = 3) -> Any:
+    """The deterministic sampler with its noise given, so that the program holds no loops of the random number generator."""
+    tables = Sampler(name="ddim", steps=steps).tables(model.schedule)
+    noise = jnp.zeros((rows, *model.config.image_shape))
+    return sample_batch.lower(
+        model, tables, jax.random.key(0), jnp.arange(rows), jnp.zeros(rows, jnp.int32), jnp.float32(1.5), noise, None, None,
+        stochastic=False, learned_variance=False, guided=True, channels="first3", num_kept=0,
+    )  # fmt: skip
 
 
 def relative_error(actual: ArrayLike, expected: ArrayLike) -> float:

@@ -22,7 +22,6 @@ from ptq4dit_jax.engine.hopper import gemm, tiles
 from ptq4dit_jax.engine.hopper.plan import GatedResidual, GeluRequantize, Tiles
 from ptq4dit_jax.engine.stacks import OfLayer
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, pack_nibbles
-from ptq4dit_jax.sampling import sample_batch
 
 IS_HOPPER = backends.resolve("auto", "bfloat16").name == "mosaic_gpu"
 on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0")
@@ -470,12 +469,9 @@ def test_weights_that_xla_unpacks_are_not_held_unpacked() -> None:
     config = DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=16, num_heads=16, num_classes=10)
     settings = ptq.QuantConfig(weight_bits=4, steps=2, calib_steps=2, calib_rows=2, step_groups=2, range_search="minmax")
     q = ptq.quantize(ptq.FloatDiT.init(config, jax.random.key(0)), settings, key=jax.random.key(0)).astype(jnp.bfloat16)
-    program = sample_batch.lower(
-        q, ptq.Sampler(steps=4).tables(q.schedule), jax.random.key(0), jnp.arange(3), jnp.zeros(3, jnp.int32), jnp.float32(1.5),
-        None, None, None, stochastic=True, learned_variance=True, guided=True, channels="first3", num_kept=0,
-    )  # fmt: skip
     unpacked = config.depth * 12 * config.hidden_size**2
-    assert program.compile().memory_analysis().temp_size_in_bytes < unpacked / 2
+    program = helpers.lowered_sampler(q, 4).compile()
+    assert program.memory_analysis().temp_size_in_bytes < unpacked / 2
 
 
 @on_hopper

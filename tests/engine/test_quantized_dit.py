@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
-from helpers import relative_error, tiny_model
+from helpers import lowered_sampler, relative_error, tiny_model
 from jax.sharding import Mesh
 
 import ptq4dit_jax as ptq
@@ -28,7 +28,6 @@ from ptq4dit_jax import dit
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.engine import QLinear, quantized_dit
 from ptq4dit_jax.model import FloatDiT
-from ptq4dit_jax.sampling import sample_batch
 
 DIGITS = Path(__file__).parents[2] / "models" / "digits"
 STEPS = 10
@@ -196,16 +195,6 @@ def test_one_and_eight_devices_give_the_same_bytes_and_so_does_a_second_run(
         assert spread.tobytes() == once.tobytes(), f"{sampler}: samples {moved} differ"
 
 
-def lowered_sampler(model: ptq.QuantizedDiT, rows: int = 3) -> Any:
-    """The deterministic sampler with its noise given, so that the program holds no loops of the random number generator."""
-    tables = ptq.Sampler(name="ddim", steps=STEPS).tables(model.schedule)
-    noise = jnp.zeros((rows, *model.config.image_shape))
-    return sample_batch.lower(
-        model, tables, jax.random.key(0), jnp.arange(rows), jnp.zeros(rows, jnp.int32), jnp.float32(1.5), noise, None, None,
-        stochastic=False, learned_variance=False, guided=True, channels="first3", num_kept=0,
-    )  # fmt: skip
-
-
 def dots(program: str) -> Counter[tuple[str, str, str]]:
     """Element types (left, right, result) of every product in a StableHLO program."""
     pattern = r"stablehlo\.dot_general .*: \(tensor<([^>]*)>, tensor<([^>]*)>\) -> tensor<([^>]*)>"
@@ -231,7 +220,7 @@ def test_the_sampler_multiplies_integers_wherever_the_table_says_so(
     assert {row["layer"] for row in table if not row["integer"]} == float_fed
     assert len(table) == 12
     expected = {("i8", "i8", "i32"): 12 - len(float_fed), ("f32", "f32", "f32"): len(float_fed)}
-    program = lowered_sampler(model).as_text()
+    program = lowered_sampler(model, STEPS).as_text()
     assert program.count("stablehlo.dot_general") + program.count("stablehlo.convolution") == 12
     assert dots(program) == Counter({kind: count for kind, count in expected.items() if count})
 
@@ -239,7 +228,7 @@ def test_the_sampler_multiplies_integers_wherever_the_table_says_so(
 @pytest.mark.slow
 def test_the_sampler_is_one_loop_over_the_steps_around_one_over_the_blocks(quantized: Quantized) -> None:
     model = quantized(8, "edges8")
-    lowered = lowered_sampler(model)
+    lowered = lowered_sampler(model, STEPS)
     assert lowered.as_text().count("stablehlo.while") == 2
     compiled = lowered.compile().as_text()
     trips = [int(n) for n in re.findall(r' while\(.*"known_trip_count":\{"n":"(\d+)"', compiled)]
