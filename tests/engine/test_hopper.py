@@ -18,7 +18,7 @@ from ptq4dit_jax import terminal
 from ptq4dit_jax.devices import DeviceKind
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import backends, encode, matmul
-from ptq4dit_jax.engine.hopper import gemm, tiles
+from ptq4dit_jax.engine.hopper import gemm, nibbles, tiles
 from ptq4dit_jax.engine.hopper.plan import GatedResidual, GeluRequantize, Tiles
 from ptq4dit_jax.engine.stacks import OfLayer
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, pack_nibbles
@@ -153,11 +153,11 @@ def functions(program: str) -> dict[str, Counter[str]]:
     return {name: Counter(operation.findall(body)) for name, body in bodies}
 
 
-def blocks_run_kernels_alone(q: ptq.QuantizedDiT) -> None:
-    """The program has one function for a block, called for each, of nothing but seven kernels; and no loop."""
+def blocks_run_kernels_alone(q: ptq.QuantizedDiT, kernels: int = 7) -> None:
+    """The program has one function for a block, called for each, of nothing but kernels; and no loop."""
     found = functions(lowered_model(q))
     [(name, block)] = [(name, body) for name, body in found.items() if name != "main" and body["custom_call"]]
-    assert {kind: count for kind, count in block.items() if kind not in ("reshape", "constant")} == {"custom_call": 7}
+    assert {kind: count for kind, count in block.items() if kind not in ("reshape", "constant")} == {"custom_call": kernels}
     assert found["main"][f"call @{name}"] == q.config.depth
     assert not any(body["while"] for body in found.values())
 
@@ -170,12 +170,11 @@ def test_blocks_are_kernels_alone(bits: int, dynamic: tuple[()] | None, monkeypa
     blocks_run_kernels_alone(small_model(bits, **({} if dynamic is None else {"dynamic_sites": dynamic})))
 
 
-def test_many_rows_take_weights_that_xla_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By concatenations, of which XLA does not merge those of all layers; a GPU's test looks at what that takes."""
+def test_many_rows_take_weights_that_are_unpacked_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by a kernel before its product, and nothing is cut out of a stack for it."""
+    monkeypatch.setattr("ptq4dit_jax.engine.attention.mosaic_gpu.attention", lambda q, k, v, heads, sites: v)
     monkeypatch.setattr(tiles, "UNPACKING_ROWS", 64)
-    found = functions(lowered_model(small_model(4)))
-    [block] = [body for name, body in found.items() if name != "main" and body["custom_call"]]
-    assert block["concatenate"] == block["shift_right_logical"] == 4  # shifted are the high halves alone
+    blocks_run_kernels_alone(small_model(4), kernels=11)
 
 
 def test_attention_is_a_kernel_that_gives_codes_where_it_covers_the_shape() -> None:
@@ -368,6 +367,18 @@ def test_all_layers_at_once_on_hopper(L: int, B: int, K: int, N: int) -> None:
         assert_within_one_ulp(got, np.asarray(want, np.float64))
 
 
+@on_hopper
+@pytest.mark.parametrize(("N", "K"), [(64, 128), (384, 256), (3456, 1152)])
+@pytest.mark.parametrize("alone", [False, True])
+def test_unpacking_alone_on_hopper(N: int, K: int, alone: bool) -> None:
+    """Every code with every zero point, of a layer among others that hold what would show."""
+    codes = np.random.default_rng(N).integers(0, 16, (1 if alone else 3, N, K)).astype(np.uint8)
+    zero = ((np.arange(codes.shape[0] * N) * 7) % 16).astype(np.int8).reshape(-1, N)
+    unpack = jax.jit(lambda *stacks: nibbles.unpacked(*stacks, jnp.asarray([2]), after=jnp.zeros(8)))
+    got = unpack(pack_nibbles(jnp.asarray(codes)), jnp.asarray(zero))
+    np.testing.assert_array_equal(np.asarray(got, int), (codes.astype(int) - zero[..., None])[-1:])
+
+
 def in_stack(tree: Any, index: int) -> Any:
     """The tree as layer ``index`` of stacks of three whose other layers hold NaN or the end of an integer type."""
 
@@ -464,8 +475,8 @@ def test_a_model_on_hopper_is_its_reference(bits: int) -> None:
 
 
 @on_hopper
-def test_weights_that_xla_unpacks_are_not_held_unpacked() -> None:
-    """XLA merged the unpacking of all layers, of deep and wide models only."""
+def test_weights_of_all_layers_are_not_held_unpacked() -> None:
+    """Which XLA does where nothing ties the unpacking of one to its layer, in deep and wide models only."""
     config = DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=16, num_heads=16, num_classes=10)
     settings = ptq.QuantConfig(weight_bits=4, steps=2, calib_steps=2, calib_rows=2, step_groups=2, range_search="minmax")
     q = ptq.quantize(ptq.FloatDiT.init(config, jax.random.key(0)), settings, key=jax.random.key(0)).astype(jnp.bfloat16)

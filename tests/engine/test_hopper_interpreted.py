@@ -20,7 +20,7 @@ from hopper_helpers import HAS_INTERPRETER, interpreter
 import ptq4dit_jax as ptq
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import backends, matmul
-from ptq4dit_jax.engine.hopper import feed, gemm, rows
+from ptq4dit_jax.engine.hopper import gemm, nibbles, rows
 from ptq4dit_jax.engine.hopper.plan import GatedResidual, GeluRequantize, Tiles
 from ptq4dit_jax.engine.stacks import OfLayer
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, pack_nibbles
@@ -46,8 +46,8 @@ LAYER, LAYERS = 2, 4
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(gemm, "core_count", lambda: 3)  # so that a block has several tiles
     # The interpreter keeps the bytes and the words of the same memory apart; here words are made of bytes.
-    monkeypatch.setattr(feed, "load_words", words_of_bytes)
-    monkeypatch.setattr(feed, "store_words", bytes_of_words)
+    monkeypatch.setattr(nibbles, "load_words", words_of_bytes)
+    monkeypatch.setattr(nibbles, "store_words", bytes_of_words)
     with interpreter():
         yield
 
@@ -125,6 +125,20 @@ def test_packed_weights(cut: Tiles, M: int, K: int, alone: bool) -> None:
     zeros = stacked(zero, alone=alone)
     [y] = gemm.int8_matmul(a, packed, jnp.ones((M, 1)), *stacks, layer(), tiles=cut, weight_zero=zeros)
     near(y, exact(a, codes.astype(int) - zero[:, None], np.ones(M, np.float32), *vectors))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_unpacking_alone(alone: bool) -> None:
+    """Every code with every zero point."""
+    codes = np.random.default_rng(0).integers(0, 16, (N, K)).astype(np.uint8)
+    zero = (np.arange(N) % 16).astype(np.int8)
+    packed = np.asarray(pack_nibbles(jnp.asarray(codes)))
+    stacks = stacked(packed, alone=alone), stacked(zero, alone=alone)
+    unpack = lambda *stacks: nibbles.unpacked(*stacks, layer(), after=jnp.zeros((3, 5), jnp.int8))
+    for run in (unpack, jax.jit(unpack)):
+        got = run(*stacks)
+        assert got.dtype == jnp.int8
+        np.testing.assert_array_equal(np.asarray(got, int), (codes.astype(int) - zero[:, None])[None])
 
 
 @pytest.mark.parametrize("bits", [8, 4])

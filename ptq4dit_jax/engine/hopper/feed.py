@@ -12,17 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ptq4dit_jax.engine.hopper.common import load_of_layer, load_words, store_words, swizzled
+from ptq4dit_jax.engine.hopper import nibbles
+from ptq4dit_jax.engine.hopper.common import swizzled
 from ptq4dit_jax.engine.hopper.plan import TILE_K, OutputTile, Plan
-from ptq4dit_jax.quantizers import PACKED_ROWS
-
-#: In each byte of a word: the low half, and the sign.
-_LOW, _SIGN = np.int32(0x0F0F0F0F), np.int32(-0x7F7F7F80)
 
 
 class Rings(NamedTuple):
@@ -42,17 +38,13 @@ def rings(plan: Plan) -> Rings:
     (block_m, block_n), lead = plan.tiles.block, (plan.rings, plan.tiles.stages)
     as_bytes = lambda shape, dtype: plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
     barriers = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.rings * plan.tiles.stages)
-
-    def both(shape: tuple[int, ...], dtype: Any) -> Any:
-        return plgpu.RefUnion(as_bytes(shape, dtype), as_bytes((*shape[:-1], shape[-1] // 4), jnp.int32))
-
     b = (*lead, block_n, TILE_K)
     return Rings(
         a=as_bytes((*lead, block_m, TILE_K), jnp.int8),
-        b=both(b, jnp.int8) if plan.packed else as_bytes(b, jnp.int8),
+        b=nibbles.bytes_and_words(b, jnp.int8) if plan.packed else as_bytes(b, jnp.int8),
         full=barriers(2),  # both operands
         empty=barriers(2 // plan.rings),
-        packed=both((*lead, block_n // 2, TILE_K), jnp.uint8) if plan.packed else None,
+        packed=nibbles.bytes_and_words((*lead, block_n // 2, TILE_K), jnp.uint8) if plan.packed else None,
         arrived=barriers(1) if plan.packed else None,
     )
 
@@ -123,26 +115,23 @@ def unpack(plan: Plan, zero_point: Any, to: Rings, count: jax.Array, at_turn: Ca
 
     Several stages at a time where the ring has them: most of the time from an arrival to the fence behind it is waiting.
     """
-    block_n, half = plan.tiles.block[1], PACKED_ROWS // 2
+    block_n = plan.tiles.block[1]
     together = max(1, min(3, plan.tiles.stages // 2))
 
     def load(at: Place) -> list[jax.Array]:
         plgpu.barrier_wait(to.arrived.at[at.barrier])
-        return [_spread(load_words(to.packed, at.ring, at.stage, pl.ds(row, half))) for row in range(0, block_n // 2, half)]
+        return nibbles.load(to.packed, block_n, at.ring, at.stage)
 
     @pl.loop(0, count)
     def tile(turn: jax.Array) -> None:
         layer, _, column = at_turn(turn)
-        # Of every 64 rows of a tile, 32 of bytes make the first and the second 32 (:func:`pack_nibbles`).
-        offsets = [_offset(load_of_layer(zero_point, layer, pl.ds(column + first, half))) for first in range(0, block_n, half)]
+        offsets = nibbles.offsets(zero_point, layer, column, block_n)
 
         def unpack_stages(first: jax.Array, number: int) -> None:
             places = [place(plan, turn, first + k) for k in range(number)]
             packed = [load(at) for at in places]
-            for at, blocks in zip(places, packed, strict=True):
-                halves = [codes for words in blocks for codes in (words, lax.shift_right_logical(words, 4))]
-                for index, (codes, offset) in enumerate(zip(halves, offsets, strict=True)):
-                    store_words(to.b, _centered(codes, offset), at.ring, at.stage, pl.ds(index * half, half))
+            for at, words in zip(places, packed, strict=True):
+                nibbles.store(to.b, words, offsets, at.ring, at.stage)
             plgpu.commit_smem()
             for at in places:
                 plgpu.barrier_arrive(to.full.at[at.barrier])
@@ -150,19 +139,3 @@ def unpack(plan: Plan, zero_point: Any, to: Rings, count: jax.Array, at_turn: Ca
         left = plan.steps % together
         pl.loop(0, plan.steps - left, step=together)(partial(unpack_stages, number=together))
         pl.loop(plan.steps - left, plan.steps)(partial(unpack_stages, number=1))
-
-
-def _spread(words: jax.Array) -> jax.Array:
-    """The words, 16 bytes to a thread: every access to shared memory is as wide as can be."""
-    return plgpu.layout_cast(words, plgpu.Layout.SMEM_GMEM_COPY(words.shape, words.dtype, 4 * words.shape[1]))
-
-
-def _offset(zero_point: jax.Array) -> jax.Array:
-    """128 less the zero point, in each byte of a word: (rows,) int8 to int32."""
-    return _SIGN - zero_point.astype(jnp.int32) * np.int32(0x01010101)
-
-
-def _centered(words: jax.Array, offset: jax.Array) -> jax.Array:
-    """The codes in the low halves of the bytes of ``words`` (rows, columns) int32, less the zero points of their rows: sums
-    with the ``offset`` (rows,) stay above 0, so that no byte borrows from the next."""
-    return ((words & _LOW) + lax.broadcast_in_dim(offset, words.shape, (0,))) ^ _SIGN

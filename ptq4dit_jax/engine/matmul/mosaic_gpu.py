@@ -2,7 +2,7 @@
 
 Covers activations (B, T, K) that become bfloat16 or int8, with one group of steps for all rows. Kernels read what they can out
 of the stacks of layers. Widths that are no multiple of 128 are padded with zeros, which change no sum. 4-bit weights are
-unpacked by the kernels where rows are few and no width is padded, and by XLA, a layer at a time, elsewhere.
+unpacked by the kernels where rows are few, by a kernel before them where they are many, and by XLA where a width is padded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from ptq4dit_jax.engine.hopper import gemm, tiles
+from ptq4dit_jax.engine.hopper import gemm, nibbles, tiles
 from ptq4dit_jax.engine.hopper.common import widened
 from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, TILE_K, GatedResidual, GeluRequantize
 from ptq4dit_jax.engine.stacks import Leaf, layer_of, stack_of, taken
@@ -57,13 +57,19 @@ def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operand
         raise NotImplementedError
     (B, T, K), N = x.values.shape, weight.shape[-2]
     padded_N, padded_K = (-(-size // TILE_K) * TILE_K for size in (N, K))
-    if (padded_N, padded_K) == (N, K) and (not weight.packed or B * T <= tiles.UNPACKING_ROWS):
-        codes, weight_zero = stack_of(weight.values), stack_of(weight.zero_point) if weight.packed else None
+    values = widened(x.values.reshape(B * T, K), padded_K)
+    weight_zero = None
+    if (padded_N, padded_K) != (N, K):
+        codes = widened(widened(taken(weight).codes(), padded_K), padded_N, axis=0)[None]
+    elif not weight.packed:
+        codes = stack_of(weight.values)
+    elif B * T <= tiles.UNPACKING_ROWS:
+        codes, weight_zero = stack_of(weight.values), stack_of(weight.zero_point)
     else:
-        codes, weight_zero = widened(widened(taken(weight).codes(fusible=False), padded_K), padded_N, axis=0)[None], None
+        stacks = stack_of(weight.values), stack_of(weight.zero_point)
+        codes = nibbles.unpacked(*stacks, layer_of(weight), after=values)
     scale = jnp.broadcast_to(x.scale, (B, T, 1)).reshape(-1, 1) if x.scale.ndim else stack_of(x.scale)
     vectors = _stack_widened(weight.scale, padded_N), _stack_widened(bias, padded_N).astype(jnp.float32)
-    values = widened(x.values.reshape(B * T, K), padded_K)
     return _Operands((values, codes, scale, *vectors, layer_of(x, weight, bias, finish)), weight_zero, (B, T, N))
 
 

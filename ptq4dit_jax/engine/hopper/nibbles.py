@@ -1,0 +1,90 @@
+"""4-bit weights in shared memory, and the kernel that only unpacks them.
+
+Words of four bytes are unpacked at a time: of every 64 rows of a weight the first 32 are the low halves of 32 rows of bytes,
+the others the high halves (:func:`ptq4dit_jax.quantizers.pack_nibbles`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from ptq4dit_jax.engine.hopper.common import load_of_layer, load_vector, load_words, store_words, swizzled
+from ptq4dit_jax.engine.hopper.plan import TILE_K
+from ptq4dit_jax.quantizers import PACKED_ROWS
+
+_HALF = PACKED_ROWS // 2
+#: In each byte of a word: the low half, and the sign.
+_LOW, _SIGN = np.int32(0x0F0F0F0F), np.int32(-0x7F7F7F80)
+
+
+def bytes_and_words(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory to be read and written as bytes and as words."""
+    views = (shape, dtype), ((*shape[:-1], shape[-1] // 4), jnp.int32)
+    return plgpu.RefUnion(*(plgpu.SMEM(view, kind, transforms=swizzled(view[-1], kind)) for view, kind in views))
+
+
+def load(ref: Any, rows: int, *at: Any) -> list[jax.Array]:
+    """The packed words of ``rows`` rows of a weight, in blocks; 16 bytes to a thread, so that every access is as wide as can
+    be."""
+    words = (load_words(ref, *at, pl.ds(row, _HALF)) for row in range(0, rows // 2, _HALF))
+    return [plgpu.layout_cast(w, plgpu.Layout.SMEM_GMEM_COPY(w.shape, w.dtype, 4 * w.shape[1])) for w in words]
+
+
+def offsets(zero_point: Any, layer: jax.Array, first: jax.Array, rows: int) -> list[jax.Array]:
+    """128 less the zero points of rows from ``first`` of a layer, in each byte of a word, in blocks."""
+    blocks = (load_of_layer(zero_point, layer, pl.ds(first + row, _HALF)) for row in range(0, rows, _HALF))
+    return [_SIGN - block.astype(jnp.int32) * np.int32(0x01010101) for block in blocks]
+
+
+def store(ref: Any, packed: list[jax.Array], offsets: list[jax.Array], *at: Any) -> None:
+    """Writes the codes of what :func:`load` gave, less zero points: sums with the ``offsets`` stay above 0, so that no byte
+    borrows from the next."""
+    halves = [codes for words in packed for codes in (words, lax.shift_right_logical(words, 4))]
+    for index, (words, offset) in enumerate(zip(halves, offsets, strict=True)):
+        centered = ((words & _LOW) + lax.broadcast_in_dim(offset, words.shape, (0,))) ^ _SIGN
+        store_words(ref, centered, *at, pl.ds(index * _HALF, _HALF))
+
+
+def unpacked(packed: jax.Array, zero_point: jax.Array, layer: jax.Array, after: jax.Array) -> jax.Array:
+    """One layer of packed weights as centered codes.
+
+    Args:
+      packed: (S, N / 2, K) uint8, stacks as in :mod:`ptq4dit_jax.engine.hopper.gemm`; N a multiple of 64, K of 128.
+      zero_point: (S, N) int8.
+      layer: (1,) int32.
+      after: what is computed before. The kernel does not read it; without it XLA would unpack all layers of a model at once,
+        before its loop over steps, and hold them.
+
+    Returns:
+      (1, N, K) int8, a stack of that layer.
+    """
+    (N, K), half = (zero_point.shape[-1], packed.shape[-1]), packed.shape[-2]
+
+    def body(packed_ref: Any, zero_ref: Any, layer_ref: Any, _: Any, out_ref: Any, given: Any, made: Any, arrived: Any) -> None:
+        layer, row, column = load_vector(layer_ref, 0), lax.axis_index("rows"), lax.axis_index("columns") * TILE_K
+        above = layer * half if packed_ref.shape[0] > half else 0  # the layers before
+        columns = pl.ds(column, TILE_K)
+        plgpu.copy_gmem_to_smem(packed_ref.at[pl.ds(above + row * _HALF, _HALF), columns], given[0], arrived)
+        of_rows = offsets(zero_ref, layer, row * PACKED_ROWS, PACKED_ROWS)
+        plgpu.barrier_wait(arrived)
+        store(made, load(given, PACKED_ROWS), of_rows)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(made[0], out_ref.at[pl.ds(row * PACKED_ROWS, PACKED_ROWS), columns])
+        plgpu.wait_smem_to_gmem(0)
+
+    kernel = plgpu.kernel(
+        body, out_type=jax.ShapeDtypeStruct((N, K), jnp.int8), grid=(N // PACKED_ROWS, K // TILE_K),
+        grid_names=("rows", "columns"), kernel_name=f"unpack_{N}x{K}",
+        scratch_types=[
+            bytes_and_words((_HALF, TILE_K), jnp.uint8), bytes_and_words((PACKED_ROWS, TILE_K), jnp.int8), plgpu.Barrier(),
+        ],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )  # fmt: skip
+    return kernel(packed.reshape(-1, K), zero_point, layer, after).reshape(1, N, K)
