@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ptq4dit_jax import dit
 from ptq4dit_jax.dit import DiTConfig
-from ptq4dit_jax.engine import backends
+from ptq4dit_jax.engine import backends, matmul
 from ptq4dit_jax.engine.attention import attention, attention_codes, covers_codes
 from ptq4dit_jax.engine.layers import Fed, QLinear, in_unit_steps
 from ptq4dit_jax.engine.stacks import Leaf, of_layer
@@ -127,6 +127,8 @@ def _blocks(config: DiTConfig, of_blocks: _OfBlock, x_BTD: jax.Array, backend: s
 
 def _block(config: DiTConfig, of_block: _OfBlock, x_BTD: jax.Array, backend: str) -> jax.Array:
     linears, sites, (shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp) = of_block
+    weights = matmul.in_int8({name: layer.weight for name, layer in linears.items() if layer.integer}, x_BTD, backend=backend)
+    linears = {name: dataclasses.replace(layer, weight=weights.get(name, layer.weight)) for name, layer in linears.items()}
 
     qkv, proj = linears["qkv"], linears["proj"]
     h = qkv.feed_modulated(x_BTD, shift_attn, scale_attn, 1e-6, backend)

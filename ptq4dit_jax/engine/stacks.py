@@ -57,7 +57,9 @@ def taken(tree: Any) -> Any:
 
 def stack_of(leaf: Leaf) -> jax.Array:
     """The stack that a layer lies in, (L, ...); of any other array a stack of that one, (1, ...)."""
-    return leaf.stack if isinstance(leaf, OfLayer) else jnp.asarray(leaf)[None]
+    if isinstance(leaf, OfLayer):
+        return leaf.stack
+    return jnp.reshape(leaf, (1, *jnp.shape(leaf)))
 
 
 def layer_of(*trees: Any) -> jax.Array:

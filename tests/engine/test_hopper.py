@@ -32,9 +32,7 @@ def every(table: dict[Any, tuple[Tiles, ...]], *more: Tiles) -> list[Tiles]:
 
 
 ALL_TILES = every(tiles._CANDIDATES, Tiles(64, 128, 4, "n"))
-ALL_PACKED = every(
-    {kind: cuts for kind, cuts in tiles._CANDIDATES_PACKED.items() if kind != "gelu"}, tiles.choose_for_few_rows(256)
-)
+PACKED = [tiles.choose_for_few_rows(256), tiles.choose_for_few_rows(128)]
 STATIC = ActQuantizer(scale=jnp.float32(0.03), zero_point=jnp.int32(-90))
 DYNAMIC = ActQuantizer(None, None, dynamic=True)
 
@@ -75,8 +73,7 @@ def lowered(function: Any, *args: Any) -> str:
 
 
 @pytest.mark.parametrize("kind", tiles._CANDIDATES)
-@pytest.mark.parametrize("packed", [False, True])
-def test_every_choice_of_tiles_lowers(kind: tiles.Kind, packed: bool) -> None:
+def test_every_choice_of_tiles_lowers(kind: tiles.Kind) -> None:
     """Which is refused where the rings would not fit shared memory."""
     shape = jax.ShapeDtypeStruct
     M, N, K = 1024, 1152, 384
@@ -87,16 +84,13 @@ def test_every_choice_of_tiles_lowers(kind: tiles.Kind, packed: bool) -> None:
         "gelu": GeluRequantize(jnp.ones(1), jnp.zeros(1, jnp.int32), jnp.ones((1, N)), -128, 127),
         "residual": GatedResidual(jnp.zeros((M, N), jnp.bfloat16), jnp.ones((1, 4, N), jnp.bfloat16), 256),
     }[kind]
-    weight = shape((3, N // 2, K), jnp.uint8) if packed else shape((3, N, K), jnp.int8)
 
-    for cut in (tiles._CANDIDATES_PACKED if packed else tiles._CANDIDATES)[kind]:
+    for cut in tiles._CANDIDATES[kind]:
 
-        def run(a: Any, scale: Any, bias: Any, row: Any, b: Any, zero: Any, cut: Tiles = cut) -> Any:
-            weight_zero = zero if packed else None
-            layer = jnp.zeros(1, jnp.int32)
-            return gemm.int8_matmul(a, b, row, scale, bias, layer, tiles=cut, weight_zero=weight_zero, finish=finish)
+        def run(a: Any, scale: Any, bias: Any, row: Any, b: Any, cut: Tiles = cut) -> Any:
+            return gemm.int8_matmul(a, b, row, scale, bias, jnp.zeros(1, jnp.int32), tiles=cut, finish=finish)
 
-        assert lowered(run, *arguments, weight, shape((3, N), jnp.int8)).count("custom_call @mosaic_gpu") == 1
+        assert lowered(run, *arguments, shape((3, N, K), jnp.int8)).count("custom_call @mosaic_gpu") == 1
 
 
 @pytest.mark.parametrize("M", [1, 7, 12, 36, 130])
@@ -138,9 +132,9 @@ def lowered_model(q: ptq.QuantizedDiT, t: tuple[int, ...] = (500,)) -> str:
 def test_a_whole_model_lowers_with_its_blocks_as_kernels(bits: int) -> None:
     q = small_model(bits)
     text = lowered_model(q)
-    # Two norms, qkv, codes for proj, proj, fc1, fc2, once for all blocks; and the modulation of all of them, where XLA would
-    # have to unpack its weights.
-    assert text.count("custom_call @mosaic_gpu") == (8 if bits == 4 else 7)
+    # Two norms, qkv, codes for proj, proj, fc1, fc2, once for all blocks. Packed weights: also the one that unpacks those of a
+    # block, and the modulation of all blocks.
+    assert text.count("custom_call @mosaic_gpu") == (9 if bits == 4 else 7)
     rows = {row["layer"]: row for row in ptq.describe(q)}
     assert all(rows[f"blocks.{layer}"]["backend"] == "mosaic_gpu" for layer in ("qkv", "proj", "fc1", "fc2"))
 
@@ -167,14 +161,8 @@ def blocks_run_kernels_alone(q: ptq.QuantizedDiT, kernels: int = 7) -> None:
 def test_blocks_are_kernels_alone(bits: int, dynamic: tuple[()] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is cut out of a stack, split or computed between the kernels; attention, which is cuDNN's, is left out here."""
     monkeypatch.setattr("ptq4dit_jax.engine.attention.mosaic_gpu.attention", lambda q, k, v, heads, sites: v)
-    blocks_run_kernels_alone(small_model(bits, **({} if dynamic is None else {"dynamic_sites": dynamic})))
-
-
-def test_many_rows_take_weights_that_are_unpacked_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each by a kernel before its product, and nothing is cut out of a stack for it."""
-    monkeypatch.setattr("ptq4dit_jax.engine.attention.mosaic_gpu.attention", lambda q, k, v, heads, sites: v)
-    monkeypatch.setattr(tiles, "UNPACKING_ROWS", 64)
-    blocks_run_kernels_alone(small_model(4), kernels=11)
+    q = small_model(bits, **({} if dynamic is None else {"dynamic_sites": dynamic}))
+    blocks_run_kernels_alone(q, kernels=8 if bits == 4 else 7)
 
 
 def test_attention_is_a_kernel_that_gives_codes_where_it_covers_the_shape() -> None:
@@ -268,9 +256,8 @@ def test_the_kernels_are_refused_for_a_type_that_they_do_not_compute_in(
 
 @pytest.mark.parametrize("kind", ["store", "gelu", "residual"])
 @pytest.mark.parametrize("N", [128, 384, 768, 1024, 1152, 3456, 4608])
-@pytest.mark.parametrize("packed", [False, True])
-def test_tiles_divide_the_width_and_keep_the_cores_busy(kind: tiles.Kind, N: int, packed: bool) -> None:
-    choose = partial(tiles.choose, kind, N=N, K=1152, packed=packed)
+def test_tiles_divide_the_width_and_keep_the_cores_busy(kind: tiles.Kind, N: int) -> None:
+    choose = partial(tiles.choose, kind, N=N, K=1152)
     for M in (1, 64, 512, 4096, 32768):
         assert N % choose(M=M).block[1] == 0
     few, many = (np.prod(choose(M=M).block) for M in (64, 10**6))
@@ -321,9 +308,7 @@ def test_products_on_hopper(B: int, T: int, K: int, N: int, bits: int, rows: boo
 
 
 @on_hopper
-@pytest.mark.parametrize(
-    ("cut", "packed"), [*((cut, False) for cut in ALL_TILES), *((cut, True) for cut in ALL_PACKED)], ids=str
-)
+@pytest.mark.parametrize(("cut", "packed"), [*((cut, False) for cut in ALL_TILES), *((cut, True) for cut in PACKED)], ids=str)
 @pytest.mark.parametrize("value", ["lowest", "highest", "zeros", "one hot"])
 def test_accumulators_are_exact_for_extreme_values(cut: Tiles, packed: bool, value: str) -> None:
     M, K, N = 328, 1152, 384
@@ -368,15 +353,17 @@ def test_all_layers_at_once_on_hopper(L: int, B: int, K: int, N: int) -> None:
 
 
 @on_hopper
-@pytest.mark.parametrize(("N", "K"), [(64, 128), (384, 256), (3456, 1152)])
+@pytest.mark.parametrize("shapes", [[(64, 128)], [(3456, 1152), (1152, 1152), (4608, 1152), (1152, 4608)]], ids=str)
 @pytest.mark.parametrize("alone", [False, True])
-def test_unpacking_alone_on_hopper(N: int, K: int, alone: bool) -> None:
-    """Every code with every zero point, of a layer among others that hold what would show."""
-    codes = np.random.default_rng(N).integers(0, 16, (1 if alone else 3, N, K)).astype(np.uint8)
-    zero = ((np.arange(codes.shape[0] * N) * 7) % 16).astype(np.int8).reshape(-1, N)
+def test_unpacking_alone_on_hopper(shapes: list[tuple[int, int]], alone: bool) -> None:
+    """Several weights by one kernel, every code with every zero point, of a layer among others that hold what would show."""
+    rng, layers = np.random.default_rng(0), 1 if alone else 3
+    codes = [rng.integers(0, 16, (layers, *shape)).astype(np.uint8) for shape in shapes]
+    zeros = [((np.arange(layers * N) * 7) % 16).astype(np.int8).reshape(-1, N) for N, _ in shapes]
     unpack = jax.jit(lambda *stacks: nibbles.unpacked(*stacks, jnp.asarray([2]), after=jnp.zeros(8)))
-    got = unpack(pack_nibbles(jnp.asarray(codes)), jnp.asarray(zero))
-    np.testing.assert_array_equal(np.asarray(got, int), (codes.astype(int) - zero[..., None])[-1:])
+    found = unpack([pack_nibbles(jnp.asarray(of)) for of in codes], [jnp.asarray(zero) for zero in zeros])
+    for got, of, zero in zip(found, codes, zeros, strict=True):
+        np.testing.assert_array_equal(np.asarray(got, int), of[-1].astype(int) - zero[-1][:, None])
 
 
 def in_stack(tree: Any, index: int) -> Any:

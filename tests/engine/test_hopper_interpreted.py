@@ -129,16 +129,17 @@ def test_packed_weights(cut: Tiles, M: int, K: int, alone: bool) -> None:
 
 @pytest.mark.parametrize("alone", [False, True])
 def test_unpacking_alone(alone: bool) -> None:
-    """Every code with every zero point."""
-    codes = np.random.default_rng(0).integers(0, 16, (N, K)).astype(np.uint8)
-    zero = (np.arange(N) % 16).astype(np.int8)
-    packed = np.asarray(pack_nibbles(jnp.asarray(codes)))
-    stacks = stacked(packed, alone=alone), stacked(zero, alone=alone)
+    """Several weights by one kernel, every code with every zero point."""
+    rng, shapes = np.random.default_rng(0), [(384, 256), (64, 128), (128, 384)]
+    codes = [rng.integers(0, 16, shape).astype(np.uint8) for shape in shapes]
+    zeros = [(np.arange(N) % 16).astype(np.int8) for N, _ in shapes]
+    packed = [stacked(np.asarray(pack_nibbles(jnp.asarray(of))), alone=alone) for of in codes]
+    stacks = packed, [stacked(zero, alone=alone) for zero in zeros]
     unpack = lambda *stacks: nibbles.unpacked(*stacks, layer(), after=jnp.zeros((3, 5), jnp.int8))
     for run in (unpack, jax.jit(unpack)):
-        got = run(*stacks)
-        assert got.dtype == jnp.int8
-        np.testing.assert_array_equal(np.asarray(got, int), (codes.astype(int) - zero[:, None])[None])
+        for got, of, zero in zip(run(*stacks), codes, zeros, strict=True):
+            assert got.dtype == jnp.int8
+            np.testing.assert_array_equal(np.asarray(got, int), of.astype(int) - zero[:, None])
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -1,4 +1,4 @@
-"""4-bit weights in shared memory, and the kernel that only unpacks them.
+"""4-bit weights in shared memory, and the kernel that unpacks those of a layer.
 
 Words of four bytes are unpacked at a time: of every 64 rows of a weight the first 32 are the low halves of 32 rows of bytes,
 the others the high halves (:func:`ptq4dit_jax.quantizers.pack_nibbles`).
@@ -6,6 +6,9 @@ the others the high halves (:func:`ptq4dit_jax.quantizers.pack_nibbles`).
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -52,39 +55,53 @@ def store(ref: Any, packed: list[jax.Array], offsets: list[jax.Array], *at: Any)
         store_words(ref, centered, *at, pl.ds(index * _HALF, _HALF))
 
 
-def unpacked(packed: jax.Array, zero_point: jax.Array, layer: jax.Array, after: jax.Array) -> jax.Array:
-    """One layer of packed weights as centered codes.
+def unpacked(
+    packed: Sequence[jax.Array], zero_points: Sequence[jax.Array], layer: jax.Array, after: jax.Array
+) -> list[jax.Array]:
+    """Several packed weights of one layer as centered codes, by one kernel.
 
     Args:
-      packed: (S, N / 2, K) uint8, stacks as in :mod:`ptq4dit_jax.engine.hopper.gemm`; N a multiple of 64, K of 128.
-      zero_point: (S, N) int8.
+      packed: (S, N / 2, K) uint8 each, stacks as in :mod:`ptq4dit_jax.engine.hopper.gemm`; N a multiple of 64, K of 128.
+      zero_points: (S, N) int8 each.
       layer: (1,) int32.
       after: what is computed before. The kernel does not read it; without it XLA would unpack all layers of a model at once,
         before its loop over steps, and hold them.
 
     Returns:
-      (1, N, K) int8, a stack of that layer.
+      (N, K) int8 each.
     """
-    (N, K), half = (zero_point.shape[-1], packed.shape[-1]), packed.shape[-2]
+    shapes = [(zero_point.shape[-1], of.shape[-1]) for of, zero_point in zip(packed, zero_points, strict=True)]
+    counts = [(N // PACKED_ROWS) * (K // TILE_K) for N, K in shapes]
+    count = len(shapes)
 
-    def body(packed_ref: Any, zero_ref: Any, layer_ref: Any, _: Any, out_ref: Any, given: Any, made: Any, arrived: Any) -> None:
-        layer, row, column = load_vector(layer_ref, 0), lax.axis_index("rows"), lax.axis_index("columns") * TILE_K
-        above = layer * half if packed_ref.shape[0] > half else 0  # the layers before
-        columns = pl.ds(column, TILE_K)
-        plgpu.copy_gmem_to_smem(packed_ref.at[pl.ds(above + row * _HALF, _HALF), columns], given[0], arrived)
-        of_rows = offsets(zero_ref, layer, row * PACKED_ROWS, PACKED_ROWS)
-        plgpu.barrier_wait(arrived)
-        store(made, load(given, PACKED_ROWS), of_rows)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(made[0], out_ref.at[pl.ds(row * PACKED_ROWS, PACKED_ROWS), columns])
-        plgpu.wait_smem_to_gmem(0)
+    def body(layer_ref: Any, _: Any, *refs: Any) -> None:
+        given, made, arrived = refs[-3:]
+        tile, layer = lax.axis_index("tile"), load_vector(layer_ref, 0)
+
+        def unpack(first: int, packed_ref: Any, zero_ref: Any, out_ref: Any) -> None:
+            N, K = out_ref.shape
+            row, column = lax.div(tile - first, K // TILE_K), lax.rem(tile - first, K // TILE_K)
+            above = layer * (N // 2) if packed_ref.shape[0] > N // 2 else 0  # the layers before
+            columns = pl.ds(column * TILE_K, TILE_K)
+            plgpu.copy_gmem_to_smem(packed_ref.at[pl.ds(above + row * _HALF, _HALF), columns], given[0], arrived)
+            of_rows = offsets(zero_ref, layer, row * PACKED_ROWS, PACKED_ROWS)
+            plgpu.barrier_wait(arrived)
+            store(made, load(given, PACKED_ROWS), of_rows)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(made[0], out_ref.at[pl.ds(row * PACKED_ROWS, PACKED_ROWS), columns])
+            plgpu.wait_smem_to_gmem(0)
+
+        for index, ends in enumerate(itertools.pairwise(itertools.accumulate(counts, initial=0))):
+            mine = (tile >= ends[0]) & (tile < ends[1])
+            pl.when(mine)(partial(unpack, ends[0], *refs[index : 3 * count : count]))
 
     kernel = plgpu.kernel(
-        body, out_type=jax.ShapeDtypeStruct((N, K), jnp.int8), grid=(N // PACKED_ROWS, K // TILE_K),
-        grid_names=("rows", "columns"), kernel_name=f"unpack_{N}x{K}",
+        body, out_type=[jax.ShapeDtypeStruct(shape, jnp.int8) for shape in shapes], grid=(sum(counts),), grid_names=("tile",),
+        kernel_name="unpack",
         scratch_types=[
             bytes_and_words((_HALF, TILE_K), jnp.uint8), bytes_and_words((PACKED_ROWS, TILE_K), jnp.int8), plgpu.Barrier(),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )  # fmt: skip
-    return kernel(packed.reshape(-1, K), zero_point, layer, after).reshape(1, N, K)
+    rows = (of.reshape(-1, of.shape[-1]) for of in packed)
+    return list(kernel(layer, after, *rows, *zero_points))

@@ -16,24 +16,15 @@ _CANDIDATES: dict[Kind, tuple[Tiles, ...]] = {
     "gelu": (Tiles(128, 128, 3, "ping-pong"), Tiles(64, 192, 4), Tiles(64, 128, 4), Tiles(64, 64, 8)),
     "residual": (Tiles(64, 192, 4), Tiles(64, 128, 4), Tiles(64, 64, 8)),
 }
-#: Of packed weights, which take room in shared memory twice.
-_CANDIDATES_PACKED: dict[Kind, tuple[Tiles, ...]] = {
-    "store": (Tiles(128, 128, 3), Tiles(64, 128, 4), Tiles(64, 64, 6)),
-    "gelu": (Tiles(128, 128, 3), Tiles(64, 192, 4), Tiles(64, 128, 5), Tiles(64, 64, 6)),
-    "residual": (Tiles(128, 128, 2), Tiles(64, 192, 3), Tiles(64, 128, 4), Tiles(64, 64, 6)),
-}
-#: With more rows it is faster to unpack 4-bit weights once, beforehand, than in every block of the kernel: for DiT-XL/2 on an
-#: H200 a step takes 2.68 ms so and 2.65 in the kernels at 1,024 rows, 3.06 and 3.10 at 1,536, 3.48 and 3.76 at 2,048.
-UNPACKING_ROWS = 1024
 
 
-def choose(kind: Kind, M: int, N: int, K: int, *, packed: bool = False) -> Tiles:
+def choose(kind: Kind, M: int, N: int, K: int) -> Tiles:
     """The largest tiles that keep the multiprocessors busy for 70 % of the rounds that they take; if none do, those that are
     through first.
 
     A tile has to divide N.
     """
-    fitting = [tiles for tiles in (_CANDIDATES_PACKED if packed else _CANDIDATES)[kind] if N % tiles.block[1] == 0]
+    fitting = [tiles for tiles in _CANDIDATES[kind] if N % tiles.block[1] == 0]
     for tiles in fitting:
         if _count(tiles, M, N) >= 0.7 * _rounds(tiles, M, N) * core_count():
             return tiles

@@ -6,12 +6,20 @@ the epilogue.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine import backends
 from ptq4dit_jax.engine.stacks import Leaf
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
+
+
+def in_int8(weights: Mapping[str, QTensor], after: jax.Array, *, backend: str = "xla") -> dict[str, QTensor]:
+    """The weights (N, K) of a block as its products want them: packed ones as int8 where the backend would rather unpack all
+    at once, when ``after`` has been computed."""
+    return backends.run(__name__, "in_int8", backend, weights, after)
 
 
 def linear(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike, *, backend: str = "xla") -> jax.Array:

@@ -1,12 +1,13 @@
 """Products on Hopper's tensor cores by :mod:`ptq4dit_jax.engine.hopper.gemm`: fits operands to the kernel and picks tiles.
 
 Covers activations (B, T, K) that become bfloat16 or int8, with one group of steps for all rows. Kernels read what they can out
-of the stacks of layers. Widths that are no multiple of 128 are padded with zeros, which change no sum. 4-bit weights are
-unpacked by the kernels where rows are few, by a kernel before them where they are many, and by XLA where a width is padded.
+of the stacks of layers. Widths that are no multiple of 128 are padded with zeros, which change no sum. 4-bit weights of
+a block are unpacked by one kernel before its products, those of all blocks' modulation in their product, others by XLA.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +23,9 @@ from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, act_code_rang
 
 
 class _Operands(NamedTuple):
-    """Arguments of the kernel, what is to be taken from packed codes last, and the shape (B, T, N) of the result."""
+    """Arguments of the kernel, and the shape (B, T, N) of the result."""
 
     arrays: tuple[jax.Array, ...]
-    weight_zero: jax.Array | None
     shape: tuple[int, int, int]
 
     @property
@@ -57,26 +57,33 @@ def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operand
         raise NotImplementedError
     (B, T, K), N = x.values.shape, weight.shape[-2]
     padded_N, padded_K = (-(-size // TILE_K) * TILE_K for size in (N, K))
-    values = widened(x.values.reshape(B * T, K), padded_K)
-    weight_zero = None
-    if (padded_N, padded_K) != (N, K):
+    if weight.packed or (padded_N, padded_K) != (N, K):
         codes = widened(widened(taken(weight).codes(), padded_K), padded_N, axis=0)[None]
-    elif not weight.packed:
-        codes = stack_of(weight.values)
-    elif B * T <= tiles.UNPACKING_ROWS:
-        codes, weight_zero = stack_of(weight.values), stack_of(weight.zero_point)
     else:
-        stacks = stack_of(weight.values), stack_of(weight.zero_point)
-        codes = nibbles.unpacked(*stacks, layer_of(weight), after=values)
+        codes = stack_of(weight.values)
     scale = jnp.broadcast_to(x.scale, (B, T, 1)).reshape(-1, 1) if x.scale.ndim else stack_of(x.scale)
     vectors = _stack_widened(weight.scale, padded_N), _stack_widened(bias, padded_N).astype(jnp.float32)
-    return _Operands((values, codes, scale, *vectors, layer_of(x, weight, bias, finish)), weight_zero, (B, T, N))
+    values = widened(x.values.reshape(B * T, K), padded_K)
+    return _Operands((values, codes, scale, *vectors, layer_of(x, weight, bias, finish)), (B, T, N))
 
 
 def _run(kind: tiles.Kind, operands: _Operands, **finish: Any) -> list[jax.Array]:
     M, K = operands.arrays[0].shape
-    cut = tiles.choose(kind, M, operands.width, K, packed=operands.weight_zero is not None)
-    return gemm.int8_matmul(*operands.arrays, tiles=cut, weight_zero=operands.weight_zero, **finish)
+    return gemm.int8_matmul(*operands.arrays, tiles=tiles.choose(kind, M, operands.width, K), **finish)
+
+
+def in_int8(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
+    """See :func:`ptq4dit_jax.engine.matmul.in_int8`. Leaves packed what would have to be padded."""
+    chosen = {
+        name: weight
+        for name, weight in weights.items()
+        if weight.packed and not any(size % TILE_K for size in weight.shape[-2:])
+    }
+    if not chosen:
+        return dict(weights)
+    packed, zero_points = ([stack_of(getattr(w, leaf)) for w in chosen.values()] for leaf in ("values", "zero_point"))
+    unpacked = zip(chosen.items(), nibbles.unpacked(packed, zero_points, layer_of(chosen), after), strict=True)
+    return {**weights, **{name: QTensor(codes, weight.scale, None, bits=8) for (name, weight), codes in unpacked}}
 
 
 def linear(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike) -> jax.Array:

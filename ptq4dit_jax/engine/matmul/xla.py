@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -21,6 +23,11 @@ def _exact(x: Encoded, weight: QTensor, bias: jax.Array) -> jax.Array:
     an int8 x int4 product to int32 on both sides."""
     scale = x.scale * weight.scale
     return accumulate(x.values, weight.codes()).astype(scale.dtype) * scale + bias
+
+
+def in_int8(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
+    """See :func:`ptq4dit_jax.engine.matmul.in_int8`. XLA unpacks just before each product."""
+    return dict(weights)
 
 
 def linear(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike) -> jax.Array:
