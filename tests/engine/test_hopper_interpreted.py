@@ -22,7 +22,7 @@ from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import backends, matmul
 from ptq4dit_jax.engine.hopper import gemm, nibbles, rows
 from ptq4dit_jax.engine.hopper.plan import GatedResidual, GeluRequantize, Tiles
-from ptq4dit_jax.engine.stacks import OfLayer
+from ptq4dit_jax.engine.stacks import OfLayer, of_layer, taken
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, pack_nibbles
 
 pytestmark = pytest.mark.skipif(not HAS_INTERPRETER, reason="needs Pallas' GPU interpreter")
@@ -140,6 +140,27 @@ def test_unpacking_alone(alone: bool) -> None:
         for got, of, zero in zip(run(*stacks), codes, zeros, strict=True):
             assert got.dtype == jnp.int8
             np.testing.assert_array_equal(np.asarray(got, int), of.astype(int) - zero[:, None])
+
+
+def test_packed_weights_of_a_block_become_int8() -> None:
+    """Those that fit the kernel, out of their stacks; others stay what they are."""
+    rng = np.random.default_rng(0)
+
+    def weight(bits: int, N: int, K: int) -> QTensor:
+        low, high = (-127, 128) if bits == 8 else (0, 16)
+        codes, zero = (rng.integers(low, high, size).astype(np.float32) for size in ((LAYERS, N, K), (LAYERS, N)))
+        return QTensor.from_codes(jnp.asarray(codes), jnp.ones((LAYERS, N)), jnp.asarray(zero), bits)
+
+    stacks = {"qkv": weight(4, 384, 128), "proj": weight(8, 128, 128), "fc1": weight(4, 144, 128), "fc2": weight(4, 128, 256)}
+    after, index = jnp.zeros((2, 3, 4)), jnp.int32(LAYER)
+    given, cut_out = of_layer(stacks, index), jax.tree.map(lambda leaf: leaf[LAYER], stacks)
+    for backend, changed in (("xla", set()), ("mosaic_gpu", {"qkv", "fc2"})):
+        got = jax.jit(lambda given, backend=backend: matmul.in_int8(given, after, backend=backend))(given)
+        assert {name for name in stacks if got[name].packed != stacks[name].packed} == changed
+        for name, want in cut_out.items():
+            found = taken(got[name])
+            np.testing.assert_array_equal(found.codes(), want.codes())
+            np.testing.assert_array_equal(found.scale, want.scale)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

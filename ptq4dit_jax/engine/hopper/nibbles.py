@@ -93,7 +93,8 @@ def unpacked(
 
         for index, ends in enumerate(itertools.pairwise(itertools.accumulate(counts, initial=0))):
             mine = (tile >= ends[0]) & (tile < ends[1])
-            pl.when(mine)(partial(unpack, ends[0], *refs[index : 3 * count : count]))
+            of_weight = refs[index : 3 * count : count]  # what it reads, its zero points, what it writes
+            pl.when(mine)(partial(unpack, ends[0], *of_weight))
 
     kernel = plgpu.kernel(
         body, out_type=[jax.ShapeDtypeStruct(shape, jnp.int8) for shape in shapes], grid=(sum(counts),), grid_names=("tile",),
