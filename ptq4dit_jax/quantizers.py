@@ -156,11 +156,18 @@ def pack_nibbles(codes: jax.Array) -> jax.Array:
     return (low | (high << 4)).reshape(*lead, -1, K)
 
 
-def unpack_nibbles(packed: jax.Array, N: int) -> jax.Array:
-    """The inverse of :func:`pack_nibbles`: (..., N, K) int8 codes 0..15. Shifts, which XLA fuses with what reads them."""
+def unpack_nibbles(packed: jax.Array, N: int, *, fusible: bool = True) -> jax.Array:
+    """The inverse of :func:`pack_nibbles`: (..., N, K) int8 codes 0..15.
+
+    ``fusible`` are shifts, which XLA fuses with elementwise work around them. Where it unpacks many weights, each for a kernel
+    of ours, it fuses them with one another instead and holds all at once; a concatenation stays where it is.
+    """
     *lead, half, K = packed.shape
     blocks = packed.reshape(*lead, -1, 1, _packed_rows(N) // 2, K)
-    codes = (blocks >> jnp.array([[[0]], [[4]]], jnp.uint8)) & 0xF
+    if fusible:
+        codes = (blocks >> jnp.array([[[0]], [[4]]], jnp.uint8)) & 0xF
+    else:
+        codes = jnp.concatenate([blocks & 0xF, blocks >> 4], axis=-3)
     return codes.reshape(*lead, 2 * half, K)[..., :N, :].astype(jnp.int8)
 
 
@@ -191,11 +198,11 @@ class QTensor:
         """(..., N, K) of the weight that this stands for."""
         return (*self.scale.shape, self.values.shape[-1])
 
-    def codes(self) -> jax.Array:
-        """Centered codes (..., N, K), int8."""
+    def codes(self, *, fusible: bool = True) -> jax.Array:
+        """Centered codes (..., N, K), int8; ``fusible`` as in :func:`unpack_nibbles`."""
         if not self.packed:
             return self.values
-        return unpack_nibbles(self.values, self.scale.shape[-1]) - self.zero_point[..., None]
+        return unpack_nibbles(self.values, self.scale.shape[-1], fusible=fusible) - self.zero_point[..., None]
 
     def dequantize(self) -> jax.Array:
         """The weight (..., N, K), in the scale's type."""

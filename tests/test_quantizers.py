@@ -98,9 +98,10 @@ def test_packing_round_trip(shape: tuple[int, ...], data: st.DataObject) -> None
         block, row = divmod(n, 2 * half)
         want[..., block * half + row % half, :] += codes[..., n, :] * np.uint8(16 if row >= half else 1)
     np.testing.assert_array_equal(packed, want)
-    unpacked = unpack_nibbles(packed, N)
-    assert unpacked.dtype == jnp.int8
-    np.testing.assert_array_equal(unpacked, codes)
+    for fusible in (True, False):
+        unpacked = unpack_nibbles(packed, N, fusible=fusible)
+        assert unpacked.dtype == jnp.int8
+        np.testing.assert_array_equal(unpacked, codes)
 
 
 @pytest.mark.parametrize("N", [8, 9, 128])
@@ -108,7 +109,9 @@ def test_packing_under_jit_equals_plain(N: int) -> None:
     codes = np.random.default_rng(0).integers(0, 16, (2, N, 3))
     packed = jax.jit(pack_nibbles)(codes)
     np.testing.assert_array_equal(packed, pack_nibbles(codes))
-    np.testing.assert_array_equal(jax.jit(partial(unpack_nibbles, N=N))(packed), codes)
+    for fusible in (True, False):
+        unpack = jax.jit(partial(unpack_nibbles, N=N, fusible=fusible))
+        np.testing.assert_array_equal(unpack(packed), codes)
 
 
 # --- weights

@@ -127,7 +127,7 @@ def _blocks(config: DiTConfig, of_blocks: _OfBlock, x_BTD: jax.Array, backend: s
 
 def _block(config: DiTConfig, of_block: _OfBlock, x_BTD: jax.Array, backend: str) -> jax.Array:
     linears, sites, (shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp) = of_block
-    weights = matmul.in_int8({name: layer.weight for name, layer in linears.items() if layer.integer}, x_BTD, backend=backend)
+    weights = matmul.prepared({name: layer.weight for name, layer in linears.items() if layer.integer}, x_BTD, backend=backend)
     linears = {name: dataclasses.replace(layer, weight=weights.get(name, layer.weight)) for name, layer in linears.items()}
 
     qkv, proj = linears["qkv"], linears["proj"]

@@ -59,7 +59,7 @@ def stack_of(leaf: Leaf) -> jax.Array:
     """The stack that a layer lies in, (L, ...); of any other array a stack of that one, (1, ...)."""
     if isinstance(leaf, OfLayer):
         return leaf.stack
-    return jnp.reshape(leaf, (1, *jnp.shape(leaf)))
+    return jnp.reshape(leaf, (1, *jnp.shape(leaf)))  # for which nothing runs
 
 
 def layer_of(*trees: Any) -> jax.Array:

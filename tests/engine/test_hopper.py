@@ -147,10 +147,16 @@ def functions(program: str) -> dict[str, Counter[str]]:
     return {name: Counter(operation.findall(body)) for name, body in bodies}
 
 
+def the_block(found: dict[str, Counter[str]]) -> tuple[str, Counter[str]]:
+    """The function that all blocks call, and its operations."""
+    [block] = [(name, body) for name, body in found.items() if name != "main" and body["custom_call"]]
+    return block
+
+
 def blocks_run_kernels_alone(q: ptq.QuantizedDiT, kernels: int = 7) -> None:
     """The program has one function for a block, called for each, of nothing but kernels; and no loop."""
     found = functions(lowered_model(q))
-    [(name, block)] = [(name, body) for name, body in found.items() if name != "main" and body["custom_call"]]
+    name, block = the_block(found)
     assert {kind: count for kind, count in block.items() if kind not in ("reshape", "constant")} == {"custom_call": kernels}
     assert found["main"][f"call @{name}"] == q.config.depth
     assert not any(body["while"] for body in found.values())
@@ -163,6 +169,30 @@ def test_blocks_are_kernels_alone(bits: int, dynamic: tuple[()] | None, monkeypa
     monkeypatch.setattr("ptq4dit_jax.engine.attention.mosaic_gpu.attention", lambda q, k, v, heads, sites: v)
     q = small_model(bits, **({} if dynamic is None else {"dynamic_sites": dynamic}))
     blocks_run_kernels_alone(q, kernels=8 if bits == 4 else 7)
+
+
+def test_weights_are_unpacked_when_the_block_has_its_input() -> None:
+    """The kernel takes that input, so XLA cannot move it out of the loop over steps."""
+    program = lowered_model(small_model(4))
+    [x] = re.findall(r"@block\(.*(%arg\d+): tensor<2x64x128xbf16>\) ->", program)
+    [given] = re.findall(r"%\d+:4 = stablehlo\.custom_call @mosaic_gpu\w*\((.*?)\)", program)  # the one of four results
+    assert x in given.split(", ")
+
+
+@pytest.mark.parametrize(
+    ("policy", "kernels", "shifts"), [("uniform,blocks.proj=8", 8, 0), ("uniform,blocks.proj=4:float", 6, 1)]
+)
+def test_of_mixed_widths_a_block_unpacks_what_its_kernels_read(policy: str, kernels: int, shifts: int) -> None:
+    """A layer that is fed by floats is XLA's."""
+    _, block = the_block(functions(lowered_model(small_model(4, policy=policy))))
+    assert (block["custom_call"], block["shift_right_logical"]) == (kernels, shifts)
+
+
+def test_weights_of_padded_widths_are_concatenated_from_halves() -> None:
+    """By XLA, which merges shifts of all layers and holds the results."""
+    _, block = the_block(functions(lowered_model(small_model(4, width=80))))
+    assert block["shift_right_logical"] == 4  # the high halves alone
+    assert block["concatenate"] == 4
 
 
 def test_attention_is_a_kernel_that_gives_codes_where_it_covers_the_shape() -> None:
@@ -203,8 +233,12 @@ def test_what_ran_is_noted_by_call() -> None:
     assert ran == [("matmul", "linear", "xla"), ("encode", "encode", "xla")]
 
 
-def test_rows_in_groups_of_steps_of_their_own_fall_to_the_reference() -> None:
-    assert "mosaic_gpu" not in lowered_model(small_model(8, dynamic_sites=()), t=(900, 100))
+@pytest.mark.parametrize(("bits", "kernels"), [(8, 0), (4, 1)])
+def test_rows_in_groups_of_steps_of_their_own_fall_to_the_reference(bits: int, kernels: int) -> None:
+    """With weights that the kernel unpacked: so they are not held for all layers at once there either."""
+    text = lowered_model(small_model(bits, dynamic_sites=()), t=(900, 100))
+    assert text.count("custom_call @mosaic_gpu") == kernels
+    assert "(tensor<2x64x128xi8>, tensor<384x128xi8>) -> tensor<2x64x384xi32>" in text  # qkv
 
 
 # The choice.
@@ -257,7 +291,7 @@ def test_the_kernels_are_refused_for_a_type_that_they_do_not_compute_in(
 @pytest.mark.parametrize("kind", ["store", "gelu", "residual"])
 @pytest.mark.parametrize("N", [128, 384, 768, 1024, 1152, 3456, 4608])
 def test_tiles_divide_the_width_and_keep_the_cores_busy(kind: tiles.Kind, N: int) -> None:
-    choose = partial(tiles.choose, kind, N=N, K=1152)
+    choose = partial(tiles.choose, kind, N=N)
     for M in (1, 64, 512, 4096, 32768):
         assert N % choose(M=M).block[1] == 0
     few, many = (np.prod(choose(M=M).block) for M in (64, 10**6))
@@ -353,7 +387,9 @@ def test_all_layers_at_once_on_hopper(L: int, B: int, K: int, N: int) -> None:
 
 
 @on_hopper
-@pytest.mark.parametrize("shapes", [[(64, 128)], [(3456, 1152), (1152, 1152), (4608, 1152), (1152, 4608)]], ids=str)
+@pytest.mark.parametrize(
+    "shapes", [[(64, 128)], [(192, 128), (64, 384)], [(3456, 1152), (1152, 1152), (4608, 1152), (1152, 4608)]], ids=str
+)
 @pytest.mark.parametrize("alone", [False, True])
 def test_unpacking_alone_on_hopper(shapes: list[tuple[int, int]], alone: bool) -> None:
     """Several weights by one kernel, every code with every zero point, of a layer among others that hold what would show."""

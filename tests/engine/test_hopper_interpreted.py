@@ -6,7 +6,6 @@ arrivals nobody has seen.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ from hopper_helpers import HAS_INTERPRETER, interpreter
 import ptq4dit_jax as ptq
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import backends, matmul
-from ptq4dit_jax.engine.hopper import gemm, nibbles, rows
+from ptq4dit_jax.engine.hopper import gemm, nibbles, rows, tiles
 from ptq4dit_jax.engine.hopper.plan import GatedResidual, GeluRequantize, Tiles
 from ptq4dit_jax.engine.stacks import OfLayer, of_layer, taken
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, pack_nibbles
@@ -35,8 +34,8 @@ TILES = [
     Tiles(64, 192, 2),
     Tiles(128, 64, 3),
 ]
-#: For packed weights; stages are unpacked one by one or three at a time, and two at a time with four.
-PACKED_TURNS = [Tiles(64, 64, 3, "ping-pong"), Tiles(64, 64, 6)]
+#: For packed weights: those in use, of which stages are unpacked one by one or three at a time, and one of two at a time.
+PACKED_TILES = [tiles.choose_for_few_rows(256), tiles.choose_for_few_rows(128), Tiles(128, 64, 4)]
 K, N = 256, 384
 #: Of the layer that a kernel is to read among LAYERS; the others hold what would show.
 LAYER, LAYERS = 2, 4
@@ -111,7 +110,7 @@ def test_products(cut: Tiles, M: int, alone: bool) -> None:
     near(y, exact(a, b, row, column, bias))
 
 
-@pytest.mark.parametrize("cut", [dataclasses.replace(cut, stages=4) for cut in TILES[:2] + TILES[3:]] + PACKED_TURNS, ids=str)
+@pytest.mark.parametrize("cut", PACKED_TILES, ids=str)
 @pytest.mark.parametrize(("M", "K"), [(1, 256), (130, 384), (256, 128), (70, 1024)])
 @pytest.mark.parametrize("alone", [False, True])
 def test_packed_weights(cut: Tiles, M: int, K: int, alone: bool) -> None:
@@ -130,7 +129,7 @@ def test_packed_weights(cut: Tiles, M: int, K: int, alone: bool) -> None:
 @pytest.mark.parametrize("alone", [False, True])
 def test_unpacking_alone(alone: bool) -> None:
     """Several weights by one kernel, every code with every zero point."""
-    rng, shapes = np.random.default_rng(0), [(384, 256), (64, 128), (128, 384)]
+    rng, shapes = np.random.default_rng(0), [(384, 256), (64, 128), (128, 384), (192, 128)]
     codes = [rng.integers(0, 16, shape).astype(np.uint8) for shape in shapes]
     zeros = [(np.arange(N) % 16).astype(np.int8) for N, _ in shapes]
     packed = [stacked(np.asarray(pack_nibbles(jnp.asarray(of))), alone=alone) for of in codes]
@@ -143,19 +142,20 @@ def test_unpacking_alone(alone: bool) -> None:
 
 
 def test_packed_weights_of_a_block_become_int8() -> None:
-    """Those that fit the kernel, out of their stacks; others stay what they are."""
+    """Those that the kernel covers, out of their stacks; others stay what they are."""
     rng = np.random.default_rng(0)
 
     def weight(bits: int, N: int, K: int) -> QTensor:
         low, high = (-127, 128) if bits == 8 else (0, 16)
-        codes, zero = (rng.integers(low, high, size).astype(np.float32) for size in ((LAYERS, N, K), (LAYERS, N)))
+        codes = rng.integers(low, high, (LAYERS, N, K)).astype(np.float32)
+        zero = rng.integers(0, high if bits == 4 else 1, (LAYERS, N)).astype(np.float32)
         return QTensor.from_codes(jnp.asarray(codes), jnp.ones((LAYERS, N)), jnp.asarray(zero), bits)
 
-    stacks = {"qkv": weight(4, 384, 128), "proj": weight(8, 128, 128), "fc1": weight(4, 144, 128), "fc2": weight(4, 128, 256)}
+    stacks = {"qkv": weight(4, 384, 128), "proj": weight(8, 128, 128), "fc1": weight(4, 80, 128), "fc2": weight(4, 192, 256)}
     after, index = jnp.zeros((2, 3, 4)), jnp.int32(LAYER)
     given, cut_out = of_layer(stacks, index), jax.tree.map(lambda leaf: leaf[LAYER], stacks)
     for backend, changed in (("xla", set()), ("mosaic_gpu", {"qkv", "fc2"})):
-        got = jax.jit(lambda given, backend=backend: matmul.in_int8(given, after, backend=backend))(given)
+        got = jax.jit(lambda given, backend=backend: matmul.prepared(given, after, backend=backend))(given)
         assert {name for name in stacks if got[name].packed != stacks[name].packed} == changed
         for name, want in cut_out.items():
             found = taken(got[name])
@@ -164,7 +164,7 @@ def test_packed_weights_of_a_block_become_int8() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("cut", [Tiles(64, 64, 3, "n"), Tiles(64, 64, 3), Tiles(64, 64, 3, "ping-pong")], ids=str)
+@pytest.mark.parametrize("cut", [tiles.choose_for_few_rows(384), Tiles(64, 64, 3), Tiles(64, 64, 3, "ping-pong")], ids=str)
 def test_all_layers_at_once(bits: int, cut: Tiles) -> None:
     """Each with rows, scales, biases and zero points of its own."""
     L, M = 3, 70

@@ -46,11 +46,11 @@ def offsets(zero_point: Any, layer: jax.Array, first: jax.Array, rows: int) -> l
     return [_SIGN - block.astype(jnp.int32) * np.int32(0x01010101) for block in blocks]
 
 
-def store(ref: Any, packed: list[jax.Array], offsets: list[jax.Array], *at: Any) -> None:
-    """Writes the codes of what :func:`load` gave, less zero points: sums with the ``offsets`` stay above 0, so that no byte
-    borrows from the next."""
+def store(ref: Any, packed: list[jax.Array], of_rows: list[jax.Array], *at: Any) -> None:
+    """Writes the codes of what :func:`load` gave, less the zero points of their rows by :func:`offsets`: sums with those stay
+    above 0, so that no byte borrows from the next."""
     halves = [codes for words in packed for codes in (words, lax.shift_right_logical(words, 4))]
-    for index, (words, offset) in enumerate(zip(halves, offsets, strict=True)):
+    for index, (words, offset) in enumerate(zip(halves, of_rows, strict=True)):
         centered = ((words & _LOW) + lax.broadcast_in_dim(offset, words.shape, (0,))) ^ _SIGN
         store_words(ref, centered, *at, pl.ds(index * _HALF, _HALF))
 
@@ -64,8 +64,8 @@ def unpacked(
       packed: (S, N / 2, K) uint8 each, stacks as in :mod:`ptq4dit_jax.engine.hopper.gemm`; N a multiple of 64, K of 128.
       zero_points: (S, N) int8 each.
       layer: (1,) int32.
-      after: what is computed before. The kernel does not read it; without it XLA would unpack all layers of a model at once,
-        before its loop over steps, and hold them.
+      after: an array that has to be computed first. The kernel does not read it; without it XLA would unpack all layers of a
+        model at once, before its loop over steps, and hold them.
 
     Returns:
       (N, K) int8 each.
@@ -76,15 +76,15 @@ def unpacked(
 
     def body(layer_ref: Any, _: Any, *refs: Any) -> None:
         given, made, arrived = refs[-3:]
-        tile, layer = lax.axis_index("tile"), load_vector(layer_ref, 0)
+        tile, chosen = lax.axis_index("tile"), load_vector(layer_ref, 0)
 
         def unpack(first: int, packed_ref: Any, zero_ref: Any, out_ref: Any) -> None:
             N, K = out_ref.shape
             row, column = lax.div(tile - first, K // TILE_K), lax.rem(tile - first, K // TILE_K)
-            above = layer * (N // 2) if packed_ref.shape[0] > N // 2 else 0  # the layers before
+            above = chosen * (N // 2) if packed_ref.shape[0] > N // 2 else 0  # the layers before
             columns = pl.ds(column * TILE_K, TILE_K)
             plgpu.copy_gmem_to_smem(packed_ref.at[pl.ds(above + row * _HALF, _HALF), columns], given[0], arrived)
-            of_rows = offsets(zero_ref, layer, row * PACKED_ROWS, PACKED_ROWS)
+            of_rows = offsets(zero_ref, chosen, row * PACKED_ROWS, PACKED_ROWS)
             plgpu.barrier_wait(arrived)
             store(made, load(given, PACKED_ROWS), of_rows)
             plgpu.commit_smem()

@@ -18,7 +18,7 @@ _CANDIDATES: dict[Kind, tuple[Tiles, ...]] = {
 }
 
 
-def choose(kind: Kind, M: int, N: int, K: int) -> Tiles:
+def choose(kind: Kind, M: int, N: int) -> Tiles:
     """The largest tiles that keep the multiprocessors busy for 70 % of the rounds that they take; if none do, those that are
     through first.
 

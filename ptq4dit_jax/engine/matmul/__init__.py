@@ -16,10 +16,10 @@ from ptq4dit_jax.engine.stacks import Leaf
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 
-def in_int8(weights: Mapping[str, QTensor], after: jax.Array, *, backend: str = "xla") -> dict[str, QTensor]:
-    """The weights (N, K) of a block as its products want them: packed ones as int8 where the backend would rather unpack all
-    at once, when ``after`` has been computed."""
-    return backends.run(__name__, "in_int8", backend, weights, after)
+def prepared(weights: Mapping[str, QTensor], after: jax.Array, *, backend: str = "xla") -> dict[str, QTensor]:
+    """The weights (N, K) of a block as its products want them, of the same values: where the backend would rather unpack all
+    at once, packed ones become int8, and not before ``after`` (any array) has been computed."""
+    return backends.run(__name__, "prepared", backend, weights, after)
 
 
 def linear(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike, *, backend: str = "xla") -> jax.Array:

@@ -19,7 +19,7 @@ from ptq4dit_jax.engine.hopper import gemm, nibbles, tiles
 from ptq4dit_jax.engine.hopper.common import widened
 from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, TILE_K, GatedResidual, GeluRequantize
 from ptq4dit_jax.engine.stacks import Leaf, layer_of, stack_of, taken
-from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, act_code_range
+from ptq4dit_jax.quantizers import PACKED_ROWS, ActQuantizer, Encoded, QTensor, act_code_range
 
 
 class _Operands(NamedTuple):
@@ -58,7 +58,7 @@ def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operand
     (B, T, K), N = x.values.shape, weight.shape[-2]
     padded_N, padded_K = (-(-size // TILE_K) * TILE_K for size in (N, K))
     if weight.packed or (padded_N, padded_K) != (N, K):
-        codes = widened(widened(taken(weight).codes(), padded_K), padded_N, axis=0)[None]
+        codes = widened(widened(taken(weight).codes(fusible=False), padded_K), padded_N, axis=0)[None]
     else:
         codes = stack_of(weight.values)
     scale = jnp.broadcast_to(x.scale, (B, T, 1)).reshape(-1, 1) if x.scale.ndim else stack_of(x.scale)
@@ -68,17 +68,14 @@ def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operand
 
 
 def _run(kind: tiles.Kind, operands: _Operands, **finish: Any) -> list[jax.Array]:
-    M, K = operands.arrays[0].shape
-    return gemm.int8_matmul(*operands.arrays, tiles=tiles.choose(kind, M, operands.width, K), **finish)
+    M = operands.arrays[0].shape[0]
+    return gemm.int8_matmul(*operands.arrays, tiles=tiles.choose(kind, M, operands.width), **finish)
 
 
-def in_int8(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
-    """See :func:`ptq4dit_jax.engine.matmul.in_int8`. Leaves packed what would have to be padded."""
-    chosen = {
-        name: weight
-        for name, weight in weights.items()
-        if weight.packed and not any(size % TILE_K for size in weight.shape[-2:])
-    }
+def prepared(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
+    """See :func:`ptq4dit_jax.engine.matmul.prepared`. Leaves packed what the kernel does not cover."""
+    covered = lambda N, K: N % PACKED_ROWS == K % TILE_K == 0
+    chosen = {name: weight for name, weight in weights.items() if weight.packed and covered(*weight.shape[-2:])}
     if not chosen:
         return dict(weights)
     packed, zero_points = ([stack_of(getattr(w, leaf)) for w in chosen.values()] for leaf in ("values", "zero_point"))

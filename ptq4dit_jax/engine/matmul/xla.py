@@ -25,8 +25,8 @@ def _exact(x: Encoded, weight: QTensor, bias: jax.Array) -> jax.Array:
     return accumulate(x.values, weight.codes()).astype(scale.dtype) * scale + bias
 
 
-def in_int8(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
-    """See :func:`ptq4dit_jax.engine.matmul.in_int8`. XLA unpacks just before each product."""
+def prepared(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
+    """See :func:`ptq4dit_jax.engine.matmul.prepared`. XLA unpacks just before each product."""
     return dict(weights)
 
 
