@@ -75,7 +75,9 @@ def step_group(edges: jax.Array, level_B: jax.Array) -> jax.Array:
 
     (B,) int32, or () for a shared level of shape (1,).
     """
-    group = (level_B[:, None] < edges).sum(-1, dtype=jnp.int32)
+    group = jnp.zeros(level_B.shape, jnp.int32)
+    if edges.shape[0]:  # XLA of JAX 0.11.2 crashes where a shard_map reads an empty array
+        group = (level_B[:, None] < edges).sum(-1, dtype=jnp.int32)
     return group[0] if level_B.shape[0] == 1 else group
 
 

@@ -27,7 +27,7 @@ import ptq4dit_jax as ptq
 from ptq4dit_jax import dit
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.engine import QLinear, quantized_dit
-from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.model import FloatDiT, step_group
 
 DIGITS = Path(__file__).parents[2] / "models" / "digits"
 STEPS = 10
@@ -193,6 +193,20 @@ def test_one_and_eight_devices_give_the_same_bytes_and_so_does_a_second_run(
         spread = draw(mesh=mesh8)
         moved = np.unique(np.nonzero(spread != once)[0])
         assert spread.tobytes() == once.tobytes(), f"{sampler}: samples {moved} differ"
+
+
+@pytest.mark.parametrize("edges", [[], [500.0], [900.0, 500.0, 100.0]])
+def test_groups_of_steps_by_their_edges(edges: list[float]) -> None:
+    """As many as edges lie above. Where there are none none are read: XLA of JAX 0.11.2 would crash for it on a mesh."""
+    levels, given = np.array([999, 900, 500, 499, 0], np.float32), np.array(edges, np.float32)
+    want = [sum(level < edge for edge in edges) for level in levels]
+    for run in (step_group, jax.jit(step_group)):
+        groups = run(given, levels)
+        assert groups.dtype == jnp.int32
+        np.testing.assert_array_equal(groups, want)
+        assert int(run(given, levels[3:4])) == want[3]
+    program = jax.make_jaxpr(step_group)(given, levels).jaxpr
+    assert any(program.invars[0] is read for equation in program.eqns for read in equation.invars) == bool(edges)
 
 
 def dots(program: str) -> Counter[tuple[str, str, str]]:
