@@ -1,12 +1,20 @@
-"""Pallas' interpreter for the kernels for Hopper; needs JAX 0.11."""
+"""What the tests of the kernels for Hopper share: where they run, operands, and Pallas' interpreter, which needs JAX 0.11."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ptq4dit_jax.engine import backends
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
+
+IS_HOPPER = backends.resolve("auto", "bfloat16").name == "mosaic_gpu"
+on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0")
+STATIC = ActQuantizer(scale=jnp.float32(0.03), zero_point=jnp.int32(-90))
 HAS_INTERPRETER = hasattr(plgpu, "force_gpu_interpret_mode")
 
 
@@ -30,3 +38,19 @@ def interpreter() -> Iterator[None]:
             yield
     assert states, "no kernel was interpreted"
     assert not any(state.races_found for state in states), "a race"
+
+
+def operands(
+    B: int, T: int, K: int, N: int, *, seed: int = 0, bits: int = 8, rows: bool = False
+) -> tuple[Encoded, QTensor, Any]:
+    """Random codes of the whole range, with results of the order of 1."""
+    rng = np.random.default_rng(seed)
+    scale = jnp.asarray(rng.uniform(0.5, 1.5, (B, T, 1) if rows else ()), jnp.float32)
+    values = jnp.asarray(rng.integers(-128, 128, (B, T, K)), jnp.int8)
+    low, high = (-127, 128) if bits == 8 else (0, 2**bits)
+    zeros = np.zeros(N) if bits == 8 else rng.integers(low, high, N)
+    column = jnp.asarray(rng.uniform(0.5, 1.5, N) / (5400 * K**0.5 / 2 ** (8 - bits)), jnp.float32)
+    weight = QTensor.from_codes(
+        jnp.asarray(rng.integers(low, high, (N, K)), jnp.float32), column, jnp.asarray(zeros, jnp.float32), bits
+    )
+    return Encoded(values, scale, None), weight, jnp.asarray(rng.normal(size=N), jnp.float32)

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper_helpers import HAS_INTERPRETER, interpreter
+from hopper_helpers import HAS_INTERPRETER, interpreter, on_hopper
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ptq4dit_jax.engine import backends
 from ptq4dit_jax.engine.hopper import attention as kernel
 from ptq4dit_jax.engine.hopper import common
 from ptq4dit_jax.engine.hopper.attention import Round
@@ -23,9 +22,6 @@ from ptq4dit_jax.engine.hopper.attention import Round
 #: share keys and tiles that do not.
 CASES = [(3, 256, 4, 72), (1, 128, 4, 72), (1, 256, 2, 64), (1, 512, 2, 72), (1, 128, 2, 40), (1, 128, 4, 56)]
 ROUND = Round(jnp.asarray([99, -3]), jnp.asarray([1], jnp.int32), -128, 127)
-on_hopper = pytest.mark.skipif(
-    backends.resolve("auto", "bfloat16").name != "mosaic_gpu", reason="needs a GPU of compute capability 9.0"
-)
 
 
 def drawn(images: int, tokens: int, heads: int, d: int, size: float = 1.0) -> list[jax.Array]:

@@ -48,7 +48,7 @@ class _Operands(NamedTuple):
 
 def _stack_widened(leaf: Leaf, size: int) -> jax.Array:
     """The stack of a leaf (..., N) with N = ``size``; of the layer alone where it has to be padded."""
-    return stack_of(leaf) if leaf.shape[-1] == size else widened(taken(leaf), size)[None]
+    return stack_of(leaf if leaf.shape[-1] == size else widened(taken(leaf), size))
 
 
 def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operands:
@@ -58,7 +58,7 @@ def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operand
     (B, T, K), N = x.values.shape, weight.shape[-2]
     padded_N, padded_K = (-(-size // TILE_K) * TILE_K for size in (N, K))
     if weight.packed or (padded_N, padded_K) != (N, K):
-        codes = widened(widened(taken(weight).codes(fusible=False), padded_K), padded_N, axis=0)[None]
+        codes = stack_of(widened(widened(taken(weight).codes(fusible=False), padded_K), padded_N, axis=0))
     else:
         codes = stack_of(weight.values)
     scale = jnp.broadcast_to(x.scale, (B, T, 1)).reshape(-1, 1) if x.scale.ndim else stack_of(x.scale)
