@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,8 @@ from ptq4dit_jax.errors import Ptq4ditError
 
 #: No checkpoint nests deeper or holds more tensors and containers; a file that claims to is an attack.
 _MAX_DEPTH, _MAX_NODES = 64, 200_000
+#: Plain values are kept up to this many, this long, and as lists of this many: more than any training script writes.
+_MAX_FACTS, _MAX_TEXT, _MAX_LIST = 20_000, 200, 32
 #: Tied weights are counted more than once, so tensors may add up to more than their file; not to this many times as much.
 _MAX_EXPANSION = 16
 
@@ -63,14 +66,40 @@ class Tensor:
             ) from error
 
 
+#: A value in a file that is no tensor.
+Plain: TypeAlias = str | int | float | bool | None | tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a reader finds in a file.
+
+    Attributes:
+      tensors: by dotted name.
+      facts: values that are no tensors (text, numbers, short lists of them) by dotted name, such as a script's arguments.
+      dropped: how many objects of each kind were not understood; nothing else is left out.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Plain] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def dropped_words(self) -> str:
+        """``; not understood: 2 x torch.Foo``, or nothing."""
+        kinds = [f"{count} x {kind[:80]}" for kind, count in self.dropped.most_common(4)]
+        return "; not understood: " + ", ".join(kinds) if kinds else ""
+
+
 class TensorFile(Mapping[str, Tensor]):
     """The tensors of a file or folder by dotted name; keys of nested containers are joined with dots.
 
-    ``path`` is what was opened, ``format`` names its kind, and ``files`` are those that hold tensors.
+    ``path`` is what was opened, ``format`` names its kind, and ``files`` are those that hold tensors. ``contents`` has besides
+    the tensors what the file says about them.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], path: Path, format: str, files: tuple[Path, ...]) -> None:
-        self._tensors, self.path, self.format, self.files = dict(tensors), path, format, files
+    def __init__(self, contents: Contents | Mapping[str, Tensor], path: Path, format: str, files: tuple[Path, ...]) -> None:
+        self.contents = contents if isinstance(contents, Contents) else Contents(dict(contents))
+        self._tensors, self.path, self.format, self.files = self.contents.tensors, path, format, files
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -135,12 +164,20 @@ def buffer_tensor(data: Any, shape: tuple[int, ...], dtype: np.dtype, order: str
     return Tensor(shape, native, load)
 
 
-def flatten(tree: Any, children: Callable[[Any], Mapping[Any, Any] | None]) -> dict[str, Tensor]:
-    """All tensors of a tree of containers by dotted name; ``children`` gives a container's entries, and None for anything else.
+def flatten(
+    tree: Any, children: Callable[[Any], Mapping[Any, Any] | None], unread: Callable[[Any], str | None] = lambda node: None
+) -> Contents:
+    """All tensors and plain values of a tree of containers by dotted name.
 
     Containers may be shared but not hold themselves.
+
+    Args:
+      tree: containers, tensors and anything else.
+      children: gives a container's entries, and None for anything else. Keys that are tuples of names are paths.
+      unread: names the kind of an object that stands for something that was not built. It is counted where nothing of use is
+        found in it, or where it is a function that rebuilds a tensor from parts, which are no tensors of their own.
     """
-    tensors: dict[str, Tensor] = {}
+    found = Contents({})
     nodes = 0
 
     def walk(node: Any, path: tuple[str, ...]) -> None:
@@ -149,15 +186,45 @@ def flatten(tree: Any, children: Callable[[Any], Mapping[Any, Any] | None]) -> d
         nodes += entries is not None or isinstance(node, Tensor)
         if nodes > _MAX_NODES or len(path) > _MAX_DEPTH:
             raise Damaged("its values are nested without end")
+        name = ".".join(path)
         if isinstance(node, Tensor):
-            name = ".".join(path)
-            if name in tensors:
+            if name in found.tensors:
                 raise Damaged(f"the name {name[:80]!r} stands for two tensors")
-            tensors[name] = node
-        elif entries is not None:
-            for key, value in entries.items():
-                if isinstance(key, (str, int)):
-                    walk(value, (*path, str(key)))
+            found.tensors[name] = node
+            return
+        if (plain := _plain(node)) is not _NOT_PLAIN:
+            if len(found.facts) < _MAX_FACTS:
+                found.facts[name] = plain
+            return
+        kind = unread(node)
+        if kind is not None and "rebuild" in kind:
+            found.dropped[kind] += 1
+            return
+        before = len(found.tensors) + len(found.facts)
+        for key, value in (entries or {}).items():
+            parts = key if isinstance(key, tuple) else (key,)
+            if all(isinstance(part, (str, int)) for part in parts):
+                walk(value, (*path, *map(str, parts)))
+            else:
+                found.dropped[f"entry under a key of type {type(key).__name__}"] += 1
+        if kind is not None and len(found.tensors) + len(found.facts) == before:
+            found.dropped[kind] += 1
 
     walk(tree, ())
-    return tensors
+    return found
+
+
+_NOT_PLAIN = object()
+
+
+def _plain(node: Any) -> Any:
+    """The node itself if it is text, a number, or a short list of such; ``_NOT_PLAIN`` for anything else."""
+    if node is None or type(node) in (bool, int, float):
+        return node
+    if type(node) is str:
+        return node[:_MAX_TEXT]
+    if type(node) in (list, tuple) and 0 < len(node) <= _MAX_LIST:
+        items = tuple(item[:_MAX_TEXT] if type(item) is str else item for item in node)
+        if all(type(item) in (str, bool, int, float) for item in items):
+            return items
+    return _NOT_PLAIN

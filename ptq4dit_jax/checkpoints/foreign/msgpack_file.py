@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, Tensor, buffer_tensor, checked_shape, dtype_named, flatten
+from ptq4dit_jax.checkpoints.foreign.lazy import Contents, Damaged, Tensor, buffer_tensor, checked_shape, dtype_named, flatten
 from ptq4dit_jax.checkpoints.foreign.pickle_machine import inert_children
 from ptq4dit_jax.checkpoints.foreign.pickles import map_file
 
@@ -128,13 +128,15 @@ def _joined(node: dict[str, Any]) -> Tensor:
     return Tensor(shape, chunks[0].dtype, lambda: np.concatenate([chunk.read() for chunk in chunks]).reshape(shape))
 
 
-def read_msgpack(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by dotted name; raises :class:`Damaged` or ``OSError``."""
+def read_msgpack(path: Path) -> Contents:
+    """What a file holds, by dotted name; raises :class:`Damaged` or ``OSError``."""
     walker = _Walker(map_file(path))
     try:
         tree = walker.value()
         if walker.position != len(walker.buffer):
             raise Damaged("something follows after its end")
-        return {name.removesuffix("."): tensor for name, tensor in flatten(tree, _children).items()}
+        found = flatten(tree, _children)
+        tensors = {name.removesuffix("."): tensor for name, tensor in found.tensors.items()}
+        return Contents(tensors, found.facts, found.dropped)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise Damaged(f"it makes no sense at byte {walker.position}") from error

@@ -49,6 +49,8 @@ _HARMLESS = {
     "types": ("SimpleNamespace",),
 }
 _HARMLESS |= {"__builtin__": _HARMLESS["builtins"], "copy_reg": _HARMLESS["copyreg"], "pathlib._local": _HARMLESS["pathlib"]}
+#: Objects of other packages that never hold a tensor.
+_NO_TENSORS = {("torch", "Size"), ("torch", "device"), ("torch", "dtype"), ("numpy", "dtype")}
 _DANGEROUS = sys.stdlib_module_names | {"__builtin__", "copy_reg", "posix", "nt", "commands"}
 #: Bounds memory: each step makes an object of some tens of bytes, arrays aside.
 _MAX_STEPS = 10_000_000
@@ -72,6 +74,18 @@ def inert_children(node: Any) -> Mapping[Any, Any] | None:
         entries |= dict(enumerate(node.values)) | node.items
         return {**entries, **state} if isinstance(state, dict) else entries
     return None
+
+
+def unread_kind(node: Any) -> str | None:
+    """The name of what an object that was not built stands for, unless it is a container of settings or harmless."""
+    if not isinstance(node, Inert):
+        return None
+    of = node.of
+    while isinstance(of, Inert):
+        of = of.of
+    if not isinstance(of, Name) or of.name in _HARMLESS.get(of.module, ()) or of in _NO_TENSORS:
+        return None
+    return f"{of.module}.{of.name}"
 
 
 def run(

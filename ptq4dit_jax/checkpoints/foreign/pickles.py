@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Tensor, buffer_tensor, checked_shape, dtype_named, flatten
-from ptq4dit_jax.checkpoints.foreign.pickle_machine import Inert, Name, Rebuild, inert_children, run
+from ptq4dit_jax.checkpoints.foreign.lazy import Contents, buffer_tensor, checked_shape, dtype_named, flatten
+from ptq4dit_jax.checkpoints.foreign.pickle_machine import Inert, Name, Rebuild, inert_children, run, unread_kind
 
 #: NumPy's short names of plain types: kind and bytes.
 _PLAIN = re.compile(r"b1|[iu][1248]|f[248]")
@@ -101,7 +101,7 @@ def map_file(path: Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle by dotted name; raises :class:`Damaged` or ``OSError``."""
+def read_pickle(path: Path) -> Contents:
+    """What a pickle holds, by dotted name; raises :class:`Damaged` or ``OSError``."""
     tree, _ = run(map_file(path), ARRAYS, build=_build)
-    return flatten(tree, inert_children)
+    return flatten(tree, inert_children, unread_kind)

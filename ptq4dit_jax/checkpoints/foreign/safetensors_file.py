@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, Tensor, checked_shape, dtype_named, span_tensor
+from ptq4dit_jax.checkpoints.foreign.lazy import Contents, Damaged, Plain, checked_shape, dtype_named, flatten, span_tensor
+from ptq4dit_jax.checkpoints.foreign.pickle_machine import inert_children
 
 _TYPES = {
     f"{kind}{bits}": f"{name}{bits}" for kind, name in (("F", "float"), ("I", "int"), ("U", "uint")) for bits in (16, 32, 64)
@@ -34,8 +35,8 @@ def looks_like_safetensors(head: bytes, size: int) -> bool:
     return len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _MAX_HEADER
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name; raises :class:`Damaged` or ``OSError``."""
+def read_safetensors(path: Path) -> Contents:
+    """The tensors of a file by name, and its metadata; raises :class:`Damaged` or ``OSError``."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -69,7 +70,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     spans.sort()
     if any(end > begin for (_, end), (begin, _) in itertools.pairwise(spans)):
         raise Damaged("its tensors overlap")
-    return tensors
+    return Contents(tensors, _metadata(header.get("__metadata__")))
+
+
+def _metadata(values: Any) -> dict[str, Plain]:
+    """What the header says besides the tensors: text, or what text holds as JSON, by dotted name behind ``metadata``."""
+    facts: dict[str, Plain] = {}
+    for name, text in values.items() if isinstance(values, dict) else ():
+        try:
+            value = json.loads(text)
+        except (ValueError, TypeError, RecursionError):
+            value = text
+        facts |= flatten({"metadata": {name: value}}, inert_children).facts
+    return facts
 
 
 def write_safetensors(

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, Tensor, TensorFile, WantsCode, check_total
+from ptq4dit_jax.checkpoints.foreign.lazy import Contents, Damaged, Tensor, TensorFile, WantsCode, check_total
 from ptq4dit_jax.checkpoints.foreign.msgpack_file import looks_like_msgpack, read_msgpack
 from ptq4dit_jax.checkpoints.foreign.orbax_folder import is_orbax, read_orbax
 from ptq4dit_jax.checkpoints.foreign.pickles import read_pickle
@@ -25,7 +25,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 __all__ = ["Tensor", "TensorFile", "open_tensors"]
 
 _KNOWN = "files of torch.save (.pt, .pth, .bin), safetensors, pickles of arrays, Flax msgpack, folders of Orbax"
-_READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+_READERS: dict[str, Callable[[Path], Contents]] = {
     "torch": read_torch, "safetensors": read_safetensors, "pickle": read_pickle, "msgpack": read_msgpack,
 }  # fmt: skip
 _LFS = b"version https://git-lfs"
@@ -136,12 +136,13 @@ def _kind(path: Path) -> str:
     raise Ptq4ditError(f"The file {path} is no checkpoint of a known kind; what can be read: {_KNOWN}.")
 
 
-def _collect(path: Path, kind: str, files: Iterable[Path], read: Callable[[], dict[str, Tensor]]) -> TensorFile:
-    tensors, files = read(), tuple(files)
-    if not tensors:
-        raise Ptq4ditError(f"The file {path} holds no tensors ({kind}); pass the file or folder with the weights.")
-    check_total(tensors, sum(file.stat().st_size for file in files))
-    return TensorFile(tensors, path, kind, files)
+def _collect(path: Path, kind: str, files: Iterable[Path], read: Callable[[], Contents]) -> TensorFile:
+    contents, files = read(), tuple(files)
+    if not contents.tensors:
+        words = contents.dropped_words()
+        raise Ptq4ditError(f"The file {path} holds no tensors ({kind}){words}; pass the file or folder with the weights.")
+    check_total(contents.tensors, sum(file.stat().st_size for file in files))
+    return TensorFile(contents, path, kind, files)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -160,7 +161,7 @@ def weight_files(folder: Path) -> list[Path]:
 def _open_folder(folder: Path) -> TensorFile:
     if is_orbax(folder):
         files = [file for file in folder.rglob("*") if file.is_file()]
-        return _collect(folder, "Orbax", files, lambda: read_orbax(folder))
+        return _collect(folder, "Orbax", files, lambda: Contents(read_orbax(folder)))
     if items := [item for item in sorted(folder.iterdir()) if item.is_dir() and is_orbax(item)]:
         return _open_items(folder, items)
     indices = sorted(folder.glob(_INDEX), key=lambda file: ("safetensors" not in file.name, file.name))
@@ -201,4 +202,6 @@ def _open_shards(index: Path) -> TensorFile:
             f"The index {index} places {absent[0][:80]!r} in {places[absent[0]]}, where it is not; download the shards again."
         )
     files = [index.with_name(file) for file in shards]
-    return _collect(index, "safetensors shards", files, lambda: {name: shards[file][name] for name, file in places.items()})
+    facts = {name: value for shard in shards.values() for name, value in shard.contents.facts.items()}
+    contents = Contents({name: shards[file][name] for name, file in places.items()}, facts)
+    return _collect(index, "safetensors shards", files, lambda: contents)

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, Tensor, checked_shape, dtype_named, flatten, read_span
-from ptq4dit_jax.checkpoints.foreign.pickle_machine import Inert, Name, Rebuild, inert_children, run
+from ptq4dit_jax.checkpoints.foreign.lazy import Contents, Damaged, Tensor, checked_shape, dtype_named, flatten, read_span
+from ptq4dit_jax.checkpoints.foreign.pickle_machine import Inert, Name, Rebuild, inert_children, run, unread_kind
 from ptq4dit_jax.checkpoints.foreign.pickles import ARRAYS
 
 _STORAGES = {
@@ -64,14 +64,28 @@ def _rebuild_tensor(storage: Any, first: Any, shape: Any, strides: Any, *_: Any)
     return storage.view(first, shape, strides) if isinstance(storage, _Storage) else Inert(Name("torch", "Tensor"))
 
 
+def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any = None, *_: Any) -> Any:
+    """A tensor with attributes, or of a subclass: the tensor itself. A subclass that wraps others keeps them as its state."""
+    if function in _TORCH and isinstance(args, tuple):
+        return _TORCH[function](*args)
+    return Inert(kind, (), state)
+
+
 _TORCH: Rebuild = {
     **ARRAYS,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
+    **{
+        ("torch._utils", name): lambda data, *_: data
+        for name in (
+            "_rebuild_parameter", "_rebuild_parameter_with_state", "_rebuild_buffer", "_rebuild_device_tensor_from_numpy",
+            "_rebuild_device_tensor_from_cpu_tensor", "_rebuild_xla_tensor",
+        )
+    },
+    ("torch._tensor", "_rebuild_from_type"): _rebuild_from_type,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
     ("torch", "Size"): lambda shape=(), *_: Inert(Name("torch", "Size")),
-}
+}  # fmt: skip
 
 
 def _members(path: Path) -> dict[str, tuple[int, int]]:
@@ -95,8 +109,8 @@ def _members(path: Path) -> dict[str, tuple[int, int]]:
     return members
 
 
-def read_torch(path: Path) -> dict[str, Tensor]:
-    """The tensors of a zip by dotted name, as nested as they were saved; raises :class:`Damaged` or ``OSError``."""
+def read_torch(path: Path) -> Contents:
+    """What a zip holds, by dotted name, as nested as it was saved; raises :class:`Damaged` or ``OSError``."""
     try:
         members = _members(path)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, LookupError) as error:
@@ -121,4 +135,4 @@ def read_torch(path: Path) -> dict[str, Tensor]:
         return _Storage(path, offset, count, dtype)
 
     tree, _ = run(memoryview(read_span(path, *members["data.pkl"]).tobytes()), _TORCH, persistent)
-    return flatten(tree, inert_children)
+    return flatten(tree, inert_children, unread_kind)
