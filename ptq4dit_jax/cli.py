@@ -125,9 +125,19 @@ def convert(
     to: Annotated[str, typer.Option(help="ptq4dit, a model folder, or meta, Meta's names in a safetensors file.")] = "ptq4dit",
     num_heads: Annotated[int | None, typer.Option(help="Heads of attention, where the file does not tell.")] = None,
     input_size: Annotated[int | None, typer.Option(help="Side of the latents, where the file does not tell.")] = None,
+    classes: Annotated[
+        int | None, typer.Option(help="Number of classes, without a null class, where the file does not tell.", metavar="N")
+    ] = None,
+    null_class: Annotated[
+        bool | None,
+        typer.Option("--null-class/--no-null-class", help="Whether the last label means no class.", show_default=False),
+    ] = None,
     ema: Annotated[
         bool, typer.Option("--ema/--model-weights", help="Averaged weights if there are any, or those being trained.")
     ] = True,
+    weights: Annotated[
+        str | None, typer.Option(help="The set of weights to take, by the prefix of its names in the file.", metavar="NAME")
+    ] = None,
     as_diffusers: Annotated[
         bool, typer.Option("--as-diffusers", help="Compute what diffusers computes, instead of Meta's code, from its folder.")
     ] = False,
@@ -135,12 +145,22 @@ def convert(
         str | None,
         typer.Option(help="What it predicts, noise or velocity, where nothing tells a SiT from a DiT.", show_default=False),
     ] = None,
+    data_time: Annotated[
+        int | None, typer.Option(help="The time of a flow at which x is data, 0 or 1, where the file does not tell.")
+    ] = None,
+    timesteps: Annotated[int | None, typer.Option(help="Steps of the noise schedule, where the file does not tell.")] = None,
+    beta_start: Annotated[float | None, typer.Option(help="Its first beta.")] = None,
+    beta_end: Annotated[float | None, typer.Option(help="Its last beta.")] = None,
     flow_steps: Annotated[
         int | None,
         typer.Option(
             help="Euler steps that a network made for a step size is for; 0 for size 0 and any number of steps.",
             show_default="128 for shortcut models, 1 for mean flows",
         ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="A key of its configuration, or a file beside it, to leave out; may be repeated.", metavar="KEY"),
     ] = None,
     overwrite: Overwrite = False,
     json: Json = None,
@@ -157,17 +177,24 @@ def convert(
     if foreign.is_foreign(src) or not src.expanduser().exists():
         with stages() as report:
             model, found = foreign.import_checkpoint(
-                src, num_heads=num_heads, input_size=input_size, ema=ema, as_diffusers=as_diffusers,
-                objective=objective, flow_steps=flow_steps, progress=lambda done, total: report("read", done, total),
+                src, num_heads=num_heads, input_size=input_size, classes=classes, null_class=null_class, ema=ema,
+                weights=weights, as_diffusers=as_diffusers, objective=objective, flow_steps=flow_steps, data_time=data_time,
+                timesteps=timesteps, beta_start=beta_start, beta_end=beta_end, ignore=ignore or (),
+                progress=lambda done, total: report("read", done, total),
             )  # fmt: skip
-        facts = {"layout": found.layout, "weights": "averaged (EMA)" if found.ema else "as saved", "dtype": found.dtype}
+        facts = {"layout": found.layout, "weights": found.words, "dtype": found.dtype, "evidence": found.evidence}
+        facts |= {"notes": list(found.notes)}
     elif to == "ptq4dit":
         raise Ptq4ditError(f"{src} is a model of this program already, or none at all; --to meta exports one.")
     else:
         model = load_model(str(src))
     summary = facts | _summary(model)
-    shown = {key.replace("_", " "): megabytes(v) if key == "bytes" else str(v) for key, v in summary.items()}
-    print_table(str(src), [{"fact": key, "found": value} for key, value in shown.items()])
+    shown = {key.replace("_", " "): megabytes(v) if key == "bytes" else v for key, v in summary.items()}
+    shown |= {f"it says: {what}": source for what, source in shown.pop("evidence", {}).items()}
+    notes = shown.pop("notes", [])
+    print_table(str(src), [{"fact": key, "found": str(value)} for key, value in shown.items()])
+    for note in notes:
+        console.print(note)
     if to == "meta":
         where = foreign.export_meta(model, dst, overwrite=overwrite)
     else:

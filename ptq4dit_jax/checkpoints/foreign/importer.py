@@ -1,30 +1,31 @@
-"""Importing: find the layout, read off the shape of the network, check every name and shape, then convert tensor by tensor."""
+"""Importing: find the weights, hear what the checkpoint says, check every name and shape, then convert tensor by tensor."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
 from ptq4dit_jax.checkpoints.float_dit import FLOATS
-from ptq4dit_jax.checkpoints.foreign.layouts import LAYOUTS, META, Entry, Layout, View
-from ptq4dit_jax.checkpoints.foreign.objectives import drop_variance, find_schedule, fold_step_size
-from ptq4dit_jax.checkpoints.foreign.shapes import SHOWN, Given, by_number, listed, names_of, our_shapes, read_config
+from ptq4dit_jax.checkpoints.foreign.diffusers_config import read_folder
+from ptq4dit_jax.checkpoints.foreign.evidence import Evidence, Ignored, collect
+from ptq4dit_jax.checkpoints.foreign.layouts import DIFFUSERS, META, Entry, Layout, View
+from ptq4dit_jax.checkpoints.foreign.objectives import GivenSchedule, drop_variance, find_schedule, fold_step_size
+from ptq4dit_jax.checkpoints.foreign.shapes import Given, by_number, names_of, our_shapes, read_config
 from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile, local_path, open_tensors
+from ptq4dit_jax.checkpoints.foreign.weight_sets import find_weights, listed
 from ptq4dit_jax.dit import DiTConfig, position_embedding
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.schedules import FlowSchedule
-
-#: Words in names: of averaged weights, and of an optimizer's state, which mirrors the names of the weights.
-_EMA = {"ema", "ema_params", "params_ema", "model_eps", "ema_state", "model_ema", "ema_model"}
-_OPTIMIZER = {"opt", "opt_state", "optimizer", "optimizer_state", "optimizer_states", "mu", "nu", "exp_avg", "exp_avg_sq"}
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,25 @@ class Imported:
 
     Attributes:
       layout: the family of the checkpoint.
-      ema: whether the averaged weights were taken out of a file that has others too.
+      ema: whether the averaged weights were taken.
+      words: which weights they are, in words: averaged or as saved, and the prefix of their names.
       parameters: their number.
       config: the shape of the network.
       files: those that the tensors came from.
       dtype: of the parameters: the file's own if all are of one of float32, bfloat16 and float16, else float32.
+      evidence: what decided, by property: value and source.
+      notes: sentences for the user: every guess with the option that overrides it, and every key that was not understood.
     """
 
     layout: str
     ema: bool
+    words: str
     parameters: int
     config: DiTConfig
     files: tuple[Path, ...]
     dtype: str
+    evidence: dict[str, str]
+    notes: tuple[str, ...]
 
 
 def import_checkpoint(
@@ -53,25 +60,41 @@ def import_checkpoint(
     *,
     num_heads: int | None = None,
     input_size: int | None = None,
+    classes: int | None = None,
+    null_class: bool | None = None,
     ema: bool = True,
+    weights: str | None = None,
     as_diffusers: bool = False,
     objective: str | None = None,
     flow_steps: int | None = None,
+    data_time: int | None = None,
+    timesteps: int | None = None,
+    beta_start: float | None = None,
+    beta_end: float | None = None,
+    ignore: Iterable[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[FloatDiT, Imported]:
-    """A float model from a checkpoint of another code base, told apart by content (:mod:`~.layouts` lists them).
+    """A float model from a checkpoint of another code base, recognized by content (:mod:`~.layouts` lists them).
+
+    What the checkpoint says about itself (:mod:`~.evidence`) decides, or is refused by name. Options are for what it does not
+    say; one that contradicts it is refused.
 
     Args:
       path: a file, or a folder: a diffusers pipeline or its transformer, shards with their index, an Orbax checkpoint.
-      num_heads: of attention, where neither the file nor the published sizes tell it.
-      input_size: side of the image or latent, where the file does not tell it.
+      num_heads: of attention.
+      input_size: side of the image or latent.
+      classes: their number, without a null class.
+      null_class: whether the last row of the table of labels means "no class".
       ema: take averaged weights if there are any; False takes those that were being trained.
+      weights: the prefix of the set of weights to take, where there are several; overrides ``ema``.
       as_diffusers: compute what diffusers computes (time frequencies over 127, MLP norm epsilon of its config) instead of what
         Meta's code, with which published weights were trained, computes from the same weights. For its folders only.
-      objective: what the network predicts, ``noise`` or ``velocity``, where weights have the names of a DiT and nothing else
-        tells that they are a flow's, such as a SiT without a discarded variance half.
+      objective: what the network predicts, ``noise`` or ``velocity``.
       flow_steps: the number of equal Euler steps that a network made for a step size is to be sampled with: 128 by default for
         shortcut models, 1 for mean flows. 0 gives it the size 0 and any number of steps: the velocity itself of a mean flow.
+      data_time: the end of a flow's time at which x is data, 0 or 1.
+      timesteps, beta_start, beta_end: of the linear schedule of a model that predicts noise.
+      ignore: keys of the checkpoint's configuration, or names of configuration files, to leave out.
       progress: called with the tensors read and their total.
 
     Returns:
@@ -79,79 +102,84 @@ def import_checkpoint(
 
     Raises:
       Ptq4ditError: nothing readable at ``path``; an unknown layout, or one of another network; missing, unexpected or misshapen
-        tensors (all named at once); NaN or infinity; a size that has to be given; an option that does not fit.
+        tensors (all named at once); evidence that contradicts itself, the tensors or an option, or cannot be honoured; NaN or
+        infinity; a size that has to be given; an option that does not fit.
     """
     where = local_path(path)
     if where.is_dir() and (where / "transformer").is_dir():
         where = where / "transformer"
     file = open_tensors(where)
-    layout, root, averaged = _find_layout(file, ema)
-    view = {name.removeprefix(root): tensor for name, tensor in file.items() if name.startswith(root)}
-    if not layout.entries:
-        raise Ptq4ditError(
-            f"The checkpoint {file.path} is {layout.name}, another network than DiT ({layout.differs}), which cannot be "
-            "imported; docs/checkpoints.md lists what can."
-        )
-    config, schedule = read_config(file, view, layout, Given(num_heads, input_size, as_diffusers))
-    schedule = find_schedule(file, view, layout, config, schedule, objective, flow_steps)
-    _check_positions(file, view, layout, config)
+    chosen = find_weights(file, ema=ema, wanted=weights)
+    layout, ignored = chosen.layout, Ignored(ignore)
+    is_diffusers = layout is DIFFUSERS
+    evidence = collect(file, ignored, without=("config.json",) if is_diffusers else ())
+    epsilon, told = read_folder(file.files[0].parent, evidence, ignored) if is_diffusers else (None, None)
+    ignored.check(file.path)
+    given = Given(num_heads, input_size, classes, null_class)
+    config, view = read_config(file, chosen.view, layout, evidence, given, epsilon if as_diffusers else None)
+    spoken = GivenSchedule(objective, flow_steps, data_time, timesteps, beta_start, beta_end)
+    schedule = find_schedule(file, view, layout, config, evidence, spoken, told)
+    table = _own_positions(view, layout, config, evidence)
     params, dtype = _read(file, view, layout, config, progress)
+    if table is not None:
+        params["position_embed/embedding"] = jnp.asarray(table, dtype)
+        config = dataclasses.replace(config, position_table=True)
     if isinstance(schedule, FlowSchedule):
         params = fold_step_size(params, layout, config, schedule)
         params, config = drop_variance(params, config)
     model = FloatDiT(params=traverse_util.unflatten_dict(params, sep="/"), config=config, schedule=schedule)
     name = "SiT" if layout is META and isinstance(schedule, FlowSchedule) else layout.name
-    return model, Imported(name, averaged, model.num_params, config, file.files, dtype)
-
-
-def _find_layout(file: TensorFile, ema: bool) -> tuple[Layout, str, bool]:
-    """The layout, the prefix of the names of the chosen weights, and whether they are averaged."""
-    for layout in LAYOUTS:
-        ends = layout.markers
-        roots = [name.removesuffix(ends[0]) for name in file if name.endswith(ends[0])]
-        roots = [root for root in roots if (not root or root[-1] == ".") and all(root + end in file for end in ends)]
-        roots = [root for root in roots if not _OPTIMIZER.intersection(root.split("."))]
-        if not roots:
-            continue
-        averaged = [root for root in roots if _EMA.intersection(root.split("."))]
-        trained = [root for root in roots if root not in averaged]
-        chosen = (averaged or trained) if ema else trained
-        if not chosen:
-            raise Ptq4ditError(f"The checkpoint {file.path} holds averaged (EMA) weights only; take them, with ema or --ema.")
-        if len(chosen) > 1:
-            names = ", ".join(root.rstrip(".") or "the top level" for root in chosen[:SHOWN])
-            raise Ptq4ditError(
-                f"The checkpoint {file.path} holds {len(chosen)} sets of weights, at {names}; save the wanted one alone."
-            )
-        return layout, chosen[0], chosen[0] in averaged
-    known = ", ".join(layout.name for layout in LAYOUTS if layout.entries)
-    raise Ptq4ditError(
-        f"The checkpoint {file.path} is no DiT of a known layout ({known}); it holds {listed(sorted(file)[: SHOWN + 1])}."
+    decided = {what: str(said) for what, said in evidence.said.items()}
+    return model, Imported(
+        name, chosen.averaged, chosen.words, model.num_params, config, file.files, dtype, decided, tuple(evidence.notes)
     )
 
 
-def _check_positions(file: TensorFile, view: View, layout: Layout, config: DiTConfig) -> None:
-    """The stored table of positions must be the one that this package computes."""
+def _own_positions(view: View, layout: Layout, config: DiTConfig, evidence: Evidence) -> np.ndarray | None:
+    """The stored table of positions (T, D), float32, if it is the model's own; None if it is the fixed one."""
     if layout.pos_embed is None or layout.pos_embed not in view:
-        return
-    tensor, table = view[layout.pos_embed], position_embedding(config)
-    tolerance = 1e-4 if tensor.dtype.itemsize >= 4 else 1e-2
-    if tensor.size != table.size or not np.allclose(
-        tensor.read().astype(np.float32).reshape(table.shape), table, atol=tolerance
-    ):
+        return None
+    fixed, stored = position_embedding(config), view[layout.pos_embed].read().astype(np.float32)
+    if stored.size != fixed.size:
         raise Ptq4ditError(
-            f"The {layout.pos_embed} in {file.path} is not the fixed sine-cosine table, so it is no DiT that can be imported."
+            f"The table {layout.pos_embed} in {evidence.path} has the shape {stored.shape}, and this DiT has "
+            f"{fixed.shape[0]} tokens of width {fixed.shape[1]}."
         )
+    table = stored.reshape(fixed.shape)
+    if not np.isfinite(table).all():
+        raise Ptq4ditError(f"The checkpoint {evidence.path} holds NaN or infinity in {layout.pos_embed}; get it anew.")
+    if is_rounded(table, fixed):
+        return None
+    evidence.notes.append(f"Its positions ({layout.pos_embed}) are not the sine-cosine table: the model keeps them as its own.")
+    return table
+
+
+#: What a table may have been rounded to before it was cast to its present type.
+_ROUNDED = (np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+
+
+def is_rounded(stored: np.ndarray, exact: np.ndarray) -> bool:
+    """Whether ``stored`` is ``exact``, computed with other rounding errors, or rounded to a narrower type, whatever type it was
+    cast to afterwards: it has the values of that type only, none of them further from the exact one than its next neighbour."""
+    if np.allclose(stored, exact, rtol=0, atol=1e-4):
+        return True
+    for kind in _ROUNDED:
+        info = ml_dtypes.finfo(kind)
+        step = np.maximum(np.abs(exact), float(info.smallest_normal)) * float(info.eps)
+        if np.array_equal(stored.astype(kind).astype(np.float32), stored) and (np.abs(stored - exact) <= step + 1e-4).all():
+            return True
+    return False
 
 
 def _read(
     file: TensorFile, view: View, layout: Layout, config: DiTConfig, progress: Callable[[int, int], None] | None
 ) -> tuple[dict[str, Any], str]:
     """Our parameters by flat name, converted one tensor at a time, and their dtype."""
-    names = [name for entry in layout.all_entries for name in names_of(entry, config.depth)]
+    shapes, bad, done = our_shapes(config), list[str](), 0
+    entries = [entry for entry in layout.all_entries if entry.ours in shapes]
+    names = [name for entry in entries for name in names_of(entry, config.depth)]
     kinds = {view[name].dtype.name for name in names}
     dtype = kinds.pop() if len(kinds) == 1 and kinds <= set(FLOATS) else "float32"
-    shapes, bad, done = our_shapes(config), [], 0
 
     def read(name: str) -> np.ndarray:
         nonlocal done
@@ -164,7 +192,7 @@ def _read(
         return array
 
     params = {}
-    for entry in layout.all_entries:
+    for entry in entries:
 
         def block(i: int, entry: Entry = entry) -> np.ndarray:
             parts = [transform.ours(read(name.replace("{i}", str(i))), config) for name, transform in entry.parts]

@@ -67,7 +67,7 @@ class Tensor:
 
 
 #: A value in a file that is no tensor.
-Plain: TypeAlias = str | int | float | bool | None | tuple[Any, ...]
+Plain: TypeAlias = str | int | float | bool | tuple[Any, ...] | None
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptq4dit_jax.checkpoints.foreign.evidence import Evidence, Said
 from ptq4dit_jax.checkpoints.foreign.layouts import Layout, View
-from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile
+from ptq4dit_jax.checkpoints.foreign.lazy import TensorFile
 from ptq4dit_jax.dit import DiTConfig, timestep_frequencies
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenSchedule:
+    """What the user says about what a network predicts; None where nothing is said.
+
+    ``objective`` is ``noise`` or ``velocity``; ``data_time`` the end of a flow's time that has the data, 0 or 1;
+    ``flow_steps`` the number of steps that a network made for a step size is for; the rest are fields of a noise schedule.
+    """
+
+    objective: str | None = None
+    flow_steps: int | None = None
+    data_time: int | None = None
+    timesteps: int | None = None
+    beta_start: float | None = None
+    beta_end: float | None = None
+
+    @property
+    def betas(self) -> dict[str, Any]:
+        """The fields of a noise schedule that are given."""
+        fields = {"num_timesteps": self.timesteps, "beta_start": self.beta_start, "beta_end": self.beta_end}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 def find_schedule(
@@ -22,33 +45,143 @@ def find_schedule(
     view: View,
     layout: Layout,
     config: DiTConfig,
-    schedule: Schedule,
-    objective: str | None,
-    flow_steps: int | None,
+    evidence: Evidence,
+    given: GivenSchedule,
+    told: NoiseSchedule | None,
 ) -> Schedule:
-    """The schedule that a file, its name and the user tell; ``schedule`` is what its layout tells.
+    """The schedule that a file, what it says, its name and the user tell.
+
+    Args:
+      file: the opened checkpoint.
+      view: its tensors by the names of the layout.
+      layout: the family of the checkpoint.
+      config: the shape of the network.
+      evidence: what is said besides the tensors; guesses are noted there.
+      given: what the user says.
+      told: the schedule of a pipeline's scheduler.
 
     Raises:
-      Ptq4ditError: an option that contradicts the layout, or an unknown objective.
+      Ptq4ditError: an option or a piece of evidence that contradicts another, or cannot be honoured.
     """
-    if objective not in (None, "noise", "velocity"):
-        raise Ptq4ditError(f"The objective must be noise or velocity, not {objective!r}.")
-    if objective == "noise" and isinstance(schedule, FlowSchedule):
+    if given.objective not in (None, "noise", "velocity"):
+        raise Ptq4ditError(f"The objective must be noise or velocity, not {given.objective!r}.")
+    if given.objective == "noise" and not layout.schedule_is_noise:
         raise Ptq4ditError(f"The checkpoint {file.path} is {layout.name}, which predicts velocity; leave the objective out.")
-    if objective == "velocity" and isinstance(schedule, NoiseSchedule):
-        schedule = FlowSchedule()
-    if objective is None:
-        named = FlowSchedule() if isinstance(schedule, NoiseSchedule) and file.path.name.startswith("SiT") else None
-        schedule = layout.told(view, config) or named or schedule
-    if layout.step_size is not None and isinstance(schedule, FlowSchedule):
-        steps = layout.step_size.default if flow_steps is None else flow_steps
-        return dataclasses.replace(schedule, steps=steps)
-    if flow_steps is not None:
+    said = _said_objective(evidence)
+    if given.objective is not None and said is not None and said.value != given.objective:
+        raise evidence.contradiction(said, f"you say that it predicts {given.objective}")
+    if not layout.schedule_is_noise and said is not None and said.value == "noise":
+        raise evidence.contradiction(said, f"{layout.name} predicts velocity")
+    objective = given.objective or (said.value if said else None)
+    content = None if objective == "noise" or told is not None else layout.told(view, config)
+    if objective is None and layout.schedule_is_noise and content is None and told is None:
+        if file.path.name.startswith("SiT"):
+            objective = "velocity"
+        elif layout.is_shared:
+            evidence.guess(
+                "it predicts noise, as DiT does and not SiT under the same names", "objective (--objective velocity)"
+            )
+    if objective == "velocity" or content is not None or not layout.schedule_is_noise:
+        return _flow(file, layout, evidence, given, content)
+    return _noise(file, layout, evidence, given, told)
+
+
+def _said_objective(evidence: Evidence) -> Said | None:
+    """What the evidence says of the objective: its own key, a flow's path, the interface of a training, or SiT's name."""
+    prediction, path = evidence.said.get("objective"), evidence.said.get("path")
+    flow = path or evidence.said.get("interface")
+    name = evidence.said.get("published name")
+    if flow is None and name is not None and name.value.family == "sit":
+        flow = name
+    if flow is not None:
+        if prediction is not None and prediction.value != "velocity":
+            raise Ptq4ditError(
+                f"The checkpoint {evidence.path} says {prediction} and {flow}: noise along the path of a flow, where only "
+                f"velocity can be sampled; leave one out with ignore (--ignore {prediction.key}) only if you know better."
+            )
+        return dataclasses.replace(flow, value="velocity")
+    return prediction
+
+
+def _flow(file: TensorFile, layout: Layout, evidence: Evidence, given: GivenSchedule, content: Schedule | None) -> FlowSchedule:
+    known = content if isinstance(content, FlowSchedule) else layout.schedule
+    repa = evidence.said.get("data at time 0")
+    if given.betas:
         raise Ptq4ditError(
-            f"The checkpoint {file.path} is {layout.name}, whose network sees no step size and takes any number of steps; "
-            "leave flow_steps (--flow-steps) out."
+            f"The checkpoint {file.path} predicts velocity, which has no betas or timesteps; leave timesteps, beta_start and "
+            "beta_end out."
         )
+    if isinstance(known, FlowSchedule):
+        schedule = known
+    elif repa is not None:
+        schedule = FlowSchedule(data_time=0)
+    else:
+        schedule = FlowSchedule()
+        if given.data_time is None:
+            evidence.guess("time runs from noise at 0 to data at 1, as in SiT", "data_time (--data-time 0)")
+    if given.data_time is not None:
+        if layout.is_shared and repa is None and not (isinstance(content, FlowSchedule) and content.data_time == 0):
+            schedule = FlowSchedule(data_time=given.data_time)
+        elif given.data_time != schedule.data_time:
+            raise Ptq4ditError(
+                f"The checkpoint {file.path} is {layout.name} with its data at t = {schedule.data_time}; leave data_time "
+                "(--data-time) out."
+            )
+    elif repa is not None and schedule.data_time != 0 and layout.is_shared:
+        schedule = dataclasses.replace(schedule, data_time=0)
+    if layout.step_size is not None:
+        return dataclasses.replace(schedule, steps=_flow_steps(layout, evidence, given))
+    if given.flow_steps is not None:
+        raise _no_step_size(file, layout)
     return schedule
+
+
+def _flow_steps(layout: Layout, evidence: Evidence, given: GivenSchedule) -> int:
+    """The number of steps that a network made for a step size is imported for."""
+    assert layout.step_size is not None
+    if given.flow_steps is not None:
+        return given.flow_steps
+    if evidence.value("training") == "naive":
+        evidence.notes.append(f"{evidence.said['training']}: trained without step sizes, so it takes any number of steps.")
+        return 0
+    if (steps := evidence.value("timesteps")) is not None:
+        return int(steps)
+    evidence.guess(f"it is sampled in {layout.step_size.default} steps", "flow_steps (--flow-steps N)")
+    return layout.step_size.default
+
+
+def _no_step_size(file: TensorFile, layout: Layout) -> Ptq4ditError:
+    return Ptq4ditError(
+        f"The checkpoint {file.path} is {layout.name}, whose network sees no step size and takes any number of steps; "
+        "leave flow_steps (--flow-steps) out."
+    )
+
+
+def _noise(
+    file: TensorFile, layout: Layout, evidence: Evidence, given: GivenSchedule, told: NoiseSchedule | None
+) -> NoiseSchedule:
+    if given.flow_steps is not None:
+        raise _no_step_size(file, layout)
+    if given.data_time is not None:
+        raise Ptq4ditError(f"The checkpoint {file.path} predicts noise, which has no data_time (--data-time); leave it out.")
+    default = layout.schedule if isinstance(layout.schedule, NoiseSchedule) else NoiseSchedule()
+    said = {
+        field: evidence.said[what]
+        for field, what in (("num_timesteps", "timesteps"), ("beta_start", "first beta"), ("beta_end", "last beta"))
+        if what in evidence.said
+    }
+    fields = {name: item.value for name, item in said.items()}
+    for name, item in said.items():
+        if told is not None and getattr(told, name) != item.value:
+            raise evidence.contradiction(item, f"its scheduler has {name} = {getattr(told, name)}")
+        if name in given.betas and given.betas[name] != item.value:
+            raise evidence.contradiction(item, f"you say {given.betas[name]}")
+    if told is None and not fields and not given.betas and layout.is_shared:
+        evidence.guess(
+            f"its schedule is linear, {default.num_timesteps} steps from {default.beta_start:g} to {default.beta_end:g}",
+            "timesteps, beta_start, beta_end (--timesteps, --beta-start, --beta-end)",
+        )
+    return dataclasses.replace(told or default, **{**fields, **given.betas})
 
 
 def fold_step_size(

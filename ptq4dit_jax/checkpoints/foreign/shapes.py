@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ptq4dit_jax.checkpoints.float_dit import FLOATS, expected_arrays, settings_from_json
-from ptq4dit_jax.checkpoints.foreign.layouts import DIFFUSERS, Entry, Layout, View
-from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile
+from ptq4dit_jax.checkpoints.float_dit import FLOATS, expected_arrays
+from ptq4dit_jax.checkpoints.foreign.evidence import Evidence, Said
+from ptq4dit_jax.checkpoints.foreign.layouts import Entry, Layout, View
+from ptq4dit_jax.checkpoints.foreign.lazy import Tensor, TensorFile
+from ptq4dit_jax.checkpoints.foreign.strangers import form_of, parts_of_another
+from ptq4dit_jax.checkpoints.foreign.weight_sets import listed
 from ptq4dit_jax.dit import PRESETS, DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 
-_MAX_BLOCKS, SHOWN = 1000, 8
+_MAX_BLOCKS = 1000
 
 
 @dataclass(frozen=True)
@@ -28,27 +28,44 @@ class Given:
 
     num_heads: int | None = None
     input_size: int | None = None
+    classes: int | None = None
+    null_class: bool | None = None
     as_diffusers: bool = False
 
 
-def read_config(file: TensorFile, view: View, layout: Layout, given: Given) -> tuple[DiTConfig, Schedule]:
-    """The configuration of the network as the file has it, and the schedule that its layout and folder tell.
+def read_config(
+    file: TensorFile, view: View, layout: Layout, evidence: Evidence, given: Given, norm_eps: float | None
+) -> tuple[DiTConfig, View]:
+    """The configuration of the network, and the tensors with zeros for biases that it was made without.
+
+    Args:
+      file: the opened checkpoint.
+      view: the tensors by the names of the layout.
+      layout: the family of the checkpoint.
+      evidence: what is said besides the tensors; guesses are noted there.
+      given: what the user says.
+      norm_eps: of the norm before the MLP, where it is not Meta's.
 
     Raises:
       Ptq4ditError: tensors that are missing, unexpected or of another shape than the rest asks for, all named at once; a size
         that has to be given, or contradicts the file.
     """
-    facts, faults, depth = _folder_facts(file, layout), _Faults(), _depth(view, layout)
-    _check_names(view, layout, depth, faults)
-    config = _config(file, view, layout, depth, facts, faults, given)
+    faults, depth = _Faults(), _depth(view, layout)
+    bias_free = _bias_free(view, layout, depth) if depth <= _MAX_BLOCKS else []
+    _check_names(view, layout, depth, bias_free, faults)
+    config = _config(file, view, layout, depth, evidence, faults, given, norm_eps)
     _check_shapes(view, layout, config, faults)
-    faults.raise_any(file.path, layout)
-    return config, facts.schedule or layout.schedule
+    faults.raise_any(file, layout)
+    zeros: dict[str, Tensor] = {}
+    for entry in bias_free:
+        evidence.notes.append(f"No block has {entry.theirs[0].replace('{i}.', '*.')}; it is taken to be zero.")
+        shapes = _parts(entry, config, our_shapes(config)[entry.ours])
+        zeros |= {name: _zeros(shape) for name, shape in zip(names_of(entry, depth), shapes * depth, strict=True)}
+    return config, {**view, **zeros}
 
 
-def listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(name[:80] for name in names[:SHOWN]) + more
+def _zeros(shape: tuple[int, ...]) -> Tensor:
+    return Tensor(shape, np.dtype(np.float32), lambda: np.zeros(shape, np.float32))
 
 
 class _Faults:
@@ -59,63 +76,28 @@ class _Faults:
         self.unexpected: list[str] = []
         self.misshapen: list[str] = []
 
-    def raise_any(self, path: Path, layout: Layout) -> None:
+    def raise_any(self, file: TensorFile, layout: Layout) -> None:
+        """Raises one sentence. Tensors that a DiT has not mean another network; only missing ones mean damage."""
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "of the wrong shape or type": self.misshapen}
-        if found := [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]:
-            raise Ptq4ditError(f"The file {path} is no complete {layout.name} checkpoint; {'; '.join(found)}.")
-
-
-@dataclass(frozen=True)
-class _FolderFacts:
-    """What JSON files beside the weights tell."""
-
-    num_heads: int | None = None
-    input_size: int | None = None
-    norm_eps: float = 1e-5
-    schedule: NoiseSchedule | None = None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes()) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise Ptq4ditError(f"The file {path} is not valid JSON; copy or download it again.") from error
-    return content if isinstance(content, dict) else {}
-
-
-def _folder_facts(file: TensorFile, layout: Layout) -> _FolderFacts:
-    """Of a diffusers folder: ``config.json`` beside the weights, and the scheduler's in a pipeline."""
-    if layout is not DIFFUSERS:
-        return _FolderFacts()
-    folder = file.files[0].parent
-    config, scheduler = _read_json(folder / "config.json"), _read_json(folder.parent / "scheduler" / "scheduler_config.json")
-    plain = {
-        "activation_fn": "gelu-approximate", "norm_type": "ada_norm_zero", "attention_bias": True,
-        "norm_elementwise_affine": False,
-    }  # fmt: skip
-    for key, value in plain.items():
-        if config.get(key, value) != value:
+        found = "; ".join(f"{kind}: {listed(names)}" for kind, names in kinds.items() if names)
+        if not found:
+            return
+        found += file.contents.dropped_words()
+        if form := form_of([*self.unexpected, *file.contents.dropped]):
+            raise Ptq4ditError(f"The file {file.path} cannot be imported as it is: {form} ({found}).")
+        if self.unexpected:
+            parts = parts_of_another(self.unexpected)
+            has = f"it has {', '.join(parts)}, which a DiT has not" if parts else "it has tensors that a DiT has not"
+            raise Ptq4ditError(f"The file {file.path} is another network than a {layout.name}: {has} ({found}).")
+        if self.missing:
             raise Ptq4ditError(
-                f"The file {folder / 'config.json'} has {key} = {config[key]!r}, which is no DiT; it must be {value!r}."
+                f"The file {file.path} is no complete {layout.name} checkpoint; {found}; copy or download it again."
             )
-    for key, value in {"beta_schedule": "linear", "prediction_type": "epsilon"}.items():
-        if scheduler.get(key, value) != value:
-            raise Ptq4ditError(f"The pipeline in {folder.parent} has {key} = {scheduler[key]!r}; only {value!r} is supported.")
-    try:
-        fields = {"num_timesteps": "num_train_timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
-        given = {ours: scheduler[theirs] for ours, theirs in fields.items() if theirs in scheduler}
-        schedule = settings_from_json(NoiseSchedule, given)
-        heads, side = config.get("num_attention_heads"), config.get("sample_size")
-        return _FolderFacts(
-            None if heads is None else int(heads),
-            None if side is None else int(side),
-            float(config.get("norm_eps", 1e-5)),
-            schedule,
-        )
-    except (TypeError, ValueError) as error:
+        integers = [name for name in self.misshapen if re.search(r" of (u?int|float8)", name)]
+        quantized = " (they look quantized already: import the float weights)" if integers else ""
         raise Ptq4ditError(
-            f"The file {folder / 'config.json'} holds a size that is no number ({error}); copy it again."
-        ) from error
+            f"The file {file.path} is another network than a {layout.name}, or two of them mixed; {found}{quantized}."
+        )
 
 
 def names_of(entry: Entry, depth: int) -> list[str]:
@@ -129,15 +111,33 @@ def _depth(view: View, layout: Layout) -> int:
     return 1 + max(int(match[1]) for name in view if (match := pattern.match(name)))
 
 
-def _check_names(view: View, layout: Layout, depth: int, faults: _Faults) -> None:
+def _bias_free(view: View, layout: Layout, depth: int) -> list[Entry]:
+    """The biases that no block has, although all have the weights: linears made without."""
+    entries = [entry for entry in layout.entries if entry.stacked and entry.ours.endswith("/bias")]
+    kernels = {entry.ours.removesuffix("/kernel"): entry for entry in layout.entries if entry.ours.endswith("/kernel")}
+    return [
+        entry
+        for entry in entries
+        if not any(name in view for name in names_of(entry, depth))
+        and all(name in view for name in names_of(kernels[entry.ours.removesuffix("/bias")], depth))
+    ]
+
+
+def _check_names(view: View, layout: Layout, depth: int, bias_free: list[Entry], faults: _Faults) -> None:
     if depth > _MAX_BLOCKS:
         faults.unexpected.append(layout.block.replace("{i}", str(depth - 1)) + "*")
         return
-    expected = {name for entry in layout.all_entries for name in names_of(entry, depth)}
+    entries = [entry for entry in layout.all_entries if entry not in bias_free and not _absent_table(view, entry)]
+    expected = {name for entry in entries for name in names_of(entry, depth)}
     ignored = [re.compile(pattern) for pattern in layout.ignored]
     faults.missing = sorted(expected - view.keys(), key=by_number)
     extra = view.keys() - expected - {layout.pos_embed}
     faults.unexpected = sorted((name for name in extra if not any(p.fullmatch(name) for p in ignored)), key=by_number)
+
+
+def _absent_table(view: View, entry: Entry) -> bool:
+    """Whether this is the table of labels and the network has none, so that it is unconditional."""
+    return entry.ours == "label_embed/embedding" and not any(name.replace("{i}", "0") in view for name in entry.theirs)
 
 
 def by_number(name: str) -> list[tuple[int, str]]:
@@ -150,9 +150,10 @@ def _config(
     view: View,
     layout: Layout,
     depth: int,
-    facts: _FolderFacts,
+    evidence: Evidence,
     faults: _Faults,
     given: Given,
+    norm_eps: float | None,
 ) -> DiTConfig:
     """The shape of the network, read off the shapes of its tensors."""
     sizes: dict[str, int] = {}
@@ -161,29 +162,34 @@ def _config(
             sizes[size] = view[name].shape[axis]
         elif name in view:
             faults.misshapen.append(f"{name} {view[name].shape}")
-    needed = set(layout.sizes) - {"tokens"} - set(sizes)
+    optional = {"tokens"} | ({"rows"} if layout.sizes["rows"][0] not in view else set())
+    needed = set(layout.sizes) - optional - set(sizes)
     if needed or depth > _MAX_BLOCKS:
-        faults.raise_any(file.path, layout)
+        faults.raise_any(file, layout)
     hidden, patch, channels = sizes["hidden"], sizes["patch"], sizes["channels"]
     outputs = sizes["outputs"] // patch**2
     if sizes["outputs"] % patch**2 or outputs not in (channels, 2 * channels):
         faults.misshapen.append(f"{layout.sizes['outputs'][0]} {view[layout.sizes['outputs'][0]].shape}")
-        faults.raise_any(file.path, layout)
+        faults.raise_any(file, layout)
     ratio = sizes["mlp"] / hidden
     if int(hidden * ratio) != sizes["mlp"]:
         ratio = (sizes["mlp"] + 0.5) / hidden
-    # The table's last row is "no class", unless it has one row, or ImageNet's 1000 and no more.
-    null_class = sizes["rows"] not in (1, 1000)
-    settings = {"freq_shift": 1.0, "mlp_norm_eps": facts.norm_eps} if given.as_diffusers and layout is DIFFUSERS else {}
+    told = {
+        "width": hidden, "depth": depth, "patch size": patch, "channels": channels, "MLP ratio": ratio,
+        "output channels": outputs, "learned variance": outputs == 2 * channels, "time frequencies": sizes["frequencies"],
+    }  # fmt: skip
+    _check_sizes(evidence, layout, told)
+    classes, null_class = _classes(file, evidence, sizes.get("rows", 0), given)
+    settings = {} if norm_eps is None else {"freq_shift": 1.0, "mlp_norm_eps": norm_eps}
     return DiTConfig(
-        input_size=_input_size(file, sizes, facts.input_size, given.input_size),
+        input_size=_input_size(file, evidence, sizes, given.input_size),
         patch_size=patch,
         in_channels=channels,
         hidden_size=hidden,
         depth=depth,
-        num_heads=_num_heads(file, depth, hidden, sizes.get("heads") or facts.num_heads, given.num_heads),
+        num_heads=_num_heads(file, evidence, depth, hidden, sizes.get("heads"), given.num_heads),
         mlp_ratio=ratio,
-        num_classes=sizes["rows"] - null_class,
+        num_classes=classes,
         null_class=null_class,
         learn_sigma=outputs == 2 * channels,
         frequency_size=sizes["frequencies"],
@@ -191,22 +197,125 @@ def _config(
     )
 
 
-def _input_size(file: TensorFile, sizes: Mapping[str, int], told: int | None, given: int | None) -> int:
+def _check_sizes(evidence: Evidence, layout: Layout, told: Mapping[str, Any]) -> None:
+    """Raises where a configuration says something else than the tensors."""
+    for what, value in told.items():
+        said = evidence.said.get(what)
+        if said is None or said.value == value:
+            continue
+        if what == "MLP ratio" and abs(said.value - value) * told["width"] < 1:
+            continue
+        # A flow's variance half is dropped, and configurations of flows count channels without it.
+        if what in ("output channels", "learned variance") and not layout.schedule_is_noise:
+            continue
+        raise evidence.contradiction(said, f"its tensors have the {what} {_short(value)}")
+    name = evidence.said.get("published name")
+    if name is not None:
+        family, preset, patch = name.value
+        if family.replace("_", "") not in ("", "dit", "sit", "mfdit", "meandit"):
+            raise Ptq4ditError(
+                f"The checkpoint {evidence.path} says {name.source}, a network of the family {family!r} and not a DiT; leave "
+                f"it out with ignore (--ignore {name.key}) only if you know better."
+            )
+        sizes = (told["depth"], told["width"], told["patch size"])
+        published = DiTConfig.preset(preset) if preset else None
+        if patch != told["patch size"] or (published and (published.depth, published.hidden_size, patch) != sizes):
+            raise evidence.contradiction(name, f"its tensors have depth {sizes[0]}, width {sizes[1]} and patch size {sizes[2]}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _classes(file: TensorFile, evidence: Evidence, rows: int, given: Given) -> tuple[int, bool]:
+    """The number of classes, and whether a row of the table behind theirs means none of them."""
+    said, dropout = evidence.said.get("classes"), evidence.said.get("dropout of labels")
+    if rows == 0:
+        if given.classes or given.null_class:
+            raise Ptq4ditError(
+                f"The checkpoint {file.path} has no table of labels, so it has no classes; leave the option out."
+            )
+        evidence.notes.append("There is no table of labels: the network is unconditional.")
+        return 0, False
+    if given.classes is not None and said is not None and given.classes != said.value:
+        raise evidence.contradiction(said, f"you say {given.classes} classes")
+    null = given.null_class
+    if dropout is not None:
+        if null is not None and null != (dropout.value > 0):
+            raise evidence.contradiction(dropout, f"you say that it has {'a' if null else 'no'} null class")
+        null = dropout.value > 0
+    classes = given.classes if given.classes is not None else evidence.value("classes")
+    if classes is not None:
+        if rows not in (classes, classes + 1) or (null is not None and rows != classes + null):
+            first: Said | str = f"you say {classes} classes" if said is None else said
+            extra = (
+                ""
+                if null is None
+                else f" {'with' if null else 'without'} a null class" + (f", as {dropout} says" if dropout else "")
+            )
+            raise evidence.contradiction(
+                first, f"its table of labels has {rows} rows, which cannot be {classes} classes{extra}"
+            )
+        return classes, rows == classes + 1
+    if null is not None:
+        if rows - null < 1:
+            raise Ptq4ditError(
+                f"The checkpoint {file.path} has one row in its table of labels, which cannot be a null class alone."
+            )
+        return rows - null, null
+    # The table's last row is "no class", unless it has one row, or ImageNet's 1000 and no more.
+    null = rows not in (1, 1000)
+    kind = f"{rows - null} classes and a null class" if null else f"{rows} classes and no null class"
+    evidence.guess(
+        f"the {rows} rows of the table of labels are {kind}", "classes (--classes N, --null-class or --no-null-class)"
+    )
+    return rows - null, null
+
+
+def _input_size(file: TensorFile, evidence: Evidence, sizes: Mapping[str, int], given: int | None) -> int:
+    said, image = evidence.said.get("input size"), evidence.said.get("image size")
+    remedy = "convert it with input_size (ptq4dit convert --input-size), such as 32"
+    told, patch = None, sizes["patch"]
     if "tokens" in sizes:
         side = math.isqrt(sizes["tokens"])
         if side * side != sizes["tokens"]:
             raise Ptq4ditError(
                 f"The checkpoint {file.path} is a DiT of {sizes['tokens']} tokens; only square images are supported."
             )
-        told = side * sizes["patch"]
-    return _agreed(file, "input size", told, given, "convert it with input_size (ptq4dit convert --input-size), such as 32")
+        told = side * patch
+        if said is not None and said.value != told:
+            raise evidence.contradiction(said, f"its positions are those of an input of {told} x {told}")
+    elif said is not None:
+        told = said.value
+    elif image is not None and given is None:
+        told = image.value if sizes["channels"] in (1, 3) else image.value // 8
+        how = "pixels" if told == image.value else "latents of an eighth of it"
+        evidence.guess(f"{image.source} = {image.value} is the size of {how}: {told}", "input_size (--input-size)")
+    size = _agreed(file, "input size", told, given, remedy)
+    if image is not None and image.value not in [size * factor for factor in (1, 2, 4, 8, 16, 32, 64)]:
+        raise evidence.contradiction(image, f"its input of {size} x {size} is no latent of such an image")
+    return size
 
 
-def _num_heads(file: TensorFile, depth: int, hidden: int, told: int | None, given: int | None) -> int:
+def _num_heads(file: TensorFile, evidence: Evidence, depth: int, hidden: int, told: int | None, given: int | None) -> int:
+    heads, width = evidence.said.get("number of heads"), evidence.said.get("width of a head")
+    published = evidence.said.get("published name")
+    what = f"number of heads (depth {depth}, width {hidden})"
+    claims: list[tuple[Said | str, int]] = [] if told is None else [("its tensors are of that many heads", told)]
+    claims += [(heads, heads.value)] if heads else []
+    claims += [(width, hidden // width.value)] if width and width.value and hidden % width.value == 0 else []
+    if published and published.value.preset:
+        claims.append((published, DiTConfig.preset(published.value.preset).num_heads))
+    for said, count in claims[1:]:
+        if count != claims[0][1]:
+            raise evidence.contradiction(claims[0][0], said)
+    told = claims[0][1] if claims else None
     if told is None and given is None:
         presets = [DiTConfig.preset(name) for name in PRESETS]
         told = next((c.num_heads for c in presets if (c.depth, c.hidden_size) == (depth, hidden)), None)
-    what = f"number of heads (depth {depth}, width {hidden})"
+        if told is not None:
+            size = f"depth {depth} and width {hidden}"
+            evidence.guess(f"{told} heads, as the published DiT of {size} has", "num_heads (--num-heads)")
     return _agreed(file, what, told, given, "convert it with num_heads (ptq4dit convert --num-heads)")
 
 
@@ -235,6 +344,8 @@ def our_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
 def _check_shapes(view: View, layout: Layout, config: DiTConfig, faults: _Faults) -> None:
     shapes = our_shapes(config)
     for entry in layout.all_entries:
+        if entry.ours not in shapes:  # the table of labels of an unconditional network
+            continue
         wanted = _parts(entry, config, shapes[entry.ours])
         for name, shape in zip(names_of(entry, config.depth), wanted * config.depth, strict=False):
             if name in view and view[name].shape != shape:

@@ -32,4 +32,5 @@ DIFFUSERS = Layout(
         "outputs": ("proj_out_2.weight", 0), "tokens": ("pos_embed.pos_embed", 1),
     },
     pos_embed="pos_embed.pos_embed",
+    is_shared=True,
 )  # fmt: skip

@@ -62,4 +62,5 @@ JAX_DIT = Layout(
         "frequencies": ("t_embedder.mlp.layers_0.kernel", 0), "outputs": ("final_layer.linear.kernel", 1),
     },
     pos_embed="pos_embed",
+    is_shared=True,
 )  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+
 import numpy as np
 
 from ptq4dit_jax.checkpoints.foreign.layouts.table import PATCH_OIHW, Entry, Layout, View, torch_linear
@@ -19,6 +22,13 @@ def _told_by_content(view: View, config: DiTConfig) -> Schedule | None:
     rows = [view[f"final_layer.linear.{name}"].read().astype(np.float32) for name in ("weight", "bias")]
     noise, sigma = np.split(np.concatenate([rows[0], rows[1][:, None]], 1).reshape(config.patch_size**2, 2, -1), 2, axis=1)
     return FlowSchedule() if noise.any() and not sigma.any() else None
+
+
+def _renamed(names: Collection[str]) -> dict[str, str]:
+    """REPA's first files have the blocks behind the projectors as ``decoder_blocks``, counted from 0."""
+    blocks = [int(match[1]) for name in names if (match := re.match(r"blocks\.(\d{1,6})\.", name))]
+    later = [(name, match) for name in names if (match := re.match(r"decoder_blocks\.(\d{1,6})\.", name))]
+    return {name: f"blocks.{1 + max(blocks) + int(match[1])}.{name[match.end() :]}" for name, match in later} if blocks else {}
 
 
 META = Layout(
@@ -46,6 +56,8 @@ META = Layout(
         "frequencies": ("t_embedder.mlp.0.weight", 1), "outputs": ("final_layer.linear.weight", 0), "tokens": ("pos_embed", 1),
     },
     pos_embed="pos_embed",
+    is_shared=True,
     ignored=(r"projectors\..*",),
+    renamed=_renamed,
     told=_told_by_content,
 )  # fmt: skip

@@ -7,7 +7,7 @@ of the patch embedding's kernel are (row, column, channel).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -105,6 +105,8 @@ class Layout:
         ``mlp``, ``frequencies``, ``outputs`` and, where known, ``tokens`` and ``heads``.
       pos_embed: the fixed table of positions, checked and then dropped, if the layout stores it.
       ignored: regular expressions of names that carry no parameter.
+      is_shared: networks of other objectives and schedules are saved under the same names.
+      renamed: names that stand for others, from all names: (theirs in this file, theirs in the table).
       schedule: what the network was trained to predict, and over which time.
       told: an exception to that, told by the values themselves: takes the tensors and the configuration.
       step_size: the embedder of step sizes, if the network has one.
@@ -118,9 +120,16 @@ class Layout:
     sizes: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     pos_embed: str | None = None
     ignored: tuple[str, ...] = ()
+    renamed: Callable[[Collection[str]], Mapping[str, str]] = lambda names: {}
     schedule: Schedule = field(default_factory=NoiseSchedule)
     told: Callable[[View, DiTConfig], Schedule | None] = lambda view, config: None
     step_size: StepSize | None = None
+    is_shared: bool = False
+
+    @property
+    def schedule_is_noise(self) -> bool:
+        """Whether its networks predict noise unless something tells otherwise."""
+        return isinstance(self.schedule, NoiseSchedule)
 
     @property
     def all_entries(self) -> tuple[Entry, ...]:
@@ -136,21 +145,20 @@ def torch_linear(ours: str, *theirs: str) -> tuple[Entry, Entry]:
 def flax_linear(
     ours: str,
     *theirs: str,
-    end: str = "",
     kernel: Transform | tuple[Transform, ...] = KEEP,
     bias: Transform | tuple[Transform, ...] = KEEP,
 ) -> tuple[Entry, Entry]:
-    """A linear layer of Flax, (K, N), or several that are joined on N; ``end`` follows every name."""
+    """A linear layer of Flax, (K, N), or several that are joined on N."""
     return (
-        Entry(f"{ours}/kernel", tuple(f"{name}.kernel{end}" for name in theirs), kernel),
-        Entry(f"{ours}/bias", tuple(f"{name}.bias{end}" for name in theirs), bias),
+        Entry(f"{ours}/kernel", tuple(f"{name}.kernel" for name in theirs), kernel),
+        Entry(f"{ours}/bias", tuple(f"{name}.bias" for name in theirs), bias),
     )
 
 
-def flax_attention(prefix: str, end: str = "") -> tuple[Entry, ...]:
+def flax_attention(prefix: str) -> tuple[Entry, ...]:
     """Flax's attention with q, k and v apart and heads as an axis."""
     names = (f"{prefix}.query", f"{prefix}.key", f"{prefix}.value")
     return (
-        *flax_linear("blocks/qkv", *names, end=end, kernel=TO_HEADS, bias=HEADS_BIAS),
-        *flax_linear("blocks/proj", f"{prefix}.out", end=end, kernel=FROM_HEADS),
+        *flax_linear("blocks/qkv", *names, kernel=TO_HEADS, bias=HEADS_BIAS),
+        *flax_linear("blocks/proj", f"{prefix}.out", kernel=FROM_HEADS),
     )

@@ -1,0 +1,206 @@
+"""What a checkpoint says about itself besides its tensors, collected from every place where training code writes it down.
+
+Sources are the arguments inside a file (``args`` of a training script, Lightning's ``hyper_parameters``, a ``ConfigDict`` in a
+pickle), the metadata of safetensors, and JSON or YAML files beside the weights. :mod:`~.keys` says what each key means;
+a key that it does not know is named, never passed over. Two sources that contradict each other are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ptq4dit_jax.checkpoints.foreign.keys import HARMLESS, IMAGE_KEYS, KEYS, MUST_BE, Unfit, Unread
+from ptq4dit_jax.checkpoints.foreign.lazy import Plain, TensorFile, flatten
+from ptq4dit_jax.checkpoints.foreign.names import is_optimizer, parts_of
+from ptq4dit_jax.checkpoints.foreign.pickle_machine import inert_children
+from ptq4dit_jax.errors import Ptq4ditError
+
+#: Files beside the weights that configurations are written to; a file of the same name as the weights' counts, too.
+CONFIG_FILES = tuple(
+    f"{stem}.{end}" for stem in ("config", "args", "hparams", "model_config", "options",
+    "metadata") for end in ("json", "yaml", "yml")
+)  # fmt: skip
+#: Folders of checkpoints, whose run writes its configuration one level up.
+_STEPS = re.compile(r"(checkpoints?|ckpts?|models?|weights|(step|epoch|iter|checkpoint)[-_]?)?\d*")
+_MAX_CONFIG = 2**22
+#: Words in the name of a container of settings, and of sections that speak of something else than the network.
+_SETTINGS = {
+    "args", "arg", "config", "configs", "cfg", "conf", "hparams", "hyper", "hyperparameters", "options", "opts",
+    "opt", "settings",
+    "kwargs", "metadata", "flags",
+}  # fmt: skip
+_ELSEWHERE = {
+    "vae", "autoencoder", "tokenizer", "stage", "encoder", "repa", "optimizer", "optim", "lr", "dataset", "dataloader", "data",
+    "ema", "logger", "wandb", "trainer", "callbacks", "sample", "sampler", "sampling", "eval", "evaluation", "test",
+    "validation",
+    "teacher", "discriminator", "text", "clip", "fid", "accelerate", "deepspeed", "distributed", "groups",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Said:
+    """A value that a source gives for a property, and the key and the words by which to name it."""
+
+    value: Any
+    key: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.source} ({self.value})"
+
+
+@dataclass
+class Evidence:
+    """What all sources say.
+
+    Attributes:
+      path: the checkpoint, for messages.
+      said: by property, as in :data:`~.keys.KEYS`.
+      notes: sentences for the user: guesses, and what was named but not understood.
+    """
+
+    path: Path
+    said: dict[str, Said] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def value(self, what: str) -> Any:
+        """The value of a property, or None."""
+        return self.said[what].value if what in self.said else None
+
+    def add(self, what: str, said: Said) -> None:
+        """Takes a value in; raises where another source gives another one."""
+        if (other := self.said.setdefault(what, said)).value != said.value:
+            raise self.contradiction(other, said)
+
+    def contradiction(self, first: Said | str, second: Said | str) -> Ptq4ditError:
+        """The sentence on two pieces of evidence that disagree."""
+        keys = dict.fromkeys(said.key for said in (first, second) if isinstance(said, Said))
+        remedy = (
+            f"leave the other out with ignore ({' or '.join(f'--ignore {key}' for key in keys)})"
+            if keys
+            else "correct the option"
+        )
+        return Ptq4ditError(
+            f"The checkpoint {self.path} contradicts itself: {first}, but {second}; find out which is right, and {remedy}."
+        )
+
+    def guess(self, what: str, option: str) -> None:
+        """Notes what nothing told."""
+        self.notes.append(f"Guess: {what}; {option} says otherwise.")
+
+
+class Ignored:
+    """The keys and files that the user wants left out, and which of them were met."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names, self.met = {name.strip() for name in names if name.strip()}, set[str]()
+
+    def __contains__(self, name: str) -> bool:
+        if name in self.names:
+            self.met.add(name)
+        return name in self.names
+
+    def check(self, path: Path) -> None:
+        """Raises where a name was met nowhere."""
+        if missed := sorted(self.names - self.met):
+            raise Ptq4ditError(f"Nothing beside or in {path} is named {', '.join(missed)}, so it cannot be ignored.")
+
+
+def collect(file: TensorFile, ignored: Ignored, *, without: Iterable[str] = ()) -> Evidence:
+    """All evidence on a checkpoint.
+
+    Args:
+      file: the opened checkpoint.
+      ignored: keys, and names of files, to leave out.
+      without: names of files beside the weights that are read elsewhere.
+
+    Raises:
+      Ptq4ditError: a key that must have another value for the network to be a DiT; a value that makes no sense; two sources
+        that contradict each other; a configuration that cannot be read.
+    """
+    evidence, unknown = Evidence(file.path), []
+    for source, sections, key, value in _entries(file, ignored, set(without)):
+        words = set(re.findall(r"[a-z]+", " ".join(sections).lower()))
+        if key in ignored or (words & _ELSEWHERE and key not in IMAGE_KEYS):
+            continue
+        try:
+            if key in MUST_BE:
+                MUST_BE[key].check(value)
+            elif key in KEYS:
+                evidence.add(KEYS[key].what, Said(KEYS[key].read(value), key, source))
+            elif not HARMLESS.search(key) and value not in (None, False, ""):
+                unknown.append(f"{source} = {_shown(value)}")
+        except Unread:
+            unknown.append(f"{source} = {_shown(value)}")
+        except Unfit as error:
+            what = f"The checkpoint {file.path} says {source} = {_shown(value)}, {error}"
+            raise Ptq4ditError(f"{what}; leave it out with ignore (--ignore {key}) only if you know better.") from error
+    if unknown:
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        evidence.notes.append(
+            f"Not understood: {', '.join(unknown[:8])}{more}; see that none changes what the network computes."
+        )
+    return evidence
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _entries(file: TensorFile, ignored: Ignored, without: set[str]) -> Iterator[tuple[str, list[str], str, Plain]]:
+    """Each plain value of a configuration: where it is, its sections, its key in lower case, and itself."""
+    for name, value in file.contents.facts.items():
+        *sections, key = parts_of(name) or [name]
+        inside = [part for part in sections if set(re.findall(r"[a-z]+", part.lower())) & _SETTINGS]
+        if inside and not (is_optimizer(".".join(sections)) and "param_groups" in sections):
+            yield name, sections[sections.index(inside[0]) :], _key(key), value
+    for path in config_files(file):
+        if path.name in without or path.name in ignored:
+            continue
+        for name, value in flatten(read_settings(path), inert_children).facts.items():
+            *sections, key = parts_of(name) or [name]
+            yield f"{path.name}: {name}", sections, _key(key), value
+
+
+def _key(part: str) -> str:
+    return part.lower().replace("-", "_")
+
+
+def config_files(file: TensorFile) -> list[Path]:
+    """Configurations beside the weights, and one level up where these lie in a folder of steps."""
+    base = file.path if file.path.is_dir() else file.path.parent
+    folders = [base, base / ".hydra"]
+    while _STEPS.fullmatch(base.name) and base.name and base.parent != base and len(folders) < 6:
+        base = base.parent
+        folders += [base, base / ".hydra"]
+    own = [f"{file.path.stem}.{end}" for end in ("json", "yaml", "yml")]
+    found = [folder / name for folder in folders for name in (*CONFIG_FILES, *own)]
+    return [path for path in dict.fromkeys(found) if path.is_file()]
+
+
+def read_settings(path: Path) -> Mapping[str, Any]:
+    """A JSON or YAML file of settings; no code in it is run.
+
+    Raises:
+      Ptq4ditError: it is none, or far larger than one.
+    """
+    remedy = f"mend it, or leave it out with ignore (--ignore {path.name})"
+    try:
+        if path.stat().st_size > _MAX_CONFIG:
+            raise Ptq4ditError(f"The file {path} is larger than any configuration; {remedy}.")
+        content = path.read_bytes()
+        values = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
+    except OSError as error:
+        raise Ptq4ditError(f"Cannot read {path} ({error.strerror}); check its permissions.") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        kind = "JSON" if path.suffix == ".json" else "YAML of plain values"
+        raise Ptq4ditError(f"The file {path} is not valid {kind}; {remedy}.") from error
+    return values if isinstance(values, dict) and values.get("format") != "ptq4dit_jax" else {}

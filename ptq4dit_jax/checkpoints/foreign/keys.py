@@ -1,0 +1,253 @@
+"""The keys of configurations of training code: which are understood and what they decide, and which must have one value.
+
+:data:`KEYS`, :data:`MUST_BE` and :data:`HARMLESS` are the whole of it. docs/checkpoints.md shows them as a table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ptq4dit_jax.dit import PRESETS
+
+
+class Unfit(Exception):
+    """Why a value cannot be honoured, in words that follow the value."""
+
+
+class Unread(Exception):
+    """A value that may mean something else than the key usually does."""
+
+
+class Key(NamedTuple):
+    """What a key decides, and how its value is read; ``read`` raises :class:`Unfit` or :class:`Unread`."""
+
+    what: str
+    read: Callable[[Any], Any]
+
+
+class Must(NamedTuple):
+    """A key of which only some values give the network that is imported; ``fits`` tells, ``reason`` says what others mean."""
+
+    fits: Callable[[Any], bool]
+    reason: str
+
+    def check(self, value: Any) -> None:
+        if not self.fits(value):
+            raise Unfit(self.reason)
+
+
+def _count(value: Any) -> int:
+    number = value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
+    if isinstance(number, str) and re.fullmatch(r"\d{1,9}", number):
+        number = int(number)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or number != int(number) or number < 0:
+        raise Unfit("which is no whole number")
+    return int(number)
+
+
+def _positive(value: Any) -> float:
+    number = float(value) if isinstance(value, str) and re.fullmatch(r"[\d.eE+-]{1,20}", value) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
+        raise Unfit("which is no number of at least 0")
+    return float(number)
+
+
+def _flag(value: Any) -> bool:
+    text = str(value).lower()
+    if text not in ("true", "false", "0", "1", "none", "null", "yes", "no"):
+        raise Unfit("which is neither true nor false")
+    return text in ("true", "1", "yes")
+
+
+class Preset(NamedTuple):
+    """A published name such as SiT-XL/2: the family in lower case, the DiT preset of that size or None, and the patch size."""
+
+    family: str
+    preset: str | None
+    patch: int
+
+
+def _preset(value: Any) -> Preset:
+    match = re.fullmatch(r"([A-Za-z_]*?)[-_]?(XS|Ti|S|B|L|XL|H|G)[-_/](\d{1,2})", value) if isinstance(value, str) else None
+    if match is None:
+        raise Unread
+    name = f"DiT-{match[2]}/{match[3]}"
+    return Preset(match[1].lower(), name if name in PRESETS else None, int(match[3]))
+
+
+_OBJECTIVES = {
+    "noise": "noise", "eps": "noise", "epsilon": "noise", "pred_noise": "noise",
+    "velocity": "velocity", "v": "velocity", "pred_v": "velocity", "flow": "velocity", "flow_matching": "velocity",
+    "rectified_flow": "velocity", "sit": "velocity",
+}  # fmt: skip
+
+
+def _objective(value: Any) -> str:
+    text = str(value).lower().rpartition(".")[2].replace("-", "_")
+    if text not in _OBJECTIVES:
+        raise Unfit("and only networks that predict noise or the velocity of a straight flow can be sampled")
+    return _OBJECTIVES[text]
+
+
+def _linear(words: tuple[str, ...], reason: str) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if str(value).lower().rpartition(".")[2] not in words:
+            raise Unfit(reason)
+        return "linear"
+
+    return read
+
+
+_PATH = _linear(
+    ("linear", "straight", "icplan", "ot", "optimal_transport", "rectified", "rf"),
+    "and only the straight path of a flow is supported",
+)
+_BETAS = _linear(("linear",), "and only the linear schedule is supported")
+
+
+def _interface(value: Any) -> str:
+    if str(value).lower().replace("interface", "") not in ("sit", "flow", "velocity", "flow_matching"):
+        raise Unfit("and only networks trained by a straight flow are supported under these names")
+    return "velocity"
+
+
+_TABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "number of heads": (_count, "num_heads n_heads heads num_attention_heads attention_heads n_head nhead attn_heads"),
+    "width of a head": (_count, "head_dim attention_head_dim head_width dim_head dim_per_head"),
+    "classes": (_count, "num_classes n_classes nb_classes num_class class_num classes num_labels "
+    "num_embeds_ada_norm label_dim"),
+    "dropout of labels": (
+        _positive,
+        "class_dropout_prob label_dropout_prob label_dropout label_drop_prob class_dropout class_drop_prob drop_label_prob "
+        "cond_drop_prob cfg_prob cfg_dropout cfg_dropout_prob uncond_prob p_uncond",
+    ),
+    "input size": (_count, "input_size latent_size sample_size latent_resolution"),
+    "image size": (_count, "image_size img_size image_resolution resolution"),
+    "published name": (_preset, "model model_name model_type model_size arch architecture backbone network variant preset"),
+    "width": (_count, "hidden_size hidden_dim embed_dim emb_dim d_model model_dim n_embd width"),
+    "depth": (_count, "depth num_layers n_layers n_layer num_blocks n_blocks num_hidden_layers layers"),
+    "patch size": (_count, "patch_size patch"),
+    "channels": (_count, "in_channels in_chans in_channel input_channels latent_channels num_channels channels"),
+    "output channels": (_count, "out_channels out_chans"),
+    "MLP ratio": (_positive, "mlp_ratio"),
+    "learned variance": (_flag, "learn_sigma learned_sigma learn_variance"),
+    "time frequencies": (_count, "frequency_embedding_size frequency_size freq_dim"),
+    "objective": (
+        _objective, "prediction prediction_type prediction_target pred_type objective parameterization model_prediction pred"
+    ),
+    "interface": (_interface, "interface"),
+    "path": (_PATH, "path_type flow_path interpolant interpolant_type probability_path"),
+    "timesteps": (
+        _count,
+        "num_train_timesteps num_diffusion_timesteps num_diffusion_steps diffusion_steps num_timesteps "
+        "denoise_timesteps timesteps",
+    ),
+    "first beta": (_positive, "beta_start linear_start"),
+    "last beta": (_positive, "beta_end linear_end"),
+    "betas": (_BETAS, "beta_schedule noise_schedule beta_schedule_type"),
+    "training": (lambda value: str(value).lower(), "train_type"),
+    "data at time 0": (lambda value: True, "proj_coeff enc_type encoder_depth"),
+}  # fmt: skip
+#: By key: every configuration is searched for these.
+KEYS = {name: Key(what, read) for what, (read, names) in _TABLE.items() for name in names.split()}
+#: Keys that a section on data or sampling may tell as well.
+IMAGE_KEYS = {name for name, key in KEYS.items() if key.what in ("image size", "classes")}
+
+_OFF_WORDS = ("", "none", "null", "false", "no", "off", "identity", "0")
+
+
+def _off(value: Any) -> bool:
+    return value is None or value in (0, False) or (isinstance(value, str) and value.lower() in _OFF_WORDS)
+
+
+def _one_of(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: value is None or (value.lower() if isinstance(value, str) else value) in values
+
+
+def _without_rotation(value: Any) -> bool:
+    return not re.search(r"rop|rotary|alibi|relative", str(value).lower())
+
+
+_ANOTHER = "which makes it another network than DiT"
+_MUST_TABLE: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
+    (
+        "off", _off, _ANOTHER,
+        "use_rope rope rotary use_rotary use_rotary_emb use_swiglu swiglu use_rmsnorm rmsnorm rms_norm "
+        "use_rms_norm qk_norm use_qk_norm "
+        "use_qknorm qknorm normalize_qk gated_mlp use_gated_mlp use_glu wo_shift causal use_conv adaln_single share_adaln "
+        "shared_adaln use_cross_attention cross_attention_dim caption_channels context_dim self_condition "
+        "self_conditioning use_moe moe "
+        "sandwich_norm layer_scale use_layerscale register_tokens num_register_tokens use_attention_sink softcap logit_softcap",
+    ),
+    (
+        "off", _off, "and only networks that predict noise or the velocity of a straight flow can be sampled",
+        "predict_xstart predict_x0 predict_v pred_x0 x0_prediction",
+    ),
+    (
+        "off", _off, "and only the linear schedule is supported",
+        "rescale_betas_zero_snr zero_terminal_snr zero_snr trained_betas use_zero_terminal_snr",
+    ),
+    (
+        "gelu (tanh)",
+        _one_of(
+            "gelu", "gelu_tanh", "gelu-approximate", "gelu_approximate", "approx_gelu", "gelu_new", "gelu_pytorch_tanh",
+            "tanh_gelu",
+        ),
+        "and only the tanh approximation of GELU is supported", "activation act act_fn act_layer mlp_act "
+        "hidden_act activation_fn",
+    ),
+    (
+        "1e-6", lambda value: value is None or abs(float(value) - 1e-6) < 1e-9, "and the norms of a DiT have 1e-6",
+        "norm_eps layer_norm_eps layernorm_eps ln_eps",
+    ),
+    ("10000", _one_of(10000), "and the embedding of time has 10000", "max_period time_max_period"),
+    (
+        "1", _one_of(1), "and only 1 is supported",
+        "time_scale t_scale time_factor timestep_scale time_scaling num_experts t_conditioning",
+    ),
+    (
+        "no rotation", _without_rotation, _ANOTHER,
+        "pos_embed pos_embed_type pos_emb pos_emb_type position_embedding position_embedding_type "
+        "positional_embedding pos_encoding",
+    ),
+)  # fmt: skip
+
+
+def _safely(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        try:
+            return bool(fits(value))
+        except (TypeError, ValueError):
+            return False
+
+    return check
+
+
+#: By key: what must be so where a configuration mentions it.
+MUST_BE = {name: Must(_safely(fits), reason) for _, fits, reason, names in _MUST_TABLE for name in names.split()}
+
+#: Keys of training, data, logging and sampling, on which the function of the network does not depend.
+HARMLESS = re.compile(
+    r"^_|(^|_)(lr|learning|batch|epochs?|steps?|iters?|iterations?|seed|log|logs|logging|logger|wandb|"
+    r"tensorboard|project|exp|experiment|"
+    r"runs?|name|id|tag|notes?|entity|results?|output|out|outdir|save|saving|saves|resume|ckpt|ckpts|"
+    r"checkpoint|checkpoints|checkpointing|load|"
+    r"pretrained|init|weight_decay|wd|decay|optim|optimizer|opt|adam|adamw|beta1|beta2|momentum|nesterov|grad|"
+    r"gradient|clip|norm_clip|max_norm|"
+    r"accum|accumulation|warmup|schedulers?|precision|fp16|bf16|amp|tf32|dtype|param_dtype|compile|jit|remat|"
+    r"fused|flash|attn_drop|proj_drop|"
+    r"drop_path|dropout|drop|ema|data|dataset|datasets|dir|folder|path|paths|file|files|root|url|workers?|"
+    r"prefetch|shuffle|augment|augmentation|flip|"
+    r"hflip|crop|cache|devices?|gpus?|gpu|rank|local|world|nodes?|ddp|fsdp|mesh|shard|sharding|parallel|"
+    r"distributed|dist|backend|port|host|"
+    r"hostname|user|date|time|timestamp|started|git|commit|version|versions|format|debug|verbose|dry|profile|"
+    r"eval|evaluate|evaluation|test|val|"
+    r"validation|validate|fid|metrics?|samples?|sampling|sampler|cfg|guidance|vae|autoencoder|tokenizer|"
+    r"scaling|report|weighting|loss|losses|"
+    r"snr|min_snr|p_mean|p_std|huber|bootstrap|target_update|t_sampler|use_checkpoint|use_ema|fetch|allow|"
+    r"mixed|uint8|encoder|teacher|repa|"
+    r"tracker|hub|push|revision|token|license|tags|library|torch|torch_dtype|transformers|diffusers|author|"
+    r"website|description|date_created)(_|$)",
+)
