@@ -174,7 +174,8 @@ def _config(
         ratio = (sizes["mlp"] + 0.5) / hidden
     # The table's last row is "no class", unless it has one row, or ImageNet's 1000 and no more.
     null_class = sizes["rows"] not in (1, 1000)
-    settings = {"freq_shift": 1.0, "mlp_norm_eps": facts.norm_eps} if given.as_diffusers and layout is DIFFUSERS else {}
+    theirs = given.as_diffusers and layout is DIFFUSERS
+    settings: dict[str, Any] = {"freq_shift": 1.0, "mlp_norm_eps": facts.norm_eps} if theirs else {}
     return DiTConfig(
         input_size=_input_size(file, sizes, facts.input_size, given.input_size),
         patch_size=patch,
