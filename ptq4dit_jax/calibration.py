@@ -96,22 +96,25 @@ def sample_trajectories(
 
 
 def spread_labels(count: int, num_classes: int) -> np.ndarray:
-    """``count`` labels spread evenly over all classes, (count,) int32."""
+    """``count`` labels spread evenly over all classes, (count,) int32; zeros where there are no classes."""
+    if not num_classes:
+        return np.zeros(count, np.int32)
     if count >= num_classes:
         return (np.arange(count) % num_classes).astype(np.int32)
     return (np.arange(count) * num_classes // count).astype(np.int32)
 
 
 def stored_rows(
-    x: ArrayLike, t: ArrayLike, y: ArrayLike, config: DiTConfig, schedule: Schedule | None = None
+    x: ArrayLike, t: ArrayLike, y: ArrayLike | None, config: DiTConfig, schedule: Schedule | None = None
 ) -> CalibrationData:
-    """Calibration rows given by the user: ``x`` (M, H, W, C), ``t`` (M,), ``y`` (M,) labels.
+    """Calibration rows given by the user: ``x`` (M, H, W, C), ``t`` (M,), ``y`` (M,) labels, None where there are no classes.
 
     ``t`` are timesteps of the model's ``schedule`` (the published 1000 by default), integers, or times of its flow, 0 to 1.
     Rows are grouped by them; each must have the same number of rows.
     """
     schedule = schedule or NoiseSchedule()
-    x_MHWC, t_M, y_M = np.asarray(x, np.float32), np.atleast_1d(t), check_labels(y, config)
+    x_MHWC, t_M = np.asarray(x, np.float32), np.atleast_1d(t)
+    y_M = check_labels(len(t_M) if y is None and not config.num_labels else y, config)
     if x_MHWC.ndim != 4 or x_MHWC.shape[1:] != config.image_shape or not t_M.shape == y_M.shape == x_MHWC.shape[:1]:
         raise Ptq4ditError(
             f"Calibration rows must be x (M, {', '.join(map(str, config.image_shape))}), t (M,) and y (M,), "

@@ -35,6 +35,7 @@ from ptq4dit_jax.terminal import (
     runs_line,
     stages,
     to_run,
+    wanted_labels,
     write_file,
     write_json,
 )  # fmt: skip
@@ -66,6 +67,7 @@ SamplerOption = Annotated[
     ),
 ]
 Eta = Annotated[float, typer.Option(help="Noise of the ddim sampler, 0 to 1.")]
+Repeat = Annotated[int, typer.Option(help="Samples of each label; of a model without classes, samples in all.")]
 CfgScale = Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")]
 CfgChannels = Annotated[str, typer.Option(help="Guide the first3 channels, as Meta's code and SiT do, or all.")]
 Vae = Annotated[
@@ -77,9 +79,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 
 
 def _num_parameters(c: DiTConfig) -> int:
-    """Of the float network: weights, biases and the table of labels."""
-    table = (c.num_classes + c.null_class) * c.hidden_size
-    return table + sum((k + 1) * n * (c.depth if name.startswith("blocks.") else 1) for name, (k, n) in c.linear_shapes.items())
+    """Of the float network: weights, biases, the table of labels, and that of positions where it is a parameter."""
+    tables = (c.num_labels + c.num_tokens * c.position_table) * c.hidden_size
+    return tables + sum(
+        (k + 1) * n * (c.depth if name.startswith("blocks.") else 1) for name, (k, n) in c.linear_shapes.items()
+    )
 
 
 def _summary(model: checkpoints.Model) -> dict[str, Any]:
@@ -89,11 +93,18 @@ def _summary(model: checkpoints.Model) -> dict[str, Any]:
         "shape": f"depth {c.depth}, width {c.hidden_size}, {c.num_heads} heads, patch {c.patch_size}",
         "image": f"{c.input_size} x {c.input_size} x {c.in_channels}",
         "classes": c.num_classes,
+        "positions": "the model's own table" if c.position_table else "sine-cosine",
         "learned_sigma": c.learn_sigma,
         "predicts": model.schedule.describe(),
         "parameters": _num_parameters(c),
         "bytes": num_bytes(model),
     }
+
+
+def _shown(summary: dict[str, Any]) -> dict[str, str]:
+    """A summary in words, by the names that people read."""
+    words: dict[str, Any] = {"bytes": megabytes, "classes": lambda count: str(count or "none")}
+    return {key.replace("_", " "): words.get(key, str)(value) for key, value in summary.items()}
 
 
 @app.command()
@@ -102,8 +113,8 @@ def info(model: ModelArgument, json: Json = None) -> None:
     check_target(json, overwrite=True)
     loaded = load_model(model)
     summary = _summary(loaded)
-    for key, value in summary.items():
-        console.print(f"{key.replace('_', ' '):>14}  {megabytes(value) if key == 'bytes' else value}")
+    for key, value in _shown(summary).items():
+        console.print(f"{key:>14}  {value}")
     rows = []
     if isinstance(loaded, QuantizedDiT):
         running = to_run(loaded, "auto", "auto")
@@ -189,10 +200,10 @@ def convert(
     else:
         model = load_model(str(src))
     summary = facts | _summary(model)
-    shown = {key.replace("_", " "): megabytes(v) if key == "bytes" else v for key, v in summary.items()}
-    shown |= {f"it says: {what}": source for what, source in shown.pop("evidence", {}).items()}
-    notes = shown.pop("notes", [])
-    print_table(str(src), [{"fact": key, "found": str(value)} for key, value in shown.items()])
+    evidence, notes = facts.get("evidence", {}), facts.get("notes", [])
+    shown = _shown({key: value for key, value in summary.items() if key not in ("evidence", "notes")})
+    shown |= {f"it says: {what}": source for what, source in evidence.items()}
+    print_table(str(src), [{"fact": key, "found": value} for key, value in shown.items()])
     for note in notes:
         console.print(note)
     if to == "meta":
@@ -277,8 +288,9 @@ def quantize(
     if calibration is None:
         config = config.resolve(dit.schedule)
     else:
-        arrays = read_arrays(calibration, ("x", "t", "y"))
-        rows = stored_rows(**arrays, config=dit.config, schedule=dit.schedule)
+        needs, may = (("x", "t", "y"), ()) if dit.config.num_labels else (("x", "t"), ("y",))
+        arrays = read_arrays(calibration, needs, may)
+        rows = stored_rows(arrays["x"], arrays["t"], arrays.get("y"), config=dit.config, schedule=dit.schedule)
 
     console.print(
         f"Quantizing {model} to W{weight_bits}A{act_bits} on {devices_line()}: balance {config.balance}, policy {config.policy}"
@@ -312,8 +324,10 @@ def quantize(
 def sample(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="A .png grid, or an .npz in ADM's form (arr_0, uint8 NHWC).", show_default=False)],
-    labels: Annotated[str, typer.Option(help="Class labels: 0-9, or 1,3,5-7.")] = "0",
-    repeat: Annotated[int, typer.Option(help="Samples of each label.")] = 1,
+    labels: Annotated[
+        str | None, typer.Option(help="Class labels: 0-9, or 1,3,5-7; none of a model without classes.", show_default="0")
+    ] = None,
+    repeat: Repeat = 1,
     steps: Steps = "50",
     sampler: SamplerOption = "auto",
     eta: Eta = 0.0,
@@ -339,8 +353,9 @@ def sample(
     key = read_key(seed)
     check_target(out, overwrite)
     check_target(json, overwrite=True)
-    wanted = parse_labels(labels, repeat)
+    parse_labels("0" if labels is None else labels, repeat)  # a mistake here costs no loading
     loaded = to_run(load_model(model), dtype, backend)
+    wanted = wanted_labels(labels, "0", repeat, loaded.config)
     channels = loaded.config.in_channels
     if vae is None and out.suffix == ".png" and channels not in (1, 3):
         raise Ptq4ditError(
@@ -363,12 +378,12 @@ def sample(
         )  # fmt: skip
     seconds = time.perf_counter() - started
     if out.suffix == ".png":
-        picture = image_grid(images, columns=len(wanted) // repeat if repeat > 1 else None)
+        picture = image_grid(images, columns=len(wanted) // repeat if repeat > 1 and loaded.config.num_labels else None)
         where = write_file(out, lambda file: picture.save(file, "PNG"))
-    elif images.shape[-1] in (1, 3):
-        where = write_file(out, lambda file: np.savez(file, arr_0=sampling.to_uint8(images), labels=wanted))
     else:
-        where = write_file(out, lambda file: np.savez(file, latents=images, labels=wanted))
+        arrays = {"arr_0": sampling.to_uint8(images)} if images.shape[-1] in (1, 3) else {"latents": images}
+        arrays |= {"labels": wanted} if loaded.config.num_labels else {}
+        where = write_file(out, lambda file: np.savez(file, **cast(Any, arrays)))
     console.print(f"{len(wanted)} images in {seconds:.1f} s, compilation included")
     console.print(f"Images: {where}")
     write_json(
@@ -383,8 +398,10 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the report: Markdown, plots, JSON.", show_default=False)] = Path(
         "report"
     ),
-    labels: Annotated[str | None, typer.Option(help="Class labels: 0-9, or 1,3,5-7; all classes by default.")] = None,
-    repeat: Annotated[int, typer.Option(help="Samples of each label.")] = 4,
+    labels: Annotated[
+        str | None, typer.Option(help="Class labels: 0-9, or 1,3,5-7; all classes by default, none of a model without.")
+    ] = None,
+    repeat: Repeat = 4,
     steps: Steps = "50",
     sampler: SamplerOption = "auto",
     eta: Eta = 0.0,
@@ -404,7 +421,7 @@ def evaluate(
     if not isinstance(reference, FloatDiT):
         raise Ptq4ditError(f"--against must be a float model; {against} is quantized.")
     decoder = None if vae is None else foreign.load_vae(vae)
-    wanted = parse_labels(labels or f"0-{min(reference.config.num_classes, 64) - 1}", repeat)
+    wanted = wanted_labels(labels, f"0-{min(reference.config.num_classes, 64) - 1}", repeat, reference.config)
     sampling.check_labels(wanted, reference.config)
     name = Path(model).resolve().name
     if decoder is not None:

@@ -55,6 +55,8 @@ PROBE_SITES = ("proj_out", "fc1_out", "fc2_out", "block_out")
 class DiTConfig:
     """Shape of a DiT. ``input_size`` is the side of the (square) image or latent.
 
+    ``num_classes`` 0 (with ``null_class`` False) is an unconditional DiT: it has no table of labels, and its condition is the
+    time alone. With ``position_table`` the table of positions is a parameter instead of the fixed sine-cosine one.
     ``freq_shift`` and ``mlp_norm_eps`` exist because diffusers computes another function from the same weights (1 and 1e-5);
     the defaults are Meta's, with which the published weights were trained.
     """
@@ -72,12 +74,19 @@ class DiTConfig:
     frequency_size: int = 256
     freq_shift: float = 0.0
     mlp_norm_eps: float = 1e-6
+    position_table: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise Ptq4ditError(f"DiT {name} must be a positive integer, not {value!r}.")
+        if not isinstance(self.num_classes, int) or self.num_classes < 0:
+            raise Ptq4ditError(f"DiT num_classes must be a positive integer, or 0 for no classes, not {self.num_classes!r}.")
+        if self.num_classes == 0 and self.null_class:
+            raise Ptq4ditError(
+                "A DiT with num_classes 0 has no table of labels, so no null class either; set null_class=False."
+            )
         if self.input_size % self.patch_size:
             raise Ptq4ditError(f"DiT input_size {self.input_size} is not a multiple of patch_size {self.patch_size}.")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
@@ -114,8 +123,15 @@ class DiTConfig:
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
+    def num_labels(self) -> int:
+        """Rows of the table of labels, the null class among them; 0 where there is no table."""
+        return self.num_classes + self.null_class
+
+    @property
     def null_label(self) -> int:
         """The label that stands for "no class" in guidance: the last row of the table."""
+        if not self.num_labels:
+            raise Ptq4ditError("This DiT has no classes, so it cannot be guided; use cfg_scale 1.")
         if not self.null_class:
             raise Ptq4ditError("This DiT was trained without a null class, so it cannot be guided; use cfg_scale 1.")
         return self.num_classes
@@ -178,6 +194,27 @@ def position_embedding(config: DiTConfig) -> np.ndarray:
     row, column = np.divmod(np.arange(side * side), side)
     angles = [position[:, None] * omega for position in (column, row)]
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+def positions(config: DiTConfig, learned: ArrayLike | None, dtype: DTypeLike) -> jax.Array:
+    """What is added to the patch embedding, (1, T, D): the model's own table (T, D), or without one the fixed table."""
+    return jnp.asarray(position_embedding(config) if learned is None else learned, dtype)[None]
+
+
+def required_labels(config: DiTConfig, y_B: ArrayLike | None) -> jax.Array:
+    """Labels as an array, of a DiT that has classes.
+
+    Raises:
+      Ptq4ditError: there are none.
+    """
+    if y_B is None:
+        raise Ptq4ditError(f"This DiT has {config.num_classes} classes, so it needs labels y, and got None.")
+    return jnp.asarray(y_B)
+
+
+def condition_of_rows(silu_c_BD: jax.Array, rows: int) -> jax.Array:
+    """The condition of every row, (B, D), also where all rows share one, (1, D): without labels the time may be all it is."""
+    return jnp.broadcast_to(silu_c_BD, (rows, silu_c_BD.shape[-1]))
 
 
 def timestep_frequencies(config: DiTConfig, t_B: jax.Array) -> jax.Array:
@@ -291,7 +328,12 @@ class DiT(nn.Module):
 
         self.patch_embed = dense(config.hidden_size)
         self.time_fc1, self.time_fc2 = dense(config.hidden_size), dense(config.hidden_size)
-        self.label_embed = nn.Embed(config.num_classes + config.null_class, config.hidden_size, dtype=self.dtype)
+        if config.position_table:
+            self.position_embed = nn.Embed(
+                config.num_tokens, config.hidden_size, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02)
+            )
+        if config.num_labels:
+            self.label_embed = nn.Embed(config.num_labels, config.hidden_size, dtype=self.dtype)
         self.blocks = nn.scan(
             Block,
             variable_axes={"params": 0, "quantizers": 0, "observers": 0},
@@ -302,28 +344,33 @@ class DiT(nn.Module):
         self.final_adaLN = dense(2 * config.hidden_size)
         self.final = dense(config.patch_size**2 * config.out_channels)
 
-    def __call__(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike) -> jax.Array:
+    def __call__(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None) -> jax.Array:
         """Raw network output (B, H, W, out_channels): predicted noise, then the variance channels if sigma is learned.
 
         Args:
           x_BHWC: noised images or latents, (B, input_size, input_size, in_channels).
-          t_B: timesteps of the training schedule (0 is the cleanest), (B,), integer or float.
-          y_B: class labels, (B,) int32; ``config.null_label`` for "no class".
+          t_B: timesteps of the training schedule (0 is the cleanest), (B,), integer or float; (1,) where all rows share it.
+          y_B: class labels, (B,) int32; ``config.null_label`` for "no class". Ignored, and may be None, without classes.
         """
-        x_BTD, silu_c_BD = self.embed_image(x_BHWC), self.embed_condition(t_B, y_B)
+        x_BTD = self.embed_image(x_BHWC)
+        silu_c_BD = condition_of_rows(self.embed_condition(t_B, y_B), x_BTD.shape[0])
         x_BTD, _ = self.blocks(x_BTD, silu_c_BD)
         return self.head(x_BTD, silu_c_BD)
 
     def embed_image(self, x_BHWC: ArrayLike) -> jax.Array:
         """Tokens (B, T, D) of images, with their positions."""
         tokens = site(self, "patch_in", patchify(self.config, jnp.asarray(x_BHWC, self.dtype)))
-        return self.patch_embed(tokens) + jnp.asarray(position_embedding(self.config), self.dtype)
+        learned = self.position_embed.embedding if self.config.position_table else None
+        return self.patch_embed(tokens) + positions(self.config, learned, self.dtype)
 
-    def embed_condition(self, t_B: ArrayLike, y_B: ArrayLike) -> jax.Array:
+    def embed_condition(self, t_B: ArrayLike, y_B: ArrayLike | None) -> jax.Array:
         """silu of the embedded timestep and label, (B, D): all that modulation sees of either."""
         frequencies = site(self, "time_in", timestep_frequencies(self.config, jnp.asarray(t_B)).astype(self.dtype))
         hidden = site(self, "time_hidden", nn.silu(self.time_fc1(frequencies)))
-        return nn.silu(self.time_fc2(hidden) + self.label_embed(jnp.asarray(y_B)))
+        condition = self.time_fc2(hidden)
+        if self.config.num_labels:
+            condition = condition + self.label_embed(required_labels(self.config, y_B))
+        return nn.silu(condition)
 
     def head(self, x_BTD: jax.Array, silu_c_BD: jax.Array) -> jax.Array:
         """The last hidden state to the network's output (B, H, W, out_channels)."""

@@ -46,12 +46,13 @@ class FloatDiT:
         selected = {name: select(quantizer) for name, quantizer in flatten_sites(self.quantizers).items()}
         return {"params": self.params, "quantizers": nest_sites(selected)}
 
-    def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike) -> jax.Array:
-        """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep."""
+    def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None = None) -> jax.Array:
+        """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep, and the labels
+        ``y_B`` are left out where the model has no classes."""
         out = DiT(self.config, self.dtype).apply(self._variables(t_B), x_BHWC, t_B, y_B)
         return cast(jax.Array, out)
 
-    def observe(self, observers: Any, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike) -> tuple[jax.Array, Any]:
+    def observe(self, observers: Any, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None = None) -> tuple[jax.Array, Any]:
         """The output, and ``observers`` (a tree of objects by site) after they have seen this batch."""
         variables = self._variables(t_B) | {"observers": observers}
         out, new = DiT(self.config, self.dtype).apply(variables, x_BHWC, t_B, y_B, mutable=["observers"])

@@ -127,7 +127,8 @@ def quantize(
     quantized = QuantizedDiT(
         linears=linears,
         sites={name: acts[name] for name in _ATTENTION_SITES},
-        label_embed=folded.params["label_embed"]["embedding"],
+        label_embed=folded.params["label_embed"]["embedding"] if model.config.num_labels else None,
+        position_embed=folded.params["position_embed"]["embedding"] if model.config.position_table else None,
         group_edges=edges,
         config=model.config,
         schedule=model.schedule,

@@ -91,8 +91,14 @@ def sample_batch(
     return chain(model, tables, key, indices_B, labels_B, cfg_scale, noise, step_noise, keep_slots, decoder)
 
 
-def check_labels(labels: ArrayLike, config: DiTConfig) -> np.ndarray:
-    """Labels as (N,) int32, or an error that names the first one out of range."""
+def check_labels(labels: ArrayLike | None, config: DiTConfig) -> np.ndarray:
+    """Labels as (N,) int32, or an error that names the first one out of range.
+
+    A DiT without classes takes the number of images instead, or None for one; its labels are zeros (N,), and may also be given
+    as such.
+    """
+    if not config.num_labels:
+        return _no_labels(labels)
     array = np.atleast_1d(np.asarray(labels))
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise Ptq4ditError(f"Labels must be a non-empty list of integers, not {labels!r}.")
@@ -102,6 +108,21 @@ def check_labels(labels: ArrayLike, config: DiTConfig) -> np.ndarray:
         null = f" ({top} is the null class)" if config.null_class else ""
         raise Ptq4ditError(f"Label {wrong[0]} is out of range; this model has classes 0 to {config.num_classes - 1}{null}.")
     return array.astype(np.int32)
+
+
+def _no_labels(labels: ArrayLike | None) -> np.ndarray:
+    array = np.asarray(1 if labels is None else labels)
+    if array.ndim > 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
+        raise Ptq4ditError(f"This DiT has no classes, so instead of labels it takes a number of images, not {labels!r}.")
+    if array.ndim == 1:
+        if array.any():
+            raise Ptq4ditError(
+                f"Label {array[array != 0][0]} names no class, since this DiT has none; give the number of images instead."
+            )
+        return np.zeros(array.shape, np.int32)
+    if array < 1:
+        raise Ptq4ditError(f"This DiT has no classes, so labels is the number of images, which must be positive, not {array}.")
+    return np.zeros(int(array), np.int32)
 
 
 def _check_noise(name: str, array: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -131,7 +152,7 @@ def _pad(array: Any, size: int, axis: int = 0) -> Any:
 
 def sample(
     model: Network,
-    labels: ArrayLike,
+    labels: ArrayLike | None,
     key: jax.Array,
     *,
     steps: int | str = 50,
@@ -150,7 +171,7 @@ def sample(
 
     Args:
       model: a :class:`FloatDiT` or :class:`QuantizedDiT`.
-      labels: (N,) class labels.
+      labels: (N,) class labels; of a model without classes the number N of images, or None for one.
       key: the seed; sample ``i`` sees noise made of the key and ``i`` alone, whatever the batch size or the devices.
       steps: sampler steps, a count or a respacing string such as "ddim50".
       sampler: "ddpm" (ancestral, learned variance where the model has one), "ddim" or "dpm++2m" for a model that predicts
@@ -179,7 +200,7 @@ def sample(
 
 def run_chain(
     model: Network,
-    labels: ArrayLike,
+    labels: ArrayLike | None,
     key: jax.Array,
     walk: Sampler,
     *,

@@ -145,6 +145,17 @@ def parse_labels(text: str, repeat: int = 1) -> np.ndarray:
     return np.array(labels * repeat, np.int32)
 
 
+def wanted_labels(text: str | None, default: str, repeat: int, config: DiTConfig) -> np.ndarray:
+    """The labels (N,) int32 that ``--labels`` and ``--repeat`` ask for; zeros (repeat,) where the model has no classes."""
+    if config.num_labels:
+        return parse_labels(default if text is None else text, repeat)
+    if text is not None:
+        raise Ptq4ditError(
+            f"--labels {text}: this model has no classes; leave --labels out, and --repeat is the number of images."
+        )
+    return parse_labels("0", repeat)
+
+
 def read_key(seed: int) -> jax.Array:
     """The key of a seed; JAX would take any other seed modulo 2^32, so that two seeds gave the same noise."""
     if not 0 <= seed < 2**32:

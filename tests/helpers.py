@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import DiTConfig, init_params
+from ptq4dit_jax.engine import QLinear, QuantizedDiT
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.sampling import sample_batch
 
@@ -66,8 +67,15 @@ def salient_model(model: FloatDiT, *, share: float = 0.02, gain: float = 30.0, s
 def random_inputs(config: DiTConfig, rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Noised images (rows, H, W, C) float32 and labels (rows,) int32, the null class among them."""
     rng = np.random.default_rng(seed)
-    labels = np.arange(rows, dtype=np.int32) % (config.num_classes + config.null_class)
+    labels = np.arange(rows, dtype=np.int32) % max(config.num_labels, 1)
     return rng.standard_normal((rows, *config.image_shape), np.float32), labels
+
+
+def as_float64(model: QuantizedDiT) -> QuantizedDiT:
+    """The same integers with scales and biases in float64; zero points are folded in anew, in float64."""
+    wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64 if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype), model)
+    linears = {name: QLinear.pack(layer.weight, layer.float_bias, layer.act) for name, layer in wide.linears.items()}
+    return wide.replace(linears=linears, dtype="float64")
 
 
 def lowered_sampler(model: Any, steps: int, rows: int = 3) -> Any:

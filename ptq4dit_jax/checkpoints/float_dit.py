@@ -72,7 +72,11 @@ def source_hash(arrays: Mapping[str, Any]) -> str:
 def model_meta(config: DiTConfig, schedule: Schedule) -> dict[str, Any]:
     """The part of ``meta`` that describes the network, float or quantized; a schedule without ``objective`` is of noise."""
     objective = {} if isinstance(schedule, NoiseSchedule) else {"objective": schedule.objective}
-    return {"config": config.to_dict(), "schedule": objective | dataclasses.asdict(schedule)}
+    settings = config.to_dict()
+    # An older reader refuses a setting that it does not know, and without this one it knows all of them.
+    if not config.position_table:
+        del settings["position_table"]
+    return {"config": settings, "schedule": objective | dataclasses.asdict(schedule)}
 
 
 def read_model_meta(meta: Mapping[str, Any]) -> tuple[DiTConfig, Schedule]:

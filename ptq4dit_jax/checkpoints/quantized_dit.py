@@ -134,7 +134,8 @@ def _skeleton(
     return QuantizedDiT(
         linears={name: linear(name, linears[name]) for name in config.linear_shapes},
         sites={name: act(sites[name], _lead(config, name), config.hidden_size) for name in _SITES},
-        label_embed=leaf("float32", config.num_classes + config.null_class, config.hidden_size),
+        label_embed=leaf("float32", config.num_labels, config.hidden_size) if config.num_labels else None,
+        position_embed=leaf("float32", config.num_tokens, config.hidden_size) if config.position_table else None,
         group_edges=leaf(schedule.time_dtype, num_groups - 1),
         config=config,
         schedule=schedule,

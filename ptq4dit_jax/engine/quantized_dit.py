@@ -36,7 +36,9 @@ class QuantizedDiT:
 
     ``linears`` holds every linear layer by the names of ``config.linear_shapes``; layers of blocks carry a leading depth axis.
     ``sites`` holds the quantizers of ``blocks.q``, ``blocks.k``, ``blocks.v`` and ``blocks.probs``. ``label_embed``
-    (num_classes [+ 1], D) stays float32: it is looked up, not multiplied. ``group_edges`` (G - 1,), of the schedule's
+    (num_classes [+ 1], D) stays float32: it is looked up, not multiplied; it is None where the model has no classes.
+    ``position_embed`` (T, D), float32, is the model's own table of positions, None for the fixed one.
+    ``group_edges`` (G - 1,), of the schedule's
     ``time_dtype``, are the noise levels that part the groups of steps. ``dtype`` is the type of everything between the integer
     products. ``backend`` runs them: ``auto`` takes the fastest that the default device has for that type
     (:func:`ptq4dit_jax.engine.backends.resolve`).
@@ -47,14 +49,16 @@ class QuantizedDiT:
     label_embed: Any
     group_edges: Any
     config: DiTConfig = struct.field(pytree_node=False)
+    position_embed: Any = None
     schedule: Schedule = struct.field(pytree_node=False, default=NoiseSchedule())
     dtype: str = struct.field(pytree_node=False, default="float32")
     backend: str = struct.field(pytree_node=False, default="auto")
     provenance: Provenance = struct.field(pytree_node=False, default=Provenance())
 
-    def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike) -> jax.Array:
-        """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep."""
-        return _forward(self, jnp.asarray(x_BHWC, self.dtype), jnp.asarray(t_B), jnp.asarray(y_B))
+    def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None = None) -> jax.Array:
+        """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep, and the labels
+        ``y_B`` are left out where the model has no classes."""
+        return _forward(self, jnp.asarray(x_BHWC, self.dtype), jnp.asarray(t_B), y_B)
 
     def astype(self, dtype: DTypeLike) -> QuantizedDiT:
         """The same model computing in ``dtype`` between the integer products: float32, bfloat16 or float16."""
@@ -79,17 +83,19 @@ def _split_blocks(by_name: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("blocks."): value for name, value in by_name.items() if name.startswith("blocks.")}
 
 
-def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array:
+def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: ArrayLike | None) -> jax.Array:
     config, backend = model.config, model.backend_choice.name
     group = step_group(model.group_edges, model.schedule.noise_level(t_B))
     linears = {name: layer.at_group(group) for name, layer in model.linears.items()}
     sites = _split_blocks({name: quantizer.at_group(group) for name, quantizer in model.sites.items()})
 
-    x_BTD = linears["patch_embed"](dit.patchify(config, x_BHWC), backend) + jnp.asarray(
-        dit.position_embedding(config), model.dtype
-    )
+    tokens = linears["patch_embed"](dit.patchify(config, x_BHWC), backend)
+    x_BTD = tokens + dit.positions(config, model.position_embed, model.dtype)
     hidden = jax.nn.silu(linears["time_fc1"](dit.timestep_frequencies(config, t_B).astype(model.dtype), backend))
-    silu_c_BD = jax.nn.silu(linears["time_fc2"](hidden, backend) + model.label_embed[y_B].astype(model.dtype))
+    condition = linears["time_fc2"](hidden, backend)
+    if model.label_embed is not None:
+        condition = condition + model.label_embed[dit.required_labels(config, y_B)].astype(model.dtype)
+    silu_c_BD = dit.condition_of_rows(jax.nn.silu(condition), x_BTD.shape[0])
 
     layers = _split_blocks(linears)
     modulation = layers.pop("adaLN").product_each(silu_c_BD, 6, backend)  # all blocks see the same condition
@@ -163,7 +169,9 @@ def reference(model: QuantizedDiT) -> FloatDiT:
 
     It is what the engine is tested against, and what reconstruction and layer-by-layer reports look into.
     """
-    params: dict[str, Any] = {"label_embed": {"embedding": model.label_embed}, "blocks": {}}
+    tables = {"label_embed": model.label_embed, "position_embed": model.position_embed}
+    params: dict[str, Any] = {name: {"embedding": table} for name, table in tables.items() if table is not None}
+    params["blocks"] = {}
     for name, layer in model.linears.items():
         tree = _float_layer(layer)
         if name.startswith("blocks."):

@@ -35,7 +35,12 @@ _VALUES_PER_CALL = 2**25
 
 
 def same_noise_images(
-    models: Mapping[str, Network], labels: ArrayLike, key: jax.Array, *, progress: Progress | None = None, **settings: Any
+    models: Mapping[str, Network],
+    labels: ArrayLike | None,
+    key: jax.Array,
+    *,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> dict[str, np.ndarray]:
     """Images (N, H, W, C) of every model on the same noise; ``settings`` go to :func:`ptq4dit_jax.sampling.sample`.
 
@@ -169,7 +174,7 @@ def compare(
     reference: FloatDiT,
     others: Mapping[str, Network],
     *,
-    labels: ArrayLike,
+    labels: ArrayLike | None,
     key: jax.Array,
     steps: int | str = 50,
     sampler: SamplerName = "auto",
@@ -189,7 +194,7 @@ def compare(
     Args:
       reference: the float model.
       others: models by the name they get in the report.
-      labels: (N,) classes to sample for the image figures.
+      labels: (N,) classes to sample for the image figures; of models without classes the number N of images.
       key: of the noise, shared by all models.
       steps, sampler, eta, cfg_scale, cfg_channels, batch_size: as for :func:`ptq4dit_jax.sampling.sample`.
       sqnr_steps: at how many evenly spaced steps of the reference's own trajectories predictions are compared.

@@ -51,21 +51,23 @@ class _Against:
 
 
 @jax.jit
-def _captured(reference: FloatDiT, x: jax.Array, t: jax.Array, y: jax.Array) -> dict[str, _Against]:
+def _captured(reference: FloatDiT, x: jax.Array, t: jax.Array, y: jax.Array | None) -> dict[str, _Against]:
     nothing = _Capture(jnp.zeros(reference.config.depth))
     _, seen = reference.observe({"blocks": dict.fromkeys(LAYER_SITES, nothing)}, x, t, y)
     return {name: _Against(capture.value) for name, capture in seen["blocks"].items()}
 
 
 @jax.jit
-def _deviation(other: FloatDiT, against: dict[str, _Against], x: jax.Array, t: jax.Array, y: jax.Array) -> dict[str, _Powers]:
+def _deviation(
+    other: FloatDiT, against: dict[str, _Against], x: jax.Array, t: jax.Array, y: jax.Array | None
+) -> dict[str, _Powers]:
     _, powers = other.observe({"blocks": against}, x, t, y)
     return powers["blocks"]
 
 
-def _layer_powers(reference: FloatDiT, other: FloatDiT, x: ArrayLike, t: ArrayLike, y: ArrayLike) -> dict[str, _Powers]:
+def _layer_powers(reference: FloatDiT, other: FloatDiT, x: ArrayLike, t: ArrayLike, y: ArrayLike | None) -> dict[str, _Powers]:
     # Two programs, so that the reference's is compiled once whatever it is compared with.
-    batch = jnp.asarray(x), jnp.asarray(t), jnp.asarray(y)
+    batch = jnp.asarray(x), jnp.asarray(t), None if y is None else jnp.asarray(y)
     return _deviation(other, _captured(reference, *batch), *batch)
 
 
@@ -78,7 +80,9 @@ def _with_sites(model: Any) -> FloatDiT:
     return engine.reference(model)
 
 
-def layer_sqnr(reference_model: FloatDiT, other: Network, x: ArrayLike, t: ArrayLike, y: ArrayLike) -> dict[str, np.ndarray]:
+def layer_sqnr(
+    reference_model: FloatDiT, other: Network, x: ArrayLike, t: ArrayLike, y: ArrayLike | None
+) -> dict[str, np.ndarray]:
     """SQNR in dB of every block's :data:`LAYER_SITES`, each model fed by its own earlier layers: site -> (L,).
 
     Args:
@@ -86,7 +90,7 @@ def layer_sqnr(reference_model: FloatDiT, other: Network, x: ArrayLike, t: Array
       other: a float model or a quantized one, which is observed through its fake-quant twin.
       x: (B, H, W, C) network inputs.
       t: (B,) timesteps, or (1,) where all rows share it.
-      y: (B,) labels.
+      y: (B,) labels; None for models without classes.
     """
     return _layer_decibels([_layer_powers(reference_model, _with_sites(other), x, t, y)])
 

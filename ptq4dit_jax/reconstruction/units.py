@@ -41,6 +41,11 @@ class Unit:
         return {layer: layer for layer in _EDGES[self.kind][0]}
 
     @property
+    def tables(self) -> tuple[str, ...]:
+        """Parameters of the unit that are looked up or added, not multiplied; a model may lack them."""
+        return {"embed_image": ("position_embed",), "embed_condition": ("label_embed",)}.get(self.kind, ())
+
+    @property
     def sites(self) -> dict[str, str]:
         """The unit's sites: name inside the unit -> name in ``config.site_features``."""
         if self.kind == "block":
@@ -71,7 +76,7 @@ def apply_unit(
     Args:
       config: shape of the network.
       kind: which part.
-      params: kernels (K, N) and biases (N,) by layer; for ``embed_condition`` with ``label_embed``.
+      params: kernels (K, N) and biases (N,) by layer, and the unit's tables that the model has.
       quantizers: callables by site, as in :mod:`ptq4dit_jax.dit`; may be empty.
       inputs: ``embed_image`` (x_BHWC,), ``embed_condition`` (t_B, y_B), ``block`` and ``head`` (x_BTD, silu_c_BD).
       dtype: compute type.

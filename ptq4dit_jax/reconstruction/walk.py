@@ -169,8 +169,10 @@ class Walk:
             biases[layer] = tree["bias"]
         acts = {site: unit.of_depth(name, self.acts[name]) for site, name in unit.sites.items() if name in self.acts}
         log_scale = {site: jnp.zeros_like(act.scale) for site, act in acts.items() if not act.dynamic}
-        constants = {"label_embed": self.folded.params["label_embed"]} if unit.kind == "embed_condition" else {}
-        return Task(kernels, biases, acts, constants), Variables(rounding, log_scale)
+        return Task(kernels, biases, acts, self._tables(unit)), Variables(rounding, log_scale)
+
+    def _tables(self, unit: Unit) -> dict[str, Any]:
+        return {name: self.folded.params[name] for name in unit.tables if name in self.folded.params}
 
     def _params(self, unit: Unit, layer: str) -> Any:
         if unit.kind != "block":
@@ -201,9 +203,7 @@ class Walk:
             quant = exact = (self.x,)
         elif unit.kind == "embed_condition":
             quant = exact = (self.t, self.y)
-        params = {layer: self._params(unit, layer) for layer in unit.layers}
-        if unit.kind == "embed_condition":
-            params["label_embed"] = self.folded.params["label_embed"]
+        params = {layer: self._params(unit, layer) for layer in unit.layers} | self._tables(unit)
         balanced = {site: name for site, name in unit.sites.items() if name in self.balances}
         balances = {site: unit.of_depth(name, self.balances[name]) for site, name in balanced.items()}
         target, _ = self._over_rows(optimize.float_outputs, (params, balances), unit, exact)

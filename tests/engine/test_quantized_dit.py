@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
-from helpers import lowered_sampler, relative_error, tiny_model
+from helpers import as_float64, lowered_sampler, relative_error, tiny_model
 from jax.sharding import Mesh
 
 import ptq4dit_jax as ptq
@@ -62,13 +62,6 @@ def quantized(digits: FloatDiT, rows: CalibrationData) -> Quantized:
         return ptq.quantize(digits, config, key=jax.random.key(0), calibration=rows)
 
     return make
-
-
-def as_float64(model: ptq.QuantizedDiT) -> ptq.QuantizedDiT:
-    """The same integers with scales and biases in float64; zero points are folded in anew, in float64."""
-    wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64 if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype), model)
-    linears = {name: QLinear.pack(layer.weight, layer.float_bias, layer.act) for name, layer in wide.linears.items()}
-    return wide.replace(linears=linears, dtype="float64")
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_inputs
+from helpers import random_inputs, tiny_model
 
 from ptq4dit_jax import dit
 from ptq4dit_jax.reconstruction.units import Unit, apply_unit, units
@@ -13,9 +13,7 @@ from ptq4dit_jax.reconstruction.units import Unit, apply_unit, units
 def params_of(model, unit):
     if unit.kind == "block":
         return jax.tree.map(lambda leaf: leaf[unit.index], model.params["blocks"])
-    return {name: model.params[name] for name in unit.layers} | (
-        {"label_embed": model.params["label_embed"]} if unit.kind == "embed_condition" else {}
-    )
+    return {name: model.params[name] for name in (*unit.layers, *unit.tables) if name in model.params}
 
 
 def test_every_linear_layer_and_site_belongs_to_one_part(tiny_config):
@@ -27,15 +25,18 @@ def test_every_linear_layer_and_site_belongs_to_one_part(tiny_config):
     assert {name for part in parts for name in part.sites.values()} == set(tiny_config.site_features)
 
 
-def test_in_a_row_they_are_the_network(tiny_model, tiny_config):
-    x, y = random_inputs(tiny_config, 4)
+@pytest.mark.parametrize("tables", [{}, {"position_table": True, "num_classes": 0, "null_class": False}])
+def test_in_a_row_they_are_the_network(tables):
+    model = tiny_model(**tables)
+    config = model.config
+    x, y = random_inputs(config, 4)
     t = np.array([0, 10, 500, 999])
-    run = lambda unit, *inputs: apply_unit(tiny_config, unit.kind, params_of(tiny_model, unit), {}, inputs, jnp.float32)
-    image, condition, *blocks, head = units(tiny_config)
+    run = lambda unit, *inputs: apply_unit(config, unit.kind, params_of(model, unit), {}, inputs, jnp.float32)
+    image, condition, *blocks, head = units(config)
     hidden, c = run(image, x), run(condition, t, y)
     for block in blocks:
         hidden = run(block, hidden, c)
-    np.testing.assert_allclose(run(head, hidden, c), tiny_model.apply(x, t, y), rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(run(head, hidden, c), model.apply(x, t, y), rtol=2e-5, atol=2e-5)
 
 
 def test_quantizers_act_at_the_sites_of_a_part(tiny_model, tiny_config):

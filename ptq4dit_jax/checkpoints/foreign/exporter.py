@@ -29,7 +29,8 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
 
     Of a quantized model these are the de-quantized weights: the file computes what the model computes with its activation
     quantizers off. Factors that balance activations on the way into a layer go into that layer's weights, since Meta's network
-    has no other place for them. The number of heads and the schedule are not part of the format. A flow model is written as
+    has no other place for them. The number of heads and the schedule are not part of the format. A DiT without classes has no
+    ``y_embedder`` in the file; a table of positions that is the model's own is its ``pos_embed``. A flow model is written as
     SiT, with a variance half of zeros, by which an import tells it.
 
     Raises:
@@ -65,9 +66,14 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
     def host(name: str) -> np.ndarray:
         return np.asarray(params[name])
 
-    tensors: dict[str, Callable[[], np.ndarray]] = {"pos_embed": lambda: position_embedding(config)[None].astype(dtype)}
+    def positions() -> np.ndarray:
+        return host("position_embed/embedding") if config.position_table else position_embedding(config)
+
+    tensors: dict[str, Callable[[], np.ndarray]] = {"pos_embed": lambda: positions()[None].astype(dtype)}
     shapes = {"pos_embed": ((1, config.num_tokens, config.hidden_size), dtype)}
     for entry in META.entries:
+        if entry.ours not in params:  # a DiT without classes has no table of labels
+            continue
         ours = params[entry.ours]
         for i in range(config.depth) if entry.stacked else [None]:
             name = entry.theirs[0] if i is None else entry.theirs[0].replace("{i}", str(i))

@@ -180,7 +180,7 @@ def _config(
     }  # fmt: skip
     _check_sizes(evidence, layout, told)
     classes, null_class = _classes(file, evidence, sizes.get("rows", 0), given)
-    settings = {} if norm_eps is None else {"freq_shift": 1.0, "mlp_norm_eps": norm_eps}
+    settings: dict[str, Any] = {} if norm_eps is None else {"freq_shift": 1.0, "mlp_norm_eps": norm_eps}
     return DiTConfig(
         input_size=_input_size(file, evidence, sizes, given.input_size),
         patch_size=patch,
