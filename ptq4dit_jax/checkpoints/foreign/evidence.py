@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from ptq4dit_jax.checkpoints.foreign.keys import HARMLESS, IMAGE_KEYS, KEYS, MUST_BE, Unfit, Unread
-from ptq4dit_jax.checkpoints.foreign.lazy import Plain, TensorFile, flatten
+from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, Plain, TensorFile, flatten
 from ptq4dit_jax.checkpoints.foreign.names import is_optimizer, parts_of
 from ptq4dit_jax.checkpoints.foreign.pickle_machine import inert_children
 from ptq4dit_jax.errors import Ptq4ditError
@@ -93,7 +93,7 @@ class Evidence:
 
     def guess(self, what: str, option: str) -> None:
         """Notes what nothing told."""
-        self.notes.append(f"Guess: {what}; {option} says otherwise.")
+        self.notes.append(f"Guess: {what}. To override: {option}.")
 
 
 class Ignored:
@@ -194,13 +194,16 @@ def read_settings(path: Path) -> Mapping[str, Any]:
     """
     remedy = f"mend it, or leave it out with ignore (--ignore {path.name})"
     try:
-        if path.stat().st_size > _MAX_CONFIG:
-            raise Ptq4ditError(f"The file {path} is larger than any configuration; {remedy}.")
-        content = path.read_bytes()
-        values = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
+        too_large = path.stat().st_size > _MAX_CONFIG
+        content = b"" if too_large else path.read_bytes()
     except OSError as error:
         raise Ptq4ditError(f"Cannot read {path} ({error.strerror}); check its permissions.") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    if too_large:
+        raise Ptq4ditError(f"The file {path} is larger than any configuration; {remedy}.")
+    try:
+        values = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
+        flatten(values, inert_children)  # bounds what aliases of YAML can make of a small file
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError, Damaged) as error:
         kind = "JSON" if path.suffix == ".json" else "YAML of plain values"
         raise Ptq4ditError(f"The file {path} is not valid {kind}; {remedy}.") from error
     return values if isinstance(values, dict) and values.get("format") != "ptq4dit_jax" else {}

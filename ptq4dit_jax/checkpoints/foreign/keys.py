@@ -62,11 +62,15 @@ def _flag(value: Any) -> bool:
 
 
 class Preset(NamedTuple):
-    """A published name such as SiT-XL/2: the family in lower case, the DiT preset of that size or None, and the patch size."""
+    """A published name such as SiT-XL/2, and in it: the family in lower case, the DiT preset of that size or None, and the patch size."""
 
+    name: str
     family: str
     preset: str | None
     patch: int
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def _preset(value: Any) -> Preset:
@@ -74,7 +78,7 @@ def _preset(value: Any) -> Preset:
     if match is None:
         raise Unread
     name = f"DiT-{match[2]}/{match[3]}"
-    return Preset(match[1].lower(), name if name in PRESETS else None, int(match[3]))
+    return Preset(value, match[1].lower(), name if name in PRESETS else None, int(match[3]))
 
 
 _OBJECTIVES = {
@@ -242,7 +246,7 @@ HARMLESS = re.compile(
     r"prefetch|shuffle|augment|augmentation|flip|"
     r"hflip|crop|cache|devices?|gpus?|gpu|rank|local|world|nodes?|ddp|fsdp|mesh|shard|sharding|parallel|"
     r"distributed|dist|backend|port|host|"
-    r"hostname|user|date|time|timestamp|started|git|commit|version|versions|format|debug|verbose|dry|profile|"
+    r"hostname|user|date|timestamp|started|git|commit|version|versions|format|debug|verbose|dry|profile|"
     r"eval|evaluate|evaluation|test|val|"
     r"validation|validate|fid|metrics?|samples?|sampling|sampler|cfg|guidance|vae|autoencoder|tokenizer|"
     r"scaling|report|weighting|loss|losses|"

@@ -211,10 +211,10 @@ def _check_sizes(evidence: Evidence, layout: Layout, told: Mapping[str, Any]) ->
         raise evidence.contradiction(said, f"its tensors have the {what} {_short(value)}")
     name = evidence.said.get("published name")
     if name is not None:
-        family, preset, patch = name.value
+        _, family, preset, patch = name.value
         if family.replace("_", "") not in ("", "dit", "sit", "mfdit", "meandit"):
             raise Ptq4ditError(
-                f"The checkpoint {evidence.path} says {name.source}, a network of the family {family!r} and not a DiT; leave "
+                f"The checkpoint {evidence.path} says {name}, a network of the family {family!r} and not a DiT; leave "
                 f"it out with ignore (--ignore {name.key}) only if you know better."
             )
         sizes = (told["depth"], told["width"], told["patch size"])

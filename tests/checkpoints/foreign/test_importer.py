@@ -101,7 +101,7 @@ def test_diffusers_embedders_must_be_copies(tmp_path, raises_sentence):
     ("file", "key", "value", "part"),
     [
         ("transformer/config.json", "activation_fn", "geglu", "'geglu'"),
-        ("transformer/config.json", "num_attention_heads", "many", "no number"),
+        ("transformer/config.json", "num_attention_heads", "many", "no whole number"),
         ("transformer/config.json", "sample_size", 7, "multiple of patch_size"),
         ("scheduler/scheduler_config.json", "beta_schedule", "scaled_linear", "'scaled_linear'"),
         ("scheduler/scheduler_config.json", "prediction_type", "v_prediction", "'v_prediction'"),
@@ -242,7 +242,7 @@ def test_long_lists_are_cut(meta, tmp_path, raises_sentence):
         ("y_embedder.embedding_table.weight", (11, 20), "(11, 20) instead of (11, 24)"),
         ("blocks.0.attn.qkv.weight", (24, 72), "(24, 72) instead of (72, 24)"),
         ("pos_embed", (1, 15, 24), "15 tokens"),
-        ("pos_embed", (1, 16, 24), "sine-cosine"),
+        ("pos_embed", (1, 16, 20), "16 tokens of width 24"),
     ],
 )
 def test_misshapen_tensors(name, shape, part, meta, tmp_path, raises_sentence):

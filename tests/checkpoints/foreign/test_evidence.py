@@ -1,0 +1,294 @@
+"""What a checkpoint says about itself decides its import, is refused by name, or is named; what it does not say is a guess."""
+
+import argparse
+import json
+import shutil
+from types import SimpleNamespace
+
+import foreign_files
+import numpy as np
+import pytest
+import yaml
+from foreign_files import DIFFUSERS, META, save_safetensors, write_pickle
+
+from ptq4dit_jax.checkpoints.foreign import import_checkpoint, open_tensors
+from ptq4dit_jax.checkpoints.foreign.evidence import CONFIG_FILES
+from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule
+
+
+@pytest.fixture(scope="module")
+def meta():
+    """Width 24, depth 2, patch 2, 8 x 8 x 4, 11 rows of labels, learned sigma; by Meta's names."""
+    return {name.removeprefix("ema."): t.read() for name, t in open_tensors(META).items() if name.startswith("ema.")}
+
+
+@pytest.fixture
+def with_args(meta, tmp_path):
+    """Imports a training script's file with these arguments."""
+
+    def imported(arguments, **options):
+        path = write_pickle(tmp_path / "last.pkl", {"ema": meta, "args": argparse.Namespace(**arguments), "epoch": 3})
+        return import_checkpoint(path, **{"num_heads": 3, **options})
+
+    return imported
+
+
+def guesses(found):
+    return [note for note in found.notes if note.startswith("Guess")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "schedule"),
+    [
+        ({"path_type": "Linear", "prediction": "velocity"}, FlowSchedule()),
+        ({"model": "SiT-XS/2"}, FlowSchedule()),
+        ({"path_type": "linear", "prediction": "v", "proj_coeff": 0.5, "enc_type": "dinov2-vit-b"}, FlowSchedule(data_time=0)),
+        ({"noise_schedule": "linear", "diffusion_steps": 400}, NoiseSchedule(num_timesteps=400)),
+        ({"prediction_type": "epsilon", "beta_start": 1e-3, "beta_end": 0.01}, NoiseSchedule(beta_start=1e-3, beta_end=0.01)),
+    ],
+)
+def test_the_objective_of_a_script(arguments, schedule, with_args):
+    model, found = with_args(arguments)
+    assert model.schedule == schedule
+    assert not any("predicts" in guess for guess in guesses(found)) or isinstance(schedule, NoiseSchedule)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"path_type": "VP"}, ("args.path_type = 'VP'", "straight path", "--ignore path_type")),
+        ({"prediction": "score"}, ("args.prediction = 'score'", "--ignore prediction")),
+        ({"path_type": "Linear", "prediction": "noise"}, ("args.prediction (noise)", "args.path_type", "only velocity")),
+        ({"noise_schedule": "squaredcos_cap_v2"}, ("noise_schedule", "linear schedule")),
+        ({"predict_xstart": True}, ("args.predict_xstart = True",)),
+        ({"use_rope": True}, ("args.use_rope = True", "another network")),
+        ({"qk_norm": "rms"}, ("args.qk_norm = 'rms'", "another network")),
+        ({"act_layer": "silu"}, ("args.act_layer = 'silu'", "GELU")),
+        ({"norm_eps": 1e-5}, ("args.norm_eps = 1e-05", "1e-6")),
+        ({"pos_embed_type": "rope2d"}, ("pos_embed_type = 'rope2d'",)),
+        ({"model": "LightningDiT-XS/2"}, ("LightningDiT", "'lightningdit'", "--ignore model")),
+        ({"model": "DiT-B/2"}, ("args.model", "depth 2, width 24")),
+        ({"hidden_size": 32}, ("args.hidden_size (32)", "width 24", "--ignore hidden_size")),
+        ({"depth": 12}, ("args.depth (12)", "depth 2")),
+        ({"learn_sigma": False}, ("args.learn_sigma", "learned variance True")),
+        ({"num_classes": 7}, ("args.num_classes (7)", "11 rows")),
+        ({"num_classes": 10, "class_dropout_prob": 0.0}, ("args.num_classes (10)", "without a null class")),
+        ({"num_heads": 4}, ("has 4 as its number of heads", "not 3")),
+        ({"latent_size": 16}, ("args.latent_size (16)", "8 x 8")),
+        ({"image_size": 100}, ("args.image_size (100)", "8 x 8")),
+        ({"num_heads": "several"}, ("args.num_heads = 'several'", "no whole number")),
+    ],
+)
+def test_evidence_that_is_refused(arguments, parts, with_args, raises_sentence):
+    with raises_sentence(*parts):
+        with_args(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "classes", "null"),
+    [
+        ({"num_classes": 11}, 11, False),
+        ({"num_classes": 10}, 10, True),
+        ({"class_dropout_prob": 0.0}, 11, False),
+        ({"cfg_prob": 0.1}, 10, True),
+    ],
+)
+def test_classes_and_dropout_decide(arguments, classes, null, with_args):
+    config, found = with_args(arguments)[0].config, with_args(arguments)[1]
+    assert (config.num_classes, config.null_class) == (classes, null)
+    assert not any("labels" in guess for guess in guesses(found))
+
+
+def test_options_say_what_the_file_does_not(with_args, raises_sentence):
+    config = with_args({}, null_class=False)[0].config
+    assert (config.num_classes, config.null_class) == (11, False)
+    config = with_args({}, classes=10)[0].config
+    assert (config.num_classes, config.null_class) == (10, True)
+    assert with_args({}, timesteps=250, beta_end=0.03)[0].schedule == NoiseSchedule(num_timesteps=250, beta_end=0.03)
+    assert with_args({}, objective="velocity", data_time=0)[0].schedule == FlowSchedule(data_time=0)
+    with raises_sentence("11 rows", "you say 9 classes", "correct the option"):
+        with_args({}, classes=9)
+    with raises_sentence("args.path_type", "you say that it predicts noise"):
+        with_args({"path_type": "Linear"}, objective="noise")
+    with raises_sentence("args.diffusion_steps (400)", "you say 500"):
+        with_args({"diffusion_steps": 400}, timesteps=500)
+
+
+def test_every_guess_names_its_option(with_args):
+    _, found = with_args({})
+    text = " ".join(guesses(found))
+    for option in ("--classes", "--no-null-class", "--objective", "--timesteps", "--beta-start"):
+        assert option in text
+    _, found = with_args({"num_classes": 10, "prediction_type": "epsilon", "diffusion_steps": 1000})
+    assert guesses(found) == []
+
+
+def test_unknown_keys_are_named_and_harmless_ones_are_not(with_args):
+    harmless = {"lr": 1e-4, "global_batch_size": 256, "wandb_project": "x", "vae": "ema", "num_workers": 4, "results_dir": "r"}
+    _, found = with_args({**harmless, "window_size": 7, "time_shift": 3.0})
+    [note] = [note for note in found.notes if note.startswith("Not understood")]
+    assert "args.window_size = 7" in note
+    assert "args.time_shift = 3.0" in note
+    assert not any(key in note for key in harmless)
+
+
+def test_ignoring_evidence(with_args, raises_sentence):
+    model, found = with_args({"path_type": "GVP", "num_classes": 7}, ignore=["path_type", "num_classes"])
+    assert model.schedule == NoiseSchedule()
+    assert "path" not in found.evidence
+    with raises_sentence("named path_tpye", "cannot be ignored"):
+        with_args({"path_type": "Linear"}, ignore=["path_tpye"])
+
+
+SAID = {"model": {"num_heads": 3, "num_classes": 11, "_target_": "models.DiT"}, "vae": {"in_channels": 3, "num_heads": 5}}
+
+
+@pytest.mark.parametrize("name", ["config.json", "hparams.yaml", "args.yml", "model.json"])
+def test_configurations_beside_the_weights(name, meta, tmp_path):
+    save_safetensors(tmp_path / "model.safetensors", meta)
+    (tmp_path / name).write_text(json.dumps(SAID) if name.endswith("json") else yaml.safe_dump(SAID))
+    model, found = import_checkpoint(tmp_path)
+    assert (model.config.num_heads, model.config.num_classes, model.config.null_class) == (3, 11, False)
+    assert found.evidence["number of heads"] == f"{name}: model.num_heads (3)"
+
+
+def test_a_configuration_of_the_run(meta, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    (tmp_path / "run" / ".hydra").mkdir(parents=True)
+    folder.mkdir()
+    (tmp_path / "run" / ".hydra" / "config.yaml").write_text("network: {num_heads: 3, class_dropout_prob: 0}")
+    save_safetensors(folder / "0001000.safetensors", meta)
+    assert import_checkpoint(folder / "0001000.safetensors")[0].config.num_classes == 11
+
+
+def test_metadata_of_safetensors(meta, tmp_path):
+    path = save_safetensors(tmp_path / "x.safetensors", meta)
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = {"config": json.dumps({"num_heads": 3, "num_classes": 11}), "format": "pt"}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    model, found = import_checkpoint(path)
+    assert (model.config.num_heads, model.config.num_classes) == (3, 11)
+    assert found.evidence["classes"] == "metadata.config.num_classes (11)"
+
+
+def test_settings_of_a_pickle_in_other_containers(meta, tmp_path):
+    for settings in ({"num_heads": 3}, SimpleNamespace(num_heads=3), {"network": {"params": {"n_heads": 3}}}):
+        path = write_pickle(tmp_path / "x.pkl", {"state_dict": meta, "hyper_parameters": settings})
+        assert import_checkpoint(path)[0].config.num_heads == 3
+
+
+def test_two_sources_that_disagree(meta, tmp_path, raises_sentence):
+    path = write_pickle(tmp_path / "x.pkl", {"ema": meta, "args": {"num_heads": 3}})
+    (tmp_path / "config.json").write_text('{"num_heads": 4}')
+    with raises_sentence("args.num_heads (3)", "config.json: num_heads (4)", "--ignore num_heads"):
+        import_checkpoint(path)
+    assert import_checkpoint(path, ignore=["config.json"])[0].config.num_heads == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("config.json", b"{", "no"),
+        ("config.yaml", b"a: !!python/object/apply:os.system ['true']", "YAML of plain values"),
+        ("config.yaml", b"a: [1", "YAML of plain values"),
+        ("args.json", b" " * (2**22 + 1), "larger than any configuration"),
+    ],
+)
+def test_configurations_that_cannot_be_read(name, content, part, meta, tmp_path, raises_sentence):
+    path = save_safetensors(tmp_path / "x.safetensors", meta)
+    (tmp_path / name).write_bytes(content)
+    with raises_sentence(name, part, f"--ignore {name}"):
+        import_checkpoint(path, num_heads=3)
+    assert import_checkpoint(path, num_heads=3, ignore=[name])[0].config.num_heads == 3
+
+
+def test_mutated_configurations_are_harmless(meta, tmp_path):
+    from test_mutations import mutate, survives
+
+    path, rng = save_safetensors(tmp_path / "x.safetensors", meta), np.random.default_rng(0)
+    content = yaml.safe_dump({**SAID, "a": [1, 2, {"b": "c"}], "objective": "noise"}).encode()
+    for i in range(60):
+        (tmp_path / ("config.yaml" if i % 2 else "config.json")).write_bytes(mutate(content, rng))
+        survives(path, lambda path: import_checkpoint(path, num_heads=3))
+
+
+def test_the_size_of_a_file_without_positions(meta, tmp_path):
+    arrays = {name: array for name, array in meta.items() if name != "pos_embed"}
+    path = write_pickle(tmp_path / "x.pkl", {"ema": arrays, "args": {"image_size": 64}})
+    model, found = import_checkpoint(path, num_heads=3)
+    assert model.config.input_size == 8
+    assert any("args.image_size = 64" in guess and "--input-size" in guess for guess in guesses(found))
+    assert import_checkpoint(path, num_heads=3, input_size=16)[0].config.input_size == 16
+
+
+def with_json(folder, file, **changes):
+    content = {**json.loads((folder / file).read_text()), **changes}
+    (folder / file).write_text(json.dumps({key: value for key, value in content.items() if value != "absent"}))
+
+
+SCHEDULER, TRANSFORMER = "scheduler/scheduler_config.json", "transformer/config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "part"),
+    [
+        (SCHEDULER, {"clip_sample": True}, "clip_sample = True"),
+        (SCHEDULER, {"thresholding": True}, "thresholding = True"),
+        (SCHEDULER, {"variance_type": "fixed_large"}, "'fixed_large'"),
+        (SCHEDULER, {"trained_betas": [0.1, 0.2]}, "trained_betas"),
+        (SCHEDULER, {"_class_name": "LCMScheduler"}, "'LCMScheduler'"),
+        (SCHEDULER, {"_class_name": "FlowMatchHeunDiscreteScheduler"}, "'FlowMatchHeunDiscreteScheduler'"),
+        (SCHEDULER, {"use_flow_sigmas": True}, "use_flow_sigmas = True"),
+        (SCHEDULER, {"brand_new": 3}, "brand_new = 3, which this version does not understand"),
+        (TRANSFORMER, {"_class_name": "PixArtTransformer2DModel"}, "'PixArtTransformer2DModel'"),
+        (TRANSFORMER, {"caption_channels": 4096}, "caption_channels = 4096"),
+        (TRANSFORMER, {"num_embeds_ada_norm": 11, "attention_head_dim": 12}, "11"),
+        (TRANSFORMER, {"attention_head_dim": 8}, "attention_head_dim"),
+        (TRANSFORMER, {"num_layers": 3}, "depth 2"),
+        (TRANSFORMER, {"use_rope": True}, "use_rope = True, which this version does not understand"),
+        (TRANSFORMER, {"norm_eps": "small"}, "norm_eps"),
+    ],
+)
+def test_a_diffusers_folder(file, changes, part, tmp_path, raises_sentence):
+    folder = shutil.copytree(DIFFUSERS, tmp_path / "pipeline")
+    with_json(folder, file, **changes)
+    if part == "11":  # eleven classes and a table of eleven rows: no null class
+        assert import_checkpoint(folder)[0].config.num_classes == 11
+        return
+    with raises_sentence(part, "--ignore"):
+        import_checkpoint(folder)
+
+
+def test_what_a_scheduler_does_not_change(tmp_path):
+    folder = shutil.copytree(DIFFUSERS, tmp_path / "pipeline")
+    with_json(folder, SCHEDULER, timestep_spacing="trailing", use_karras_sigmas=True, _class_name="DPMSolverMultistepScheduler")
+    model, found = import_checkpoint(folder)
+    assert model.schedule == NoiseSchedule(num_timesteps=500, beta_start=2e-4, beta_end=0.03)
+    assert [sum(key in note for note in found.notes) for key in ("timestep_spacing", "use_karras_sigmas")] == [1, 1]
+    with_json(folder, SCHEDULER, clip_sample=True)
+    assert import_checkpoint(folder, ignore=["clip_sample"])[0].schedule == model.schedule
+
+
+def test_the_betas_that_a_class_means(tmp_path):
+    folder = shutil.copytree(DIFFUSERS, tmp_path / "pipeline")
+    with_json(folder, SCHEDULER, beta_start="absent", beta_end="absent", num_train_timesteps="absent")
+    assert import_checkpoint(folder)[0].schedule == NoiseSchedule()
+    with_json(folder, SCHEDULER, _class_name="HeunDiscreteScheduler")
+    assert import_checkpoint(folder)[0].schedule == NoiseSchedule(beta_start=0.00085, beta_end=0.012)
+
+
+def test_shortcut_models_say_their_steps(tmp_path):
+    params, _ = foreign_files.flow("shortcut")
+    tree = foreign_files.nested(params, "/")
+    for settings, steps in (({"denoise_timesteps": 64}, 64), ({"train_type": "naive", "denoise_timesteps": 64}, 0)):
+        path = write_pickle(tmp_path / "x.pkl", {"params_ema": tree, "config": settings})
+        model, _ = import_checkpoint(path, num_heads=2, input_size=8)
+        assert model.schedule == FlowSchedule(data_time=1, steps=steps)
+
+
+def test_the_names_of_configurations_are_files():
+    assert "config.json" in CONFIG_FILES
+    assert len(set(CONFIG_FILES)) == len(CONFIG_FILES)
