@@ -62,7 +62,7 @@ def _flag(value: Any) -> bool:
 
 
 class Preset(NamedTuple):
-    """A published name such as SiT-XL/2, and in it: the family in lower case, the DiT preset of that size or None, and the patch size."""
+    """A published name such as SiT-XL/2; in it the family in lower case, the DiT preset of that size or None, the patch size."""
 
     name: str
     family: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -92,7 +92,7 @@ def _roots(layout: Layout, names: Mapping[str, str]) -> list[str]:
 def _in_layout(
     file: TensorFile, layout: Layout, names: Mapping[str, str], roots: list[str], ema: bool, wanted: str | None
 ) -> WeightSet:
-    views = {root: {name.removeprefix(root): file[names[name]] for name in names if name.startswith(root)} for root in roots}
+    views = {root: {name.removeprefix(root): file[names[name]] for name in _below(root, roots, names)} for root in roots}
     sets = [WeightSet(layout, root.rstrip("."), is_average(root), view) for root, view in views.items()]
     if (flat := _flattened(file, layout, names, sets)) is not None:
         sets.append(flat)
@@ -115,6 +115,13 @@ def _in_layout(
     renamed = layout.renamed(chosen[0].view.keys())
     view = {renamed.get(name, name): tensor for name, tensor in chosen[0].view.items()}
     return replace(chosen[0], view=_of_one_device(file, layout, view))
+
+
+def _below(root: str, roots: list[str], names: Iterable[str]) -> list[str]:
+    """The names under one root that are under no longer one, and in no optimizer's state."""
+    inner = tuple(other for other in roots if other != root and other.startswith(root))
+    below = [name for name in names if name.startswith(root) and not (inner and name.startswith(inner))]
+    return [name for name in below if not is_optimizer(name.removeprefix(root).partition(".")[0])]
 
 
 def _sets(sets: list[WeightSet]) -> str:
