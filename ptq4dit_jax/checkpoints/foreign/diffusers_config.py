@@ -41,7 +41,7 @@ class _Family(NamedTuple):
 
 
 _USUAL, _HEUN = _Family(1e-4, 0.02), _Family(0.00085, 0.012)
-_SCHEDULERS = {
+SCHEDULERS = {
     f"{name}Scheduler": _USUAL
     for name in (
         "DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "DDIMInverse", "DPMSolverMultistep",
@@ -49,7 +49,7 @@ _SCHEDULERS = {
         "DEISMultistep", "UniPCMultistep", "SASolver", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete",
     )
 }  # fmt: skip
-_SCHEDULERS |= {
+SCHEDULERS |= {
     f"{name}Scheduler": _HEUN for name in ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
 }
 #: Keys of the scheduler that must have one of these values, since the model or its samples would be others.
@@ -142,7 +142,7 @@ def _read_scheduler(path: Path, evidence: Evidence, ignored: Ignored) -> NoiseSc
     if not values:
         return None
     found = values.get("_class_name", "DDPMScheduler")
-    if found not in _SCHEDULERS:
+    if found not in SCHEDULERS:
         raise _refused(path, "_class_name", found, "and only models that predict noise can be imported from a diffusers folder")
     for key, value in values.items():
         if key in _SCHEDULE_MUST and value not in _SCHEDULE_MUST[key]:
@@ -161,7 +161,7 @@ def _read_scheduler(path: Path, evidence: Evidence, ignored: Ignored) -> NoiseSc
                 )
         elif key not in (*_SCHEDULE_MUST, *_SCHEDULE_FIELDS, *_BOUND, "_class_name") and value not in (None, False):
             raise _refused(path, key, value, "which this version does not understand")
-    family = _SCHEDULERS[found]
+    family = SCHEDULERS[found]
     given = {ours: values[theirs] for theirs, ours in _SCHEDULE_FIELDS.items() if theirs in values}
     try:
         return settings_from_json(NoiseSchedule, {"beta_start": family.beta_start, "beta_end": family.beta_end, **given})

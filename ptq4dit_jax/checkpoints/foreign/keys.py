@@ -1,6 +1,7 @@
 """The keys of configurations of training code: which are understood and what they decide, and which must have one value.
 
-:data:`KEYS`, :data:`MUST_BE` and :data:`HARMLESS` are the whole of it. docs/checkpoints.md shows them as a table.
+:data:`KEYS`, :data:`MUST_BE` and :data:`HARMLESS` are the whole of it. ``benchmarks/evidence_table.py`` makes the table in
+docs/checkpoints.md of them.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _flag(value: Any) -> bool:
 
 
 class Preset(NamedTuple):
-    """A published name such as SiT-XL/2; in it the family in lower case, the DiT preset of that size or None, the patch size."""
+    """A published name such as SiT-XL/2; in it the family in lower case, the DiT preset of that size or None, and the patch."""
 
     name: str
     family: str
@@ -117,7 +118,7 @@ def _interface(value: Any) -> str:
     return "velocity"
 
 
-_TABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
+TABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "number of heads": (_count, "num_heads n_heads heads num_attention_heads attention_heads n_head nhead attn_heads"),
     "width of a head": (_count, "head_dim attention_head_dim head_width dim_head dim_per_head"),
     "classes": (_count, "num_classes n_classes nb_classes num_class class_num classes num_labels "
@@ -155,7 +156,7 @@ _TABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "data at time 0": (lambda value: True, "proj_coeff enc_type encoder_depth"),
 }  # fmt: skip
 #: By key: every configuration is searched for these.
-KEYS = {name: Key(what, read) for what, (read, names) in _TABLE.items() for name in names.split()}
+KEYS = {name: Key(what, read) for what, (read, names) in TABLE.items() for name in names.split()}
 #: Keys that a section on data or sampling may tell as well.
 IMAGE_KEYS = {name for name, key in KEYS.items() if key.what in ("image size", "classes")}
 
@@ -175,7 +176,7 @@ def _without_rotation(value: Any) -> bool:
 
 
 _ANOTHER = "which makes it another network than DiT"
-_MUST_TABLE: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
+MUST_TABLE: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     (
         "off", _off, _ANOTHER,
         "use_rope rope rotary use_rotary use_rotary_emb use_swiglu swiglu use_rmsnorm rmsnorm rms_norm "
@@ -230,7 +231,7 @@ def _safely(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 #: By key: what must be so where a configuration mentions it.
-MUST_BE = {name: Must(_safely(fits), reason) for _, fits, reason, names in _MUST_TABLE for name in names.split()}
+MUST_BE = {name: Must(_safely(fits), reason) for _, fits, reason, names in MUST_TABLE for name in names.split()}
 
 #: Keys of training, data, logging and sampling, on which the function of the network does not depend.
 HARMLESS = re.compile(

@@ -1,4 +1,4 @@
-"""Files that are no plain DiT: another network is named as one, only missing tensors are damage, nothing is dropped in silence."""
+"""Files that are no plain DiT: other networks are named, only missing tensors are damage, nothing is dropped silently."""
 
 import foreign_files
 import ml_dtypes
