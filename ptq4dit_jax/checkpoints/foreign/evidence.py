@@ -30,6 +30,8 @@ CONFIG_FILES = tuple(
 #: Folders of checkpoints, whose run writes its configuration one level up.
 _STEPS = re.compile(r"(checkpoints?|ckpts?|models?|weights|(step|epoch|iter|checkpoint)[-_]?)?\d*")
 _MAX_CONFIG = 2**22
+#: Parts of names that libraries of configurations add: OmegaConf, ml_collections.
+_INNER = {"_content", "_val", "_fields", "_store", "_metadata"}
 #: Words in the name of a container of settings, and of sections that speak of something else than the network.
 _SETTINGS = {
     "args", "arg", "config", "configs", "cfg", "conf", "hparams", "hyper", "hyperparameters", "options", "opts",
@@ -155,23 +157,25 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _parts(name: str) -> tuple[list[str], str]:
+    """The sections and the key of a name of a setting."""
+    parts = [part for part in parts_of(name) if part not in _INNER] or [name]
+    return parts[:-1], parts[-1].lower().replace("-", "_")
+
+
 def _entries(file: TensorFile, ignored: Ignored, without: set[str]) -> Iterator[tuple[str, list[str], str, Plain]]:
     """Each plain value of a configuration: where it is, its sections, its key in lower case, and itself."""
     for name, value in file.contents.facts.items():
-        *sections, key = parts_of(name) or [name]
+        sections, key = _parts(name)
         inside = [part for part in sections if set(re.findall(r"[a-z]+", part.lower())) & _SETTINGS]
         if inside and not (is_optimizer(".".join(sections)) and "param_groups" in sections):
-            yield name, sections[sections.index(inside[0]) :], _key(key), value
+            yield name, sections[sections.index(inside[0]) :], key, value
     for path in config_files(file):
         if path.name in without or path.name in ignored:
             continue
         for name, value in flatten(read_settings(path), inert_children).facts.items():
-            *sections, key = parts_of(name) or [name]
-            yield f"{path.name}: {name}", sections, _key(key), value
-
-
-def _key(part: str) -> str:
-    return part.lower().replace("-", "_")
+            sections, key = _parts(name)
+            yield f"{path.name}: {name}", sections, key, value
 
 
 def config_files(file: TensorFile) -> list[Path]:

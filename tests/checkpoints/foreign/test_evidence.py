@@ -175,7 +175,9 @@ def test_metadata_of_safetensors(meta, tmp_path):
 
 
 def test_settings_of_a_pickle_in_other_containers(meta, tmp_path):
-    for settings in ({"num_heads": 3}, SimpleNamespace(num_heads=3), {"network": {"params": {"n_heads": 3}}}):
+    omegaconf, ml_collections = {"_content": {"num_heads": {"_val": 3}}}, SimpleNamespace(_fields={"num_heads": 3})
+    nested = {"network": {"params": {"n_heads": 3}}}
+    for settings in ({"num_heads": 3}, SimpleNamespace(num_heads=3), nested, omegaconf, ml_collections):
         path = write_pickle(tmp_path / "x.pkl", {"state_dict": meta, "hyper_parameters": settings})
         assert import_checkpoint(path)[0].config.num_heads == 3
 
