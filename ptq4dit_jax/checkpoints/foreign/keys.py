@@ -82,9 +82,10 @@ def _preset(value: Any) -> Preset:
     return Preset(value, match[1].lower(), name if name in PRESETS else None, int(match[3]))
 
 
+#: ``v`` is the velocity of a flow, or a mixture of noise and image along a noise schedule, which is not supported.
 _OBJECTIVES = {
     "noise": "noise", "eps": "noise", "epsilon": "noise", "pred_noise": "noise",
-    "velocity": "velocity", "v": "velocity", "pred_v": "velocity", "flow": "velocity", "flow_matching": "velocity",
+    "v": "v", "pred_v": "v", "velocity": "velocity", "flow": "velocity", "flow_matching": "velocity",
     "rectified_flow": "velocity", "sit": "velocity",
 }  # fmt: skip
 

@@ -67,7 +67,7 @@ def find_schedule(
         raise Ptq4ditError(f"The objective must be noise or velocity, not {given.objective!r}.")
     if given.objective == "noise" and not layout.schedule_is_noise:
         raise Ptq4ditError(f"The checkpoint {file.path} is {layout.name}, which predicts velocity; leave the objective out.")
-    said = _said_objective(evidence)
+    said = _said_objective(evidence, layout)
     if given.objective is not None and said is not None and said.value != given.objective:
         raise evidence.contradiction(said, f"you say that it predicts {given.objective}")
     if not layout.schedule_is_noise and said is not None and said.value == "noise":
@@ -86,13 +86,21 @@ def find_schedule(
     return _noise(file, layout, evidence, given, told)
 
 
-def _said_objective(evidence: Evidence) -> Said | None:
+def _said_objective(evidence: Evidence, layout: Layout) -> Said | None:
     """What the evidence says of the objective: its own key, a flow's path, the interface of a training, or SiT's name."""
     prediction, path = evidence.said.get("objective"), evidence.said.get("path")
     flow = path or evidence.said.get("interface")
     name = evidence.said.get("published name")
     if flow is None and name is not None and name.value.family == "sit":
         flow = name
+    if prediction is not None and prediction.value == "v":
+        if flow is None and layout.schedule_is_noise and "data at time 0" not in evidence.said:
+            raise Ptq4ditError(
+                f"The checkpoint {evidence.path} says {prediction}, which may mean the velocity of a flow or the v of a noise "
+                f"schedule, which cannot be sampled; if it is a flow, say so with objective (--objective velocity --ignore "
+                f"{prediction.key})."
+            )
+        prediction = dataclasses.replace(prediction, value="velocity")
     if flow is not None:
         if prediction is not None and prediction.value != "velocity":
             raise Ptq4ditError(
@@ -104,33 +112,26 @@ def _said_objective(evidence: Evidence) -> Said | None:
 
 
 def _flow(file: TensorFile, layout: Layout, evidence: Evidence, given: GivenSchedule, content: Schedule | None) -> FlowSchedule:
-    known = content if isinstance(content, FlowSchedule) else layout.schedule
-    repa = evidence.said.get("data at time 0")
     if given.betas:
         raise Ptq4ditError(
             f"The checkpoint {file.path} predicts velocity, which has no betas or timesteps; leave timesteps, beta_start and "
             "beta_end out."
         )
-    if isinstance(known, FlowSchedule):
-        schedule = known
-    elif repa is not None:
-        schedule = FlowSchedule(data_time=0)
-    else:
-        schedule = FlowSchedule()
-        if given.data_time is None:
-            evidence.guess("time runs from noise at 0 to data at 1, as in SiT", "data_time (--data-time 0)")
-    if given.data_time is not None:
-        if layout.is_shared and repa is None and not (isinstance(content, FlowSchedule) and content.data_time == 0):
-            schedule = FlowSchedule(data_time=given.data_time)
-        elif given.data_time != schedule.data_time:
-            raise Ptq4ditError(
-                f"The checkpoint {file.path} is {layout.name} with its data at t = {schedule.data_time}; leave data_time "
-                "(--data-time) out."
-            )
-    elif repa is not None and schedule.data_time != 0 and layout.is_shared:
-        schedule = dataclasses.replace(schedule, data_time=0)
+    told = layout.schedule.data_time if isinstance(layout.schedule, FlowSchedule) else None
+    if "data at time 0" in evidence.said or (isinstance(content, FlowSchedule) and content.data_time == 0):
+        told = 0
+    if told is not None and given.data_time not in (None, told):
+        raise Ptq4ditError(f"The checkpoint {file.path} has its data at t = {told}; leave data_time (--data-time) out.")
+    data_time = given.data_time if told is None else told
+    if data_time is None:
+        evidence.guess("time runs from noise at 0 to data at 1, as in SiT", "data_time (--data-time 0)")
+        data_time = 1
+    schedule = FlowSchedule(data_time=data_time)
     if layout.step_size is not None:
         return dataclasses.replace(schedule, steps=_flow_steps(layout, evidence, given))
+    for what in ("timesteps", "first beta", "last beta", "betas"):
+        if what in evidence.said:
+            evidence.notes.append(f"{evidence.said[what]} is not used: the time of this flow reaches the network as 0 to 1.")
     if given.flow_steps is not None:
         raise _no_step_size(file, layout)
     return schedule

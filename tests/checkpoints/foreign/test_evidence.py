@@ -61,6 +61,7 @@ def test_the_objective_of_a_script(arguments, schedule, with_args):
         ({"path_type": "Linear", "prediction": "noise"}, ("args.prediction (noise)", "args.path_type", "only velocity")),
         ({"noise_schedule": "squaredcos_cap_v2"}, ("noise_schedule", "linear schedule")),
         ({"predict_xstart": True}, ("args.predict_xstart = True",)),
+        ({"parameterization": "v"}, ("args.parameterization (v)", "v of a noise schedule", "--objective velocity")),
         ({"use_rope": True}, ("args.use_rope = True", "another network")),
         ({"qk_norm": "rms"}, ("args.qk_norm = 'rms'", "another network")),
         ({"act_layer": "silu"}, ("args.act_layer = 'silu'", "GELU")),
