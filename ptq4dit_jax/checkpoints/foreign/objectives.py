@@ -126,7 +126,8 @@ def _flow(file: TensorFile, layout: Layout, evidence: Evidence, given: GivenSche
     if data_time is None:
         evidence.guess("time runs from noise at 0 to data at 1, as in SiT", "data_time (--data-time 0)")
         data_time = 1
-    schedule = FlowSchedule(data_time=data_time)
+    known = layout.schedule if isinstance(layout.schedule, FlowSchedule) else FlowSchedule()
+    schedule = dataclasses.replace(known, data_time=data_time)
     if layout.step_size is not None:
         return dataclasses.replace(schedule, steps=_flow_steps(layout, evidence, given))
     for what in ("timesteps", "first beta", "last beta", "betas"):
