@@ -19,9 +19,9 @@ from ptq4dit_jax.checkpoints.foreign.diffusers_config import read_folder
 from ptq4dit_jax.checkpoints.foreign.evidence import Evidence, Ignored, collect
 from ptq4dit_jax.checkpoints.foreign.layouts import DIFFUSERS, META, Entry, Layout, View
 from ptq4dit_jax.checkpoints.foreign.objectives import GivenSchedule, drop_variance, find_schedule, fold_step_size
+from ptq4dit_jax.checkpoints.foreign.parameter_sets import find_parameters, listed
 from ptq4dit_jax.checkpoints.foreign.shapes import Given, by_number, names_of, our_shapes, read_config
 from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile, local_path, open_tensors
-from ptq4dit_jax.checkpoints.foreign.weight_sets import find_weights, listed
 from ptq4dit_jax.dit import DiTConfig, position_embedding
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
@@ -109,7 +109,7 @@ def import_checkpoint(
     if where.is_dir() and (where / "transformer").is_dir():
         where = where / "transformer"
     file = open_tensors(where)
-    chosen = find_weights(file, ema=ema, wanted=weights)
+    chosen = find_parameters(file, ema=ema, wanted=weights)
     layout, ignored = chosen.layout, Ignored(ignore)
     is_diffusers = layout is DIFFUSERS
     evidence = collect(file, ignored, without=("config.json",) if is_diffusers else ())

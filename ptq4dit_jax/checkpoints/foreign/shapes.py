@@ -14,8 +14,8 @@ from ptq4dit_jax.checkpoints.float_dit import FLOATS, expected_arrays
 from ptq4dit_jax.checkpoints.foreign.evidence import Evidence, Said
 from ptq4dit_jax.checkpoints.foreign.layouts import Entry, Layout, View
 from ptq4dit_jax.checkpoints.foreign.lazy import Tensor, TensorFile
+from ptq4dit_jax.checkpoints.foreign.parameter_sets import listed
 from ptq4dit_jax.checkpoints.foreign.strangers import form_of, parts_of_another
-from ptq4dit_jax.checkpoints.foreign.weight_sets import listed
 from ptq4dit_jax.dit import PRESETS, DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
 

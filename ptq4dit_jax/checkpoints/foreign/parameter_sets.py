@@ -19,7 +19,7 @@ _REMEDY = "name one with weights (ptq4dit convert --weights NAME)"
 
 
 @dataclass(frozen=True)
-class WeightSet:
+class ParameterSet:
     """The weights that were chosen.
 
     Attributes:
@@ -46,7 +46,7 @@ def listed(names: list[str]) -> str:
     return ", ".join(name[:80] for name in names[:SHOWN]) + more
 
 
-def find_weights(file: TensorFile, *, ema: bool, wanted: str | None) -> WeightSet:
+def find_parameters(file: TensorFile, *, ema: bool, wanted: str | None) -> ParameterSet:
     """Chooses a set of weights.
 
     Args:
@@ -91,9 +91,9 @@ def _roots(layout: Layout, names: Mapping[str, str]) -> list[str]:
 
 def _in_layout(
     file: TensorFile, layout: Layout, names: Mapping[str, str], roots: list[str], ema: bool, wanted: str | None
-) -> WeightSet:
+) -> ParameterSet:
     views = {root: {name.removeprefix(root): file[names[name]] for name in _below(root, roots, names)} for root in roots}
-    sets = [WeightSet(layout, root.rstrip("."), is_average(root), view) for root, view in views.items()]
+    sets = [ParameterSet(layout, root.rstrip("."), is_average(root), view) for root, view in views.items()]
     if (flat := _flattened(file, layout, names, sets)) is not None:
         sets.append(flat)
     averaged, trained = [s for s in sets if s.averaged], [s for s in sets if not s.averaged]
@@ -124,11 +124,11 @@ def _below(root: str, roots: list[str], names: Iterable[str]) -> list[str]:
     return [name for name in below if not is_optimizer(name.removeprefix(root).partition(".")[0])]
 
 
-def _sets(sets: list[WeightSet]) -> str:
+def _sets(sets: list[ParameterSet]) -> str:
     return ", ".join(s.name or "the top level" for s in sets[:SHOWN])
 
 
-def _flattened(file: TensorFile, layout: Layout, names: Mapping[str, str], sets: list[WeightSet]) -> WeightSet | None:
+def _flattened(file: TensorFile, layout: Layout, names: Mapping[str, str], sets: list[ParameterSet]) -> ParameterSet | None:
     """The average of the one set of weights, under names without dots."""
     if len(sets) != 1 or sets[0].averaged:
         return None
@@ -139,10 +139,10 @@ def _flattened(file: TensorFile, layout: Layout, names: Mapping[str, str], sets:
     view = {name.removeprefix(root): file[written] for name, written in found.items()}
     if layout.pos_embed is not None and layout.pos_embed in sets[0].view:  # a buffer
         view.setdefault(layout.pos_embed, sets[0].view[layout.pos_embed])
-    return WeightSet(layout, prefix, True, view)
+    return ParameterSet(layout, prefix, True, view)
 
 
-def _unread_averages(file: TensorFile, names: Mapping[str, str], sets: list[WeightSet]) -> list[str]:
+def _unread_averages(file: TensorFile, names: Mapping[str, str], sets: list[ParameterSet]) -> list[str]:
     """Matrices under a prefix that says that they are averages, outside of the sets and of an optimizer's state."""
     roots = tuple(f"{s.name}." for s in sets if s.name)
     return [
