@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -25,8 +26,10 @@ from ptq4dit_jax.terminal import (
     all_devices_mesh,
     check_target,
     console,
+    copied,
     devices_line,
     load_model,
+    load_vae,
     megabytes,
     parse_labels,
     print_table,
@@ -38,6 +41,7 @@ from ptq4dit_jax.terminal import (
     write_file,
     write_json,
 )  # fmt: skip
+from ptq4dit_jax.vae import VAEConfig
 
 app = typer.Typer(
     name="ptq4dit",
@@ -69,8 +73,14 @@ Eta = Annotated[float, typer.Option(help="Noise of the ddim sampler, 0 to 1.")]
 CfgScale = Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")]
 CfgChannels = Annotated[str, typer.Option(help="Guide the first3 channels, as Meta's code and SiT do, or all.")]
 Vae = Annotated[
-    Path | None,
-    typer.Option(help="A folder of diffusers with the VAE that makes pictures of a model's latents.", metavar="FOLDER"),
+    str | None,
+    typer.Option(help="The VAE that makes pictures of a model's latents: a folder of diffusers or a file.", metavar="PATH"),
+]
+VaeScale = Annotated[
+    float | None,
+    typer.Option(
+        help="Scaling factor of the VAE's latents, where nothing tells it.", show_default=str(VAEConfig.scaling_factor)
+    ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Images per compiled call; all at once by default.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -96,11 +106,24 @@ def _summary(model: checkpoints.Model) -> dict[str, Any]:
     }
 
 
+def _provenance(path: str | Path) -> dict[str, Any]:
+    """What a model folder says of its origin, or what was decided where a folder of others holds several checkpoints."""
+    if isinstance(path, str):
+        return {}
+    if foreign.is_foreign(path):
+        notes = foreign.find_tensors(path).notes
+        return {"taken": "; ".join(notes)} if notes else {}
+    return store.read_config(path).get("provenance", {})
+
+
 @app.command()
 def info(model: ModelArgument, json: Json = None) -> None:
     """Shows what a model is: its shape, its size and, if quantized, what runs for each layer."""
     check_target(json, overwrite=True)
-    loaded = load_model(model)
+    with contextlib.ExitStack() as stack:
+        where = model if model.startswith("random:") else stack.enter_context(copied(model))
+        loaded = load_model(str(where))
+        facts = _provenance(where)
     summary = _summary(loaded)
     for key, value in summary.items():
         console.print(f"{key.replace('_', ' '):>14}  {megabytes(value) if key == 'bytes' else value}")
@@ -110,9 +133,6 @@ def info(model: ModelArgument, json: Json = None) -> None:
         console.print(f"{'runs':>14}  {runs_line(running)}")
         rows = describe(running)
         print_table("Layers", [{k: v for k, v in row.items() if k != "integer"} for row in rows])
-    facts: dict[str, Any] = {}
-    if not model.startswith("random:") and not foreign.is_foreign(model):
-        facts = store.read_config(model).get("provenance", {})
     for key, value in facts.items():
         console.print(f"{key.replace('_', ' '):>14}  {value}")
     write_json(json, {**summary, "config": loaded.config.to_dict(), "layers": rows, "provenance": facts})
@@ -120,7 +140,9 @@ def info(model: ModelArgument, json: Json = None) -> None:
 
 @app.command()
 def convert(
-    src: Annotated[Path, typer.Argument(help="A checkpoint file or folder, or a model folder.", show_default=False)],
+    src: Annotated[
+        str, typer.Argument(help="A checkpoint file or folder, its address, or a model folder.", show_default=False)
+    ],
     dst: Annotated[Path, typer.Argument(help="A folder; a .safetensors file with --to meta.", show_default=False)],
     to: Annotated[str, typer.Option(help="ptq4dit, a model folder, or meta, Meta's names in a safetensors file.")] = "ptq4dit",
     num_heads: Annotated[int | None, typer.Option(help="Heads of attention, where the file does not tell.")] = None,
@@ -154,24 +176,26 @@ def convert(
     check_target(json, overwrite=True)
     facts: dict[str, Any] = {}
     model: checkpoints.Model
-    if foreign.is_foreign(src) or not src.expanduser().exists():
-        with stages() as report:
-            model, found = foreign.import_checkpoint(
-                src, num_heads=num_heads, input_size=input_size, ema=ema, as_diffusers=as_diffusers,
-                objective=objective, flow_steps=flow_steps, progress=lambda done, total: report("read", done, total),
-            )  # fmt: skip
-        facts = {"layout": found.layout, "weights": "averaged (EMA)" if found.ema else "as saved", "dtype": found.dtype}
-    elif to == "ptq4dit":
-        raise Ptq4ditError(f"{src} is a model of this program already, or none at all; --to meta exports one.")
-    else:
-        model = load_model(str(src))
+    with copied(src) as where:
+        if store.is_model(where):
+            if to == "ptq4dit":
+                raise Ptq4ditError(f"{src} is a model of this program already; --to meta exports one.")
+            model = load_model(str(where))
+        else:
+            with stages() as report:
+                model, found = foreign.import_checkpoint(
+                    where, num_heads=num_heads, input_size=input_size, ema=ema, as_diffusers=as_diffusers,
+                    objective=objective, flow_steps=flow_steps, progress=lambda done, total: report("read", done, total),
+                )  # fmt: skip
+            facts = {"layout": found.layout, "weights": "averaged (EMA)" if found.ema else "as saved", "dtype": found.dtype}
+            facts = _provenance(where) | facts
     summary = facts | _summary(model)
     shown = {key.replace("_", " "): megabytes(v) if key == "bytes" else str(v) for key, v in summary.items()}
-    print_table(str(src), [{"fact": key, "found": value} for key, value in shown.items()])
+    print_table(src, [{"fact": key, "found": value} for key, value in shown.items()])
     if to == "meta":
         where = foreign.export_meta(model, dst, overwrite=overwrite)
     else:
-        where = checkpoints.save(model, dst, provenance={"source": str(src), **facts}, overwrite=overwrite)
+        where = checkpoints.save(model, dst, provenance={"source": src, **facts}, overwrite=overwrite)
     console.print(f"{'Weights' if to == 'meta' else 'Model'}: {where}")
     write_json(json, {**summary, "config": model.config.to_dict(), "out": str(dst)})
 
@@ -294,6 +318,7 @@ def sample(
     cfg_channels: CfgChannels = "first3",
     batch_size: BatchSize = None,
     vae: Vae = None,
+    vae_scale: VaeScale = None,
     dtype: Annotated[
         str, typer.Option(help="auto (bfloat16 for a quantized model on a GPU or TPU), float32 or bfloat16.", metavar="TYPE")
     ] = "auto",
@@ -317,11 +342,11 @@ def sample(
     channels = loaded.config.in_channels
     if vae is None and out.suffix == ".png" and channels not in (1, 3):
         raise Ptq4ditError(
-            f"{model} makes latents of {channels} channels, not pictures; pass the folder of its VAE with --vae, or use an "
+            f"{model} makes latents of {channels} channels, not pictures; pass its VAE with --vae, or use an "
             "--out that ends in .npz."
         )
     walk = Sampler(name=cast(Any, sampler), steps=steps, eta=eta).resolve(loaded.schedule)
-    decoder = None if vae is None else foreign.load_vae(vae)
+    decoder = None if vae is None else load_vae(vae, vae_scale)
     given = {} if noise is None else read_arrays(noise, ("noise",), ("step_noise",))
     console.print(
         f"Sampling {len(wanted)} images from {model} on {devices_line()}, {runs_line(loaded)}: {walk.name}, {steps} steps, "
@@ -365,6 +390,7 @@ def evaluate(
     cfg_channels: CfgChannels = "first3",
     batch_size: BatchSize = None,
     vae: Vae = None,
+    vae_scale: VaeScale = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     json: Json = None,
@@ -376,7 +402,7 @@ def evaluate(
     reference, other = load_model(against), load_model(model)
     if not isinstance(reference, FloatDiT):
         raise Ptq4ditError(f"--against must be a float model; {against} is quantized.")
-    decoder = None if vae is None else foreign.load_vae(vae)
+    decoder = None if vae is None else load_vae(vae, vae_scale)
     wanted = parse_labels(labels or f"0-{min(reference.config.num_classes, 64) - 1}", repeat)
     sampling.check_labels(wanted, reference.config)
     name = Path(model).resolve().name
@@ -396,7 +422,7 @@ def evaluate(
         rows, learned = describe(other), other.provenance.facts.get("reconstruction")
     where = write_report(
         out, comparison, title=f"{name} against {Path(against).resolve().name}", describe_rows=rows,
-        settings={"model": model, "against": against, "seed": seed} | ({} if vae is None else {"vae": str(vae)}),
+        settings={"model": model, "against": against, "seed": seed} | ({} if vae is None else {"vae": vae}),
         reconstruction=learned, overwrite=overwrite,
     )  # fmt: skip
     print_table("Same noise, against the float model", [

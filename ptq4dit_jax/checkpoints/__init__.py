@@ -33,11 +33,25 @@ def load(path: str | os.PathLike[str]) -> Model:
     """The model in a folder, float or quantized, on the default device; or a float one from a checkpoint of another code base,
     with the defaults of :func:`ptq4dit_jax.checkpoints.foreign.import_checkpoint`.
 
+    Args:
+      path: a path of this machine, or an address such as ``gs://bucket/run``, of which what is needed is copied to a temporary
+        folder that is removed afterwards.
+
     Raises:
-      Ptq4ditError: ``path`` is no model, is damaged or incomplete, or was written by a newer version.
+      Ptq4ditError: ``path`` is no model, is damaged or incomplete, or was written by a newer version; an address cannot be read
+        from here.
     """
+    with foreign.local_copy(path) as where:
+        return _load(where)
+
+
+def _load(path: Path) -> Model:
     if foreign.is_foreign(path):
-        return foreign.import_checkpoint(path)[0]
+        try:
+            return foreign.import_checkpoint(path)[0]
+        except foreign.NothingFound as error:
+            what = f"there is no config.json of one in it, and no checkpoint either; what can be read: {foreign.KNOWN}"
+            raise Ptq4ditError(f"{path} holds no model: {what}.") from error
     arrays, meta = store.read(path)
     if meta["kind"] not in _KINDS:
         raise Ptq4ditError(

@@ -66,11 +66,14 @@ class Tensor:
 class TensorFile(Mapping[str, Tensor]):
     """The tensors of a file or folder by dotted name; keys of nested containers are joined with dots.
 
-    ``path`` is what was opened, ``format`` names its kind, and ``files`` are those that hold tensors.
+    ``path`` is what was opened, ``format`` names its kind, ``files`` are those that hold tensors, and ``notes`` say what was
+    decided where a folder holds more than one checkpoint.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], path: Path, format: str, files: tuple[Path, ...]) -> None:
-        self._tensors, self.path, self.format, self.files = dict(tensors), path, format, files
+    def __init__(
+        self, tensors: Mapping[str, Tensor], path: Path, format: str, files: tuple[Path, ...], notes: tuple[str, ...] = ()
+    ) -> None:
+        self._tensors, self.path, self.format, self.files, self.notes = dict(tensors), path, format, files, notes
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
