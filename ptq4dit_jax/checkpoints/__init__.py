@@ -51,7 +51,7 @@ def _load(path: Path) -> Model:
             return foreign.import_checkpoint(path)[0]
         except foreign.NothingFound as error:
             what = f"there is no config.json of one in it, and no checkpoint either; what can be read: {foreign.KNOWN}"
-            raise Ptq4ditError(f"{path} holds no model: {what}.") from error
+            raise Ptq4ditError(f"The folder {path} holds no model: {what}.") from error
     arrays, meta = store.read(path)
     if meta["kind"] not in _KINDS:
         raise Ptq4ditError(

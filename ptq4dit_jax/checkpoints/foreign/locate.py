@@ -70,8 +70,8 @@ def _of_set(found: WeightSet, notes: tuple[str, ...] = ()) -> Located:
         if not found.path.exists():
             raise Ptq4ditError(f"The file {found.path} is a link to a file that is not there; download it again.")
         return Located(found.path, kind_of(found.path), found.files, notes)
-    if not found.files:
-        return _of_set(index_set(found.path), notes)
+    if not found.files:  # an index that could not be read, which raises again
+        found = index_set(found.path)
     return Located(found.path, found.kind, found.files, notes)
 
 

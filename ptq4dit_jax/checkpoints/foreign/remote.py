@@ -87,7 +87,7 @@ def fetch(address: str, part: str = "transformer", progress: Progress | None = N
     try:
         with _sentences(address):
             files, root = _connect(address)
-            sizes = _listing(files, root, address)
+            root, sizes = _listing(files, root, address)
             places = {name: copy.folder / _place(name) for name in sizes}
             copy.path = copy.folder / _place(root)
             if not copy.path.resolve().is_relative_to(copy.folder.resolve()) or copy.path == copy.folder:
@@ -136,9 +136,11 @@ def _connect(address: str) -> tuple[Any, str]:
     return files, str(root).rstrip("/") or "/"
 
 
-def _listing(files: Any, root: str, address: str) -> dict[str, int]:
-    """Sizes by the store's names: of all files in a folder, or of a file and those beside it, and of a pipeline's scheduler."""
+def _listing(files: Any, root: str, address: str) -> tuple[str, dict[str, int]]:
+    """The store's name of what is at an address, and sizes by such names: of all files in a folder, or of a file and those
+    beside it, and of a pipeline's scheduler; -1 where the store does not tell one."""
     info = files.info(root)
+    root = str(info.get("name") or root).rstrip("/")
     folder = info.get("type") == "directory"
     sizes: dict[str, int] = {}
     if folder:
@@ -148,6 +150,9 @@ def _listing(files: Any, root: str, address: str) -> dict[str, int]:
     parent = root.rpartition("/")[0]
     if not folder:
         sizes = {root: _size(info)}
+    if address.startswith(("http://", "https://")):  # its lists are links to anything
+        return root, sizes
+    if not folder:
         with contextlib.suppress(Exception):  # not every store lists folders, and what is beside a file is a help only
             sizes |= _sizes(files.ls(parent, detail=True))
     with contextlib.suppress(Exception):
@@ -158,7 +163,7 @@ def _listing(files: Any, root: str, address: str) -> dict[str, int]:
         raise Ptq4ditError(
             f"There are {len(sizes)} files at {address}, too many to look through; pass the folder with the weights."
         )
-    return sizes
+    return root, sizes
 
 
 def _sizes(entries: Any) -> dict[str, int]:
@@ -168,7 +173,7 @@ def _sizes(entries: Any) -> dict[str, int]:
 
 
 def _size(entry: Any) -> int:
-    return int(entry.get("size") or 0)
+    return -1 if entry.get("size") is None else int(entry["size"])
 
 
 def _usable(name: str) -> bool:
@@ -189,7 +194,7 @@ def _lay_out(files: Any, sizes: dict[str, int], places: dict[str, Path]) -> None
     for name, place in places.items():
         place.parent.mkdir(parents=True, exist_ok=True)
         with place.open("wb") as file:
-            file.truncate(sizes[name])
+            file.truncate(max(sizes[name], 0))
     whole = [name for name in places if _is_json(name, sizes)]
     arrays = {place.parent for place in places.values() if place.name in ("manifest.ocdbt", ".zarray", "zarr.json")}
     heads = [
@@ -201,7 +206,7 @@ def _lay_out(files: Any, sizes: dict[str, int], places: dict[str, Path]) -> None
         places[name].write_bytes(content)
     for name, content in zip(heads, files.cat_ranges(heads, 0, HEAD) if heads else (), strict=True):
         with places[name].open("r+b") as file:
-            file.write(content[: min(HEAD, sizes[name])])
+            file.write(content[: HEAD if sizes[name] < 0 else min(HEAD, sizes[name])])
 
 
 def _wanted(path: Path, part: str) -> Sequence[Path]:
@@ -214,7 +219,7 @@ def _wanted(path: Path, part: str) -> Sequence[Path]:
 def _download(
     files: Any, names: Sequence[str], sizes: dict[str, int], places: dict[str, Path], folder: Path, progress: Progress | None
 ) -> None:
-    total, done = sum(sizes[name] for name in names), 0
+    total, done = sum(max(sizes[name], 0) for name in names), 0
     if total > (free := shutil.disk_usage(folder).free):
         raise Ptq4ditError(
             f"The weights take {total / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB left to copy them to; set "
@@ -227,5 +232,5 @@ def _download(
                 done += len(block)
                 if progress is not None:
                     progress(done // _MEGABYTE, max(1, max(done, total) // _MEGABYTE))
-        if sizes[name] and places[name].stat().st_size != sizes[name]:
+        if sizes[name] >= 0 and places[name].stat().st_size != sizes[name]:
             raise Ptq4ditError(f"The file {name} changed while it was copied; copy it again when nobody writes to it.")

@@ -27,6 +27,8 @@ from ptq4dit_jax.model import has_nonfinite
 from ptq4dit_jax.vae import VAEConfig, VAEDecoder, init_params
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+#: A position of the latent then becomes 2^15 pixels along a side.
+_MAX_LEVELS = 16
 #: What only encoding needs.
 _UNUSED = ("encoder.", "quant_conv.")
 _EXPECTED = f"a VAE is a folder of diffusers with {CONFIG}, one with that as vae/ inside, or one file of weights"
@@ -184,6 +186,10 @@ def _root(path: Path, roots: Mapping[str, str]) -> str:
 def _read_params(path: Path, tensors: Mapping[str, Tensor], config: VAEConfig, family: str) -> Any:
     """Parameters on the default device from tensors by the names of any family."""
     levels = len(config.block_out_channels)
+    if levels > _MAX_LEVELS:
+        raise Ptq4ditError(
+            f"The VAE in {path} has {levels} levels, each of which doubles the picture; at most {_MAX_LEVELS} can be."
+        )
     if (layers := config.layers_per_block * levels) > len(tensors):  # tracing them could take for ever
         raise Ptq4ditError(
             f"The file {path} has {len(tensors)} tensors, too few for the {layers} layers that its {CONFIG} names."
