@@ -116,17 +116,13 @@ def _sentences(address: str) -> Iterator[None]:
             f"There is nothing at {address}, or nothing that may be seen from here; check the address."
         ) from error
     except ImportError as error:
-        missing = getattr(error, "name", None) or _package_in(str(error))
-        raise Ptq4ditError(f"The address {address} cannot be read here ({missing}); {by_hand}.") from error
+        name = getattr(error, "name", None)
+        why = f"{name} is not installed" if name else " ".join(str(error).split())[:100].rstrip(".")
+        raise Ptq4ditError(f"The address {address} cannot be read here ({why}); {by_hand}.") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         words = type(error).__name__ + (f": {reason}" if reason else "")
         raise Ptq4ditError(f"The address {address} cannot be read here ({words.rstrip('.')}); {by_hand}.") from error
-
-
-def _package_in(message: str) -> str:
-    """What fsspec says about the package that a store needs, in a few words."""
-    return " ".join(message.split())[:100].rstrip(".") or "a package is not installed"
 
 
 def _connect(address: str) -> tuple[Any, str]:

@@ -105,7 +105,7 @@ def _evidence(file: TensorFile) -> Iterator[tuple[Path | str, Mapping[str, Any]]
     if file.format.startswith("safetensors"):
         yield "its metadata", _metadata(first)
     for beside in dict.fromkeys((first.with_suffix(".json"), first.with_name(f"{first.name}.json"), first.with_name(CONFIG))):
-        values = _json(beside)
+        values = read_json(beside)
         for inner in (values, values.get("params"), (values.get("model") or {})):
             if isinstance(inner, dict):
                 yield beside, inner
@@ -113,7 +113,7 @@ def _evidence(file: TensorFile) -> Iterator[tuple[Path | str, Mapping[str, Any]]
                     yield beside, inner["params"]
 
 
-def _json(source: Path) -> dict[str, Any]:
+def read_json(source: Path) -> dict[str, Any]:
     """The object in a file; an empty one where there is none."""
     try:
         if not source.is_file() or source.stat().st_size > _MAX_JSON:

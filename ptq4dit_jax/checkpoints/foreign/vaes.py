@@ -3,7 +3,6 @@ inside a whole checkpoint, whose shapes tell the sizes."""
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from ptq4dit_jax.checkpoints.foreign.remote import Progress, local_copy
 from ptq4dit_jax.checkpoints.foreign.shapes import by_number, listed
 from ptq4dit_jax.checkpoints.foreign.tensors import Tensor, local_path, open_tensors
 from ptq4dit_jax.checkpoints.foreign.vae_names import DECODER, arrange, find_decoder, read_sizes, spellings, stored_shapes
-from ptq4dit_jax.checkpoints.foreign.vae_settings import CLASSES, CONFIG, Scale, find_scale, read_config
+from ptq4dit_jax.checkpoints.foreign.vae_settings import CLASSES, CONFIG, Scale, find_scale, read_config, read_json
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import has_nonfinite
 from ptq4dit_jax.vae import VAEConfig, VAEDecoder, init_params
@@ -166,10 +165,7 @@ def _home(where: Path) -> Path | None:
 
 def _is_config(source: Path) -> bool:
     """Whether a file is the configuration of a VAE of diffusers; that of another network beside one tells nothing of it."""
-    try:
-        return source.is_file() and json.loads(source.read_bytes())["_class_name"] in CLASSES
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return False
+    return read_json(source).get("_class_name") in CLASSES
 
 
 def _root(path: Path, roots: Mapping[str, str]) -> str:
