@@ -46,15 +46,18 @@ from ptq4dit_jax.vae import VAEConfig
 app = typer.Typer(
     name="ptq4dit",
     help="Post-training quantization of Diffusion Transformers: W8A8 and W4A8 with real integers, in JAX.",
-    epilog="A MODEL is a folder written by this program, a checkpoint of another code base (see convert), or random:PRESET"
-    " (random weights), for example random:DiT-S/2.",
+    epilog="A MODEL is a folder written by this program, a checkpoint of another code base (see convert), the address of one,"
+    " or random:PRESET (random weights), for example random:DiT-S/2.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="A model folder, a foreign checkpoint, random:PRESET or random:PRESET@SIZE.", show_default=False)
+    str,
+    typer.Argument(
+        help="A model folder, a foreign checkpoint, the address of one, or random:PRESET[@SIZE].", show_default=False
+    ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", metavar="FILE")]
 Seed = Annotated[int, typer.Option(help="Seed of all noise; the same seed gives the same bytes.")]

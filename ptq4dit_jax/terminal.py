@@ -30,7 +30,7 @@ from rich.table import Table
 
 from ptq4dit_jax import checkpoints, sharding
 from ptq4dit_jax.checkpoints import foreign
-from ptq4dit_jax.checkpoints.addresses import address_of
+from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
 from ptq4dit_jax.devices import default_device
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, backends
@@ -180,6 +180,8 @@ def read_key(seed: int) -> jax.Array:
 
 def read_arrays(path: str | os.PathLike[str], required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """The named arrays of an npz file, which hold numbers, without ever unpickling; absent optional ones are left out."""
+    if (address := address_of(path)) is not None:
+        raise Ptq4ditError(f"{address} is an address, where no arrays are read; copy them here with {copy_command(address)}.")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*required, *optional) if name in file}

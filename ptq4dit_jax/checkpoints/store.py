@@ -178,7 +178,9 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _resolve(path: str | os.PathLike[str]) -> Path:
     if (address := address_of(path)) is not None:
-        raise Ptq4ditError(f"{address} is an address, and a model folder is on this machine; write it here and copy it there.")
+        raise Ptq4ditError(
+            f"{address} is an address, where no model is read or written in place; use a folder of this machine."
+        )
     try:
         return Path(path).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:

@@ -23,7 +23,7 @@ _PARTS = re.compile(
 )
 _STEP = re.compile(r"(?P<prefix>|.*[._-])(?P<step>[0-9]+)")
 _COMMITTED, _IS_STEP = "commit_success.txt", "_CHECKPOINT_METADATA"
-_MAX_DEPTH, _MAX_ENTRIES = 3, 20_000
+_MAX_DEPTH, _MAX_ENTRIES = 3, 50_000
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ class _Search:
             return replace(found, notes=(*notes, *found.notes))
         if part and (folder / part).is_dir():
             return self.folder(folder / part, depth, "")
+        entries = self.entries(folder)
         if is_orbax(folder):
             return Located(folder, "orbax", (folder,))
-        entries = self.entries(folder)
         folders = [entry for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
-        if (step := _steps(folder, folders)) is not None:
+        if (step := self.latest_step(folder, folders)) is not None:
             return step
-        if items := tuple(entry for entry in folders if is_orbax(entry)):
+        if items := tuple(entry for entry in folders if self.is_orbax(entry)):
             return Located(folder, "items", items)
         # A link to nothing is kept, so that whoever opens it is told.
         if sets := weight_sets([entry for entry in entries if entry.is_file() or (entry.is_symlink() and not entry.exists())]):
@@ -118,6 +118,44 @@ class _Search:
                 f"The folder {folder} is a pipeline of diffusers without {part}/; pass the folder with the weights."
             )
         return self._inside(folder, folders, depth)
+
+    def is_orbax(self, folder: Path) -> bool:
+        """As the function of that name, which looks at every folder in a folder, within the bounds of the search."""
+        self.entries(folder)
+        return is_orbax(folder)
+
+    def orbax_in(self, folder: Path) -> tuple[Path, ...]:
+        """The items of a step: itself, or folders in it."""
+        if self.is_orbax(folder):
+            return (folder,)
+        return tuple(entry for entry in self.entries(folder) if entry.is_dir() and self.is_orbax(entry))
+
+    def latest_step(self, folder: Path, folders: list[Path]) -> Located | None:
+        """The latest step in a folder of Orbax's CheckpointManager; None for any other folder."""
+        if (folder / _IS_STEP).is_file():
+            return None
+        named = [(entry, match) for entry in folders if (match := _STEP.fullmatch(entry.name)) and "-tmp" not in entry.name]
+        steps = {entry: (match["prefix"], int(match["step"])) for entry, match in named}
+        items = {entry: self.orbax_in(entry) for entry in steps}
+        # In buckets a step is written in place, and this file is the sign that it is whole.
+        committed = [entry for entry in items if (entry / _COMMITTED).is_file()]
+        whole = [entry for entry in committed or items if items[entry]]
+        if not whole:
+            return None
+        others = [entry for entry in folders if entry not in steps and self.is_orbax(entry)]
+        latest = max(whole, key=lambda entry: steps[entry][1])
+        twice = sum(steps[entry][1] == steps[latest][1] for entry in whole) > 1
+        if others or twice or len({steps[entry][0] for entry in whole}) > 1:
+            raise Ptq4ditError(
+                f"The folder {folder} must hold one checkpoint, and has some in {listed_paths([*whole, *others])}; "
+                "pass the one that is wanted."
+            )
+        ordered = sorted(whole, key=lambda entry: steps[entry][1])
+        which = "the only one" if len(whole) == 1 else "the latest of " + _last_steps([steps[entry][1] for entry in ordered])
+        absent = [entry for entry in steps if entry not in whole and steps[entry][0] == steps[latest][0]]
+        empty = f" ({listed_paths(absent)} without whole weights)" if absent else ""
+        kind = "orbax" if items[latest] == (latest,) else "items"
+        return Located(latest, kind, items[latest], (f"step {steps[latest][1]}, {which}{empty}",))
 
     def _inside(self, folder: Path, folders: list[Path], depth: int) -> Located:
         """The checkpoint in the one of several folders that has one."""
@@ -174,41 +212,6 @@ def _snapshot(folder: Path) -> tuple[Path, tuple[str, ...]] | None:
         f"The folder {folder} holds the snapshots {listed_paths(revisions)}, and none of them is main; pass the one that is "
         "wanted."
     )
-
-
-def _orbax_in(folder: Path) -> tuple[Path, ...]:
-    """The items of a step: itself, or folders in it."""
-    if is_orbax(folder):
-        return (folder,)
-    return tuple(entry for entry in sorted(folder.iterdir()) if entry.is_dir() and is_orbax(entry))
-
-
-def _steps(folder: Path, folders: list[Path]) -> Located | None:
-    """The latest step in a folder of Orbax's CheckpointManager; None for any other folder."""
-    if (folder / _IS_STEP).is_file():
-        return None
-    named = [(entry, match) for entry in folders if (match := _STEP.fullmatch(entry.name)) and "-tmp" not in entry.name]
-    steps = {entry: (match["prefix"], int(match["step"])) for entry, match in named}
-    items = {entry: _orbax_in(entry) for entry in steps}
-    # In buckets a step is written in place, and this file is the sign that it is whole.
-    committed = [entry for entry in items if (entry / _COMMITTED).is_file()]
-    whole = [entry for entry in committed or items if items[entry]]
-    if not whole:
-        return None
-    others = [entry for entry in folders if entry not in steps and is_orbax(entry)]
-    latest = max(whole, key=lambda entry: steps[entry][1])
-    twice = sum(steps[entry][1] == steps[latest][1] for entry in whole) > 1
-    if others or twice or len({steps[entry][0] for entry in whole}) > 1:
-        raise Ptq4ditError(
-            f"The folder {folder} must hold one checkpoint, and has some in {listed_paths([*whole, *others])}; "
-            "pass the one that is wanted."
-        )
-    ordered = sorted(whole, key=lambda entry: steps[entry][1])
-    which = "the only one" if len(whole) == 1 else "the latest of " + _last_steps([steps[entry][1] for entry in ordered])
-    absent = [entry for entry in steps if entry not in whole and steps[entry][0] == steps[latest][0]]
-    empty = f" ({listed_paths(absent)} without whole weights)" if absent else ""
-    kind = "orbax" if items[latest] == (latest,) else "items"
-    return Located(latest, kind, items[latest], (f"step {steps[latest][1]}, {which}{empty}",))
 
 
 def _last_steps(steps: list[int]) -> str:

@@ -338,6 +338,12 @@ def test_very_many_files(tmp_path, monkeypatch, raises_sentence):
         (tmp_path / "deep" / "deeper" / str(i)).mkdir()
     with raises_sentence("too many files"):
         open_tensors(tmp_path / "deep")
+    for i in range(5):  # a folder of pictures by class
+        (tmp_path / "classes" / str(i)).mkdir(parents=True)
+        for j in range(30):
+            (tmp_path / "classes" / str(i) / f"{j}.png").touch()
+    with raises_sentence("too many files"):
+        open_tensors(tmp_path / "classes")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from foreign_files import DIFFUSERS, GOLDEN, META, save_safetensors, write_torch
 import ptq4dit_jax as ptq
 from ptq4dit_jax.checkpoints import addresses, store
 from ptq4dit_jax.checkpoints.foreign import import_checkpoint, load_vae, open_tensors, remote
-from ptq4dit_jax.terminal import check_target
+from ptq4dit_jax.terminal import check_target, read_arrays
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -267,7 +267,7 @@ def test_a_folder_whose_name_looks_like_a_scheme(tmp_path, monkeypatch):
     assert list(open_tensors(f"file://{tmp_path}/run:/x.pt")) == ["x"]
 
 
-def test_nothing_is_written_to_addresses(tmp_path, monkeypatch, tiny_model, raises_sentence):
+def test_outputs_and_arrays_are_on_this_machine(tmp_path, monkeypatch, tiny_model, raises_sentence):
     monkeypatch.chdir(tmp_path)
     for target in ("gs://b/m", Path("gs://b/m")):
         with raises_sentence("gs://b/m is an address"):
@@ -276,4 +276,6 @@ def test_nothing_is_written_to_addresses(tmp_path, monkeypatch, tiny_model, rais
             store.read(target)
     with raises_sentence("s3://b/x.png is an address"):
         check_target(Path("s3://b/x.png"), overwrite=False)
+    with raises_sentence("gs://b/rows.npz is an address", "gcloud storage cp"):
+        read_arrays(Path("gs://b/rows.npz"), ("x",))
     assert not list(tmp_path.iterdir())
