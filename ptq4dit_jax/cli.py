@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -25,8 +26,10 @@ from ptq4dit_jax.terminal import (
     all_devices_mesh,
     check_target,
     console,
+    copied,
     devices_line,
     load_model,
+    load_vae,
     megabytes,
     parse_labels,
     print_table,
@@ -39,19 +42,23 @@ from ptq4dit_jax.terminal import (
     write_file,
     write_json,
 )  # fmt: skip
+from ptq4dit_jax.vae import VAEConfig
 
 app = typer.Typer(
     name="ptq4dit",
     help="Post-training quantization of Diffusion Transformers: W8A8 and W4A8 with real integers, in JAX.",
-    epilog="A MODEL is a folder written by this program, a checkpoint of another code base (see convert), or random:PRESET"
-    " (random weights), for example random:DiT-S/2.",
+    epilog="A MODEL is a folder written by this program, a checkpoint of another code base (see convert), the address of one,"
+    " or random:PRESET (random weights), for example random:DiT-S/2.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="A model folder, a foreign checkpoint, random:PRESET or random:PRESET@SIZE.", show_default=False)
+    str,
+    typer.Argument(
+        help="A model folder, a foreign checkpoint, the address of one, or random:PRESET[@SIZE].", show_default=False
+    ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", metavar="FILE")]
 Seed = Annotated[int, typer.Option(help="Seed of all noise; the same seed gives the same bytes.")]
@@ -71,8 +78,14 @@ Repeat = Annotated[int, typer.Option(help="Samples of each label; of a model wit
 CfgScale = Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")]
 CfgChannels = Annotated[str, typer.Option(help="Guide the first3 channels, as Meta's code and SiT do, or all.")]
 Vae = Annotated[
-    Path | None,
-    typer.Option(help="A folder of diffusers with the VAE that makes pictures of a model's latents.", metavar="FOLDER"),
+    str | None,
+    typer.Option(help="The VAE that makes pictures of a model's latents: a folder of diffusers or a file.", metavar="PATH"),
+]
+VaeScale = Annotated[
+    float | None,
+    typer.Option(
+        help="Scaling factor of the VAE's latents, where nothing tells it.", show_default=str(VAEConfig.scaling_factor)
+    ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Images per compiled call; all at once by default.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -107,11 +120,21 @@ def _shown(summary: dict[str, Any]) -> dict[str, str]:
     return {key.replace("_", " "): words.get(key, str)(value) for key, value in summary.items()}
 
 
+def _provenance(path: str | Path) -> dict[str, Any]:
+    """What a model folder says of its origin; nothing for a checkpoint of others, and for random weights."""
+    if isinstance(path, str) or foreign.is_foreign(path):
+        return {}
+    return store.read_config(path).get("provenance", {})
+
+
 @app.command()
 def info(model: ModelArgument, json: Json = None) -> None:
     """Shows what a model is: its shape, its size and, if quantized, what runs for each layer."""
     check_target(json, overwrite=True)
-    loaded = load_model(model)
+    with contextlib.ExitStack() as stack:
+        where = model if model.startswith("random:") else stack.enter_context(copied(model))
+        loaded = load_model(str(where))
+        facts = _provenance(where)
     summary = _summary(loaded)
     for key, value in _shown(summary).items():
         console.print(f"{key:>14}  {value}")
@@ -121,9 +144,6 @@ def info(model: ModelArgument, json: Json = None) -> None:
         console.print(f"{'runs':>14}  {runs_line(running)}")
         rows = describe(running)
         print_table("Layers", [{k: v for k, v in row.items() if k != "integer"} for row in rows])
-    facts: dict[str, Any] = {}
-    if not model.startswith("random:") and not foreign.is_foreign(model):
-        facts = store.read_config(model).get("provenance", {})
     for key, value in facts.items():
         console.print(f"{key.replace('_', ' '):>14}  {value}")
     write_json(json, {**summary, "config": loaded.config.to_dict(), "layers": rows, "provenance": facts})
@@ -131,7 +151,9 @@ def info(model: ModelArgument, json: Json = None) -> None:
 
 @app.command()
 def convert(
-    src: Annotated[Path, typer.Argument(help="A checkpoint file or folder, or a model folder.", show_default=False)],
+    src: Annotated[
+        str, typer.Argument(help="A checkpoint file or folder, its address, or a model folder.", show_default=False)
+    ],
     dst: Annotated[Path, typer.Argument(help="A folder; a .safetensors file with --to meta.", show_default=False)],
     to: Annotated[str, typer.Option(help="ptq4dit, a model folder, or meta, Meta's names in a safetensors file.")] = "ptq4dit",
     num_heads: Annotated[int | None, typer.Option(help="Heads of attention, where the file does not tell.")] = None,
@@ -185,31 +207,32 @@ def convert(
     check_target(json, overwrite=True)
     facts: dict[str, Any] = {}
     model: checkpoints.Model
-    if foreign.is_foreign(src) or not src.expanduser().exists():
-        with stages() as report:
-            model, found = foreign.import_checkpoint(
-                src, num_heads=num_heads, input_size=input_size, classes=classes, null_class=null_class, ema=ema,
-                weights=weights, as_diffusers=as_diffusers, objective=objective, flow_steps=flow_steps, data_time=data_time,
-                timesteps=timesteps, beta_start=beta_start, beta_end=beta_end, ignore=ignore or (),
-                progress=lambda done, total: report("read", done, total),
-            )  # fmt: skip
-        facts = {"layout": found.layout, "weights": found.words, "dtype": found.dtype, "evidence": found.evidence}
-        facts |= {"notes": list(found.notes)}
-    elif to == "ptq4dit":
-        raise Ptq4ditError(f"{src} is a model of this program already, or none at all; --to meta exports one.")
-    else:
-        model = load_model(str(src))
+    with copied(src) as where:
+        if store.is_model(where):
+            if to == "ptq4dit":
+                raise Ptq4ditError(f"{src} is a model of this program already; --to meta exports one.")
+            model = load_model(str(where))
+        else:
+            with stages() as report:
+                model, found = foreign.import_checkpoint(
+                    where, num_heads=num_heads, input_size=input_size, classes=classes, null_class=null_class, ema=ema,
+                    weights=weights, as_diffusers=as_diffusers, objective=objective, flow_steps=flow_steps,
+                    data_time=data_time, timesteps=timesteps, beta_start=beta_start, beta_end=beta_end, ignore=ignore or (),
+                    progress=lambda done, total: report("read", done, total),
+                )  # fmt: skip
+            facts = {"layout": found.layout, "weights": found.words, "dtype": found.dtype, "evidence": found.evidence}
+            facts |= {"notes": list(found.notes)}
     summary = facts | _summary(model)
     evidence, notes = facts.get("evidence", {}), facts.get("notes", [])
     shown = _shown({key: value for key, value in summary.items() if key not in ("evidence", "notes")})
     shown |= {f"it says: {what}": source for what, source in evidence.items()}
-    print_table(str(src), [{"fact": key, "found": value} for key, value in shown.items()])
+    print_table(src, [{"fact": key, "found": value} for key, value in shown.items()])
     for note in notes:
         console.print(note)
     if to == "meta":
         where = foreign.export_meta(model, dst, overwrite=overwrite)
     else:
-        where = checkpoints.save(model, dst, provenance={"source": str(src), **facts}, overwrite=overwrite)
+        where = checkpoints.save(model, dst, provenance={"source": src, **facts}, overwrite=overwrite)
     console.print(f"{'Weights' if to == 'meta' else 'Model'}: {where}")
     write_json(json, {**summary, "config": model.config.to_dict(), "out": str(dst)})
 
@@ -335,6 +358,7 @@ def sample(
     cfg_channels: CfgChannels = "first3",
     batch_size: BatchSize = None,
     vae: Vae = None,
+    vae_scale: VaeScale = None,
     dtype: Annotated[
         str, typer.Option(help="auto (bfloat16 for a quantized model on a GPU or TPU), float32 or bfloat16.", metavar="TYPE")
     ] = "auto",
@@ -359,11 +383,11 @@ def sample(
     channels = loaded.config.in_channels
     if vae is None and out.suffix == ".png" and channels not in (1, 3):
         raise Ptq4ditError(
-            f"{model} makes latents of {channels} channels, not pictures; pass the folder of its VAE with --vae, or use an "
+            f"{model} makes latents of {channels} channels, not pictures; pass its VAE with --vae, or use an "
             "--out that ends in .npz."
         )
     walk = Sampler(name=cast(Any, sampler), steps=steps, eta=eta).resolve(loaded.schedule)
-    decoder = None if vae is None else foreign.load_vae(vae)
+    decoder = None if vae is None else load_vae(vae, vae_scale)
     given = {} if noise is None else read_arrays(noise, ("noise",), ("step_noise",))
     console.print(
         f"Sampling {len(wanted)} images from {model} on {devices_line()}, {runs_line(loaded)}: {walk.name}, {steps} steps, "
@@ -409,6 +433,7 @@ def evaluate(
     cfg_channels: CfgChannels = "first3",
     batch_size: BatchSize = None,
     vae: Vae = None,
+    vae_scale: VaeScale = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     json: Json = None,
@@ -420,7 +445,7 @@ def evaluate(
     reference, other = load_model(against), load_model(model)
     if not isinstance(reference, FloatDiT):
         raise Ptq4ditError(f"--against must be a float model; {against} is quantized.")
-    decoder = None if vae is None else foreign.load_vae(vae)
+    decoder = None if vae is None else load_vae(vae, vae_scale)
     wanted = wanted_labels(labels, f"0-{min(reference.config.num_classes, 64) - 1}", repeat, reference.config)
     sampling.check_labels(wanted, reference.config)
     name = Path(model).resolve().name
@@ -440,7 +465,7 @@ def evaluate(
         rows, learned = describe(other), other.provenance.facts.get("reconstruction")
     where = write_report(
         out, comparison, title=f"{name} against {Path(against).resolve().name}", describe_rows=rows,
-        settings={"model": model, "against": against, "seed": seed} | ({} if vae is None else {"vae": str(vae)}),
+        settings={"model": model, "against": against, "seed": seed} | ({} if vae is None else {"vae": vae}),
         reconstruction=learned, overwrite=overwrite,
     )  # fmt: skip
     print_table("Same noise, against the float model", [

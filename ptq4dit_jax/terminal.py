@@ -29,6 +29,8 @@ from rich.progress import (
 from rich.table import Table
 
 from ptq4dit_jax import checkpoints, sharding
+from ptq4dit_jax.checkpoints import foreign
+from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
 from ptq4dit_jax.devices import default_device
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, backends
@@ -36,6 +38,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.ptq import StageProgress
 from ptq4dit_jax.staging import staging
+from ptq4dit_jax.vae import VAEDecoder
 
 # Without markup and emoji: paths are printed as they are, whatever brackets and colons they hold.
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -116,10 +119,35 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB"
 
 
+@contextlib.contextmanager
+def copied(path: str, part: str = "transformer") -> Iterator[Path]:
+    """What is at an address as a path of this machine, until the block ends, with a bar in megabytes; or the path as it is."""
+    with contextlib.ExitStack() as stack:
+        with stages() if address_of(path) is not None else contextlib.nullcontext() as report:
+            progress = None if report is None else lambda done, total: report("copy (MB)", done, total)
+            where = stack.enter_context(foreign.local_copy(path, part, progress))
+        yield where
+
+
+def load_vae(path: str, scale: float | None) -> VAEDecoder:
+    """The VAE of ``--vae`` and ``--vae-scale``; prints what was decided and guessed."""
+    with copied(path, "vae") as where:
+        vae, found = foreign.import_vae(where, scaling_factor=scale)
+    for note in found.notes:
+        console.print(f"VAE: {note}")
+    for guess in found.guesses:
+        console.print(f"VAE: the file does not tell its {guess}")
+    return vae
+
+
 def load_model(name: str) -> checkpoints.Model:
-    """A model folder, or ``random:PRESET[@SIZE]``: a published size with random weights, for trying things out."""
+    """A model folder, a checkpoint of others, the address of either, or ``random:PRESET[@SIZE]``: a published size with random
+    weights, for trying things out."""
     if not name.startswith("random:"):
-        model = checkpoints.load(name)
+        with copied(name) as where:
+            model, notes = checkpoints.load_noted(where)
+        for note in notes:
+            console.print(note)
         if bad := has_nonfinite(model):
             raise Ptq4ditError(f"The model in {name} holds NaN or infinity in {', '.join(bad[:3])}, so it is of no use.")
         return model
@@ -165,6 +193,8 @@ def read_key(seed: int) -> jax.Array:
 
 def read_arrays(path: str | os.PathLike[str], required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """The named arrays of an npz file, which hold numbers, without ever unpickling; absent optional ones are left out."""
+    if (address := address_of(path)) is not None:
+        raise Ptq4ditError(f"{address} is an address, where no arrays are read; copy them here with {copy_command(address)}.")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*required, *optional) if name in file}
@@ -187,6 +217,8 @@ def check_target(path: Path | None, overwrite: bool, folder_with: str | None = N
     """
     if path is None:
         return
+    if (address := address_of(path)) is not None:
+        raise Ptq4ditError(f"{address} is an address, where nothing is written; write to this machine and copy it there.")
     try:
         target = path.expanduser().absolute()
         if target.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -12,7 +13,7 @@ from ptq4dit_jax.engine import QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 
-__all__ = ["Model", "load", "save"]
+__all__ = ["Model", "load", "load_noted", "save"]
 
 Model: TypeAlias = FloatDiT | QuantizedDiT
 
@@ -31,19 +32,38 @@ _KINDS = {
 
 def load(path: str | os.PathLike[str]) -> Model:
     """The model in a folder, float or quantized, on the default device; or a float one from a checkpoint of another code base,
-    with the defaults of :func:`ptq4dit_jax.checkpoints.foreign.import_checkpoint`.
+    with the defaults of :func:`ptq4dit_jax.checkpoints.foreign.import_checkpoint`. What that had to guess is a warning.
+
+    Args:
+      path: a path of this machine, or an address such as ``gs://bucket/run``, of which what is needed is copied to a temporary
+        folder that is removed afterwards.
 
     Raises:
-      Ptq4ditError: ``path`` is no model, is damaged or incomplete, or was written by a newer version.
+      Ptq4ditError: ``path`` is no model, is damaged or incomplete, or was written by a newer version; an address cannot be read
+        from here.
     """
+    with foreign.local_copy(path) as where:
+        model, notes = load_noted(where)
+    if notes:
+        warnings.warn(f"{path}: {' '.join(notes)}", stacklevel=2)
+    return model
+
+
+def load_noted(path: str | os.PathLike[str]) -> tuple[Model, tuple[str, ...]]:
+    """:func:`load` of a path of this machine, and the import's guesses and whatever else a user should hear of it."""
     if foreign.is_foreign(path):
-        return foreign.import_checkpoint(path)[0]
+        try:
+            model, found = foreign.import_checkpoint(path)
+            return model, found.notes
+        except foreign.NothingFound as error:
+            what = f"there is no config.json of one in it, and no checkpoint either; what can be read: {foreign.KNOWN}"
+            raise Ptq4ditError(f"The folder {path} holds no model: {what}.") from error
     arrays, meta = store.read(path)
     if meta["kind"] not in _KINDS:
         raise Ptq4ditError(
             f"{path} holds a model of kind {meta['kind']!r}; this version knows {', '.join(_KINDS)}: upgrade ptq4dit_jax."
         )
-    return _KINDS[meta["kind"]].load(arrays, meta)
+    return _KINDS[meta["kind"]].load(arrays, meta), ()
 
 
 def save(

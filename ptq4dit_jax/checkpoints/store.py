@@ -24,11 +24,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ptq4dit_jax.checkpoints import orbax_arrays
+from ptq4dit_jax.checkpoints.addresses import address_of
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.staging import staging
 
 FORMAT, VERSION = "ptq4dit_jax", 1
 _CONFIG, _ARRAYS = "config.json", "arrays"
+_MAX_CONFIG = 2**27
 _OWN_KEYS = ("format", "version", "arrays", "files", "content_sha256")
 
 #: What every supported Orbax stores bit by bit; narrower integers are packed into uint8 by whoever has them.
@@ -125,6 +127,21 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
     return arrays, {key: value for key, value in config.items() if key not in _OWN_KEYS}
 
 
+def is_model(path: Path) -> bool:
+    """Whether a path is a model folder, whole or not; what else is there nobody calls one."""
+    folder = path.expanduser()
+    if not folder.is_dir():
+        return False
+    try:
+        source = folder / _CONFIG
+        if source.stat().st_size <= _MAX_CONFIG and json.loads(source.read_bytes())["format"] == FORMAT:
+            return True
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass
+    # Steps of Orbax may have an item of that name.
+    return (folder / _ARRAYS).is_dir() and not (folder / "_CHECKPOINT_METADATA").is_file()
+
+
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """All of ``config.json``, without reading the arrays; raises as :func:`read` does."""
     source = _resolve(path)
@@ -160,6 +177,10 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _resolve(path: str | os.PathLike[str]) -> Path:
+    if (address := address_of(path)) is not None:
+        raise Ptq4ditError(
+            f"{address} is an address, where no model is read or written in place; use a folder of this machine."
+        )
     try:
         return Path(path).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from make_vae_golden import TRUE, decode, random_vae
 
-from ptq4dit_jax.checkpoints.foreign.diffusers_vae import load_vae
+from ptq4dit_jax.checkpoints.foreign.vaes import load_vae
 from ptq4dit_jax.vae import VAEDecoder
 
 

@@ -180,7 +180,7 @@ def _entries(file: TensorFile, ignored: Ignored, without: set[str]) -> Iterator[
 
 def config_files(file: TensorFile) -> list[Path]:
     """Configurations beside the weights, and one level up where these lie in a folder of steps."""
-    base = file.path if file.path.is_dir() else file.path.parent
+    base = file.path if file.path.is_dir() else file.files[0].parent
     folders = [base, base / ".hydra"]
     while _STEPS.fullmatch(base.name) and base.name and base.parent != base and len(folders) < 6:
         base = base.parent

@@ -21,7 +21,7 @@ from ptq4dit_jax.checkpoints.foreign.layouts import DIFFUSERS, META, Entry, Layo
 from ptq4dit_jax.checkpoints.foreign.objectives import GivenSchedule, drop_variance, find_schedule, fold_step_size
 from ptq4dit_jax.checkpoints.foreign.parameter_sets import find_parameters, listed
 from ptq4dit_jax.checkpoints.foreign.shapes import Given, by_number, names_of, our_shapes, read_config
-from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile, local_path, open_tensors
+from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile, open_tensors
 from ptq4dit_jax.dit import DiTConfig, position_embedding
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
@@ -105,10 +105,7 @@ def import_checkpoint(
         tensors (all named at once); evidence that contradicts itself, the tensors or an option, or cannot be honoured; NaN or
         infinity; a size that has to be given; an option that does not fit.
     """
-    where = local_path(path)
-    if where.is_dir() and (where / "transformer").is_dir():
-        where = where / "transformer"
-    file = open_tensors(where)
+    file = open_tensors(path)
     chosen = find_parameters(file, ema=ema, wanted=weights)
     layout, ignored = chosen.layout, Ignored(ignore)
     is_diffusers = layout is DIFFUSERS
@@ -131,7 +128,15 @@ def import_checkpoint(
     name = "SiT" if layout is META and isinstance(schedule, FlowSchedule) else layout.name
     decided = {what: str(said) for what, said in evidence.said.items()}
     return model, Imported(
-        name, chosen.averaged, chosen.words, model.num_params, config, file.files, dtype, decided, tuple(evidence.notes)
+        name,
+        chosen.averaged,
+        chosen.words,
+        model.num_params,
+        config,
+        file.files,
+        dtype,
+        decided,
+        (*file.notes, *evidence.notes),
     )
 
 

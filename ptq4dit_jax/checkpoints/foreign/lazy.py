@@ -93,13 +93,21 @@ class Contents:
 class TensorFile(Mapping[str, Tensor]):
     """The tensors of a file or folder by dotted name; keys of nested containers are joined with dots.
 
-    ``path`` is what was opened, ``format`` names its kind, and ``files`` are those that hold tensors. ``contents`` has besides
-    the tensors what the file says about them.
+    ``path`` is what was opened, ``format`` names its kind, ``files`` are those that hold tensors, and ``notes`` say what was
+    decided where a folder holds more than one checkpoint. ``contents`` has besides the tensors what the file says about them.
     """
 
-    def __init__(self, contents: Contents | Mapping[str, Tensor], path: Path, format: str, files: tuple[Path, ...]) -> None:
+    def __init__(
+        self,
+        contents: Contents | Mapping[str, Tensor],
+        path: Path,
+        format: str,
+        files: tuple[Path, ...],
+        notes: tuple[str, ...] = (),
+    ) -> None:
         self.contents = contents if isinstance(contents, Contents) else Contents(dict(contents))
-        self._tensors, self.path, self.format, self.files = self.contents.tensors, path, format, files
+        self.path, self.format, self.files, self.notes = path, format, files, notes
+        self._tensors = self.contents.tensors
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]

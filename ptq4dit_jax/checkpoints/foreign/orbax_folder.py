@@ -19,15 +19,15 @@ _OCDBT, _DESCRIPTIONS = "manifest.ocdbt", {".zarray": "zarr", "zarr.json": "zarr
 
 def is_orbax(folder: Path) -> bool:
     """Whether a folder is one item of an Orbax checkpoint: a database, or a folder for each array."""
-    return (folder / _OCDBT).is_file() or any(folder.glob("*/.zarray"))
+    return (folder / _OCDBT).is_file() or any(any(folder.glob(f"*/{name}")) for name in _DESCRIPTIONS)
 
 
 def read_orbax(folder: Path) -> dict[str, Tensor]:
     """The tensors of a folder by dotted name; raises :class:`Damaged` or ``OSError``."""
-    driver = "ocdbt" if (folder / _OCDBT).is_file() else "file"
-    base: dict[str, Any] = {"driver": driver, ("base" if driver == "ocdbt" else "path"): f"file://{folder.resolve()}/"}
-    if driver == "file":
-        base["path"] = f"{folder.resolve()}/"
+    # Not as an address, in which a "%" or "#" of a folder's name would mean something.
+    base: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
+    if (folder / _OCDBT).is_file():
+        base = {"driver": "ocdbt", "base": base}
     try:
         keys = [key.decode() for key in ts.KvStore.open(base).result().list().result()]
         kinds = dict(key.rpartition("/")[::2] for key in keys if key.rpartition("/")[2] in _DESCRIPTIONS)

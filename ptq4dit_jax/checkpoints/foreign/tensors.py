@@ -4,57 +4,85 @@
 
 No code from a file is ever run, nothing is unpacked, and a file cannot make its reader take up much more memory than it has
 bytes. What is read: files of ``torch.save``, safetensors (also in shards), pickles of arrays of NumPy and JAX, Flax's msgpack,
-folders of Orbax.
+folders of Orbax. :mod:`~.locate` finds them in folders.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
+from ptq4dit_jax.checkpoints import store
+from ptq4dit_jax.checkpoints.addresses import AddressPath, address_of, local_path
 from ptq4dit_jax.checkpoints.foreign.lazy import Contents, Damaged, Tensor, TensorFile, WantsCode, check_total
-from ptq4dit_jax.checkpoints.foreign.msgpack_file import looks_like_msgpack, read_msgpack
-from ptq4dit_jax.checkpoints.foreign.orbax_folder import is_orbax, read_orbax
+from ptq4dit_jax.checkpoints.foreign.locate import Located, locate
+from ptq4dit_jax.checkpoints.foreign.msgpack_file import read_msgpack
+from ptq4dit_jax.checkpoints.foreign.orbax_folder import read_orbax
 from ptq4dit_jax.checkpoints.foreign.pickles import read_pickle
-from ptq4dit_jax.checkpoints.foreign.safetensors_file import looks_like_safetensors, read_safetensors
-from ptq4dit_jax.checkpoints.foreign.torch_zip import LEGACY_MAGIC, read_torch
+from ptq4dit_jax.checkpoints.foreign.remote import Progress, fetch
+from ptq4dit_jax.checkpoints.foreign.safetensors_file import read_safetensors
+from ptq4dit_jax.checkpoints.foreign.torch_zip import read_torch
+from ptq4dit_jax.checkpoints.foreign.weight_sets import read_index
 from ptq4dit_jax.errors import Ptq4ditError
 
-__all__ = ["Tensor", "TensorFile", "open_tensors"]
+__all__ = ["Tensor", "TensorFile", "find_tensors", "is_foreign", "local_path", "open_tensors"]
 
-_KNOWN = "files of torch.save (.pt, .pth, .bin), safetensors, pickles of arrays, Flax msgpack, folders of Orbax"
 _READERS: dict[str, Callable[[Path], Contents]] = {
     "torch": read_torch, "safetensors": read_safetensors, "pickle": read_pickle, "msgpack": read_msgpack,
 }  # fmt: skip
-_LFS = b"version https://git-lfs"
-_INDEX = "*.index.json"
-#: What other files start with.
-_OTHERS = {
-    b"\x1f\x8b": "gzip", b"\x89HDF": "HDF5", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"%PDF": "PDF", b"GGUF": "GGUF",
-    b"\x93NUMPY": "NumPy array", b"<": "HTML or XML", b"7z\xbc\xaf": "7-zip", b"(\xb5/\xfd": "Zstandard", b"BZh": "bzip2",
-}  # fmt: skip
+_Found = TypeVar("_Found")
 
 
-def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
+def open_tensors(path: str | os.PathLike[str], *, part: str = "transformer", progress: Progress | None = None) -> TensorFile:
     """The tensors of a checkpoint file or folder, by dotted name.
 
     Args:
-      path: a file, a JSON index of shards, or a folder: of Orbax, with such an index, or with one file of weights in it.
+      path: a file, a JSON index of shards, a folder that :func:`~.locate.locate` finds one checkpoint in, or the address of any
+        of these, whose weights are copied to a temporary folder that exists as long as a tensor of it does.
+      part: the folder of a diffusers pipeline that is meant.
+      progress: called with the megabytes copied from an address and their total.
 
     Raises:
-      Ptq4ditError: it does not exist, is of no known kind, is damaged or cut off, or wants code to be run.
+      Ptq4ditError: it does not exist, is of no known kind, is damaged or cut off, wants code to be run; a folder holds no or
+        several checkpoints; an address cannot be read from here.
     """
+    if (address := address_of(path)) is None:
+        return _read(find_tensors(path, part=part))
+    copy = fetch(address, part, progress)
+    with copy.errors():
+        file = _read(find_tensors(copy.path, part=part))
+    kept = {name: Tensor(t.shape, t.dtype, lambda t=t, copy=copy: t.load()) for name, t in file.items()}  # type: ignore[misc]
+    return TensorFile(
+        dataclasses.replace(file.contents, tensors=kept), AddressPath(address), file.format, file.files, file.notes
+    )
+
+
+def find_tensors(path: str | os.PathLike[str], *, part: str = "transformer") -> Located:
+    """Where :func:`open_tensors` would read the tensors at a path of this machine, and what it decided; raises as it does."""
     where = local_path(path)
+    if not _guarded(where, where.exists):
+        raise Ptq4ditError(f"There is no checkpoint at {where}: the path does not exist.")
+    return _guarded(where, lambda: locate(where, part))
+
+
+def is_foreign(path: str | os.PathLike[str]) -> bool:
+    """Whether there is something at ``path`` that is no model folder of this package, so that :func:`open_tensors` is the one
+    to open it or to say what is wrong with it."""
     try:
-        if not where.exists():
-            raise Ptq4ditError(f"There is no checkpoint at {where}: the path does not exist.")
-        if where.is_dir():
-            return _open_folder(where)
-        if (kind := _kind(where)) == "index":
-            return _open_shards(where)
-        return _collect(where, kind, [where], lambda: _READERS[kind](where))
+        where = local_path(path)
+        return isinstance(where, AddressPath) or (where.exists() and not store.is_model(where))
+    except (OSError, ValueError):
+        return False
+
+
+def _guarded(where: Path, act: Callable[[], _Found]) -> _Found:
+    """The result of ``act``, whose exceptions become sentences about the file."""
+    try:
+        return act()
     except Damaged as error:
         raise _damaged(where, error) from error
     except OSError as error:
@@ -65,32 +93,6 @@ def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
         raise _damaged(where, Damaged("it makes no sense")) from error
 
 
-def local_path(path: str | os.PathLike[str]) -> Path:
-    """The path with ``~`` replaced, its links kept: caches of downloads link to files whose neighbours matter."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise Ptq4ditError(f"The path {os.fspath(path)!r} is not usable: {error}.") from error
-
-
-def is_foreign(path: str | os.PathLike[str]) -> bool:
-    """Whether there is something at ``path`` that :func:`open_tensors` would try: a file, or a folder of others' weights."""
-    try:
-        where = Path(path).expanduser()
-        return where.is_file() or (where.is_dir() and _holds_weights(where))
-    except (OSError, RuntimeError, ValueError):
-        return False
-
-
-def _holds_weights(folder: Path) -> bool:
-    if (folder / "arrays").is_dir():  # a model of this package, whole or not
-        return False
-    folders = [folder, *(item for item in folder.iterdir() if item.is_dir())]
-    return any(is_orbax(item) for item in folders) or any(
-        bool(weight_files(item)) or any(item.glob(_INDEX)) for item in (folder, folder / "transformer") if item.is_dir()
-    )
-
-
 def _damaged(path: Path, error: Damaged) -> Ptq4ditError:
     if isinstance(error, WantsCode):
         return Ptq4ditError(
@@ -99,109 +101,83 @@ def _damaged(path: Path, error: Damaged) -> Ptq4ditError:
     return Ptq4ditError(f"The file {path} is no whole checkpoint ({error}); copy or download it again if it should be one.")
 
 
-def _kind(path: Path) -> str:
-    """The key into ``_READERS``, or ``index``."""
-    with path.open("rb") as file:
-        head = file.read(512)
-    size = path.stat().st_size
-    if not head:
-        raise Ptq4ditError(f"The file {path} is empty; copy or download it again.")
-    if head.startswith(_LFS):
-        raise Ptq4ditError(
-            f"The file {path} is a pointer of Git LFS, not the weights; fetch them with `git lfs pull` or download the file."
-        )
-    if head.startswith(b"PK\x03\x04"):
-        if head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy"):
-            raise Ptq4ditError(
-                f"The file {path} is a file of another kind (.npz) and no checkpoint; what can be read: {_KNOWN}."
-            )
-        return "torch"
-    if head[0] == 0x80 and head[2:].startswith(LEGACY_MAGIC):
-        raise Ptq4ditError(
-            f"The file {path} was written by torch before 1.6; load it there and save it again with a newer torch."
-        )
-    if head[0] == 0x80 and len(head) > 1 and head[1] in range(2, 6):
-        return "pickle"
-    if looks_like_safetensors(head, size):
-        return "safetensors"
-    if head[:1] == b"{":
-        return "index"
-    if looks_like_msgpack(head):
-        return "msgpack"
-    for magic, name in _OTHERS.items():
-        if head.startswith(magic):
-            raise Ptq4ditError(
-                f"The file {path} is a file of another kind ({name}) and no checkpoint; what can be read: {_KNOWN}."
-            )
-    raise Ptq4ditError(f"The file {path} is no checkpoint of a known kind; what can be read: {_KNOWN}.")
+def _read(found: Located) -> TensorFile:
+    """The tensors of a checkpoint of this machine."""
+    return _guarded(found.path, lambda: _read_kind(found))
 
 
-def _collect(path: Path, kind: str, files: Iterable[Path], read: Callable[[], Contents]) -> TensorFile:
-    contents, files = read(), tuple(files)
+def _read_kind(found: Located) -> TensorFile:
+    path, notes = found.path, found.notes
+    match found.kind:
+        case "orbax":
+            return _collect(path, "Orbax", _files_below(path), Contents(read_orbax(path)), notes)
+        case "items":  # their names come first
+            parts = {item.name: _collect(item, "Orbax", _files_below(item), Contents(read_orbax(item))) for item in found.files}
+            tensors = {f"{item}.{name}": tensor for item, part in parts.items() for name, tensor in part.items()}
+            return TensorFile(tensors, path, "Orbax", tuple(file for part in parts.values() for file in part.files), notes)
+        case "index":
+            return _collect(path, "safetensors shards", found.files, _read_index(path, found.files), notes)
+        case "shards":
+            return _collect(path, "shards", found.files, _read_shards(found.files), notes)
+        case _:
+            return _collect(path, kind := found.kind, [path], _READERS[kind](path), notes)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file()]
+
+
+def _collect(path: Path, kind: str, files: Iterable[Path], contents: Contents, notes: tuple[str, ...] = ()) -> TensorFile:
+    files = tuple(files)
     if not contents.tensors:
         words = contents.dropped_words()
         raise Ptq4ditError(f"The file {path} holds no tensors ({kind}){words}; pass the file or folder with the weights.")
     check_total(contents.tensors, sum(file.stat().st_size for file in files))
-    return TensorFile(contents, path, kind, files)
+    return TensorFile(contents, path, kind, files, notes)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Files in a folder that are checkpoints by content, by name."""
-    found = []
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and not file.name.startswith("."):
-            try:
-                kind = _kind(file)
-            except (Ptq4ditError, OSError):
-                continue
-            found += [file] * (kind != "index")
-    return found
+def _shard(file: Path) -> TensorFile:
+    """The tensors of one shard, which is a file and never an index of others."""
+    if not file.is_file():
+        raise Ptq4ditError(f"The shard {file} is not there; copy or download all shards again.")
+    found = _guarded(file, lambda: locate(file))
+    if found.kind == "index":
+        raise Ptq4ditError(f"The shard {file} is an index itself and holds no tensors; copy or download it again.")
+    return _read(found)
 
 
-def _open_folder(folder: Path) -> TensorFile:
-    if is_orbax(folder):
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        return _collect(folder, "Orbax", files, lambda: Contents(read_orbax(folder)))
-    if items := [item for item in sorted(folder.iterdir()) if item.is_dir() and is_orbax(item)]:
-        return _open_items(folder, items)
-    indices = sorted(folder.glob(_INDEX), key=lambda file: ("safetensors" not in file.name, file.name))
-    if indices:
-        return _open_shards(indices[0])
-    files = weight_files(folder)
-    # Folders often hold the same weights twice, as safetensors and as what came before.
-    preferred = [file for file in files if _kind(file) == "safetensors"] or files
-    if len(preferred) != 1:
-        names = ", ".join(file.name for file in preferred[:8]) or "nothing that is one"
-        raise Ptq4ditError(f"The folder {folder} must hold one checkpoint, and holds {names}; pass the file itself.")
-    return open_tensors(preferred[0])
-
-
-def _open_items(folder: Path, items: list[Path]) -> TensorFile:
-    """A step of Orbax's CheckpointManager: items in folders of their own, whose names come first."""
-    opened = {item.name: open_tensors(item) for item in items}
-    tensors = {f"{item}.{name}": tensor for item, file in opened.items() for name, tensor in file.items()}
-    return TensorFile(tensors, folder, "Orbax", tuple(part for file in opened.values() for part in file.files))
-
-
-def _open_shards(index: Path) -> TensorFile:
+def _read_index(index: Path, files: Iterable[Path]) -> Contents:
     """All tensors that an index such as ``model.safetensors.index.json`` places in files beside it."""
-    try:
-        content = json.loads(index.read_bytes())
-        places = {str(name): str(file) for name, file in content["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Ptq4ditError(
-            f"The index {index} is no checkpoint: a JSON file must be an index with a weight_map of names to files."
-        ) from error
-    if odd := [file for file in places.values() if Path(file).name != file]:
-        raise Ptq4ditError(
-            f"The index {index} names the file {odd[0][:80]!r}, which is not beside it; copy or download it again."
-        )
-    shards = {file: open_tensors(index.with_name(file)) for file in sorted(set(places.values()))}
+    places, shards = read_index(index), {file.name: _shard(file) for file in files}
     if absent := [name for name, file in places.items() if name not in shards[file]]:
         raise Ptq4ditError(
             f"The index {index} places {absent[0][:80]!r} in {places[absent[0]]}, where it is not; download the shards again."
         )
-    files = [index.with_name(file) for file in shards]
-    facts = {name: value for shard in shards.values() for name, value in shard.contents.facts.items()}
-    contents = Contents({name: shards[file][name] for name, file in places.items()}, facts)
-    return _collect(index, "safetensors shards", files, lambda: contents)
+    return _joined({name: shards[file][name] for name, file in places.items()}, shards.values())
+
+
+def _joined(tensors: dict[str, Tensor], shards: Iterable[TensorFile]) -> Contents:
+    """The tensors of shards, with what any of them says."""
+    joined = Contents(tensors)
+    for shard in shards:
+        joined.facts.update(shard.contents.facts)
+        joined.dropped.update(shard.contents.dropped)
+    return joined
+
+
+def _read_shards(files: tuple[Path, ...]) -> Contents:
+    """All tensors of shards without an index, which their names number."""
+    number = re.compile(r"(.*-)(\d+)(-of-)(\d+)(.*)", re.DOTALL)
+    parts = [match for file in files if (match := number.fullmatch(file.name))]
+    if len(files) != int(parts[0][4]):
+        raise Ptq4ditError(
+            f"The shards of {files[0]} are {len(files)} of the {int(parts[0][4])} files that their names count; copy or "
+            "download the others too."
+        )
+    tensors: dict[str, Tensor] = {}
+    shards = [_shard(file) for file in files]
+    for file, shard in zip(files, shards, strict=True):
+        if twice := sorted(tensors.keys() & shard.keys()):
+            raise Ptq4ditError(f"The shard {file} holds {twice[0][:80]!r}, which another one holds too; download them again.")
+        tensors |= shard
+    return _joined(tensors, shards)

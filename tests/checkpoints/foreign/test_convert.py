@@ -1,6 +1,7 @@
 """``ptq4dit convert``, and foreign checkpoints as models of the other commands."""
 
 import json
+import shutil
 
 import foreign_files
 import numpy as np
@@ -44,6 +45,32 @@ def test_info_of_a_foreign_checkpoint(capsys):
     assert "depth 2, width 24, 2 heads, patch 2" in capsys.readouterr().out
 
 
+def test_what_was_decided_in_a_folder_is_printed(tmp_path, capsys):
+    """In half precision beside full precision, in a download of Hugging Face; and kept in the model's provenance."""
+    root, ours = tmp_path / "models--me--dit", tmp_path / "ours"
+    source = shutil.copytree(foreign_files.DIFFUSERS, root / "snapshots" / "0123")
+    weights = open_tensors(source)
+    narrow = {name: tensor.read().astype(np.float16) for name, tensor in weights.items()}
+    foreign_files.save_safetensors(weights.files[0].with_suffix(".fp16.safetensors"), narrow)
+    for arguments in (["info", root], ["convert", root, ours], ["info", ours]):
+        assert main([str(argument) for argument in arguments]) == 0
+        shown = capsys.readouterr().out
+        assert "snapshot 0123, the only one" in shown
+        assert "diffusion_pytorch_model.safetensors, full precision, beside" in shown
+    assert checkpoints.load(ours).dtype == np.float32
+
+
+@pytest.mark.parametrize("command", ["info", "convert"])
+def test_an_unknown_folder(command, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.txt").write_text("hello")
+    assert main([command, str(tmp_path / "run"), *([str(tmp_path / "x")] if command == "convert" else [])]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "model of this program already" not in error
+    assert "what can be read: files of torch.save" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
@@ -52,7 +79,9 @@ def test_info_of_a_foreign_checkpoint(capsys):
         (["{meta}", "{tmp}/x.pt", "--to", "meta"], "must end in .safetensors"),
         (["{meta}", "{tmp}", "--num-heads", "3"], "exists"),
         (["{tmp}/nothing", "{tmp}/x"], "does not exist"),
-        (["{tmp}/ours", "{tmp}/x"], "--to meta exports one"),
+        (["{tmp}/ours", "{tmp}/x"], "is a model of this program already; --to meta exports one"),
+        (["gs://bucket/run", "{tmp}/x"], "gs://bucket/run"),
+        (["{meta}", "gs://bucket/x", "--num-heads", "3"], "gs://bucket/x is an address"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, part, tmp_path, capsys):

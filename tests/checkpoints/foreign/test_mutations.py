@@ -1,5 +1,6 @@
 """Files with flipped, cut and repeated bytes: opened and read, or refused with one sentence, and nothing else."""
 
+import json
 import pickle
 import shutil
 
@@ -10,7 +11,7 @@ import pytest
 from flax import serialization
 from foreign_files import META
 
-from ptq4dit_jax.checkpoints.foreign import import_checkpoint, open_tensors
+from ptq4dit_jax.checkpoints.foreign import import_checkpoint, load_vae, open_tensors
 from ptq4dit_jax.errors import Ptq4ditError
 
 TREE = {"params": {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": {"c": np.ones(3, np.int64)}}, "step": 3}
@@ -80,6 +81,63 @@ def test_a_training_file(tmp_path):
             data[start + rng.integers(6000) if i % 2 else min(start + rng.integers(3400), len(data) - 1)] = rng.integers(256)
         path.write_bytes(data)
         survives(path, lambda path: import_checkpoint(path, num_heads=3))
+
+
+def test_indices_and_links_of_caches(tmp_path):
+    """Every byte of an index of shards, and of the file that names a revision."""
+    root, rng, refused = tmp_path / "models--a--b", np.random.default_rng(4), 0
+    revision = root / "snapshots" / "0123"
+    revision.mkdir(parents=True)
+    (root / "refs").mkdir()
+    for n in (1, 2):
+        foreign_files.save_safetensors(revision / f"model-{n}-of-2.safetensors", {f"t{n}": np.ones(2, np.float32)})
+    files = {
+        revision / "model.safetensors.index.json": json.dumps(
+            {"metadata": {"total_size": 16}, "weight_map": {f"t{n}": f"model-{n}-of-2.safetensors" for n in (1, 2)}}
+        ).encode(),
+        root / "refs" / "main": b"0123",
+    }
+    for i in range(600):
+        for file, content in files.items():
+            file.write_bytes(content if (file.name == "main") == bool(i % 4) else mutate(content, rng))
+        refused += not survives(root)
+    assert 100 < refused < 600
+
+
+def test_random_trees(tmp_path):
+    """Folders, links, indices and weights under names that mean something, at random."""
+    rng, found = np.random.default_rng(5), 0
+    orbax = tmp_path / "orbax"
+    ocp.PyTreeCheckpointer().save(orbax, TREE)
+    folders = ["transformer", "vae", "snapshots", "refs", "1000", "step_2", "models--a--b", "default", "x", "arrays"]
+    names = [
+        "model.safetensors", "model.fp16.safetensors", "model-1-of-2.bin", "model-2-of-2.bin", "optimizer.bin", "main",
+        "model.safetensors.index.json", "model.bin.index.fp16.json", "config.json", "manifest.ocdbt", "x.pt", "1000",
+    ]  # fmt: skip
+    contents = [*small_files(tmp_path).values(), b"", b"{}", b"0", b'{"weight_map": {"a": "model.safetensors"}}', b"\x89PNG"]
+    for i in range(300):
+        root = tmp_path / str(i)
+        root.mkdir()
+        places = [root]
+        for _ in range(rng.integers(1, 12)):
+            where = places[rng.integers(len(places))]
+            target = where / (str(rng.choice(folders)) if rng.random() < 0.5 else str(rng.choice(names)))
+            if target.exists() or target.is_symlink():
+                continue
+            match rng.integers(5):
+                case 0:
+                    target.symlink_to(places[rng.integers(len(places))] if rng.random() < 0.7 else tmp_path / "nowhere")
+                case 1 if target.name in folders:
+                    shutil.copytree(orbax, target)
+                case _ if target.name in folders:
+                    target.mkdir()
+                    places.append(target)
+                case _:
+                    target.write_bytes(contents[rng.integers(len(contents))])
+        found += survives(root)
+        survives(root, lambda root: import_checkpoint(root))
+        survives(root, load_vae)
+    assert found > 20
 
 
 def test_an_orbax_folder(tmp_path):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from ptq4dit_jax.checkpoints.foreign import load_vae, open_tensors
+from ptq4dit_jax.checkpoints.foreign import import_vae, load_vae, open_tensors
 from ptq4dit_jax.checkpoints.foreign.safetensors_file import write_safetensors
 from ptq4dit_jax.vae import VAEDecoder
 
@@ -108,6 +108,45 @@ def test_torch_files_come_before_those_of_flax(folder, tensors, expected):
     foreign_files.write_torch(folder / "diffusion_pytorch_model.bin", tensors)
     (folder / "diffusion_flax_model.msgpack").write_text("never opened")
     assert_same(load_vae(folder), expected)
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_shards(ending, variant, folder, tensors, expected):
+    """Every third tensor in one of three files, by the same search as for transformers."""
+    names, stem, places = sorted(tensors), "diffusion_pytorch_model", {}
+    for n in range(3):
+        file = f"{stem}{variant}-0000{n + 1}-of-00003{ending}"
+        part = {name: tensors[name] for name in names[n::3]}
+        write_file(folder / file, part) if ending == ".safetensors" else foreign_files.write_torch(folder / file, part)
+        places |= dict.fromkeys(part, file)
+    index = f"{stem}{ending}.index{variant}.json"
+    (folder / index).write_text(json.dumps({"weight_map": places}))
+    assert_same(load_vae(folder), expected)
+    assert_same(load_vae(folder / index), expected)
+
+
+def test_full_precision_beside_half(folder, tensors, expected):
+    write_file(folder / "diffusion_pytorch_model.fp16.safetensors", {k: v.astype(np.float16) for k, v in tensors.items()})
+    foreign_files.write_torch(folder / "diffusion_pytorch_model.bin", tensors)
+    vae, found = import_vae(folder)
+    assert_same(vae, expected)
+    assert found.notes == (
+        "diffusion_pytorch_model.bin, full precision, beside diffusion_pytorch_model.fp16.safetensors",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("inner", [".", "vae"])
+def test_a_download_of_hugging_face(inner, tmp_path, expected):
+    """Its revision holds links, here of a folder."""
+    revision = tmp_path / "models--me--x" / "snapshots" / "0123"
+    revision.mkdir(parents=True)
+    if inner == ".":
+        revision.rmdir()
+    (revision / inner).symlink_to(GOLDEN / "vae")
+    vae, found = import_vae(tmp_path / "models--me--x")
+    assert_same(vae, expected)
+    assert found.layout == "diffusers"
 
 
 def test_half_precision_is_read_as_float32(folder, tensors, expected):

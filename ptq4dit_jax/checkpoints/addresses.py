@@ -1,0 +1,90 @@
+"""Addresses such as ``gs://bucket/run``: told apart from paths, kept in their form, and how to copy what is there by hand."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path, PosixPath
+from urllib.parse import urlsplit
+
+from ptq4dit_jax.errors import Ptq4ditError
+
+#: pathlib makes one slash of two, so that one counts where no such file exists.
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<second>/?)(?P<rest>[^/].*)", re.DOTALL)
+#: Pages of the Hugging Face Hub, whose files have addresses of their own.
+_HUB_FILE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[^/]+/[^/]+)/(?:blob|resolve)/(?P<rest>.+?)(?:\?.*)?"
+)
+_HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<name>[^/?]+/[^/?]+)(?:/tree/(?P<revision>[^/?]+)(?P<rest>/[^?]*)?)?/?(?:\?.*)?"
+)
+
+
+class AddressPath(PosixPath):
+    """An address where a path is expected: it keeps both slashes, and no file of this machine is at it."""
+
+    def __str__(self) -> str:
+        return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", r"\1://", super().__str__())
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+
+def address_of(path: str | os.PathLike[str]) -> str | None:
+    """The address that a user has passed, with both slashes, or None where it is a path of this machine.
+
+    Pages of the Hugging Face Hub become the addresses of what they show.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str) or (match := _ADDRESS.fullmatch(text)) is None or match["scheme"].lower() == "file":
+        return None
+    if not match["second"] and os.path.lexists(text):
+        return None
+    address = f"{match['scheme'].lower()}://{match['rest']}"
+    if page := _HUB_FILE.fullmatch(address):
+        revision, _, rest = page["rest"].partition("/")
+        return f"hf://{page['name']}@{revision}/{rest}"
+    if page := _HUB_PAGE.fullmatch(address):
+        return f"hf://{page['name']}" + (f"@{page['revision']}{page['rest'] or ''}" if page["revision"] else "")
+    return address
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """The path with ``~`` replaced, its links kept: caches of downloads link to files whose neighbours matter. An address keeps
+    its form."""
+    if (address := address_of(path)) is not None:
+        return AddressPath(address)
+    try:
+        return Path(re.sub(r"^file://(localhost)?(?=/)", "", os.fspath(path))).expanduser()
+    except RuntimeError as error:
+        raise Ptq4ditError(f"The path {os.fspath(path)!r} is not usable: {error}.") from error
+
+
+def copy_command(address: str) -> str:
+    """The command that copies what is at an address into the current folder, or words for it."""
+    scheme, _, rest = address.partition("://")
+    quoted, name = shlex.quote(address), shlex.quote(rest.rstrip("/").rpartition("/")[2])
+    match scheme:
+        case "gs" | "gcs":
+            return f"`gcloud storage cp -r {quoted} .`"
+        case "s3" | "s3a":
+            return f"`aws s3 cp --recursive {quoted} {name}` (without --recursive for one file)"
+        case "hf":
+            repository, _, inside = rest.removeprefix("models/").rstrip("/").partition("/")
+            owner, (repository, _, inside) = repository, inside.partition("/")
+            repository, _, revision = repository.partition("@")
+            parts = ["huggingface-cli", "download", f"{owner}/{repository}"]
+            if inside:
+                parts += [inside] if "." in inside.rpartition("/")[2] else ["--include", f"{inside}/*"]
+            parts += ["--revision", revision] if revision and revision != "main" else []
+            return f"`{shlex.join([*parts, '--local-dir', repository])}`"
+        case "http" | "https":
+            return f"`curl -LO {quoted}`"
+        case "az" | "abfs" | "abfss":
+            return f"`azcopy copy --recursive {quoted} .`"
+        case "ssh" | "sftp":
+            parsed = urlsplit(address)
+            return f"`scp -r {shlex.quote(f'{parsed.netloc}:{parsed.path}')} .`"
+        case _:
+            return "the program of its store"

@@ -1,0 +1,157 @@
+"""What files beside a VAE's weights tell of it: diffusers' ``config.json``, and elsewhere the scaling factor of its latents."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptq4dit_jax.checkpoints.foreign.lazy import TensorFile
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.vae import VAEConfig
+
+CONFIG = "config.json"
+CLASSES = ("AutoencoderKL", "FlaxAutoencoderKL")
+#: What must be as in Stable Diffusion, where a config mentions it.
+_FIXED = {"act_fn": "silu", "up_block_types": "UpDecoderBlock2D"}
+#: The factor's name in diffusers and in latent-diffusion.
+_SCALES = ("scaling_factor", "scale_factor")
+_SHIFTS = ("shift_factor",)
+_MAX_JSON, _MAX_HEADER = 2**25, 100_000_000
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Settings of a :class:`VAEConfig` that scale latents, and what told them; ``source`` is empty for a guess."""
+
+    settings: dict[str, Any]
+    source: str
+
+
+def read_config(source: Path, told: float | None = None) -> VAEConfig:
+    """The settings in a ``config.json`` of diffusers.
+
+    Args:
+      source: the file.
+      told: the scaling factor that a user has given.
+
+    Raises:
+      Ptq4ditError: it cannot be read, is that of another network, or names another scaling factor than the user.
+    """
+    try:
+        if source.stat().st_size > _MAX_JSON:
+            raise Ptq4ditError(f"The file {source} is larger than any configuration; copy or download it again.")
+        values = json.loads(source.read_bytes())
+    except OSError as error:
+        raise Ptq4ditError(f"Cannot read {source} ({error.strerror}); check its permissions.") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, Ptq4ditError):
+            raise
+        raise Ptq4ditError(f"The file {source} is not valid JSON; copy or download it again.") from error
+    found = values.get("_class_name") if isinstance(values, dict) else None
+    if found not in CLASSES:
+        what = f"the class {found!r}" if found else "no class of diffusers"
+        raise Ptq4ditError(f"The folder {source.parent} holds no VAE: its {CONFIG} names {what}, not {CLASSES[0]}.")
+    for name, only in _FIXED.items():
+        given = values.get(name, only)
+        if other := [value for value in (given if isinstance(given, list) else [given]) if value != only]:
+            raise Ptq4ditError(f"The VAE in {source.parent} has {name} {other[0]!r}; only {only} is supported.")
+    # For these two diffusers' defaults are nobody's VAE.
+    if missing := [name for name in ("block_out_channels", "layers_per_block") if name not in values]:
+        raise Ptq4ditError(f"The file {source} lacks {', '.join(missing)}; copy or download it again.")
+    names = {field.name for field in dataclasses.fields(VAEConfig)}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names and v is not None}
+    if told is not None:
+        _agree(source, given.get("scaling_factor"), told)
+        given["scaling_factor"] = told
+    return VAEConfig(**given)
+
+
+def find_scale(file: TensorFile, told: float | None) -> Scale:
+    """How latents are scaled, for weights without a ``config.json`` of diffusers: by a tensor ``scale_factor``, which
+    latent-diffusion keeps where it has measured it, by the metadata of safetensors, by a JSON file beside the weights, or by
+    the user; else Stable Diffusion's as a guess.
+
+    Raises:
+      Ptq4ditError: what is told is no number other than 0, or contradicts the user.
+    """
+    for source, values in _evidence(file):
+        scale = next((values[name] for name in _SCALES if values.get(name) is not None), None)
+        if scale is None:
+            continue
+        factor = _number(source, scale)
+        if told is not None:
+            _agree(source, factor, told)
+        shift = next((values[name] for name in _SHIFTS if values.get(name) is not None), 0.0)
+        means = {name: tuple(values[name]) for name in ("latents_mean", "latents_std") if isinstance(values.get(name), list)}
+        settings = {"scaling_factor": factor, "shift_factor": _number(source, shift, zero=True), **means}
+        return Scale(settings, f"{source.name}" if isinstance(source, Path) else source)
+    if told is not None:
+        return Scale({"scaling_factor": told}, "the option")
+    return Scale({"scaling_factor": VAEConfig.scaling_factor}, "")
+
+
+def _evidence(file: TensorFile) -> Iterator[tuple[Path | str, Mapping[str, Any]]]:
+    for name, tensor in file.items():
+        if name.rpartition(".")[2] == "scale_factor" and tensor.size == 1:
+            yield f"the tensor {name}", {"scale_factor": float(tensor.read().astype(np.float64).reshape(()))}
+    first = file.files[0]
+    if file.format.startswith("safetensors"):
+        yield "its metadata", _metadata(first)
+    for beside in dict.fromkeys((first.with_suffix(".json"), first.with_name(f"{first.name}.json"), first.with_name(CONFIG))):
+        values = read_json(beside)
+        for inner in (values, values.get("params"), (values.get("model") or {})):
+            if isinstance(inner, dict):
+                yield beside, inner
+                if isinstance(inner.get("params"), dict):
+                    yield beside, inner["params"]
+
+
+def read_json(source: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is none."""
+    try:
+        if not source.is_file() or source.stat().st_size > _MAX_JSON:
+            return {}
+        values = json.loads(source.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _metadata(source: Path) -> dict[str, Any]:
+    """What a safetensors file, which has been read already, says in words."""
+    with source.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _MAX_HEADER:
+            return {}
+        try:
+            words = json.loads(file.read(length)).get("__metadata__")
+        except (ValueError, AttributeError, RecursionError):
+            return {}
+    return words if isinstance(words, dict) else {}
+
+
+def _number(source: Path | str, value: Any, zero: bool = False) -> float:
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or (number == 0 and not zero):
+        raise Ptq4ditError(
+            f"The scaling of latents in {source} is {str(value)[:40]!r}, which is no finite number to divide by."
+        )
+    return number
+
+
+def _agree(source: Path | str, found: Any, told: float) -> None:
+    if found is not None and not (isinstance(found, (int, float)) and math.isclose(found, told, rel_tol=1e-6)):
+        raise Ptq4ditError(
+            f"The scaling factor in {source} is {found!r}, not {told!r}; leave scaling_factor (--vae-scale) out, or change it "
+            "there."
+        )
