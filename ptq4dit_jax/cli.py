@@ -57,7 +57,7 @@ app = typer.Typer(
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        help="A model folder, a foreign checkpoint, the address of one, or random:PRESET[@SIZE].", show_default=False
+        help="A model folder, a foreign checkpoint or its address, random:PRESET or random:PRESET@SIZE.", show_default=False
     ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", metavar="FILE")]

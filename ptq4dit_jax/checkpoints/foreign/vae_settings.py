@@ -103,7 +103,8 @@ def _evidence(file: TensorFile) -> Iterator[tuple[Path | str, Mapping[str, Any]]
             yield f"the tensor {name}", {"scale_factor": float(tensor.read().astype(np.float64).reshape(()))}
     first = file.files[0]
     if file.format.startswith("safetensors"):
-        yield "its metadata", _metadata(first)
+        facts = {name: value for name, value in file.contents.facts.items() if name.startswith("metadata.")}
+        yield "its metadata", {name.rpartition(".")[2]: value for name, value in facts.items()}
     for beside in dict.fromkeys((first.with_suffix(".json"), first.with_name(f"{first.name}.json"), first.with_name(CONFIG))):
         values = read_json(beside)
         for inner in (values, values.get("params"), (values.get("model") or {})):
@@ -114,27 +115,20 @@ def _evidence(file: TensorFile) -> Iterator[tuple[Path | str, Mapping[str, Any]]
 
 
 def read_json(source: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is none."""
+    """The object in a file; an empty one where there is none.
+
+    Raises:
+      Ptq4ditError: the file is no JSON, or far larger than a configuration.
+    """
     try:
-        if not source.is_file() or source.stat().st_size > _MAX_JSON:
+        if not source.is_file():
             return {}
-        values = json.loads(source.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
+        values = json.loads(source.read_bytes()) if source.stat().st_size <= _MAX_JSON else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Ptq4ditError(f"The file {source} is not valid JSON; copy it again, or remove it.") from error
+    if values is None:
+        raise Ptq4ditError(f"The file {source} is no configuration of a VAE; remove it, or mend it.")
     return values if isinstance(values, dict) else {}
-
-
-def _metadata(source: Path) -> dict[str, Any]:
-    """What a safetensors file, which has been read already, says in words."""
-    with source.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _MAX_HEADER:
-            return {}
-        try:
-            words = json.loads(file.read(length)).get("__metadata__")
-        except (ValueError, AttributeError, RecursionError):
-            return {}
-    return words if isinstance(words, dict) else {}
 
 
 def _number(source: Path | str, value: Any, zero: bool = False) -> float:

@@ -18,9 +18,9 @@ from ptq4dit_jax.checkpoints.foreign.kinds import kind_of
 from ptq4dit_jax.checkpoints.foreign.locate import NothingFound, revision_in
 from ptq4dit_jax.checkpoints.foreign.remote import Progress, local_copy
 from ptq4dit_jax.checkpoints.foreign.shapes import by_number, listed
-from ptq4dit_jax.checkpoints.foreign.tensors import Tensor, local_path, open_tensors
+from ptq4dit_jax.checkpoints.foreign.tensors import Tensor, TensorFile, local_path, open_tensors
 from ptq4dit_jax.checkpoints.foreign.vae_names import DECODER, arrange, find_decoder, read_sizes, spellings, stored_shapes
-from ptq4dit_jax.checkpoints.foreign.vae_settings import CLASSES, CONFIG, Scale, find_scale, read_config, read_json
+from ptq4dit_jax.checkpoints.foreign.vae_settings import CLASSES, CONFIG, find_scale, read_config, read_json
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import has_nonfinite
 from ptq4dit_jax.vae import VAEConfig, VAEDecoder, init_params
@@ -113,18 +113,18 @@ def _import(where: Path, scaling_factor: float | None) -> tuple[VAEDecoder, Impo
     family = roots.get(root, "diffusers")
     notes: tuple[str, ...] = ()
     guesses: tuple[str, ...] = ()
+    sizes = f"its {CONFIG}"
     if config is None:
+        sizes = "what its shapes tell"
         if root not in roots:
             raise Ptq4ditError(
                 f"The file {file.path} holds no whole decoder of a VAE, and there is no {CONFIG} beside it; it holds "
                 f"{listed(sorted(view))}."
             )
-        scale = find_scale(file, scaling_factor)
-        config = VAEConfig(**read_sizes(view, family), **scale.settings)
-        notes, guesses = _words(scale)
+        config, notes, guesses = _read_off(file, view, family, scaling_factor)
     only = family == "latent-diffusion" or bool(root)
     checked = {name: tensor for name, tensor in view.items() if name.startswith(DECODER) or not only}
-    params = _read_params(file.path, checked, config, family)
+    params = _read_params(file.path, checked, config, family, sizes)
     if bad := has_nonfinite(params):
         raise Ptq4ditError(f"The VAE in {file.path} holds NaN or infinity in {', '.join(bad[:3])}, so it is of no use.")
     if any(name.startswith(("model_ema.decoder", "state_dict.model_ema.decoder")) for name in file) and "ema" not in root:
@@ -132,12 +132,23 @@ def _import(where: Path, scaling_factor: float | None) -> tuple[VAEDecoder, Impo
     return VAEDecoder(params=params, config=config), ImportedVAE(family, file.files, (*file.notes, *notes), guesses)
 
 
-def _words(scale: Scale) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Notes and guesses about a scaling factor."""
-    factor = scale.settings["scaling_factor"]
+def _read_off(
+    file: TensorFile, view: Mapping[str, Tensor], family: str, scaling_factor: float | None
+) -> tuple[VAEConfig, tuple[str, ...], tuple[str, ...]]:
+    """The settings of a decoder without ``config.json``, with notes and guesses about them."""
+    scale = find_scale(file, scaling_factor)
+    config = VAEConfig(**read_sizes(view, family), **scale.settings)
+    notes: tuple[str, ...] = ()
+    guesses: tuple[str, ...] = ()
     if scale.source:
-        return (f"scaling factor {factor}, from {scale.source}",), ()
-    return (), (f"scaling factor; {factor}, Stable Diffusion's, is a guess: scaling_factor (--vae-scale) sets another.",)
+        notes = (f"scaling factor {config.scaling_factor}, from {scale.source}",)
+    else:
+        words = f"scaling factor; {config.scaling_factor}, Stable Diffusion's, is a guess"
+        guesses = (f"{words}: scaling_factor (--vae-scale) sets another.",)
+    if family != "latent-diffusion":  # whose code knows no other number
+        words = f"number of groups in a norm; {config.norm_num_groups}, Stable Diffusion's, is a guess"
+        guesses = (*guesses, f"{words}: a {CONFIG} of diffusers beside it sets another.")
+    return config, notes, guesses
 
 
 def _home(where: Path) -> Path | None:
@@ -179,21 +190,19 @@ def _root(path: Path, roots: Mapping[str, str]) -> str:
     return named[0]
 
 
-def _read_params(path: Path, tensors: Mapping[str, Tensor], config: VAEConfig, family: str) -> Any:
-    """Parameters on the default device from tensors by the names of any family."""
+def _read_params(path: Path, tensors: Mapping[str, Tensor], config: VAEConfig, family: str, sizes: str) -> Any:
+    """Parameters on the default device from tensors by the names of any family; ``sizes`` says what the config is from."""
     levels = len(config.block_out_channels)
     if levels > _MAX_LEVELS:
         raise Ptq4ditError(
             f"The VAE in {path} has {levels} levels, each of which doubles the picture; at most {_MAX_LEVELS} can be."
         )
     if (layers := config.layers_per_block * levels) > len(tensors):  # tracing them could take for ever
-        raise Ptq4ditError(
-            f"The file {path} has {len(tensors)} tensors, too few for the {layers} layers that its {CONFIG} names."
-        )
+        raise Ptq4ditError(f"The file {path} has {len(tensors)} tensors, too few for the {layers} layers of {sizes}.")
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     shapes = {name: leaf.shape for name, leaf in traverse_util.flatten_dict(abstract, sep="/").items()}
     sources = {name: next((s for s in spellings(name, levels) if s in tensors), None) for name in shapes}
-    _check(path, tensors, shapes, sources, levels, family)
+    _check(path, tensors, shapes, sources, levels, family, sizes)
     arrays = {name: jnp.asarray(arrange(tensors[s], s, shapes[name])) for name, s in sources.items() if s is not None}
     return traverse_util.unflatten_dict(arrays, sep="/")
 
@@ -205,6 +214,7 @@ def _check(
     sources: Mapping[str, str | None],
     levels: int,
     family: str,
+    sizes: str,
 ) -> None:
     """Raises one sentence that names all that is wrong with the decoder's tensors."""
     spelling = {"diffusers": 0, "diffusers (Flax)": 2, "latent-diffusion": 3}[family]
@@ -220,4 +230,4 @@ def _check(
             wrong.append(f"{source} of {tensor.dtype.name}")
     kinds = {"missing": missing, "unexpected": unexpected, "of the wrong shape or type": wrong}
     if faults := [f"{kind}: {listed(sorted(names, key=by_number))}" for kind, names in kinds.items() if names]:
-        raise Ptq4ditError(f"The file {path} is no complete VAE decoder as its {CONFIG} says; {'; '.join(faults)}.")
+        raise Ptq4ditError(f"The file {path} is no complete VAE decoder by {sizes}; {'; '.join(faults)}.")

@@ -182,7 +182,10 @@ def diffusers_names(tensors, flax):
 def test_diffusers_names_without_a_config(flax, tensors, tmp_path):
     expected = load_vae(save_safetensors(tmp_path / "ldm.safetensors", tensors), scaling_factor=0.3)
     file = save_safetensors(tmp_path / "diffusers.safetensors", diffusers_names(tensors, flax))
-    assert_same(load_vae(file, scaling_factor=0.3), expected)
+    vae, found = import_vae(file, scaling_factor=0.3)
+    assert_same(vae, expected)
+    assert len(found.guesses) == 1
+    assert "groups in a norm; 32" in found.guesses[0]
 
 
 def test_a_file_beside_its_config(tensors):
@@ -286,7 +289,7 @@ def test_faults_in_their_names(tensors, tmp_path, raises_sentence):
     faulty["decoder.mid.attn_1.k.weight"] = np.ones((64, 3, 1, 1), np.float32)
     file = save_safetensors(tmp_path / "x.safetensors", faulty)
     with raises_sentence(
-        "missing: decoder.mid.attn_1.q.bias, decoder.up.2.block.1.conv2.weight;",
+        "by what its shapes tell", "missing: decoder.mid.attn_1.q.bias, decoder.up.2.block.1.conv2.weight;",
         "unexpected: decoder.up.0.attn.0.norm.weight;", "decoder.mid.attn_1.k.weight (64, 3, 1, 1) instead of (64, 64, 1, 1)",
     ):  # fmt: skip
         load_vae(file, scaling_factor=1.0)

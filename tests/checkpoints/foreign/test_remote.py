@@ -16,6 +16,7 @@ from foreign_files import DIFFUSERS, GOLDEN, META, save_safetensors, write_torch
 import ptq4dit_jax as ptq
 from ptq4dit_jax.checkpoints import addresses, store
 from ptq4dit_jax.checkpoints.foreign import import_checkpoint, load_vae, open_tensors, remote
+from ptq4dit_jax.cli import main
 from ptq4dit_jax.terminal import check_target, read_arrays
 
 fsspec = pytest.importorskip("fsspec")
@@ -126,6 +127,21 @@ def test_models_of_this_package(memory, tmp_path, tiny_model):
     loaded = ptq.load("memory://b/m")
     assert loaded.config == tiny_model.config
     jax.tree.map(np.testing.assert_array_equal, loaded.params, tiny_model.params)
+
+
+def test_commands(memory, tmp_path, capsys):
+    """The model that comes out says where it is from, not where its copy was."""
+    upload(memory, DIFFUSERS, "b/dit")
+    assert main(["convert", "memory://b/dit", str(tmp_path / "ours")]) == 0
+    assert_same(ptq.load(tmp_path / "ours"), import_checkpoint(DIFFUSERS)[0])
+    upload(memory, tmp_path / "ours", "b/ours")
+    capsys.readouterr()
+    assert main(["info", "memory://b/ours"]) == 0
+    shown = capsys.readouterr().out
+    assert "memory://b/dit" in shown
+    assert "scratch" not in shown
+    assert main(["convert", "memory://b/ours", str(tmp_path / "again")]) == 1
+    assert "memory://b/ours is a model of this program already" in capsys.readouterr().err
 
 
 def test_a_vae_in_a_pipeline(memory):
