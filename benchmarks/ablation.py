@@ -24,7 +24,7 @@ import numpy as np
 import ptq4dit_jax as ptq
 from benchmarks import common
 from ptq4dit_jax.config import Reconstruction
-from ptq4dit_jax.evaluation import compare
+from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare
 
 PAGE = common.ROOT / "docs" / "ablation.md"
 RESULTS = common.RESULTS / "ablation.json"
@@ -67,7 +67,7 @@ def measure(dit: ptq.FloatDiT, seed: int, iterations: int, samples: int, widths:
     comparison = compare(dit, models, labels=labels, key=jax.random.key(1000), steps=base.steps, cfg_scale=base.cfg_scale)
     return {
         name: {
-            "sqnr_mean_db": float(np.mean(f.step_sqnr_db)), "sqnr_pooled_db": f.sqnr_db, "psnr_db": f.psnr_interval.mean,
+            "sqnr_mean_db": f.sqnr_mean_db, "sqnr_pooled_db": f.sqnr_pooled_db, "psnr_db": f.psnr_interval.mean,
             "step_sqnr_db": f.step_sqnr_db.tolist(), "seconds": seconds.get(name),
         }
         for name, f in comparison.figures.items()
@@ -84,9 +84,10 @@ def markdown(document: dict[str, Any]) -> str:
 
     lines = [
         f"`models/{document['model']}`, {document['iterations']:,} iterations a part, {len(seeds)} seeds (mean, lowest to "
-        f"highest), SQNR at 25 steps, {document['samples']} images, DDPM 50 steps, guidance 1.5; {common.source(document)}.",
+        f"highest), SQNR of the predicted noise at 25 steps, {document['samples']} images, DDPM 50 steps, guidance 1.5; "
+        f"{common.source(document)}.",
         "",
-        "| widths | balancing | reconstruction | SQNR of noise, mean over steps (dB) | pooled (dB) | PSNR of images (dB) |",
+        f"| widths | balancing | reconstruction | {SQNR_MEAN} | {SQNR_POOLED} | PSNR of images (dB) |",
         "|---|---|---|---|---|---|",
     ]
     floor = ["bfloat16"] if all("bfloat16" in run for run in seeds.values()) else []

@@ -20,7 +20,7 @@ from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, backends, describe
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.evaluation import compare, image_grid, num_bytes, plain, write_report
+from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare, image_grid, num_bytes, plain, write_report
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.terminal import (
     all_devices_mesh,
@@ -468,8 +468,8 @@ def evaluate(
         settings={"model": model, "against": against, "seed": seed} | ({} if vae is None else {"vae": vae}),
         reconstruction=learned, overwrite=overwrite,
     )  # fmt: skip
-    print_table("Same noise, against the float model", [
-        {"model": key, f"SQNR of {reference.schedule.objective} (dB)": f.sqnr_db, "PSNR (dB)": f.psnr_interval.mean,
+    print_table(f"Same noise, against the float model; SQNR of predicted {reference.schedule.objective}", [
+        {"model": key, SQNR_MEAN: f.sqnr_mean_db, SQNR_POOLED: f.sqnr_pooled_db, "PSNR (dB)": f.psnr_interval.mean,
          "SSIM": f.ssim_interval.mean, "size": megabytes(f.num_bytes)}
         for key, f in comparison.figures.items()
     ])  # fmt: skip

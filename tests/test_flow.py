@@ -263,9 +263,9 @@ def test_comparison(quantized: ptq.QuantizedDiT, model: FloatDiT, tmp_path: Path
     comparison = ptq.compare(model, {"w8a8": quantized}, labels=LABELS, key=KEY, steps=4, cfg_channels="all")
     assert comparison.settings["sampler"] == "euler"
     np.testing.assert_array_equal(comparison.timesteps, [0, 0.25, 0.5, 0.75])
-    assert comparison.figures["w8a8"].sqnr_db > 20
+    assert comparison.figures["w8a8"].sqnr_pooled_db > 20
     page = (ptq.write_report(tmp_path / "report", comparison, title="Flow", settings={}) / "report.md").read_text()
-    assert "SQNR of predicted velocity" in page
+    assert "SQNR: of the guided predicted velocity" in page
     with raises_sentence("data_time (1 against 0)"):
         ptq.compare(model, {"x": flow_model(FLOWS[0])}, labels=LABELS, key=KEY)
     with raises_sentence("objective (velocity against noise)"):

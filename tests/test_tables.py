@@ -295,6 +295,12 @@ def test_eight_devices_give_the_images_of_one(kind, mesh8):
     np.testing.assert_array_equal(ptq.sample(model, labels, KEY, mesh=mesh8, **run), once)
 
 
+def test_eight_devices_sample_the_float_model_alike(mesh8):
+    model, run = float_model("both"), {"steps": 2, "cfg_scale": 1.0}
+    images = ptq.sample(model, 8, KEY, **run)
+    assert relative_error(ptq.sample(model, 8, KEY, mesh=mesh8, **run), images) < 1e-4
+
+
 def test_calibration_rows_without_labels(raises_sentence):
     config = tiny_config(**KINDS["no classes"])
     x, t = np.zeros((4, 6, 6, 3)), np.array([9, 9, 700, 700])

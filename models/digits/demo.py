@@ -18,7 +18,7 @@ import numpy as np
 import ptq4dit_jax as ptq
 from models.digits.classifier import train_classifier
 from ptq4dit_jax.engine import describe
-from ptq4dit_jax.evaluation import compare, sample_grid, write_report
+from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare, sample_grid, write_report
 from ptq4dit_jax.ptq import StageProgress
 from ptq4dit_jax.terminal import console, devices_line, megabytes, print_table, stages
 
@@ -72,16 +72,18 @@ def main() -> None:
 
     judge = train_classifier()
     recognized = {name: float(np.mean(judge.predict(images) == labels)) for name, images in comparison.images.items()}
-    table = [{"model": "float", "size": megabytes(comparison.reference_bytes), "SQNR dB": "", "PSNR dB": "", "SSIM": "",
+    table = [{"model": "float", "size": megabytes(comparison.reference_bytes), SQNR_MEAN: "", SQNR_POOLED: "",
+              "PSNR of images (dB)": "", "SSIM": "",
               "recognized": f"{recognized['float32']:.1%}"}]  # fmt: skip
     for name, figures in comparison.figures.items():
         table.append({
-            "model": name, "size": megabytes(figures.num_bytes), "SQNR dB": f"{np.mean(figures.step_sqnr_db):.1f}",
-            "PSNR dB": f"{figures.psnr_interval.mean:.1f}", "SSIM": f"{figures.ssim_interval.mean:.3f}",
+            "model": name, "size": megabytes(figures.num_bytes),
+            SQNR_MEAN: f"{figures.sqnr_mean_db:.1f}", SQNR_POOLED: f"{figures.sqnr_pooled_db:.1f}",
+            "PSNR of images (dB)": f"{figures.psnr_interval.mean:.1f}", "SSIM": f"{figures.ssim_interval.mean:.3f}",
             "recognized": f"{recognized[name]:.1%}",
         })  # fmt: skip
     print_table(f"{len(labels)} images, DDPM {first.steps} steps, guidance {first.cfg_scale}, same noise", table)
-    console.print("SQNR: of the guided noise prediction, mean over the steps. bfloat16 shows the noise floor.")
+    console.print("SQNR: of the guided noise prediction. bfloat16 shows the noise floor.")
 
     first_of_class = np.arange(10) * SAMPLES_PER_CLASS
     shown = {name: comparison.images[name][first_of_class] for name in ("float32", *models)}

@@ -10,7 +10,17 @@ from ptq4dit_jax.evaluation.compare import (
     plain,
     same_noise_images,
 )
-from ptq4dit_jax.evaluation.metrics import Interval, bootstrap_interval, psnr_db, sqnr_db, ssim
+from ptq4dit_jax.evaluation.metrics import (
+    SQNR_MEAN,
+    SQNR_POOLED,
+    Interval,
+    StepsSQNR,
+    bootstrap_interval,
+    psnr_db,
+    sqnr_db,
+    ssim,
+    steps_sqnr,
+)
 from ptq4dit_jax.evaluation.plots import image_grid, reconstruction_figure, salience_figure, sample_grid, step_sqnr_figure
 from ptq4dit_jax.evaluation.probes import LAYER_SITES, layer_sqnr, predicted_noise, step_sqnr
 from ptq4dit_jax.evaluation.report import write_report
@@ -19,9 +29,12 @@ __all__ = [
     "LAYER_SITES",
     "NOISE_FLOOR",
     "REFERENCE",
+    "SQNR_MEAN",
+    "SQNR_POOLED",
     "Comparison",
     "Interval",
     "ModelFigures",
+    "StepsSQNR",
     "bootstrap_interval",
     "compare",
     "image_grid",
@@ -38,5 +51,6 @@ __all__ = [
     "ssim",
     "step_sqnr",
     "step_sqnr_figure",
+    "steps_sqnr",
     "write_report",
 ]

@@ -66,13 +66,15 @@ def num_bytes(model: Any) -> int:
 class ModelFigures:
     """One model against the reference.
 
-    ``sqnr_db`` is of the guided prediction, noise or velocity, with powers summed over all steps and rows, ``step_sqnr_db``
-    (S,) of each step, ``layer_sqnr_db`` (L,) by site. ``psnr_db`` and ``ssim`` (N,) are of the sampled images, with bootstrap
+    ``sqnr_mean_db``, ``sqnr_pooled_db`` and ``step_sqnr_db`` (S,) are of the guided prediction, noise or velocity, as
+    :class:`ptq4dit_jax.evaluation.metrics.StepsSQNR` defines them. ``layer_sqnr_db`` (L,) is by site, with powers pooled over
+    steps. ``psnr_db`` and ``ssim`` (N,) are of the sampled images, with bootstrap
     intervals of their means.
     """
 
     num_bytes: int
-    sqnr_db: float
+    sqnr_mean_db: float
+    sqnr_pooled_db: float
     step_sqnr_db: np.ndarray
     layer_sqnr_db: dict[str, np.ndarray]
     psnr_db: np.ndarray
@@ -158,7 +160,7 @@ def _full_scale(images: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], f
     return images, float(np.ptp(images[REFERENCE]))
 
 
-_sqnr_db = jax.jit(metrics.sqnr_db, static_argnames="axis")
+_steps_sqnr = jax.jit(metrics.steps_sqnr)
 _psnr_db, _ssim = jax.jit(metrics.psnr_db), jax.jit(metrics.ssim)
 
 
@@ -244,10 +246,12 @@ def compare(
         other_noise = predicted_noise(model, inputs, t_S, y_B, cfg_scale, cfg_channels)
         psnr = _per_image(_psnr_db, images[REFERENCE], images[name], data_range)
         ssim = _per_image(_ssim, images[REFERENCE], images[name], data_range)
+        sqnr = _steps_sqnr(noise, other_noise)
         figures[name] = ModelFigures(
             num_bytes=num_bytes(model),
-            sqnr_db=float(_sqnr_db(noise, other_noise)),
-            step_sqnr_db=np.asarray(_sqnr_db(noise, other_noise, axis=(1, 2, 3, 4))),
+            sqnr_mean_db=float(sqnr.mean_db),
+            sqnr_pooled_db=float(sqnr.pooled_db),
+            step_sqnr_db=np.asarray(sqnr.step_db),
             layer_sqnr_db=layer_sqnr_along(reference, model, layer_inputs, t_S[few], layer_labels),
             psnr_db=psnr,
             psnr_interval=metrics.bootstrap_interval(psnr, seed),

@@ -19,6 +19,8 @@ from ptq4dit_jax.errors import Ptq4ditError
 
 #: Images in [-1, 1] span this range.
 DATA_RANGE = 2.0
+#: What tables call the two figures of :class:`StepsSQNR`. They differ by 10 dB and more, so neither goes without its name.
+SQNR_MEAN, SQNR_POOLED = "SQNR, mean over steps (dB)", "SQNR, pooled over steps (dB)"
 _SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
 _SSIM_K1, _SSIM_K2 = 0.01, 0.03
 _BOOTSTRAP_CHUNK = 1 << 20
@@ -54,6 +56,26 @@ def sqnr_db(reference: ArrayLike, approximation: ArrayLike, axis: int | Sequence
     axes = axis if axis is None or isinstance(axis, int) else tuple(axis)
     error = jnp.square(reference - approximation).sum(axes)
     return power_ratio_db(jnp.square(reference).sum(axes), error)
+
+
+class StepsSQNR(NamedTuple):
+    """SQNR of predictions at S steps, in dB.
+
+    With P_s the power of the reference at step s and E_s that of the error, ``step_db`` (S,) is ``10 log10(P_s / E_s)``,
+    ``mean_db`` () is its mean ``1/S sum_s 10 log10(P_s / E_s)``, to which every step counts alike, and ``pooled_db`` () is
+    ``10 log10(sum_s P_s / sum_s E_s)``, which the steps of the largest error decide.
+    """
+
+    step_db: jax.Array
+    mean_db: jax.Array
+    pooled_db: jax.Array
+
+
+def steps_sqnr(reference: ArrayLike, approximation: ArrayLike) -> StepsSQNR:
+    """SQNR of predictions (S, ...) at S steps: of each step, its mean over the steps, and with powers pooled over them."""
+    reference, approximation = _pair(reference, approximation)
+    step_db = sqnr_db(reference, approximation, axis=range(1, reference.ndim))
+    return StepsSQNR(step_db, step_db.mean(), sqnr_db(reference, approximation))
 
 
 def psnr_db(reference: ArrayLike, images: ArrayLike, data_range: float = DATA_RANGE) -> jax.Array:

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation.compare import NOISE_FLOOR, Comparison
+from ptq4dit_jax.evaluation.metrics import SQNR_POOLED
 from ptq4dit_jax.sampling import to_uint8
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -37,7 +38,7 @@ def step_sqnr_figure(comparison: Comparison) -> Figure:
     axes = _style(figure.add_subplot())
     for name, figures in comparison.figures.items():
         axes.plot(comparison.timesteps, _finite(figures.step_sqnr_db), label=_caption(name), **_line(comparison, name))
-    axes.set(xlabel="timestep (noise on the left, image on the right)", ylabel="SQNR (dB)")
+    axes.set(xlabel="timestep (noise on the left, image on the right)", ylabel="SQNR of each step (dB)")
     axes.set_title(f"Predicted {comparison.settings.get('objective', 'noise')} against float32", loc="left")
     if comparison.timesteps[0] >= comparison.timesteps[-1]:  # of some flows, time runs from noise to image as it is
         axes.invert_xaxis()
@@ -58,7 +59,7 @@ def layer_sqnr_figure(comparison: Comparison) -> Figure:
         axes.set_title(_SITE_TITLES.get(site, site), loc="left", fontsize=10)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if index % grid.shape[1] == 0:
-            axes.set_ylabel("SQNR (dB)")
+            axes.set_ylabel(SQNR_POOLED)
         if index >= grid.shape[1]:
             axes.set_xlabel("block")
     _legend(figure, grid[0, 0])

@@ -169,6 +169,9 @@ def step_sqnr(
     cfg_scale: float,
     cfg_channels: GuidedChannels = "first3",
 ) -> np.ndarray:
-    """SQNR in dB of the guided noise prediction at each step, (S,); arguments as for :func:`predicted_noise`."""
+    """SQNR in dB of the guided noise prediction at each step, (S,); arguments as for :func:`predicted_noise`.
+
+    :func:`ptq4dit_jax.evaluation.metrics.steps_sqnr` of two predictions also has the figures over all steps.
+    """
     first, second = (predicted_noise(m, inputs, t, labels, cfg_scale, cfg_channels) for m in (reference_model, other))
-    return np.asarray(metrics.sqnr_db(first, second, axis=(1, 2, 3, 4)))
+    return np.asarray(metrics.steps_sqnr(first, second).step_db)

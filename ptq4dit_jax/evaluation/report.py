@@ -17,7 +17,7 @@ import numpy as np
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import plots
 from ptq4dit_jax.evaluation.compare import NOISE_FLOOR, REFERENCE, Comparison, ModelFigures, plain
-from ptq4dit_jax.evaluation.metrics import Interval
+from ptq4dit_jax.evaluation.metrics import SQNR_MEAN, SQNR_POOLED, Interval
 from ptq4dit_jax.staging import staging
 
 _DPI = 120
@@ -124,7 +124,8 @@ def _page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping
     quality = [
         [
             _label(name),
-            _decibels(f.sqnr_db),
+            _mean_decibels(f),
+            _decibels(f.sqnr_pooled_db),
             _interval(f.psnr_interval, 1),
             _worst(f),
             _interval(f.ssim_interval, 4),
@@ -145,13 +146,12 @@ def _page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping
         *picture("samples.png"),
         "## Quality",
         "",
-        *_table(
-            ["model", f"SQNR of predicted {predicted} (dB)", "PSNR (dB)", "worst 1 % PSNR (dB)", "SSIM", "size (MiB)"], quality
-        ),
+        *_table(["model", SQNR_MEAN, SQNR_POOLED, "PSNR (dB)", "worst 1 % PSNR (dB)", "SSIM", "size (MiB)"], quality),
         "",
-        f"Means with 95 % bootstrap intervals. SQNR: guided {predicted} prediction at {settings['sqnr_steps']} steps of "
-        f"the reference's own trajectories, {settings['sqnr_rows']} rows. PSNR and SSIM: {kind} of the whole chain, data range "
-        f"{comparison.data_range:g}.",
+        f"SQNR: of the guided predicted {predicted} at {settings['sqnr_steps']} steps of the reference's own trajectories, "
+        f"{settings['sqnr_rows']} rows. Its mean counts every step alike; with powers pooled, the steps of the largest error "
+        f"decide. PSNR and SSIM: {kind} of the whole chain, data range {comparison.data_range:g}, means with 95 % bootstrap "
+        "intervals.",
         "",
         *picture("psnr.png"),
         *picture("sqnr_steps.png"),
@@ -214,6 +214,12 @@ def _number(value: float, digits: int) -> str:
 
 def _decibels(value: float) -> str:
     return _number(value, 1)
+
+
+def _mean_decibels(figures: ModelFigures) -> str:
+    """One step that is identical makes the mean infinite; the models are identical only where all steps are."""
+    mean = figures.sqnr_mean_db
+    return "infinite" if np.isposinf(mean) and not np.isposinf(figures.step_sqnr_db).all() else _decibels(mean)
 
 
 def _interval(interval: Interval, digits: int) -> str:

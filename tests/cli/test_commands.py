@@ -293,7 +293,8 @@ def test_evaluate_writes_a_report(report):
     for document in (report.json, inside):
         assert list(document["models"]) == ["bfloat16", "model"]
         measured = document["models"]["model"]
-        assert 0 < measured["sqnr_db"] < document["models"]["bfloat16"]["sqnr_db"]
+        for figure in ("sqnr_mean_db", "sqnr_pooled_db"):
+            assert 0 < measured[figure] < document["models"]["bfloat16"][figure]
         assert len(measured["step_sqnr_db"]) == 4
         assert len(measured["psnr_db"]) == len(document["labels"]) == 4
         assert measured["psnr_interval"]["low"] <= measured["psnr_interval"]["mean"] <= measured["psnr_interval"]["high"]

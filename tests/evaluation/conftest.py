@@ -29,7 +29,8 @@ def comparison() -> Comparison:
         psnr = level + np.arange(4.0)
         return ModelFigures(
             num_bytes=int(level * 1000),
-            sqnr_db=level,
+            sqnr_mean_db=level + 2,
+            sqnr_pooled_db=level + 1.5,
             step_sqnr_db=level + np.arange(5.0),
             layer_sqnr_db={site: level + np.arange(3.0) for site in LAYER_SITES},
             psnr_db=psnr,

@@ -74,10 +74,12 @@ def test_rows_are_ordered_as_the_errors_made(result, model):
     comparison, others, _ = result
     figures = comparison.figures
     assert list(figures) == ["bfloat16", *others]
-    assert figures["coarse"].sqnr_db < figures["fine"].sqnr_db - 20
-    assert 25 < figures["bfloat16"].sqnr_db < 60
+    assert figures["coarse"].sqnr_pooled_db < figures["fine"].sqnr_pooled_db - 20
+    assert 25 < figures["bfloat16"].sqnr_pooled_db < 60
     for name in ("bfloat16", "fine", "coarse"):
-        assert figures[name].step_sqnr_db.min() <= figures[name].sqnr_db <= figures[name].step_sqnr_db.max()
+        steps = figures[name].step_sqnr_db
+        np.testing.assert_allclose(figures[name].sqnr_mean_db, steps.astype(np.float64).mean(), rtol=1e-6)
+        assert steps.min() <= figures[name].sqnr_pooled_db <= steps.max()
         assert all(layer.shape == (model.config.depth,) for layer in figures[name].layer_sqnr_db.values())
     assert np.isposinf(figures["same"].step_sqnr_db).all()
     assert np.isposinf(figures["same"].layer_sqnr_db["block_out"]).all()
@@ -100,8 +102,9 @@ def test_steps_and_settings_are_recorded(result):
 def test_json_is_finite_and_complete(result):
     comparison, _, _ = result
     document = json.loads(json.dumps(comparison.to_json(), allow_nan=False))
-    assert document["models"]["same"]["sqnr_db"] is None
-    assert document["models"]["coarse"]["sqnr_db"] == comparison.figures["coarse"].sqnr_db
+    assert document["models"]["same"]["sqnr_pooled_db"] is None
+    for figure in ("sqnr_mean_db", "sqnr_pooled_db"):
+        assert document["models"]["coarse"][figure] == getattr(comparison.figures["coarse"], figure)
     assert document["models"]["coarse"]["psnr_interval"]["low"] == comparison.figures["coarse"].psnr_interval.low
     assert document["models"]["fine"]["layer_sqnr_db"]["q"] == comparison.figures["fine"].layer_sqnr_db["q"].tolist()
 

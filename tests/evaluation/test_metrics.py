@@ -52,6 +52,22 @@ def test_sqnr_at_the_edges():
     np.testing.assert_allclose(metrics.sqnr_db(10 * ones, 9 * ones), 20.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("jit", [False, True])
+def test_the_two_figures_over_steps_are_the_mean_of_decibels_and_the_ratio_of_sums(jit):
+    """Of predictions whose power and error differ by step, as those of a sampler do."""
+    rng = np.random.default_rng(8)
+    reference = rng.normal(size=(4, 3, 5)) * np.array([1.0, 0.9, 0.6, 0.1])[:, None, None]
+    other = reference + rng.normal(size=(4, 3, 5)) * np.array([0.001, 0.002, 0.01, 0.03])[:, None, None]
+    power = np.array([sum(value**2 for value in step.ravel()) for step in reference])
+    error = np.array([sum(value**2 for value in step.ravel()) for step in other - reference])
+    decibels = [10 * np.log10(p / e) for p, e in zip(power, error, strict=True)]
+    got = (jax.jit(metrics.steps_sqnr) if jit else metrics.steps_sqnr)(reference, other)
+    np.testing.assert_allclose(got.step_db, decibels, rtol=1e-4)
+    np.testing.assert_allclose(got.mean_db, sum(decibels) / 4, rtol=1e-4)
+    np.testing.assert_allclose(got.pooled_db, 10 * np.log10(power.sum() / error.sum()), rtol=1e-4)
+    assert abs(got.mean_db - got.pooled_db) > 5
+
+
 def test_sqnr_of_half_precision_is_computed_in_float32():
     reference = jnp.full((4096,), 1.0, jnp.bfloat16)
     other = reference.at[0].set(1.5)

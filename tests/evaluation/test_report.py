@@ -43,7 +43,8 @@ def test_tables_hold_the_figures(tmp_path, comparison):
     assert page.startswith("# digits, W4A8\n")
     quality = _table(page, "Quality")
     assert [row[0] for row in quality[1:]] == ["bfloat16 (noise floor)", "W8A8", "W4A8"]
-    assert quality[3][1:] == ["20.0", "21.5 [20.0, 23.0]", "20.0", "0.9000 [0.9000, 0.9000]", "0.02"]
+    assert quality[0][1:3] == ["SQNR, mean over steps (dB)", "SQNR, pooled over steps (dB)"]
+    assert quality[3][1:] == ["22.0", "21.5", "21.5 [20.0, 23.0]", "20.0", "0.9000 [0.9000, 0.9000]", "0.02"]
     sizes = _table(page, "Sizes")
     assert sizes[1] == ["float32", "120,000", "0.11", "1.00 x"]
     assert sizes[4] == ["W4A8", "20,000", "0.02", "6.00 x"]
@@ -81,7 +82,12 @@ def test_reconstruction_is_drawn_and_tabulated(tmp_path, comparison):
 def test_perfect_and_broken_models(tmp_path, comparison):
     figures = {
         name: dataclasses.replace(
-            comparison.figures["W8A8"], sqnr_db=value, psnr_db=np.full(4, value), psnr_interval=Interval(*[value] * 3)
+            comparison.figures["W8A8"],
+            sqnr_mean_db=value,
+            sqnr_pooled_db=value,
+            step_sqnr_db=np.full(5, value),
+            psnr_db=np.full(4, value),
+            psnr_interval=Interval(*[value] * 3),
         )
         for name, value in {"same": np.inf, "broken": np.nan}.items()
     }
@@ -89,9 +95,17 @@ def test_perfect_and_broken_models(tmp_path, comparison):
         tmp_path / "report", dataclasses.replace(comparison, figures={**comparison.figures, **figures}), **ARGUMENTS
     )
     rows = {row[0]: row for row in _table((folder / "report.md").read_text(), "Quality")}
-    assert rows["same"][1:4] == ["identical"] * 3
-    assert rows["broken"][1:4] == ["not finite"] * 3
+    assert rows["same"][1:5] == ["identical"] * 4
+    assert rows["broken"][1:5] == ["not finite"] * 4
     assert json.loads((folder / "report.json").read_text())["models"]["broken"]["psnr_db"] == [None] * 4
+
+
+def test_one_identical_step_makes_no_identical_model(tmp_path, comparison):
+    figures = dataclasses.replace(
+        comparison.figures["W8A8"], sqnr_mean_db=np.inf, step_sqnr_db=np.array([30, 20, np.inf, 30, 20])
+    )
+    folder = write_report(tmp_path / "report", dataclasses.replace(comparison, figures={"W8A8": figures}), **ARGUMENTS)
+    assert _table((folder / "report.md").read_text(), "Quality")[1][1:3] == ["infinite", "31.5"]
 
 
 def test_latents_have_no_sample_picture(tmp_path, comparison):

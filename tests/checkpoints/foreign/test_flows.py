@@ -253,7 +253,7 @@ def test_from_a_foreign_file_to_a_report(tmp_path, capsys, monkeypatch):
     status, shown = run("evaluate", small, "--against", folder, "--out", tmp_path / "report", "--labels", "0-2", *walk)
     assert status == 0, shown.err
     assert "euler, 4 steps" in shown.out
-    assert "SQNR of velocity (dB)" in shown.out
+    assert "SQNR of predicted velocity" in shown.out
     status, shown = run("sample", small, "--out", tmp_path / "a.npz", "--sampler", "ddpm", *walk)
     assert (status, shown.err.count("\n")) == (1, 1)
     assert "'ddpm'" in shown.err
