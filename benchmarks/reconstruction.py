@@ -32,6 +32,10 @@ RESULTS = common.RESULTS / "reconstruction_speed.json"
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
+#: Calibration steps, the default for a chain of 50.
+STEPS = 25
+
+
 def operations(config: DiTConfig, batch_size: int) -> float:
     """Multiplications and additions of one iteration: a forward pass and twice that for the gradients."""
     T, D = config.num_tokens, config.hidden_size
@@ -52,7 +56,7 @@ def prepared(config: DiTConfig, calib_rows: int) -> tuple[ptq.FloatDiT, ptq.Quan
     """Random weights, balanced, and quantized by few rows; and the rows to reconstruct with."""
     model = ptq.FloatDiT.init(config, jax.random.key(0))
     wanted = ptq.QuantConfig(weight_bits=4)
-    calibration = random_rows(config, wanted.calib_steps, calib_rows)
+    calibration = random_rows(config, STEPS, calib_rows)
     few = CalibrationData(x=calibration.x[:, :4], t=calibration.t, y=calibration.y[:, :4])
     extremes = channel_extremes(model, few, sites=tuple(model.config.site_features))
     folded, _ = apply_balancing(model, balance(model, wanted, extremes, few).factors)
@@ -83,7 +87,8 @@ def measure_block(preset: str, settings: Reconstruction, timed: int, calib_rows:
     peak = next((value for name, value in PEAKS.items() if name in kind), None)
     flops = operations(config, settings.batch_size)
     return {
-        "preset": preset, "dtype": walk.dtype, "batch_size": settings.batch_size, "rows": 25 * calib_rows, "iterations": timed,
+        "preset": preset, "dtype": walk.dtype, "batch_size": settings.batch_size, "rows": STEPS * calib_rows,
+        "iterations": timed,
         "ms_per_iteration": 1e3 * seconds, "compile_seconds": compile_seconds, "operations": flops,
         "share_of_bf16_peak": None if peak is None else flops / seconds / peak,
         "memory": dataclasses.asdict(walk.plan),

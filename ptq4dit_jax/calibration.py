@@ -17,7 +17,8 @@ from flax import struct
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from ptq4dit_jax.diffusion import Sampler
+from ptq4dit_jax.config import calibration_steps
+from ptq4dit_jax.diffusion import Sampler, resolve_guidance
 from ptq4dit_jax.dit import DiTConfig, GuidedChannels, flatten_sites, nest_sites
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
@@ -47,13 +48,35 @@ class CalibrationData:
     def num_rows(self) -> int:
         return self.x.shape[1]
 
-    def batched(self, rows: int) -> CalibrationData:
-        """The same rows cut into micro-batches of at most ``rows``: leading axis S * (R / rows). Sizes must divide."""
-        if rows < 1 or self.num_rows % rows:
-            raise Ptq4ditError(f"{self.num_rows} calibration rows cannot be cut into micro-batches of {rows}; use a divisor.")
+    def batched(self, rows: int, parts: int = 1) -> CalibrationData:
+        """The same rows cut into micro-batches of ``rows``: leading axis S * (R / rows).
+
+        With rows that lie on several devices, ``parts`` blocks one after another, every micro-batch takes as many rows of each
+        block, so that each device keeps its own and computes its share; :func:`in_row_order` undoes that order.
+
+        Raises:
+          Ptq4ditError: sizes that do not divide.
+        """
+        if rows < 1 or self.num_rows % rows or rows % parts:
+            divisor = "a divisor" if parts == 1 else f"a divisor that is a multiple of the {parts} devices"
+            raise Ptq4ditError(
+                f"The {self.num_rows} calibration rows cannot be cut into micro-batches of {rows}; use {divisor}."
+            )
         count = self.num_rows // rows
-        cut = lambda a: a.reshape(self.num_steps * count, rows, *a.shape[2:])
+
+        def cut(a: Any) -> Any:
+            blocks = a.reshape(self.num_steps, parts, count, rows // parts, *a.shape[2:])
+            return jnp.swapaxes(blocks, 1, 2).reshape(self.num_steps * count, rows, *a.shape[2:])
+
         return CalibrationData(x=cut(self.x), t=jnp.repeat(self.t, count), y=cut(self.y))
+
+
+def in_row_order(batched: jax.Array, axis: int, parts: int) -> jax.Array:
+    """Joins the micro-batches of :meth:`CalibrationData.batched`: axes ``axis`` (C micro-batches) and ``axis + 1`` (their rows)
+    become one of all R rows, in the order that they had."""
+    count, rows = batched.shape[axis : axis + 2]
+    blocks = batched.reshape(*batched.shape[:axis], count, parts, rows // parts, *batched.shape[axis + 2 :])
+    return jnp.swapaxes(blocks, axis, axis + 1).reshape(*batched.shape[:axis], count * rows, *batched.shape[axis + 2 :])
 
 
 def sample_trajectories(
@@ -61,9 +84,9 @@ def sample_trajectories(
     key: jax.Array,
     walk: Sampler,
     *,
-    steps: int = 25,
+    steps: int | None = None,
     rows: int = 64,
-    cfg_scale: float = 1.5,
+    cfg_scale: float | None = None,
     cfg_channels: GuidedChannels = "first3",
     batch_size: int | None = None,
     mesh: Mesh | None = None,
@@ -71,13 +94,17 @@ def sample_trajectories(
 ) -> CalibrationData:
     """Calibration rows from the float model's own sampling, with the sampler and guidance that will be used.
 
-    Keeps the network's inputs at ``steps`` evenly spaced steps of the chain. Labels spread evenly over all classes. With
-    guidance half of the ``rows`` are conditional and the other half their twins with the null class; without it all are
-    conditional.
+    Keeps the network's inputs at ``steps`` evenly spaced steps of the chain, by default 25 or all of a shorter chain. Labels
+    spread evenly over all classes. With guidance half of the ``rows`` are conditional and the other half their twins with the
+    null class; without it all are conditional. ``batch_size`` and the defaults of the sampler's steps and of ``cfg_scale`` are
+    those of :func:`ptq4dit_jax.sampling.sample`.
+
+    Raises:
+      Ptq4ditError: numbers of steps or rows that cannot be, or rows that hold NaN or infinity.
     """
     chain = walk.tables(model.schedule).t
-    if not 1 <= steps <= len(chain):
-        raise Ptq4ditError(f"Calibration steps must be 1 to the sampler's {len(chain)} steps, not {steps}.")
+    steps = calibration_steps(steps, len(chain))
+    cfg_scale = resolve_guidance(cfg_scale, model.config, model.schedule)
     guided = cfg_scale != 1.0
     if rows < 1 or (guided and rows % 2):
         raise Ptq4ditError(f"Calibration rows must be positive, and even under guidance (pairs of twins), not {rows}.")
@@ -86,7 +113,7 @@ def sample_trajectories(
     positions = np.round(np.linspace(0, len(chain) - 1, steps)).astype(int)
     _, x = run_chain(
         model, labels, key, walk, cfg_scale=cfg_scale, cfg_channels=cfg_channels, batch_size=batch_size,
-        mesh=mesh, progress=progress, keep_steps=positions,
+        mesh=mesh, progress=progress, keep_steps=positions, what="Calibration row",
     )  # fmt: skip
     y = np.tile(labels, (steps, 1))
     if guided:
@@ -177,14 +204,39 @@ class Histogram:
         return Histogram(low=self.low, high=self.high, counts=self.counts + seen)
 
 
+@jax.jit
+def _finite_steps(statistics: dict[str, ChannelExtremes]) -> dict[str, jax.Array]:
+    """Whether all of a site's statistics are finite, at each step (S,)."""
+    finite = lambda a: jnp.isfinite(a).all(tuple(range(1, a.ndim)))
+    return {name: finite(s.low) & finite(s.high) & finite(s.power) for name, s in statistics.items()}
+
+
+def check_finite(statistics: Mapping[str, ChannelExtremes], t: ArrayLike) -> None:
+    """Raises where channel statistics hold NaN or infinity, with the site and the step; ``t`` (S,) are the steps' times.
+
+    The mean square of values beyond 1.8e19 is infinite in float32 although the values are not.
+    """
+    times = np.asarray(t)
+    found = jax.device_get(_finite_steps(dict(statistics)))
+    bad = {name: int(np.argmin(finite)) for name, finite in found.items() if not finite.all()}
+    if bad:
+        name = min(bad, key=lambda site: bad[site])
+        raise Ptq4ditError(
+            f"The channel statistics of {name} hold NaN or infinity at calibration step {bad[name] + 1} of {len(times)} "
+            f"(t = {times[bad[name]]:g}), so no range can be chosen; check that the float model makes good samples with these "
+            "steps, this sampler and this guidance, and that given calibration rows are scaled as the sampler scales them."
+        )
+
+
 def _leading(config: DiTConfig, name: str) -> tuple[int, ...]:
     return (config.depth,) if name.startswith("blocks.") else ()
 
 
-@partial(jax.jit, static_argnames=("sites", "per_row", "row_batch"))
+@partial(jax.jit, static_argnames=("sites", "per_row", "row_batch", "parts"))
 def channel_extremes(
-    model: FloatDiT, data: CalibrationData, *, sites: tuple[str, ...], per_row: bool = False, row_batch: int | None = None
-) -> dict[str, ChannelExtremes]:
+    model: FloatDiT, data: CalibrationData, *, sites: tuple[str, ...], per_row: bool = False, row_batch: int | None = None,
+    parts: int = 1,
+) -> dict[str, ChannelExtremes]:  # fmt: skip
     """Per-channel extremes at every step, by one scan.
 
     Args:
@@ -192,7 +244,8 @@ def channel_extremes(
       data: S steps of R rows.
       sites: names as in ``config.site_features``.
       per_row: keep the rows apart (the official code's SSC weighs rows).
-      row_batch: rows per pass, a divisor of R, to bound memory.
+      row_batch: rows per pass, a divisor of R and a multiple of ``parts``, to bound memory.
+      parts: devices that the rows are sharded over.
 
     Returns:
       For each site, leaves (S, [L,] *features), or (S, [L,] R, *features) with ``per_row``.
@@ -211,7 +264,7 @@ def channel_extremes(
         _, seen = model.observe(observers, batch.x, _timestep(batch, rows if per_row else 1), batch.y)
         return carry, seen
 
-    _, gathered = jax.lax.scan(step, None, jax.tree.map(jnp.asarray, data.batched(rows)))
+    _, gathered = jax.lax.scan(step, None, data.batched(rows, parts))
 
     def merge(name: str, stat: ChannelExtremes) -> ChannelExtremes:
         """Joins the micro-batches of a step: (S * C, ...) to (S, ...)."""
@@ -219,17 +272,12 @@ def channel_extremes(
         if not per_row:
             return split.replace(low=split.low.min(1), high=split.high.max(1), power=split.power.mean(1))
         row_axis = 1 + len(_leading(config, name))
-
-        def join(a: jax.Array) -> jax.Array:
-            beside_rows = jnp.moveaxis(a, 1, row_axis)
-            return beside_rows.reshape(*a.shape[:1], *beside_rows.shape[1:row_axis], -1, *beside_rows.shape[row_axis + 2 :])
-
-        return jax.tree.map(join, split)
+        return jax.tree.map(lambda a: in_row_order(jnp.moveaxis(a, 1, row_axis), row_axis, parts), split)
 
     return {name: merge(name, stat) for name, stat in flatten_sites(gathered).items()}
 
 
-@partial(jax.jit, static_argnames=("num_groups", "row_batch"))
+@partial(jax.jit, static_argnames=("num_groups", "row_batch", "parts"))
 def histograms(
     model: FloatDiT,
     data: CalibrationData,
@@ -238,6 +286,7 @@ def histograms(
     *,
     num_groups: int,
     row_batch: int | None = None,
+    parts: int = 1,
 ) -> dict[str, Histogram]:
     """Histograms of the values at each site, per group of steps, by one scan that carries the counts.
 
@@ -247,7 +296,7 @@ def histograms(
       groups: (S,) int32, the group of each step.
       ranges: by site, outer edges (low, high), each (G, [L]).
       num_groups: G.
-      row_batch: rows per pass, a divisor of R.
+      row_batch, parts: as for :func:`channel_extremes`.
 
     Returns:
       For each site a :class:`Histogram` with leaves (G, [L]) and counts (G, [L,] bins).
@@ -261,7 +310,7 @@ def histograms(
         _, seen = model.observe(current, part.x, _timestep(part, 1), part.y)
         return jax.tree.map(lambda a, new: a.at[group].set(new), carry, seen), None
 
-    batches = (jax.tree.map(jnp.asarray, data.batched(rows)), jnp.repeat(groups, data.num_rows // rows))
+    batches = (data.batched(rows, parts), jnp.repeat(groups, data.num_rows // rows))
     carry, _ = jax.lax.scan(step, nest_sites(start), batches)
     return flatten_sites(carry)
 

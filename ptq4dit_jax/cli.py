@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -16,12 +17,13 @@ from ptq4dit_jax import checkpoints, ptq, sampling
 from ptq4dit_jax.calibration import stored_rows
 from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.config import LAYERS, POLICIES, QuantConfig, Reconstruction
-from ptq4dit_jax.diffusion import Sampler
+from ptq4dit_jax.diffusion import Sampler, resolve_guidance
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, backends, describe
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare, image_grid, num_bytes, plain, write_report
+from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare, num_bytes, plain, write_report
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.outputs import check_picture, write_picture, write_samples
 from ptq4dit_jax.terminal import (
     all_devices_mesh,
     check_target,
@@ -38,7 +40,9 @@ from ptq4dit_jax.terminal import (
     runs_line,
     stages,
     to_run,
+    walk_line,
     wanted_labels,
+    working,
     write_file,
     write_json,
 )  # fmt: skip
@@ -63,7 +67,11 @@ ModelArgument = Annotated[
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", metavar="FILE")]
 Seed = Annotated[int, typer.Option(help="Seed of all noise; the same seed gives the same bytes.")]
 Steps = Annotated[
-    str, typer.Option(help="Sampler steps: a count, or a respacing such as ddim50; heun calls the network twice a step.")
+    str | None,
+    typer.Option(
+        help="Sampler steps: a count, or a respacing such as ddim50; heun calls the network twice a step.",
+        show_default="the model's own number if it has one, else 50",
+    ),
 ]
 SamplerOption = Annotated[
     str,
@@ -75,7 +83,13 @@ SamplerOption = Annotated[
 ]
 Eta = Annotated[float, typer.Option(help="Noise of the ddim sampler, 0 to 1.")]
 Repeat = Annotated[int, typer.Option(help="Samples of each label; of a model without classes, samples in all.")]
-CfgScale = Annotated[float, typer.Option(help="Classifier-free guidance; 1 turns it off.")]
+CfgScale = Annotated[
+    float | None,
+    typer.Option(
+        help="Classifier-free guidance; 1 turns it off.",
+        show_default="1.5, or 1 without a null class or where training has guided the model",
+    ),
+]
 CfgChannels = Annotated[str, typer.Option(help="Guide the first3 channels, as Meta's code and SiT do, or all.")]
 Vae = Annotated[
     str | None,
@@ -87,7 +101,10 @@ VaeScale = Annotated[
         help="Scaling factor of the VAE's latents, where nothing tells it.", show_default=str(VAEConfig.scaling_factor)
     ),
 ]
-BatchSize = Annotated[int | None, typer.Option(help="Images per compiled call; all at once by default.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(help="Images per compiled call.", show_default="up to 256 per device, fewer if memory is short"),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
@@ -229,10 +246,11 @@ def convert(
     print_table(src, [{"fact": key, "found": value} for key, value in shown.items()])
     for note in notes:
         console.print(note)
-    if to == "meta":
-        where = foreign.export_meta(model, dst, overwrite=overwrite)
-    else:
-        where = checkpoints.save(model, dst, provenance={"source": src, **facts}, overwrite=overwrite)
+    with working(f"Writing {dst}"):
+        if to == "meta":
+            where = foreign.export_meta(model, dst, overwrite=overwrite)
+        else:
+            where = checkpoints.save(model, dst, provenance={"source": src, **facts}, overwrite=overwrite)
     console.print(f"{'Weights' if to == 'meta' else 'Model'}: {where}")
     write_json(json, {**summary, "config": model.config.to_dict(), "out": str(dst)})
 
@@ -246,15 +264,17 @@ def quantize(
     balance: Annotated[str, typer.Option(help="Salience balancing: none, csb or csb+ssc.")] = QuantConfig.balance,
     ssc: Annotated[str, typer.Option(help="SSC weighs steps (the paper) or rows (the official code).")] = "steps",
     temperature: Annotated[float, typer.Option(help="Temperature of SSC's softmax.")] = 1.0,
-    calib_steps: Annotated[int, typer.Option(help="Evenly spaced sampler steps to calibrate on.")] = 25,
+    calib_steps: Annotated[
+        int | None, typer.Option(help="Evenly spaced sampler steps to calibrate on.", show_default="25, or all if fewer")
+    ] = None,
     calib_rows: Annotated[int, typer.Option(help="Rows at each of them; half are null twins under guidance.")] = 64,
     calibration: Annotated[
         Path | None, typer.Option(help="Stored rows instead: an npz with x (M, H, W, C), t (M,) and y (M,).", metavar="FILE")
     ] = None,
-    steps: Steps = "50",
+    steps: Steps = None,
     sampler: SamplerOption = "auto",
     eta: Eta = 0.0,
-    cfg_scale: CfgScale = 1.5,
+    cfg_scale: CfgScale = None,
     cfg_channels: CfgChannels = "first3",
     policy: Annotated[
         str | None,
@@ -309,7 +329,7 @@ def quantize(
         raise Ptq4ditError(f"{model} is quantized already; quantize the float model that it came from.")
     rows = None
     if calibration is None:
-        config = config.resolve(dit.schedule)
+        config = config.resolve(dit.schedule, dit.config)
     else:
         needs, may = (("x", "t", "y"), ()) if dit.config.num_labels else (("x", "t"), ("y",))
         arrays = read_arrays(calibration, needs, may)
@@ -318,6 +338,13 @@ def quantize(
     console.print(
         f"Quantizing {model} to W{weight_bits}A{act_bits} on {devices_line()}: balance {config.balance}, policy {config.policy}"
     )
+    if rows is None:
+        console.print(
+            f"Calibrating on {config.calib_rows} rows at {config.calib_steps} steps of the chain: "
+            f"{walk_line(config.walk, cast(float, config.cfg_scale))}"
+        )
+    else:
+        console.print(f"Calibrating on {rows.num_steps} x {rows.num_rows} rows of {calibration}")
     started = time.perf_counter()
     with stages() as report:
         quantized = ptq.quantize(
@@ -333,7 +360,8 @@ def quantize(
         )
     seconds = time.perf_counter() - started
     print_table("Layers", [{k: v for k, v in row.items() if k != "integer"} for row in describe(quantized)])
-    where = checkpoints.save(quantized, out, provenance={"source": model, "seed": seed}, overwrite=overwrite)
+    with working(f"Writing {out}"):
+        where = checkpoints.save(quantized, out, provenance={"source": model, "seed": seed}, overwrite=overwrite)
     if state is not None:
         shutil.rmtree(state)
     before, after = num_bytes(dit), num_bytes(quantized)
@@ -351,16 +379,21 @@ def sample(
         str | None, typer.Option(help="Class labels: 0-9, or 1,3,5-7; none of a model without classes.", show_default="0")
     ] = None,
     repeat: Repeat = 1,
-    steps: Steps = "50",
+    steps: Steps = None,
     sampler: SamplerOption = "auto",
     eta: Eta = 0.0,
-    cfg_scale: CfgScale = 1.5,
+    cfg_scale: CfgScale = None,
     cfg_channels: CfgChannels = "first3",
     batch_size: BatchSize = None,
     vae: Vae = None,
     vae_scale: VaeScale = None,
     dtype: Annotated[
-        str, typer.Option(help="auto (bfloat16 for a quantized model on a GPU or TPU), float32 or bfloat16.", metavar="TYPE")
+        str,
+        typer.Option(
+            help="auto (bfloat16 for a quantized model on a GPU or TPU, float32 for a model stored in float16), float32, "
+            "bfloat16 or float16.",
+            metavar="TYPE",
+        ),
     ] = "auto",
     backend: Annotated[str, typer.Option(help=f"What runs integer products: auto, {', '.join(backends.BACKENDS)}.")] = "auto",
     noise: Annotated[
@@ -387,32 +420,45 @@ def sample(
             "--out that ends in .npz."
         )
     walk = Sampler(name=cast(Any, sampler), steps=steps, eta=eta).resolve(loaded.schedule)
+    guidance = resolve_guidance(cfg_scale, loaded.config, loaded.schedule)
     decoder = None if vae is None else load_vae(vae, vae_scale)
+    named = wanted if loaded.config.num_labels else None
+    columns = len(wanted) // repeat if repeat > 1 and named is not None else None
+    if out.suffix == ".png":
+        side = loaded.config.input_size * (1 if decoder is None else decoder.config.factor)
+        check_picture(len(wanted), side, side, columns)
     given = {} if noise is None else read_arrays(noise, ("noise",), ("step_noise",))
     console.print(
-        f"Sampling {len(wanted)} images from {model} on {devices_line()}, {runs_line(loaded)}: {walk.name}, {steps} steps, "
-        f"guidance {cfg_scale}"
+        f"Sampling {len(wanted)} images from {model} on {devices_line()}, {runs_line(loaded)}: {walk_line(walk, guidance)}"
     )
     started = time.perf_counter()
     with stages() as report:
-        images = sampling.sample(
-            cast(Any, loaded), wanted, key, steps=steps, sampler=walk.name, eta=eta,
-            cfg_scale=cfg_scale, cfg_channels=cast(Any, cfg_channels), batch_size=batch_size, decoder=decoder,
-            mesh=all_devices_mesh(), progress=lambda done, total: report("sample", done, total), **given,
+        report("sample", 0, len(wanted))
+        batches = sampling.sample_batches(
+            cast(Any, loaded), wanted, key, steps=walk.steps, sampler=walk.name, eta=eta,
+            cfg_scale=guidance, cfg_channels=cast(Any, cfg_channels), batch_size=batch_size, decoder=decoder,
+            mesh=all_devices_mesh(), **given,
         )  # fmt: skip
+
+        def images() -> Iterator[np.ndarray]:
+            for start, batch in batches:
+                report("sample", start + len(batch), len(wanted))
+                yield batch
+
+        if out.suffix == ".png":
+            where = write_file(out, lambda file: write_picture(file, images(), columns))
+        else:
+            where = write_file(out, lambda file: write_samples(file, images(), len(wanted), named))
     seconds = time.perf_counter() - started
-    if out.suffix == ".png":
-        picture = image_grid(images, columns=len(wanted) // repeat if repeat > 1 and loaded.config.num_labels else None)
-        where = write_file(out, lambda file: picture.save(file, "PNG"))
-    else:
-        arrays = {"arr_0": sampling.to_uint8(images)} if images.shape[-1] in (1, 3) else {"latents": images}
-        arrays |= {"labels": wanted} if loaded.config.num_labels else {}
-        where = write_file(out, lambda file: np.savez(file, **cast(Any, arrays)))
     console.print(f"{len(wanted)} images in {seconds:.1f} s, compilation included")
     console.print(f"Images: {where}")
     write_json(
-        json, {"images": len(wanted), "seconds": seconds, "steps": steps, "sampler": walk.name, "seed": seed, "out": str(out)}
-    )
+        json,
+        {
+            "images": len(wanted), "seconds": seconds, "steps": walk.steps, "sampler": walk.name, "cfg_scale": guidance,
+            "seed": seed, "out": str(out),
+        },
+    )  # fmt: skip
 
 
 @app.command()
@@ -426,10 +472,10 @@ def evaluate(
         str | None, typer.Option(help="Class labels: 0-9, or 1,3,5-7; all classes by default, none of a model without.")
     ] = None,
     repeat: Repeat = 4,
-    steps: Steps = "50",
+    steps: Steps = None,
     sampler: SamplerOption = "auto",
     eta: Eta = 0.0,
-    cfg_scale: CfgScale = 1.5,
+    cfg_scale: CfgScale = None,
     cfg_channels: CfgChannels = "first3",
     batch_size: BatchSize = None,
     vae: Vae = None,
@@ -452,22 +498,24 @@ def evaluate(
     if decoder is not None:
         decoder.check_channels(reference.config.in_channels)
     walk = Sampler(name=cast(Any, sampler), steps=steps, eta=eta).resolve(reference.schedule)
-    console.print(f"Comparing {model} with {against} on {devices_line()}: {len(wanted)} images, {walk.name}, {steps} steps")
+    guidance = resolve_guidance(cfg_scale, reference.config, reference.schedule)
+    console.print(f"Comparing {model} with {against} on {devices_line()}: {len(wanted)} images, {walk_line(walk, guidance)}")
     with stages() as report:
         comparison = compare(
-            reference, {name: cast(Any, other)}, labels=wanted, key=key, steps=steps,
-            sampler=walk.name, eta=eta, cfg_scale=cfg_scale, cfg_channels=cast(Any, cfg_channels),
+            reference, {name: cast(Any, other)}, labels=wanted, key=key, steps=walk.steps,
+            sampler=walk.name, eta=eta, cfg_scale=guidance, cfg_channels=cast(Any, cfg_channels),
             batch_size=batch_size, seed=seed, decoder=decoder, mesh=all_devices_mesh(),
-            progress=lambda done, total: report("compare", done, total),
+            progress=lambda done, total: report("sample on the same noise", done, total), stage=report,
         )  # fmt: skip
     rows, learned = None, None
     if isinstance(other, QuantizedDiT):
         rows, learned = describe(other), other.provenance.facts.get("reconstruction")
-    where = write_report(
-        out, comparison, title=f"{name} against {Path(against).resolve().name}", describe_rows=rows,
-        settings={"model": model, "against": against, "seed": seed} | ({} if vae is None else {"vae": vae}),
-        reconstruction=learned, overwrite=overwrite,
-    )  # fmt: skip
+    with working(f"Writing {out}"):
+        where = write_report(
+            out, comparison, title=f"{name} against {Path(against).resolve().name}", describe_rows=rows,
+            settings={"model": model, "against": against, "seed": seed} | ({} if vae is None else {"vae": vae}),
+            reconstruction=learned, overwrite=overwrite,
+        )  # fmt: skip
     print_table(f"Same noise, against the float model; SQNR of predicted {reference.schedule.objective}", [
         {"model": key, SQNR_MEAN: f.sqnr_mean_db, SQNR_POOLED: f.sqnr_pooled_db, "PSNR (dB)": f.psnr_interval.mean,
          "SSIM": f.ssim_interval.mean, "size": megabytes(f.num_bytes)}

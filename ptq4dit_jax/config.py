@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
-from ptq4dit_jax.diffusion import Sampler, SamplerName
-from ptq4dit_jax.dit import BLOCK_SITES, EDGE_SITES, GuidedChannels
+from ptq4dit_jax.diffusion import Sampler, SamplerName, resolve_guidance
+from ptq4dit_jax.dit import BLOCK_SITES, EDGE_SITES, DiTConfig, GuidedChannels
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.quantizers import check_bits
 from ptq4dit_jax.ranges import RangeSearch
@@ -16,6 +16,7 @@ from ptq4dit_jax.schedules import Schedule
 Balance = Literal["none", "csb", "csb+ssc"]
 SscAxis = Literal["steps", "rows"]
 
+_CALIBRATION_STEPS = 25
 EDGE_LAYERS = tuple(EDGE_SITES.values())
 LAYERS = (*EDGE_LAYERS, *(f"blocks.{layer}" for layer in BLOCK_SITES.values() if layer))
 
@@ -56,6 +57,19 @@ def layer_rules(policy: str, weight_bits: int) -> dict[str, LayerRule]:
             raise Ptq4ditError(f"Policy {override!r} must read layer=bits or layer=bits:float, for example final=8.")
         rules[layer] = LayerRule(check_bits(f"The width of {layer}", int(bits)), integer=kind != "float")
     return rules
+
+
+def calibration_steps(wanted: int | None, chain: int) -> int:
+    """At how many steps of a chain to calibrate; None means 25, or all of a shorter chain.
+
+    Raises:
+      Ptq4ditError: more than the chain has, or none.
+    """
+    if wanted is None:
+        return min(_CALIBRATION_STEPS, chain)
+    if not 1 <= wanted <= chain:
+        raise Ptq4ditError(f"Calibration steps must be 1 to the sampler's {chain} steps, not {wanted}.")
+    return wanted
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -140,9 +154,11 @@ class QuantConfig:
       step_groups: activation ranges per group of steps, at most one a calibration step; 1 is the paper's.
       dynamic_sites: sites scaled per token at run time instead of by calibrated ranges; ``blocks.probs`` per query and head.
         By default those where a row is reduced anyway, by a norm or the softmax. See docs/design.md for what each is worth.
-      calib_steps, calib_rows: evenly spaced steps of the sampling chain, and rows at each.
+      calib_steps, calib_rows: evenly spaced steps of the sampling chain, and rows at each. None steps are 25, or all of a
+        shorter chain.
       sampler, steps, eta, cfg_scale, cfg_channels: how calibration rows are sampled; use what the model will be sampled with.
-        The sampler ``auto`` is ddpm, or euler for a flow model.
+        The sampler ``auto`` is ddpm, or euler for a flow model; ``steps`` and ``cfg_scale`` that are None follow the model
+        (:meth:`Sampler.resolve <ptq4dit_jax.diffusion.Sampler.resolve>`, :func:`ptq4dit_jax.diffusion.resolve_guidance`).
       reconstruction: learns roundings and activation scales after all ranges are chosen; None leaves it out.
     """
 
@@ -159,12 +175,12 @@ class QuantConfig:
     policy: str = "edges8-float"
     step_groups: int = 5
     dynamic_sites: tuple[str, ...] = ("blocks.qkv_in", "blocks.probs", "blocks.fc1_in")
-    calib_steps: int = 25
+    calib_steps: int | None = None
     calib_rows: int = 64
     sampler: SamplerName = "auto"
-    steps: int | str = 50
+    steps: int | str | None = None
     eta: float = 0.0
-    cfg_scale: float = 1.5
+    cfg_scale: float | None = None
     cfg_channels: GuidedChannels = "first3"
     reconstruction: Reconstruction | None = None
 
@@ -177,7 +193,7 @@ class QuantConfig:
         _check_choice("cfg_channels", self.cfg_channels, get_args(GuidedChannels))
         if not 0 < self.temperature < math.inf:
             raise Ptq4ditError(f"temperature must be positive and finite, not {self.temperature}.")
-        if not math.isfinite(self.cfg_scale):
+        if self.cfg_scale is not None and not math.isfinite(self.cfg_scale):
             raise Ptq4ditError(f"cfg_scale must be a finite number, not {self.cfg_scale}.")
         if not 0 <= self.exponent <= 1:
             raise Ptq4ditError(f"exponent must lie between 0 (no balancing) and 1, not {self.exponent}.")
@@ -192,7 +208,8 @@ class QuantConfig:
     @classmethod
     def paper(cls, weight_bits: int = 8, **overrides: Any) -> QuantConfig:
         """The paper's method to the letter: CSB and SSC on qkv, proj and fc1, one static range per tensor for activations,
-        every linear at the same width; ranges by the official code's three percentiles; 25 steps of 32 pairs of rows."""
+        every linear at the same width; ranges by the official code's three percentiles; 25 steps (all of a shorter chain) of 32
+        pairs of rows."""
         paper = {
             "balance_fc2": False, "equalize_v": False, "weigh_inputs": False, "range_search": "percentile", "policy": "uniform",
             "step_groups": 1, "dynamic_sites": (),
@@ -203,9 +220,14 @@ class QuantConfig:
     def walk(self) -> Sampler:
         return Sampler(name=self.sampler, steps=self.steps, eta=self.eta)
 
-    def resolve(self, schedule: Schedule) -> QuantConfig:
-        """The same settings with the name of the sampler that fits a model of this schedule."""
-        return dataclasses.replace(self, sampler=self.walk.resolve(schedule).name)
+    def resolve(self, schedule: Schedule, network: DiTConfig) -> QuantConfig:
+        """The same settings with everything filled in that depends on the model: sampler, steps, guidance and calibration
+        steps."""
+        walk = self.walk.resolve(schedule)
+        return dataclasses.replace(
+            self, sampler=walk.name, steps=walk.steps, cfg_scale=resolve_guidance(self.cfg_scale, network, schedule),
+            calib_steps=calibration_steps(self.calib_steps, walk.tables(schedule).num_steps),
+        )  # fmt: skip
 
     @property
     def rules(self) -> dict[str, LayerRule]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ from ptq4dit_jax.schedules import NoiseSchedule as NoiseSchedule
 SamplerName = Literal["auto", "ddpm", "ddim", "dpm++2m", "euler", "heun"]
 #: By what a model predicts; ``auto`` is the first.
 SAMPLERS: dict[str, tuple[SamplerName, ...]] = {"noise": ("ddpm", "ddim", "dpm++2m"), "velocity": ("euler", "heun")}
+#: What is used where neither the user nor the model says otherwise.
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 50, 1.5
 
 
 @struct.dataclass
@@ -66,11 +68,12 @@ class Sampler:
     The name ``auto`` means ddpm for a model that predicts noise, euler for one that predicts velocity. ``steps`` is a count or
     a respacing string (:func:`~ptq4dit_jax.schedules.respace`). A plain count N means Meta's even spacing for ``ddpm``,
     linspace for ``dpm++2m``, and for ``ddim`` "ddimN" where N divides the number of timesteps, else even spacing; ``euler`` and
-    ``heun`` take N equal steps. ``eta`` is DDIM's noise (0 is deterministic).
+    ``heun`` take N equal steps. None means the number that the model was imported for, or :data:`DEFAULT_STEPS` where any will
+    do. ``eta`` is DDIM's noise (0 is deterministic).
     """
 
     name: SamplerName = "auto"
-    steps: int | str = 50
+    steps: int | str | None = None
     eta: float = 0.0
 
     def __post_init__(self) -> None:
@@ -80,12 +83,15 @@ class Sampler:
             raise Ptq4ditError(f"DDIM eta must lie between 0 and 1, not {self.eta}.")
 
     def resolve(self, schedule: Schedule) -> Sampler:
-        """The sampler that a model of this schedule is sampled with: ``auto`` becomes a name.
+        """The sampler that a model of this schedule is sampled with: ``auto`` becomes a name, and steps that are None a number.
 
         Raises:
           Ptq4ditError: the sampler follows something else than what the model predicts.
         """
         names = SAMPLERS[schedule.objective]
+        if self.steps is None:
+            fixed = schedule.steps if isinstance(schedule, FlowSchedule) else 0
+            return dataclasses.replace(self, steps=fixed or DEFAULT_STEPS).resolve(schedule)
         if self.name == "auto":
             return dataclasses.replace(self, name=names[0])
         if self.name not in names:
@@ -111,8 +117,9 @@ class Sampler:
 
     def timesteps(self, num_timesteps: int) -> np.ndarray:
         """Timesteps of the training schedule that the network sees, descending."""
-        kept = respace(num_timesteps, self.steps)[::-1]
-        count, plain = len(kept), not str(self.steps).strip().startswith("ddim")
+        steps = DEFAULT_STEPS if self.steps is None else self.steps
+        kept = respace(num_timesteps, steps)[::-1]
+        count, plain = len(kept), not str(steps).strip().startswith("ddim")
         if plain and self.name == "dpm++2m":
             if count >= num_timesteps:
                 raise Ptq4ditError(
@@ -127,7 +134,7 @@ class Sampler:
         """Coefficient tables, computed in float64 and cast to ``dtype`` at the end."""
         walk = self.resolve(schedule)
         if isinstance(schedule, FlowSchedule):
-            t, rows = _flow_rows(schedule.times(walk.steps), corrected=walk.name == "heun")
+            t, rows = _flow_rows(schedule.times(cast(Any, walk.steps)), corrected=walk.name == "heun")
         else:
             t = walk.timesteps(schedule.num_timesteps)
             abar = schedule.alpha_bars[t]
@@ -204,6 +211,25 @@ class Network(Protocol):
     schedule: Schedule
 
     def apply(self, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array: ...
+
+
+def resolve_guidance(cfg_scale: float | None, config: DiTConfig, schedule: Schedule) -> float:
+    """The scale of guidance that a model is sampled with; 1 is none.
+
+    None becomes 1 for a model without a null class or one that was trained to be guided already, and otherwise
+    :data:`DEFAULT_GUIDANCE`.
+
+    Raises:
+      Ptq4ditError: a scale that is no finite number, or guidance of a model without a null class.
+    """
+    if cfg_scale is None:
+        trained = isinstance(schedule, FlowSchedule) and schedule.guided
+        return DEFAULT_GUIDANCE if config.null_class and not trained else 1.0
+    if not np.isfinite(cfg_scale):
+        raise Ptq4ditError(f"cfg_scale must be a finite number, not {cfg_scale}.")
+    if cfg_scale != 1.0:
+        _ = config.null_label  # raises where guidance is impossible
+    return float(cfg_scale)
 
 
 def guided_apply(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import ArrayLike, DTypeLike
 
-from ptq4dit_jax.dit import DiT, DiTConfig, flatten_sites, init_params, nest_sites
+from ptq4dit_jax.dit import DiT, DiTConfig, asked_dtype, compute_dtype, flatten_sites, init_params, nest_sites
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 
 
@@ -17,10 +17,11 @@ from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 class FloatDiT:
     """A float model; a pytree whose leaves are the parameters.
 
-    ``params`` is the tree of :func:`ptq4dit_jax.dit.init_params`; block parameters carry a leading depth axis. The compute
-    type is the type of the kernels. ``quantizers`` (see the module docstring of :mod:`ptq4dit_jax.dit`) is empty for a
-    plain model; where they hold tables over groups of steps, ``group_edges`` (G - 1,) are the noise levels (timesteps,
-    int32, of a noise schedule; float32 of a flow) that part the groups.
+    ``params`` is the tree of :func:`ptq4dit_jax.dit.init_params`; block parameters carry a leading depth axis. ``quantizers``
+    (see the module docstring of :mod:`ptq4dit_jax.dit`) is empty for a plain model; where they hold tables over groups of
+    steps, ``group_edges`` (G - 1,) are the noise levels (timesteps, int32, of a noise schedule; float32 of a flow) that part
+    the groups. The model computes in the type of its kernels, or in float32 if that is float16, unless ``compute`` names
+    another type (:meth:`astype` sets it).
     """
 
     params: Any
@@ -28,6 +29,7 @@ class FloatDiT:
     schedule: Schedule = struct.field(pytree_node=False, default=NoiseSchedule())
     quantizers: Any = struct.field(default_factory=dict)
     group_edges: Any = struct.field(default_factory=lambda: jnp.zeros((0,), jnp.int32))
+    compute: str | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
     def init(cls, config: DiTConfig, key: jax.Array, *, adaln_zero: bool = False) -> FloatDiT:
@@ -35,8 +37,14 @@ class FloatDiT:
         return cls(params=init_params(config, key, adaln_zero=adaln_zero), config=config)
 
     @property
-    def dtype(self) -> DTypeLike:
+    def param_dtype(self) -> DTypeLike:
+        """The type that the parameters are stored in."""
         return self.params["final"]["kernel"].dtype
+
+    @property
+    def dtype(self) -> DTypeLike:
+        """The type to compute in; see :func:`ptq4dit_jax.dit.compute_dtype`."""
+        return compute_dtype(self.param_dtype, self.compute)
 
     def _variables(self, t_B: ArrayLike) -> dict[str, Any]:
         if not self.quantizers:
@@ -59,8 +67,9 @@ class FloatDiT:
         return out, new["observers"]
 
     def astype(self, dtype: DTypeLike) -> FloatDiT:
-        """The same model computing in ``dtype``."""
-        return self.replace(params=jax.tree.map(lambda a: a.astype(dtype), self.params))  # type: ignore[attr-defined]
+        """The same model stored and computing in ``dtype``, float16 included."""
+        params = jax.tree.map(lambda a: a.astype(dtype), self.params)
+        return self.replace(params=params, compute=asked_dtype(dtype))  # type: ignore[attr-defined]
 
     @property
     def num_params(self) -> int:

@@ -16,7 +16,14 @@ from flax import struct
 from jax.sharding import Mesh
 
 from ptq4dit_jax import salience, sharding
-from ptq4dit_jax.calibration import CalibrationData, ChannelExtremes, channel_extremes, histograms, sample_trajectories
+from ptq4dit_jax.calibration import (
+    CalibrationData,
+    ChannelExtremes,
+    channel_extremes,
+    check_finite,
+    histograms,
+    sample_trajectories,
+)
 from ptq4dit_jax.checkpoints.float_dit import source_hash
 from ptq4dit_jax.checkpoints.store import content_hash
 from ptq4dit_jax.config import QuantConfig
@@ -74,7 +81,8 @@ def quantize(
       config: settings; ``QuantConfig()`` is W8A8 by our best measured settings, ``QuantConfig.paper()`` the paper's.
       key: seed of the calibration noise; not used where ``calibration`` is given.
       calibration: stored rows (:func:`ptq4dit_jax.calibration.stored_rows`) instead of sampling them.
-      row_batch: rows per calibration pass, to bound memory; the largest divisor of the row count below it is used.
+      row_batch: rows per calibration pass, to bound memory; the largest divisor of the row count up to it is used, but at least
+        one row per device of the mesh.
       mesh: shards the calibration rows over ``data``.
       state: a folder for what a reconstruction has learned so far. Where it holds an interrupted run of the same model,
         settings, key and rows, that run goes on. It is left there; delete it when the result is safe.
@@ -83,10 +91,16 @@ def quantize(
 
     Returns:
       The integer model, self-contained.
+
+    Raises:
+      Ptq4ditError: an argument that makes no sense; NaN or infinity in the weights, the calibration rows, what is observed of
+        them, or the result.
     """
     config = config or QuantConfig()
+    if row_batch is not None and row_batch < 1:
+        raise Ptq4ditError(f"row_batch must be positive, not {row_batch}.")
     if calibration is None:
-        config = config.resolve(model.schedule)
+        config = config.resolve(model.schedule, model.config)
     report = progress or (lambda stage, done, total, note="": None)
     if bad := has_nonfinite(model.params):
         raise Ptq4ditError(f"The weights hold NaN or infinity in {', '.join(bad[:3])}; a model must be finite to be quantized.")
@@ -97,24 +111,31 @@ def quantize(
     model = sharding.replicate(mesh, model.astype(jnp.float32))
     source = "given" if calibration is not None else f"sampled, key {jax.random.key_data(key).tolist()}"
     if calibration is None:
+        report("sample calibration rows", 0, config.calib_rows)
         calibration = sample_trajectories(
             model, key, config.walk, steps=config.calib_steps, rows=config.calib_rows, cfg_scale=config.cfg_scale,
             cfg_channels=config.cfg_channels, batch_size=row_batch, mesh=mesh,
             progress=lambda done, total: report("sample calibration rows", done, total),
         )  # fmt: skip
-    rows = _row_batch(calibration.num_rows, row_batch, sharding.data_size(mesh))
-    if calibration.num_rows % sharding.data_size(mesh) == 0:
+    parts = sharding.data_size(mesh)
+    if calibration.num_rows % parts == 0:
         x, y = sharding.shard(mesh, (calibration.x, calibration.y), axis=1)
         calibration = CalibrationData(x=x, t=calibration.t, y=y)
+    else:
+        parts = 1
+    rows = _row_batch(calibration.num_rows, row_batch, parts)
 
     report("gather channel statistics", 0, 1)
-    extremes = channel_extremes(model, calibration, sites=tuple(model.config.site_features), row_batch=rows)
-    balancing = balance(model, config, extremes, calibration, rows)
+    extremes = channel_extremes(
+        model, calibration, sites=tuple(model.config.site_features), row_batch=rows, parts=parts
+    )  # fmt: skip
+    check_finite(extremes, calibration.t)
+    balancing = balance(model, config, extremes, calibration, rows, parts)
     report("gather channel statistics", 1, 1)
     folded, residual = apply_balancing(model, balancing.factors)
 
     report("choose activation ranges", 0, 1)
-    acts, edges = activation_quantizers(folded, config, calibration, extremes, balancing.factors, residual, rows)
+    acts, edges = activation_quantizers(folded, config, calibration, extremes, balancing.factors, residual, rows, parts)
     report("choose activation ranges", 1, 1)
     layers = list(SITE_OF_LAYER)
     linears = {}
@@ -133,6 +154,7 @@ def quantize(
         config=model.config,
         schedule=model.schedule,
     )
+    _check_result(quantized)
     facts = {
         "source_sha256": source_sha256,
         "settings": config.to_dict(),
@@ -147,7 +169,16 @@ def quantize(
             ),
         )  # fmt: skip
         facts["reconstruction"] = {row.pop("part"): row for row in learned}
+        _check_result(quantized)
     return quantized.replace(provenance=Provenance(facts))  # type: ignore[attr-defined]
+
+
+def _check_result(quantized: QuantizedDiT) -> None:
+    if bad := has_nonfinite(quantized):
+        raise Ptq4ditError(
+            f"The quantized model would hold NaN or infinity in {', '.join(bad[:3])}; check that the float model makes good "
+            "samples."
+        )
 
 
 def _journal(
@@ -166,10 +197,11 @@ def _journal(
 
 
 def _row_batch(num_rows: int, wanted: int | None, parts: int) -> int:
-    """The largest divisor of ``num_rows`` that is at most ``wanted`` and, where possible, a multiple of the mesh's
-    ``parts``."""
-    divisors = [d for d in range(1, num_rows + 1) if num_rows % d == 0 and d <= (wanted or num_rows)] or [1]
-    return max(divisors, key=lambda d: (d % parts == 0, d))
+    """The largest divisor of ``num_rows`` that is a multiple of ``parts`` and at most ``wanted``, or else ``parts`` itself: one
+    row per device."""
+    share = num_rows // parts
+    bound = share if wanted is None else max(1, wanted // parts)
+    return parts * max(d for d in range(1, share + 1) if share % d == 0 and d <= bound)
 
 
 def _static_sites(config: QuantConfig) -> tuple[str, ...]:
@@ -193,14 +225,18 @@ def balance(
     extremes: Mapping[str, ChannelExtremes],
     calibration: CalibrationData,
     row_batch: int | None = None,
+    parts: int = 1,
 ) -> Balancing:
-    """Balancing factors from channel extremes (S, L, K) at every calibration step (PTQ4DiT eqs. 4-11)."""
+    """Balancing factors from channel extremes (S, L, K) at every calibration step (PTQ4DiT eqs. 4-11).
+
+    ``row_batch`` and ``parts`` are those of :func:`ptq4dit_jax.calibration.channel_extremes`.
+    """
     names = _balanced(config)
     out = Balancing(factors={}, activation_salience={}, weight_salience={}, eta={}, rho={})
     by_row: dict[str, ChannelExtremes] = {}
     if names and config.balance == "csb+ssc" and config.ssc == "rows":
         sites = tuple(f"blocks.{name}" for name in names)
-        by_row = channel_extremes(model, calibration, sites=sites, per_row=True, row_batch=row_batch)
+        by_row = channel_extremes(model, calibration, sites=sites, per_row=True, row_batch=row_batch, parts=parts)
     for name in names:
         site, layer = f"blocks.{name}", name.removesuffix("_in")
         s_x = extremes[site].salience
@@ -238,10 +274,12 @@ def activation_quantizers(
     factors: Mapping[str, jax.Array],
     residual: Mapping[str, jax.Array],
     row_batch: int | None = None,
+    parts: int = 1,
 ) -> tuple[dict[str, ActQuantizer], jax.Array]:
     """Quantizers of all sites, ranges chosen on the folded model; and the noise levels that part the groups of steps (G - 1,).
 
-    Leaves are ([L,] G) for scale and zero point.
+    Leaves are ([L,] G) for scale and zero point. ``row_batch`` and ``parts`` are those of
+    :func:`ptq4dit_jax.calibration.histograms`.
     """
     # Steps of one noise level, of which Heun's method has pairs, must share a group.
     levels, step_levels = np.unique(-folded.schedule.noise_level(np.asarray(calibration.t)), return_inverse=True)
@@ -268,7 +306,7 @@ def activation_quantizers(
             jax.ops.segment_min(low, groups, num_segments=G),
             jax.ops.segment_max(high, groups, num_segments=G),
         )
-    counted = histograms(folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch)
+    counted = histograms(folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch, parts=parts)
 
     acts = {}
     for name, h in counted.items():

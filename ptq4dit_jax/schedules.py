@@ -66,6 +66,7 @@ class FlowSchedule:
     Attributes:
       data_time: the time at which x is data, 0 or 1; at the other it is noise. The network sees t in these terms.
       steps: the number of equal steps that a network made for a step size was imported for; 0 where any number will do.
+      guided: the network was trained to predict the guided velocity, so that guidance on top is off by default.
     """
 
     objective: ClassVar[str] = "velocity"
@@ -73,6 +74,7 @@ class FlowSchedule:
 
     data_time: int = 1
     steps: int = 0
+    guided: bool = False
 
     def __post_init__(self) -> None:
         if self.data_time not in (0, 1):
@@ -108,7 +110,8 @@ class FlowSchedule:
             raise Ptq4ditError(f"Calibration times t of a flow model must lie between 0 and 1, not {t.ravel()[:3]}...")
 
     def describe(self) -> str:
-        return f"{self.objective}, data at t = {self.data_time}" + (f", {self.steps} steps" if self.steps else "")
+        steps = "" if not self.steps else ", 1 step" if self.steps == 1 else f", {self.steps} steps"
+        return f"{self.objective}, data at t = {self.data_time}{steps}" + (", guided by training" if self.guided else "")
 
 
 Schedule: TypeAlias = NoiseSchedule | FlowSchedule

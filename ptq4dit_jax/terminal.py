@@ -27,11 +27,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from ptq4dit_jax import checkpoints, sharding
 from ptq4dit_jax.checkpoints import foreign
 from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
 from ptq4dit_jax.devices import default_device
+from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, backends
 from ptq4dit_jax.errors import Ptq4ditError
@@ -65,6 +67,13 @@ def stages(console: Console = console) -> Iterator[StageProgress]:
         yield report
 
 
+@contextlib.contextmanager
+def working(what: str) -> Iterator[None]:
+    """A sign of life while something runs that has no parts to count."""
+    with console.status(Text(what)):
+        yield
+
+
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of one shape as a table; the keys of the first are the headings."""
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
@@ -86,9 +95,9 @@ def devices_line() -> str:
 
 def to_run(model: _Model, dtype: str, backend: str) -> _Model:
     """The model as it is sampled from, in the type and by the backend asked for. The type ``auto`` is bfloat16 for a quantized
-    model on an accelerator, and otherwise the model's own."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise Ptq4ditError(f"The type to compute in must be auto, float32 or bfloat16, not {dtype!r}.")
+    model on an accelerator, and otherwise the model's own: of a float model the stored one, or float32 for float16."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise Ptq4ditError(f"The type to compute in must be auto, float32, bfloat16 or float16, not {dtype!r}.")
     device = default_device()
     if backends.check(backend) == "mosaic_gpu" and device.capability != (9, 0):
         raise Ptq4ditError("The backend mosaic_gpu needs a GPU of compute capability 9.0 (Hopper); use auto or xla.")
@@ -105,9 +114,16 @@ def to_run(model: _Model, dtype: str, backend: str) -> _Model:
 def runs_line(model: checkpoints.Model) -> str:
     """In which type the model computes and, if quantized, what runs its integer products."""
     if not isinstance(model, QuantizedDiT):
-        return f"in {np.dtype(model.dtype).name}"
+        computed, stored = np.dtype(model.dtype).name, np.dtype(model.param_dtype).name
+        return f"in {computed}" + (f" (stored in {stored})" if stored != computed else "")
     choice = model.backend_choice
     return f"in {model.dtype}, integer products by {choice.name}" + (f" ({choice.why})" if choice.why else "")
+
+
+def walk_line(walk: Sampler, guidance: float) -> str:
+    """How a resolved sampler walks, in words."""
+    steps = "1 step" if str(walk.steps) == "1" else f"{walk.steps} steps"
+    return f"{walk.name}, {steps}, " + ("no guidance" if guidance == 1 else f"guidance {guidance:g}")
 
 
 def all_devices_mesh() -> jax.sharding.Mesh | None:
@@ -131,7 +147,7 @@ def copied(path: str, part: str = "transformer") -> Iterator[Path]:
 
 def load_vae(path: str, scale: float | None) -> VAEDecoder:
     """The VAE of ``--vae`` and ``--vae-scale``; prints what was decided and guessed."""
-    with copied(path, "vae") as where:
+    with copied(path, "vae") as where, working(f"Reading {path}"):
         vae, found = foreign.import_vae(where, scaling_factor=scale)
     for note in found.notes:
         console.print(f"VAE: {note}")
@@ -144,7 +160,7 @@ def load_model(name: str) -> checkpoints.Model:
     """A model folder, a checkpoint of others, the address of either, or ``random:PRESET[@SIZE]``: a published size with random
     weights, for trying things out."""
     if not name.startswith("random:"):
-        with copied(name) as where:
+        with copied(name) as where, working(f"Reading {name}"):
             model, notes = checkpoints.load_noted(where)
         for note in notes:
             console.print(note)
@@ -154,7 +170,9 @@ def load_model(name: str) -> checkpoints.Model:
     preset, _, size = name.removeprefix("random:").partition("@")
     if size and not (size.isascii() and size.isdigit()):
         raise Ptq4ditError(f"The latent size in {name!r} must be a number, for example random:DiT-S/2@32.")
-    return FloatDiT.init(DiTConfig.preset(preset, input_size=int(size or 32)), jax.random.key(0))
+    config = DiTConfig.preset(preset, input_size=int(size or 32))
+    with working(f"Drawing {name}"):
+        return FloatDiT.init(config, jax.random.key(0))
 
 
 def parse_labels(text: str, repeat: int = 1) -> np.ndarray:

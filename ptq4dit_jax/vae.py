@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import ArrayLike, DTypeLike
 
-from ptq4dit_jax.dit import at_least_float32, softmax
+from ptq4dit_jax.dit import asked_dtype, at_least_float32, compute_dtype, softmax
 from ptq4dit_jax.errors import Ptq4ditError
 
 _EPS = 1e-6
@@ -201,12 +201,14 @@ def init_params(config: VAEConfig, key: jax.Array) -> dict[str, Any]:
 
 @struct.dataclass
 class VAEDecoder:
-    """A decoder with its parameters; a pytree whose leaves are those of :func:`init_params`, all of one floating type, in which
-    it computes. Group norms, the softmax and the last convolution are in float32 at least.
+    """A decoder with its parameters; a pytree whose leaves are those of :func:`init_params`, all of one floating type. It
+    computes in that type, or in float32 if that is float16, unless ``compute`` names another (:meth:`astype` sets it). Group
+    norms, the softmax and the last convolution are in float32 at least.
     """
 
     params: Any
     config: VAEConfig = struct.field(pytree_node=False, default=VAEConfig())
+    compute: str | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
     def init(cls, config: VAEConfig, key: jax.Array) -> VAEDecoder:
@@ -215,11 +217,13 @@ class VAEDecoder:
 
     @property
     def dtype(self) -> DTypeLike:
-        return self.params["decoder"]["conv_in"]["kernel"].dtype
+        """The type to compute in; see :func:`ptq4dit_jax.dit.compute_dtype`."""
+        return compute_dtype(self.params["decoder"]["conv_in"]["kernel"].dtype, self.compute)
 
     def astype(self, dtype: DTypeLike) -> VAEDecoder:
-        """The same decoder computing in ``dtype``."""
-        return self.replace(params=jax.tree.map(lambda a: a.astype(dtype), self.params))  # type: ignore[attr-defined]
+        """The same decoder stored and computing in ``dtype``, float16 included."""
+        params = jax.tree.map(lambda a: a.astype(dtype), self.params)
+        return self.replace(params=params, compute=asked_dtype(dtype))  # type: ignore[attr-defined]
 
     def check_channels(self, channels: int) -> None:
         """Raises one sentence unless latents of so many channels are what this decoder takes."""

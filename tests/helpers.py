@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ptq4dit_jax.chain import sample_batch
 from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import DiTConfig, init_params
 from ptq4dit_jax.engine import QLinear, QuantizedDiT
 from ptq4dit_jax.model import FloatDiT
-from ptq4dit_jax.sampling import sample_batch
 
 
 def tiny_config(**overrides: Any) -> DiTConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from flax import struct
 from helpers import relative_error, tiny_config, tiny_model
 
+from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration import (
     HISTOGRAM_BINS,
     CalibrationData,
@@ -20,6 +22,7 @@ from ptq4dit_jax.calibration import (
     Histogram,
     channel_extremes,
     histograms,
+    in_row_order,
     sample_trajectories,
     spread_labels,
     stored_rows,
@@ -295,6 +298,85 @@ def test_micro_batches_keep_rows_and_steps_together(data: CalibrationData) -> No
             assert batched.t[index] == data.t[step]
             np.testing.assert_array_equal(batched.x[index], data.x[step, 2 * part : 2 * part + 2])
             np.testing.assert_array_equal(batched.y[index], data.y[step, 2 * part : 2 * part + 2])
+
+
+# --- rows on several devices
+
+
+def sharded_rows(mesh: Any, rows: int) -> CalibrationData:
+    """Rows that all differ, cut over the mesh; more steps and rows than any other axis is long."""
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(STEPS, rows, *CONFIG.image_shape)).astype(np.float32) * np.linspace(1, 4, rows).reshape(1, -1, 1, 1, 1)
+    y = rng.integers(0, CONFIG.num_classes, (STEPS, rows)).astype(np.int32)
+    x, y = sharding.shard(mesh, (x.astype(np.float32), y), axis=1)
+    return CalibrationData(x=x, t=np.array([999, 500, 20], np.int32), y=y)
+
+
+@pytest.mark.parametrize(("rows", "row_batch", "per_row"), [(48, 16, False), (48, 16, True), (32, 8, True)])
+def test_devices_keep_their_rows(model: FloatDiT, mesh8: Any, rows: int, row_batch: int, per_row: bool) -> None:
+    """No device gathers another's rows, and statistics, those of single rows in their order, are those of one device."""
+    data = sharded_rows(mesh8, rows)
+    how = {"sites": ("blocks.qkv_in", "blocks.v", "final_in"), "per_row": per_row, "row_batch": row_batch}
+    placed = sharding.replicate(mesh8, model)
+    program = channel_extremes.lower(placed, data, parts=8, **how).compile()
+    assert_rows_stay(program.as_text(), rows, row_batch)
+    alone = jax.device_get(data)
+    expected = channel_extremes(model, alone, sites=how["sites"], per_row=per_row)
+    for name, seen in program(placed, data).items():
+        for part in ("low", "high", "power"):
+            np.testing.assert_allclose(
+                np.asarray(getattr(seen, part)), getattr(expected[name], part), rtol=1e-4, atol=2e-5, err_msg=f"{name} {part}"
+            )
+
+
+def test_histograms_keep_rows_too(model: FloatDiT, mesh8: Any) -> None:
+    data, groups = sharded_rows(mesh8, 16), np.array([0, 0, 1], np.int32)
+    sites = ("blocks.v", "blocks.qkv_in")
+    ranges = {name: (np.full((2, CONFIG.depth), -3, np.float32), np.full((2, CONFIG.depth), 3, np.float32)) for name in sites}
+    placed = sharding.replicate(mesh8, model)
+    program = histograms.lower(placed, data, groups, ranges, num_groups=2, row_batch=8, parts=8).compile()
+    assert_rows_stay(program.as_text(), 16, 8)
+    expected = histograms(model, jax.device_get(data), groups, ranges, num_groups=2)
+    for name, seen in program(placed, data, groups, ranges).items():
+        moved = np.abs(np.cumsum(seen.counts - expected[name].counts, axis=-1))  # an ulp moves a value to the next bin
+        assert moved.max() <= 2e-3 * np.asarray(expected[name].counts).sum(-1).max()
+        np.testing.assert_array_equal(np.asarray(seen.counts).sum(-1), np.asarray(expected[name].counts).sum(-1))
+
+
+def assert_rows_stay(hlo: str, rows: int, row_batch: int) -> None:
+    """No collective moves images: what is exchanged has no axes of an image, whole or cut into tokens; nor does any device
+    hold activations of more rows than its share of a micro-batch."""
+    moved = [line for line in hlo.splitlines() if re.search(r"= .*(all-gather|all-to-all|collective-permute)(-start)?\(", line)]
+    height, width, channels = CONFIG.image_shape
+    assert not [line for line in moved if f"{height},{width},{channels}]" in line], moved
+    assert not [line for line in moved if f",{CONFIG.num_tokens}," in line], moved
+    hidden = re.findall(rf"f32\[(\d+),{CONFIG.num_tokens},{CONFIG.hidden_size}\]", hlo)
+    assert hidden
+    assert max(map(int, hidden)) <= row_batch // 8
+
+
+def test_the_check_for_gathered_rows_can_fail(model: FloatDiT, mesh8: Any) -> None:
+    """Cut as if they lay on one device, the rows are gathered."""
+    data = sharded_rows(mesh8, 48)
+    program = channel_extremes.lower(sharding.replicate(mesh8, model), data, sites=("blocks.v",), row_batch=16).compile()
+    with pytest.raises(AssertionError):
+        assert_rows_stay(program.as_text(), 48, 16)
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(4, 1), (8, 2), (16, 8), (24, 4)])
+def test_the_order_of_rows_is_restored(rows: int, parts: int) -> None:
+    data = CalibrationData(x=np.zeros((2, 48, 1, 1, 1)), t=np.array([5, 3]), y=np.arange(96).reshape(2, 48))
+    batched = np.asarray(data.batched(rows, parts).y)
+    for batch in batched.reshape(2, 48 // rows, parts, rows // parts):
+        block = 48 // parts
+        assert (batch[:, :] % 48 // block == np.arange(parts)[:, None]).all(), "each device's rows are of its own block"
+    restored = in_row_order(batched.reshape(2, 48 // rows, rows), 1, parts)
+    np.testing.assert_array_equal(restored, data.y)
+
+
+def test_micro_batches_that_devices_cannot_share(data: CalibrationData, raises_sentence: Any) -> None:
+    with raises_sentence("micro-batches of 1", "multiple of the 2 devices"):
+        data.batched(1, 2)
 
 
 # --- trajectories

@@ -12,6 +12,7 @@ import pytest
 from ptq4dit_jax.config import EDGE_LAYERS, LAYERS, POLICIES, LayerRule, QuantConfig, layer_rules
 from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule
 
 BLOCK_LAYERS = {"blocks.adaLN", "blocks.qkv", "blocks.proj", "blocks.fc1", "blocks.fc2"}
 Sentence = Callable[..., AbstractContextManager[None]]
@@ -133,7 +134,8 @@ def test_the_paper() -> None:
         assert not paper.weigh_inputs
         assert paper.range_search == "percentile"
         assert (paper.step_groups, paper.dynamic_sites) == (1, ())
-        assert (paper.calib_steps, paper.calib_rows) == (25, 64)
+        resolved = paper.resolve(NoiseSchedule(), DiTConfig.preset("DiT-S/2"))
+        assert (resolved.calib_steps, resolved.calib_rows) == (25, 64)
         assert set(paper.rules.values()) == {LayerRule(bits)}
 
 
@@ -150,6 +152,52 @@ def test_defaults_run_every_block_on_integers() -> None:
 
 def test_the_walk_is_the_samplers() -> None:
     assert QuantConfig(sampler="ddim", steps="ddim25", eta=0.5).walk == Sampler(name="ddim", steps="ddim25", eta=0.5)
+
+
+NETWORK = DiTConfig.preset("DiT-S/2")
+
+
+@pytest.mark.parametrize(
+    ("given", "schedule", "null_class", "expected"),
+    [
+        ({}, NoiseSchedule(), True, ("ddpm", 50, 1.5, 25)),
+        ({}, NoiseSchedule(), False, ("ddpm", 50, 1.0, 25)),
+        ({"steps": 10}, NoiseSchedule(), True, ("ddpm", 10, 1.5, 10)),
+        ({"steps": "ddim20", "sampler": "ddim"}, NoiseSchedule(), True, ("ddim", "ddim20", 1.5, 20)),
+        ({"steps": "25"}, NoiseSchedule(), True, ("ddpm", "25", 1.5, 25)),
+        ({}, FlowSchedule(), True, ("euler", 50, 1.5, 25)),
+        ({}, FlowSchedule(steps=1), True, ("euler", 1, 1.5, 1)),
+        ({}, FlowSchedule(steps=128), True, ("euler", 128, 1.5, 25)),
+        ({}, FlowSchedule(steps=2, guided=True), True, ("euler", 2, 1.0, 2)),
+        ({"cfg_scale": 4.0}, FlowSchedule(guided=True), True, ("euler", 50, 4.0, 25)),
+        ({"sampler": "heun", "steps": 4}, FlowSchedule(), True, ("heun", 4, 1.5, 8)),  # heun calls the network twice a step
+        ({"calib_steps": 3}, NoiseSchedule(), True, ("ddpm", 50, 1.5, 3)),
+    ],
+)
+def test_what_is_not_given_follows_the_model(given: Any, schedule: Any, null_class: bool, expected: Any) -> None:
+    network = DiTConfig.preset("DiT-S/2", null_class=null_class)
+    for make in (QuantConfig, QuantConfig.paper):
+        resolved = make(**given).resolve(schedule, network)
+        assert (resolved.sampler, resolved.steps, resolved.cfg_scale, resolved.calib_steps) == expected
+        assert resolved.resolve(schedule, network) == resolved
+
+
+@pytest.mark.parametrize(
+    ("given", "schedule", "parts"),
+    [
+        ({"calib_steps": 5, "steps": 4}, NoiseSchedule(), ("sampler's 4 steps", "not 5")),
+        ({"calib_steps": 2}, FlowSchedule(steps=1), ("sampler's 1 steps", "not 2")),
+        ({"steps": 2}, FlowSchedule(steps=1), ("imported for 1 steps", "flow-steps")),
+    ],
+)
+def test_what_is_given_must_fit_the_model(given: Any, schedule: Any, parts: Any, raises_sentence: Sentence) -> None:
+    with raises_sentence(*parts):
+        QuantConfig(**given).resolve(schedule, NETWORK)
+
+
+def test_a_network_without_null_class_cannot_be_guided_on_demand(raises_sentence: Sentence) -> None:
+    with raises_sentence("null class", "cfg_scale 1"):
+        QuantConfig(cfg_scale=2.0).resolve(NoiseSchedule(), DiTConfig.preset("DiT-S/2", null_class=False))
 
 
 def test_settings_are_json_and_come_back() -> None:

@@ -65,7 +65,7 @@ def test_what_a_schedule_cannot_be(raises_sentence: Sentence) -> None:
         ptq.FlowSchedule(steps=-1)
 
 
-@pytest.mark.parametrize("steps", [0, -1, 10_001, "ddim10", "", "ten", 2.5, None, "\N{SUPERSCRIPT TWO}"])
+@pytest.mark.parametrize("steps", [0, -1, 10_001, "ddim10", "", "ten", 2.5, "None", "\N{SUPERSCRIPT TWO}"])
 def test_impossible_step_counts(steps: Any, raises_sentence: Sentence) -> None:
     with raises_sentence("steps of a flow", "1 to 10000", repr(steps)):
         ptq.Sampler(name="euler", steps=steps).tables(FLOWS[0])
@@ -85,8 +85,9 @@ def test_samplers_and_objectives_that_do_not_fit(raises_sentence: Sentence) -> N
 def test_a_step_size_is_not_another(raises_sentence: Sentence) -> None:
     shortcut = ptq.FlowSchedule(steps=8)
     assert ptq.Sampler(steps=8).tables(shortcut).num_steps == 8
+    assert ptq.Sampler().tables(shortcut).num_steps == 8
     with raises_sentence("imported for 8 steps", "use 8", "--flow-steps) 50"):
-        ptq.Sampler().tables(shortcut)
+        ptq.Sampler(steps=50).tables(shortcut)
     with raises_sentence("'heun'", "1/8", "use euler"):
         ptq.Sampler(name="heun", steps=8).tables(shortcut)
 
@@ -94,8 +95,11 @@ def test_a_step_size_is_not_another(raises_sentence: Sentence) -> None:
 def test_auto_is_what_the_model_asks_for() -> None:
     assert ptq.Sampler().resolve(ptq.NoiseSchedule()).name == "ddpm"
     assert ptq.Sampler(steps=7).resolve(FLOWS[0]) == ptq.Sampler(name="euler", steps=7)
-    assert ptq.QuantConfig.paper().resolve(FLOWS[0]) == ptq.QuantConfig.paper(sampler="euler")
-    assert ptq.QuantConfig(sampler="ddim").resolve(ptq.NoiseSchedule()) == ptq.QuantConfig(sampler="ddim")
+    network = ptq.DiTConfig.preset("DiT-S/2")
+    filled = {"steps": 50, "cfg_scale": 1.5, "calib_steps": 25}
+    assert ptq.QuantConfig.paper().resolve(FLOWS[0], network) == ptq.QuantConfig.paper(sampler="euler", **filled)
+    ddim = ptq.QuantConfig(sampler="ddim")
+    assert ddim.resolve(ptq.NoiseSchedule(), network) == ptq.QuantConfig(sampler="ddim", **filled)
 
 
 # Samplers ------------------------------------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ from flax import struct
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ptq4dit_jax import sharding
+from ptq4dit_jax import chain, sharding
+from ptq4dit_jax.chain import sample_batch
 from ptq4dit_jax.diffusion import NoiseSchedule, Sampler
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.model import FloatDiT
-from ptq4dit_jax.sampling import check_labels, run_chain, sample, sample_batch, to_uint8
+from ptq4dit_jax.sampling import check_labels, run_chain, sample, sample_batches, to_uint8
+from ptq4dit_jax.schedules import FlowSchedule
 
 STEPS = 5
 LABELS = np.array([3, 0, 9, 3, 10])
@@ -279,6 +281,90 @@ def test_a_run_makes_intended_transfers_only(toy, key, explicit, request, device
     with jax.transfer_guard("disallow"):
         images = sample(toy, LABELS, key, batch_size=2, mesh=mesh, **explicit)
     assert_close(images, sample(toy, LABELS, key, **explicit))
+
+
+def compilations(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [m for m in (record.getMessage() for record in caplog.records) if m.startswith("Compiling jit(sample_batch)")]
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_measuring_the_memory_compiles_nothing_more(toy, key, request, caplog, devices):
+    """The program that is measured is the one that runs; a second request measures nothing anew."""
+    mesh = request.getfixturevalue("mesh8") if devices == 8 else None
+    model, labels = changed(toy, num_classes=10 + devices), np.arange(20) % 7
+    options = {"steps": 2, "mesh": mesh, "noise": np.ones((20, 4, 4, 4)), "step_noise": np.ones((2, 20, 4, 4, 4))}
+    with jax.log_compiles():
+        sample(model, labels, key, **options)
+        assert len(compilations(caplog)) == 1
+        sample(model, labels, key, **options)
+        sample(model, labels[::-1], key, cfg_scale=3.0, **options)
+        assert len(compilations(caplog)) == 1
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_scarce_memory_makes_batches_smaller_and_changes_no_image(toy, key, request, monkeypatch, devices):
+    mesh = request.getfixturevalue("mesh8") if devices == 8 else None
+    labels, asked, calls = np.arange(40) % 11, [], []
+    rng = np.random.default_rng(0)
+    noise = {"noise": rng.normal(size=(40, 4, 4, 4)), "step_noise": rng.normal(size=(STEPS, 40, 4, 4, 4))}
+    options = {"steps": STEPS, "mesh": mesh, **noise}
+    whole = sample(toy, labels, key, **options)
+    monkeypatch.setattr(chain.memory, "free_bytes", lambda found: asked.append(len(found)) or 12_000)
+    images = sample(toy, labels, key, progress=lambda *call: calls.append(call), **options)
+    assert asked == [devices]
+    assert_close(images, whole)
+    batch = calls[0][0]
+    assert devices <= batch < 40
+    assert calls == [(min(stop, 40), 40) for stop in range(batch, 40 + batch, batch)]
+
+
+def test_a_single_image_waits_for_no_measurement(toy, key, monkeypatch):
+    monkeypatch.setattr(chain.memory, "free_bytes", lambda devices: pytest.fail("measured"))
+    assert sample(toy, [3], key, steps=2).shape == (1, 4, 4, 4)
+    assert sample(toy, [3, 4], key, steps=2, batch_size=2).shape == (2, 4, 4, 4)
+
+
+def test_more_than_is_useful_at_once_is_cut(toy, key, monkeypatch):
+    monkeypatch.setattr(chain, "_USEFUL_ROWS", 8)
+    labels, noise = np.arange(21) % 11, np.random.default_rng(0).normal(size=(21, 4, 4, 4))
+    options = {"steps": 2, "sampler": "ddim", "noise": noise}
+    parts = list(sample_batches(toy, labels, key, **options))
+    assert [(start, len(images)) for start, images in parts] == [(0, 8), (8, 8), (16, 5)]
+    joined = np.concatenate([images for _, images in parts])
+    np.testing.assert_array_equal(joined, sample(toy, labels, key, **options))
+    assert_close(joined, sample(toy, labels, key, batch_size=21, **options))
+
+
+def test_a_stream_checks_its_arguments_before_its_first_batch(toy, key, raises_sentence):
+    with raises_sentence("Label 11"):
+        sample_batches(toy, [0, 11], key)
+    with raises_sentence("batch_size", "0"):
+        sample_batches(toy, [0, 1], key, batch_size=0)
+
+
+# Defaults --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "null_class", "steps", "guidance"),
+    [
+        (NoiseSchedule(), True, 50, 1.5),
+        (NoiseSchedule(), False, 50, 1.0),
+        (FlowSchedule(steps=1), True, 1, 1.5),
+        (FlowSchedule(steps=3, guided=True), True, 3, 1.0),
+        (FlowSchedule(guided=True), True, 50, 1.0),
+    ],
+)
+def test_steps_and_guidance_follow_the_model(toy, key, schedule, null_class, steps, guidance):
+    """What is sampled without options is what is sampled with those that the model asks for, and with no others."""
+    model = changed(toy, null_class=null_class, learn_sigma=False).replace(schedule=schedule)
+    sampler = "ddim" if isinstance(schedule, NoiseSchedule) else "euler"
+    options = {"sampler": sampler, "noise": np.random.default_rng(0).normal(size=(2, 4, 4, 4))}
+    images = sample(model, [1, 2], key, **options)
+    np.testing.assert_array_equal(images, sample(model, [1, 2], key, steps=steps, cfg_scale=guidance, **options))
+    if null_class:
+        other = sample(model, [1, 2], key, steps=steps, cfg_scale=2.5 - guidance, **options)
+        assert np.abs(other - images).max() > 1e-3
 
 
 # Errors ----------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def main() -> None:
     dit = ptq.load(MODEL)
     assert isinstance(dit, ptq.FloatDiT)
     console.print(f"ptq4dit_jax on {devices_line()}: DiT on handwritten digits, {dit.num_params / 1e6:.2f} M parameters")
-    settings = [ptq.QuantConfig(weight_bits=bits) for bits in (8, 4)]
+    settings = [ptq.QuantConfig(weight_bits=bits).resolve(dit.schedule, dit.config) for bits in (8, 4)]
     console.print("Calibrating on the float model's own sampling, then quantizing twice from the same rows")
     models: dict[str, Any] = {}
     with stages() as report:

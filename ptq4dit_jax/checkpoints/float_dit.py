@@ -37,7 +37,7 @@ def save_float(
     if jax.tree.leaves(model.quantizers):
         raise Ptq4ditError("This float model carries fake quantizers, which cannot be saved; save the quantized model instead.")
     arrays = flatten(model.params)
-    dtype = str(np.dtype(model.dtype)) if "final/kernel" in arrays else "float32"
+    dtype = str(np.dtype(model.param_dtype)) if "final/kernel" in arrays else "float32"
     check_arrays(arrays, expected_arrays(model.config, dtype), "This float model cannot be saved")
     meta = {"kind": KIND, **model_meta(model.config, model.schedule), "dtype": dtype, "provenance": dict(provenance or {})}
     return store.write(path, arrays, meta, overwrite=overwrite)
@@ -53,7 +53,7 @@ def load_float(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Flo
     config, schedule = read_model_meta(meta)
     dtype = meta.get("dtype")
     if dtype not in FLOATS:
-        raise Ptq4ditError(f"The model's dtype is {dtype!r}; a float model computes in {', '.join(FLOATS)}.")
+        raise Ptq4ditError(f"The model's dtype is {dtype!r}; a float model is stored in {', '.join(FLOATS)}.")
     check_arrays(arrays, expected_arrays(config, dtype), "This is no complete float model")
     params = traverse_util.unflatten_dict({name: jnp.asarray(array) for name, array in arrays.items()}, sep="/")
     return FloatDiT(params=params, config=config, schedule=schedule)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,14 +18,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from ptq4dit_jax.diffusion import Network, Sampler, SamplerName
+from ptq4dit_jax.diffusion import Network, Sampler, SamplerName, resolve_guidance
 from ptq4dit_jax.dit import DiTConfig, GuidedChannels
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.evaluation.metrics import Interval
 from ptq4dit_jax.evaluation.probes import layer_sqnr_along, predicted_noise
 from ptq4dit_jax.model import FloatDiT
-from ptq4dit_jax.sampling import Progress, check_labels, run_chain, sample
+from ptq4dit_jax.sampling import Progress, check_labels, run_chain
 from ptq4dit_jax.schedules import Schedule
 from ptq4dit_jax.vae import VAEDecoder
 
@@ -46,9 +47,16 @@ def same_noise_images(
 
     ``progress`` is called with (images done, images in all) over all models together.
     """
+    walk = Sampler(
+        name=settings.pop("sampler", Sampler.name),
+        steps=settings.pop("steps", Sampler.steps),
+        eta=settings.pop("eta", Sampler.eta),
+    )
     images = {}
     for index, (name, model) in enumerate(models.items()):
-        images[name] = sample(model, labels, key, progress=_within(progress, index, len(models)), **settings)
+        images[name], _ = run_chain(
+            model, labels, key, walk, progress=_within(progress, index, len(models)), what=f"{name}'s image", **settings
+        )
     return images
 
 
@@ -160,6 +168,17 @@ def _full_scale(images: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], f
     return images, float(np.ptp(images[REFERENCE]))
 
 
+def _check_prediction(name: str, prediction: np.ndarray, t: np.ndarray) -> None:
+    """Raises unless predictions (S, N, H, W, C) at times (S,) are finite."""
+    finite = np.isfinite(prediction).all((1, 2, 3, 4))
+    if not finite.all():
+        step = int(np.argmin(finite))
+        raise Ptq4ditError(
+            f"The prediction of the model {name!r} holds NaN or infinity at step {step + 1} of the {len(t)} compared "
+            f"(t = {t[step]:g}); compute in float32 (astype), or quantize with wider activations."
+        )
+
+
 _steps_sqnr = jax.jit(metrics.steps_sqnr)
 _psnr_db, _ssim = jax.jit(metrics.psnr_db), jax.jit(metrics.ssim)
 
@@ -178,10 +197,10 @@ def compare(
     *,
     labels: ArrayLike | None,
     key: jax.Array,
-    steps: int | str = 50,
+    steps: int | str | None = None,
     sampler: SamplerName = "auto",
     eta: float = 0.0,
-    cfg_scale: float = 1.5,
+    cfg_scale: float | None = None,
     cfg_channels: GuidedChannels = "first3",
     batch_size: int | None = None,
     sqnr_steps: int = 25,
@@ -190,6 +209,7 @@ def compare(
     decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
+    stage: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Measures ``others`` and the noise floor against ``reference`` computing in float32.
 
@@ -205,6 +225,12 @@ def compare(
       decoder: makes pictures of latents, which are then what the image figures compare.
       mesh: shards the sampling over ``data``; the rest runs on one device.
       progress: called with (images done, images in all) while sampling.
+      stage: called with (stage, done, total) for what lies before and after: the reference's trajectories (of images) and the
+        figures (of models).
+
+    Raises:
+      Ptq4ditError: models or settings that cannot be compared, or NaN or infinity in the samples or predictions of a model,
+        which the sentence names.
     """
     _check_models(reference, others)
     if sqnr_steps < 1 or sqnr_rows < 1:
@@ -214,21 +240,25 @@ def compare(
     reference = reference.astype(jnp.float32)
     config, labels_N = reference.config, check_labels(labels, reference.config)
     walk = Sampler(name=sampler, steps=steps, eta=eta).resolve(reference.schedule)
+    cfg_scale = resolve_guidance(cfg_scale, config, reference.schedule)
+    report = stage or (lambda stage, done, total: None)
     timesteps = walk.tables(reference.schedule).t
     models = {NOISE_FLOOR: reference.astype(jnp.bfloat16), **others}
 
     kept = _evenly(len(timesteps), sqnr_steps)
     rows = _evenly(len(labels_N), min(sqnr_rows, batch_size or sqnr_rows))
     t_S, y_B = timesteps[kept], labels_N[rows]
+    trajectories = partial(report, "sample trajectories of the reference")
+    trajectories(0, len(rows))
     sampled, inputs = run_chain(
         reference, y_B, key, walk, cfg_scale=cfg_scale, cfg_channels=cfg_channels, decoder=decoder, mesh=mesh,
-        keep_steps=kept,
+        keep_steps=kept, progress=trajectories, what="The reference's image",
     )  # fmt: skip
     # Where the trajectories are those of all labels, their ends are the reference's images.
     pending = models if len(rows) == len(labels_N) else {REFERENCE: reference, **models}
     images = {REFERENCE: sampled} | same_noise_images(
         pending, labels_N, key, progress=progress, decoder=decoder, mesh=mesh,
-        steps=steps, sampler=walk.name, eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels, batch_size=batch_size,
+        steps=walk.steps, sampler=walk.name, eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels, batch_size=batch_size,
     )  # fmt: skip
 
     images, data_range = _full_scale(images)
@@ -241,9 +271,12 @@ def compare(
         layer_labels = np.concatenate([layer_labels, np.full_like(layer_labels, config.null_label)])
 
     noise = predicted_noise(reference, inputs, t_S, y_B, cfg_scale, cfg_channels)
-    figures = {}
+    _check_prediction(REFERENCE, noise, t_S)
+    figures: dict[str, ModelFigures] = {}
     for name, model in models.items():
+        report("measure", len(figures), len(models))
         other_noise = predicted_noise(model, inputs, t_S, y_B, cfg_scale, cfg_channels)
+        _check_prediction(name, other_noise, t_S)
         psnr = _per_image(_psnr_db, images[REFERENCE], images[name], data_range)
         ssim = _per_image(_ssim, images[REFERENCE], images[name], data_range)
         sqnr = _steps_sqnr(noise, other_noise)
@@ -258,11 +291,12 @@ def compare(
             ssim=ssim,
             ssim_interval=metrics.bootstrap_interval(ssim, seed),
         )
+    report("measure", len(models), len(models))
     return Comparison(
         figures=figures, reference_bytes=num_bytes(reference), timesteps=t_S, labels=labels_N, images=images,
         data_range=data_range,
         settings={
-            "objective": reference.schedule.objective, "sampler": walk.name, "steps": steps, "eta": eta,
+            "objective": reference.schedule.objective, "sampler": walk.name, "steps": walk.steps, "eta": eta,
             "cfg_scale": cfg_scale, "cfg_channels": cfg_channels,
             "images": len(labels_N), "sqnr_steps": len(kept), "sqnr_rows": len(rows), "bootstrap_seed": seed,
         },

@@ -172,25 +172,46 @@ def salience_figure(
     return figure
 
 
+def grid_size(
+    count: int, height: int, width: int, columns: int | None = None, *, cell: int = 64, gap: int = 2
+) -> tuple[int, int]:
+    """Width and height in pixels of the grid that :func:`image_grid` makes of ``count`` images of ``height`` x ``width``."""
+    factor = _enlargement(height, width, cell)
+    across, down = _layout(count, height, width, columns)
+    return across * (factor * width + gap) - gap, down * (factor * height + gap) - gap
+
+
+def _enlargement(height: int, width: int, cell: int) -> int:
+    return max(1, -(-cell // min(height, width)))
+
+
+def _layout(count: int, height: int, width: int, columns: int | None) -> tuple[int, int]:
+    """Columns and rows."""
+    if columns is not None and columns < 1:
+        raise Ptq4ditError(f"A grid needs at least one column, not {columns}.")
+    across = min(count, columns or int(np.ceil(np.sqrt(count * height / width))))
+    return across, -(-count // across)
+
+
 def image_grid(images: ArrayLike, *, columns: int | None = None, cell: int = 64, gap: int = 2) -> Image.Image:
     """Images side by side on white, in reading order.
 
     Args:
-      images: (N, H, W, C) in [-1, 1], C 1 or 3.
+      images: (N, H, W, C) in [-1, 1] or uint8, C 1 or 3.
       columns: how many per row; near-square by default.
       cell: images with a shorter side are enlarged by a whole factor to at least this many pixels, without smoothing.
       gap: pixels between images.
     """
-    tiles = _tiles(images, cell)
-    if columns is not None and columns < 1:
-        raise Ptq4ditError(f"A grid needs at least one column, not {columns}.")
-    count, height, width = tiles.shape[:3]
-    across = min(count, columns or int(np.ceil(np.sqrt(count * height / width))))
-    down = -(-count // across)
-    canvas = np.full((down * (height + gap) - gap, across * (width + gap) - gap, 3), 255, np.uint8)
-    for index, tile in enumerate(tiles):
+    pixels = _pixels(images)
+    count, height, width, _ = pixels.shape
+    across, _ = _layout(count, height, width, columns)
+    factor = _enlargement(height, width, cell)
+    size = grid_size(count, height, width, columns, cell=cell, gap=gap)
+    canvas = np.full((*size[::-1], 3), 255, np.uint8)
+    height, width = factor * height, factor * width
+    for index, image in enumerate(pixels):
         top, left = index // across * (height + gap), index % across * (width + gap)
-        canvas[top : top + height, left : left + width] = tile
+        canvas[top : top + height, left : left + width] = image.repeat(factor, 0).repeat(factor, 1)
     return Image.fromarray(canvas)
 
 
@@ -225,8 +246,8 @@ def sample_grid(
     return canvas
 
 
-def _tiles(images: ArrayLike, cell: int) -> np.ndarray:
-    """Enlarged RGB (N, H', W', 3) uint8."""
+def _pixels(images: ArrayLike) -> np.ndarray:
+    """Images to be shown, (N, H, W, 1 or 3) uint8."""
     array = np.asarray(images)
     if array.ndim != 4 or array.shape[0] == 0:
         raise Ptq4ditError(f"A grid needs images of shape (N, H, W, C) with N at least 1, not {array.shape}.")
@@ -236,9 +257,7 @@ def _tiles(images: ArrayLike, cell: int) -> np.ndarray:
             f"Samples with {channels} channels are latents, not images; write them to a .npz file and decode them with the "
             "autoencoder of the model."
         )
-    factor = max(1, -(-cell // min(array.shape[1:3])))
-    pixels = to_uint8(array).repeat(factor, 1).repeat(factor, 2)
-    return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
+    return array if array.dtype == np.uint8 else to_uint8(array)
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 from jax.typing import ArrayLike
 
-from ptq4dit_jax.diffusion import Network, guided_apply
+from ptq4dit_jax.diffusion import Network, guided_apply, resolve_guidance
 from ptq4dit_jax.dit import PROBE_SITES, GuidedChannels
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.model import FloatDiT
@@ -140,7 +140,7 @@ def predicted_noise(
     inputs: ArrayLike,
     t: ArrayLike,
     labels: ArrayLike,
-    cfg_scale: float,
+    cfg_scale: float | None = None,
     cfg_channels: GuidedChannels = "first3",
 ) -> np.ndarray:
     """Guided noise prediction at fixed inputs, without variance channels: (S, N, H, W, C) float32.
@@ -150,9 +150,9 @@ def predicted_noise(
       inputs: (S, N, H, W, C) inputs of S steps.
       t: (S,) timestep of each.
       labels: (N,) class labels.
-      cfg_scale: guidance; 1 turns it off.
-      cfg_channels: as for :func:`ptq4dit_jax.sampling.sample`.
+      cfg_scale, cfg_channels: as for :func:`ptq4dit_jax.sampling.sample`.
     """
+    cfg_scale = resolve_guidance(cfg_scale, model.config, model.schedule)
     y_B = jnp.asarray(check_labels(labels, model.config))
     out = _predict_steps(
         model, jnp.asarray(inputs), jnp.asarray(t), y_B, jnp.float32(cfg_scale), guided=cfg_scale != 1.0, channels=cfg_channels
@@ -166,7 +166,7 @@ def step_sqnr(
     inputs: ArrayLike,
     t: ArrayLike,
     labels: ArrayLike,
-    cfg_scale: float,
+    cfg_scale: float | None = None,
     cfg_channels: GuidedChannels = "first3",
 ) -> np.ndarray:
     """SQNR in dB of the guided noise prediction at each step, (S,); arguments as for :func:`predicted_noise`.

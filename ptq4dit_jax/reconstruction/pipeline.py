@@ -15,6 +15,7 @@ from ptq4dit_jax import dit, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.engine import QLinear, QuantizedDiT
+from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.quantizers import QTensor
 from ptq4dit_jax.reconstruction import optimize
@@ -77,7 +78,7 @@ def reconstruct(
       The model with new weights and scales, and for each part its name, errors before and after, and the curve between.
 
     Raises:
-      Ptq4ditError: the batch cannot be spread over the mesh.
+      Ptq4ditError: the batch cannot be spread over the mesh, or a part's error is NaN or infinite.
     """
     walk = Walk(folded, quantized, calibration, settings, mesh)
     if announce is not None:
@@ -87,6 +88,7 @@ def reconstruct(
         task, start = sharding.replicate(mesh, walk.task(unit))
         rows = walk.rows(unit)
         before = walk.outputs(unit, start, task, rows)[1]
+        _check_error(unit, before, walk.dtype)
         like = jax.eval_shape(_result, task, start, before, before, jnp.zeros((settings.iterations,)))
         result = None if journal is None else journal.finished(position, like)
         if result is None:
@@ -95,9 +97,10 @@ def reconstruct(
         else:
             variables, errors = sharding.replicate(mesh, _restored(task, start, result)), result.errors
         outputs, after = walk.outputs(unit, variables, task, rows)
-        if result is None and after > before:
+        if result is None and not after <= before:  # NaN included
             variables = start
             outputs, after = walk.outputs(unit, variables, task, rows)
+        _check_error(unit, after, walk.dtype)
         if result is None:
             result = jax.device_get(_result(task, variables, before, after, errors))
             if journal is not None:
@@ -108,6 +111,14 @@ def reconstruct(
         results.append(result)
         facts.append(_facts(unit, result))
     return _assemble(folded, quantized, results), facts
+
+
+def _check_error(unit: Unit, error: Any, dtype: str) -> None:
+    if not np.isfinite(error):
+        raise Ptq4ditError(
+            f"Reconstruction met NaN or infinity in the {unit.name}, computed in {dtype}; compute in float32 "
+            "(Reconstruction.dtype), or quantize without reconstruction."
+        )
 
 
 def _optimize(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ptq4dit_jax import dit, sharding
+from ptq4dit_jax import dit, memory, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.dit import DiTConfig
@@ -128,7 +128,7 @@ class Walk:
         config, parts = self.config, sharding.data_size(self.mesh)
         hidden = self.settings.batch_size * config.num_tokens * config.hidden_size * jnp.dtype(self.dtype).itemsize
         models = sum(leaf.nbytes for leaf in jax.tree.leaves((self.folded.params, self.quantized)))
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        limit = memory.device_limit()
         rows = 4 * size * hidden // parts  # float and quantized state, and the next of either
         on_host = self.settings.rows_on == "host"
         step = self._step_bytes(size, on_host)
@@ -147,11 +147,9 @@ class Walk:
         task, variables = jax.eval_shape(partial(self.task, Unit("block")))
         state = jax.eval_shape(lambda variables: optimize.start(variables, self.settings), variables)
         others = jax.eval_shape(lambda: (jnp.float32(0), jax.random.key(0), jnp.int32(0)))
-        memory = self._program("block", on_host, state, task, rows, *others).memory_analysis()
-        if memory is None:
-            return 0
+        needed = memory.program_bytes(self._program("block", on_host, state, task, rows, *others))
         of_rows = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows)) // sharding.data_size(self.mesh)
-        return int(memory.argument_size_in_bytes + memory.temp_size_in_bytes - (0 if on_host else of_rows))
+        return max(0, needed - (0 if on_host else of_rows))
 
     def _program(self, kind: Kind, drawn: bool, *arguments: Any) -> Any:
         leaves, structure = jax.tree.flatten(arguments)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptq4dit_jax import checkpoints, sampling
+from ptq4dit_jax import chain, checkpoints, sampling
 from ptq4dit_jax.checkpoints import quantized_dit, store
 from ptq4dit_jax.diffusion import NoiseSchedule
 from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
@@ -121,7 +121,7 @@ def test_the_same_samples(saved):
     samples, programs = [], []
     for either in (model, checkpoints.load(folder)):
         samples.append(sampling.sample(either, np.arange(3), jax.random.key(5), steps=2))
-        programs.append(sampling.sample_batch._cache_size())
+        programs.append(chain.sample_batch._cache_size())
     assert programs[0] == programs[1]
     assert np.isfinite(samples[0]).all()
     assert samples[0].std() > 0

@@ -120,7 +120,7 @@ def test_options_of_quantize_reach_the_settings(options, expected, here, monkeyp
     monkeypatch.setattr(cli.ptq, "quantize", stop)
     assert cli.main(["quantize", DIGITS, "--out", "q", *options]) == 1
     make = ptq.QuantConfig.paper if "--paper" in options else ptq.QuantConfig
-    assert seen == [make(**expected, steps="50", sampler="ddpm")]
+    assert seen == [make(**expected, steps=50, sampler="ddpm", cfg_scale=1.5, calib_steps=25)]
 
 
 def test_sample_writes_a_grid_that_shows_the_images(w4, here, capsys):
@@ -175,10 +175,10 @@ def test_all_devices_take_part(w4, here, monkeypatch):
 
     def no_sampling(model, labels, key, *, mesh, **_):
         meshes.append(mesh)
-        return np.zeros((len(labels), 8, 8, 1), np.float32)
+        return iter([(0, np.zeros((len(labels), 8, 8, 1), np.float32))])
 
     monkeypatch.setattr(cli, "all_devices_mesh", terminal.all_devices_mesh)
-    monkeypatch.setattr(cli.sampling, "sample", no_sampling)
+    monkeypatch.setattr(cli.sampling, "sample_batches", no_sampling)
     run("sample", w4.folder, "--out", "a.png")
     expected = jax.devices() if jax.device_count() > 1 else None
     assert meshes[0] is expected or meshes[0].devices.tolist() == expected
@@ -200,7 +200,7 @@ def test_explicit_noise_is_that_of_the_key(w4, here):
 def test_latents_are_written_as_floats(here, monkeypatch):
     latents = np.random.default_rng(0).standard_normal((2, 6, 6, 4), np.float32)
     checkpoints.save(helpers.tiny_model(in_channels=4), "latent")
-    monkeypatch.setattr(cli.sampling, "sample", lambda *_, **__: latents)
+    monkeypatch.setattr(cli.sampling, "sample_batches", lambda *_, **__: iter([(0, latents[:1]), (1, latents[1:])]))
     run("sample", "latent", "--out", "a.npz", "--labels", "1-2")
     with np.load("a.npz") as file:
         np.testing.assert_array_equal(file["latents"], latents)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from cli_helpers import DIGITS, VAE, run
 
-from ptq4dit_jax import cli, sampling
+from ptq4dit_jax import chain, cli
 
 MODELS = {
     "random:DiT-XXL/2": ("Unknown DiT preset 'DiT-XXL/2'", "DiT-XL/2"),
@@ -97,7 +97,7 @@ def test_mistakes_in_quantize(options, refused):
     ],
 )
 def test_mistakes_that_quantization_finds(options, words, refused, monkeypatch):
-    monkeypatch.setattr(sampling, "sample_batch", lambda *_, **__: pytest.fail("long work began"))
+    monkeypatch.setattr(chain, "sample_batch", lambda *_, **__: pytest.fail("long work began"))
     monkeypatch.setattr(cli.ptq, "channel_extremes", lambda *_, **__: pytest.fail("long work began"))
     refused(f"quantize D --out new/q {options}", *words, started=True)
 
@@ -143,7 +143,7 @@ SAMPLE = {
 
 @pytest.mark.parametrize("options", SAMPLE)
 def test_mistakes_in_sample(options, refused, monkeypatch):
-    monkeypatch.setattr(sampling, "sample_batch", lambda *_, **__: pytest.fail("long work began"))
+    monkeypatch.setattr(chain, "sample_batch", lambda *_, **__: pytest.fail("long work began"))
     refused(f"sample D --out new/a.png {options}", *SAMPLE[options], started=True)
 
 
@@ -175,6 +175,6 @@ def test_unusable_vaes(refused):
     ],
 )
 def test_mistakes_in_evaluate(arguments, words, refused, monkeypatch):
-    monkeypatch.setattr(sampling, "sample_batch", lambda *_, **__: pytest.fail("long work began"))
+    monkeypatch.setattr(chain, "sample_batch", lambda *_, **__: pytest.fail("long work began"))
     refused(f"evaluate {arguments} --labels 0 --out new/r" if "--labels" not in arguments else f"evaluate {arguments} --out r",
             *words, started=True)  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from cli_helpers import DIGITS, WALK, listing
 
 import ptq4dit_jax as ptq
-from ptq4dit_jax import cli, sampling
+from ptq4dit_jax import chain, cli
 from ptq4dit_jax.checkpoints import store
 
 OUTPUTS = {"quantize D": "q", "sample D": "a.npz", "evaluate Q --against D": "r"}
@@ -67,7 +67,7 @@ def test_forms_that_samples_are_not_written_in(name, refused):
     [
         ("quantize D --out new/q", cli.ptq, "sample_trajectories"),
         ("quantize D --out new/q", cli.ptq, "quantize_linear"),
-        ("sample D --out new/a.png", sampling, "sample_batch"),
+        ("sample D --out new/a.png", chain, "sample_batch"),
         ("evaluate Q --against D --out new/r", cli, "compare"),
         ("info D --json new/x.json", cli, "_summary"),
     ],
@@ -87,11 +87,12 @@ def test_control_c_while_working(command, owner, work, here, w4, capsys, monkeyp
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_nothing_half_written_stays(error, here, w4, capsys, monkeypatch):
-    def begun(file, **_):
+    def begun(file, batches, labels):
+        next(iter(batches))
         file.write(b"PK half")
         raise error
 
-    monkeypatch.setattr(cli.np, "savez", begun)
+    monkeypatch.setattr(cli, "write_samples", begun)
     status = cli.main(["sample", str(w4.folder), "--out", "new/a.npz", *WALK])
     message = capsys.readouterr().err
     assert status != 0

@@ -207,7 +207,7 @@ def test_meanflow(steps, out, tmp_path):
     folder = flax_checkpoints.save_checkpoint(tmp_path, state, 7)
     model, found = import_checkpoint(folder, num_heads=2, input_size=8, flow_steps=steps)
     assert (found.layout, found.ema) == ("Gsunshine/meanflow", True)
-    assert model.schedule == ptq.FlowSchedule(data_time=0, steps=1 if steps is None else steps)
+    assert model.schedule == ptq.FlowSchedule(data_time=0, steps=1 if steps is None else steps, guided=True)
     assert_forward(model, MEANFLOW_GOLDEN, out)
     if steps is None:
         assert_chain(model, MEANFLOW_GOLDEN, steps=1, cfg_scale=1.0)

@@ -106,7 +106,7 @@ MEANFLOW = Layout(
         "frequencies": ("net.t_embedder.mlp.layers_0._flax_linear.kernel", 0),
         "outputs": ("net.final_layer.linear._flax_linear.kernel", 1),
     },
-    schedule=FlowSchedule(data_time=0),
+    schedule=FlowSchedule(data_time=0, guided=True),
     step_size=StepSize(
         entries=(
             *flax_linear("step_fc1", "net.h_embedder.mlp.layers_0" + _LINEAR),

@@ -1,0 +1,249 @@
+"""The chain from noise to images as one compiled program, and a checked request for samples, run batch by batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from ptq4dit_jax import memory, sharding
+from ptq4dit_jax.diffusion import Sampler, StepTables, denoise, guided_apply, sample_keys, sample_noise
+from ptq4dit_jax.dit import GuidedChannels
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.vae import VAEDecoder
+
+#: Called with (samples done, samples in all).
+Progress = Callable[[int, int], None]
+#: Images per device and call beyond which a batch is not faster: 8 x 8 pixels fill two cores long before, and 64 images of
+#: 256 x 256 pixels an H200.
+_USEFUL_ROWS = 256
+
+
+@partial(jax.jit, static_argnames=("stochastic", "learned_variance", "guided", "channels", "num_kept", "mesh"))
+def sample_batch(
+    model: Any,
+    tables: StepTables,
+    key: jax.Array,
+    indices_B: jax.Array,
+    labels_B: jax.Array,
+    cfg_scale: jax.Array,
+    noise: jax.Array | None,
+    step_noise: jax.Array | None,
+    keep_slots: jax.Array | None,
+    decoder: VAEDecoder | None = None,
+    *,
+    stochastic: bool,
+    learned_variance: bool,
+    guided: bool,
+    channels: GuidedChannels,
+    num_kept: int,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One compiled program from noise to images: (B, H, W, C) and the kept step inputs (num_kept, B, H, W, C).
+
+    With a decoder the images are the pictures that it makes of the latents; the step inputs remain latents.
+
+    With a mesh every device runs the program of a single device on its share of the batch (``shard_map``). Left to the
+    partitioner, the same chain is fused differently, rounds differently in the last bit, and a quantizer turns that into
+    another code.
+    """
+
+    def chain(
+        model: Any,
+        tables: StepTables,
+        key: jax.Array,
+        indices_B: jax.Array,
+        labels_B: jax.Array,
+        cfg_scale: jax.Array,
+        noise: jax.Array | None,
+        step_noise: jax.Array | None,
+        keep_slots: jax.Array | None,
+        decoder: VAEDecoder | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        shape = model.config.image_shape
+        keys_B = sample_keys(key, indices_B)
+        x_T = sample_noise(keys_B, 0, shape) if noise is None else noise
+
+        def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+            t_1 = t[None]
+            if guided:
+                return guided_apply(model, x, t_1, labels_B, cfg_scale, channels)
+            return model.apply(x, t_1, labels_B)
+
+        def draw(step: jax.Array) -> jax.Array:
+            return sample_noise(keys_B, step + 1, shape) if step_noise is None else step_noise[step]
+
+        x, inputs = denoise(
+            predict, tables, x_T, draw if stochastic else None,
+            learned_variance=learned_variance, keep_slots=keep_slots, num_kept=num_kept,
+        )  # fmt: skip
+        return x if decoder is None else decoder.decode(x), inputs
+
+    if mesh is not None:
+        whole, rows, rows_of_steps = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
+        chain = jax.shard_map(
+            chain, mesh=mesh, in_specs=(whole, whole, whole, rows, rows, whole, rows, rows_of_steps, whole, whole),
+            out_specs=(rows, rows_of_steps), check_vma=False,
+        )  # fmt: skip
+    return chain(model, tables, key, indices_B, labels_B, cfg_scale, noise, step_noise, keep_slots, decoder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to sample, checked: the model, decoder, tables and key where they run, everything per sample on the host."""
+
+    model: Any
+    labels_N: np.ndarray
+    walk: Sampler
+    tables: StepTables
+    key: jax.Array
+    cfg_scale: Any
+    guidance: float
+    channels: GuidedChannels
+    noise: np.ndarray | None
+    step_noise: np.ndarray | None
+    decoder: VAEDecoder | None
+    mesh: Mesh | None
+    keep_steps: np.ndarray | None
+    what: str
+
+    @property
+    def total(self) -> int:
+        return len(self.labels_N)
+
+    def batch_size(self, wanted: int | None) -> int:
+        """Samples per call, a multiple of the mesh's parts: as wanted, or by default what is useful and fits into memory."""
+        parts = sharding.data_size(self.mesh)
+        if wanted is not None:
+            if wanted < 1:
+                raise Ptq4ditError(f"batch_size must be positive, not {wanted}.")
+            return -(-min(wanted, self.total) // parts) * parts
+        if self.total <= parts:  # one sample per device: there is nothing to choose, and a single image must not wait
+            return parts
+        placed = jax.tree.leaves((self.model, self.decoder))
+        resident = sum(leaf.nbytes for leaf in placed)
+
+        def needed(batch: int) -> int:
+            arguments, static = self.call(np.minimum(np.arange(batch), self.total - 1))
+            return _needed_bytes(*_signature(arguments), tuple(static.items())) - resident
+
+        return memory.largest_batch(self.total, parts, _USEFUL_ROWS, memory.free_bytes(list(placed[0].devices())), needed)
+
+    def call(
+        self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True
+    ) -> tuple[Any, dict[str, Any]]:
+        """Arguments and static arguments of :func:`sample_batch` for the samples ``rows`` (B,)."""
+        mesh = self.mesh
+        keep = self.keep_steps if keep_steps is None else keep_steps
+        num_kept = 0 if keep is None else len(keep)
+        slots = None
+        if keep is not None:
+            slots = np.full(self.tables.num_steps, num_kept, np.int32)
+            slots[keep] = np.arange(num_kept)
+            slots = slots if mesh is None else sharding.replicate(mesh, slots)
+
+        def of_rows(array: np.ndarray | None, axis: int = 0) -> Any:
+            if array is None:
+                return None
+            chosen = np.take(array, rows, axis)
+            return chosen if mesh is None else sharding.shard(mesh, chosen, axis)
+
+        indices = rows.astype(np.int32) if mesh is None else sharding.shard(mesh, rows.astype(np.int32))
+        arguments = (
+            self.model, self.tables, self.key, indices, of_rows(self.labels_N), self.cfg_scale, of_rows(self.noise),
+            of_rows(self.step_noise, 1), slots, self.decoder if decode else None,
+        )  # fmt: skip
+        walk = self.walk
+        return arguments, {
+            "stochastic": walk.stochastic, "learned_variance": self.model.config.learn_sigma and walk.name == "ddpm",
+            "guided": self.guidance != 1.0, "channels": self.channels, "num_kept": num_kept, "mesh": mesh,
+        }  # fmt: skip
+
+    def run(self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True) -> tuple[Any, Any]:
+        """Samples ``rows`` (B,): images (B, H, W, C) and kept inputs (num_kept, B, H, W, C), float32 on the host."""
+        # Those transfers are meant, should a caller forbid others.
+        placing = partial(jax.transfer_guard_host_to_device, "allow") if self.mesh is None else nullcontext
+        arguments, static = self.call(rows, keep_steps, decode=decode)
+        with placing():
+            outputs = sample_batch(*arguments, **static)
+        images, inputs = jax.device_get(outputs)
+        return np.asarray(images, np.float32), np.asarray(inputs, np.float32)
+
+    def batches(self, batch: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """The first sample of each batch, its images and its kept inputs.
+
+        The last batch repeats the last sample, so that every batch has one shape.
+        """
+        for start in range(0, self.total, batch):
+            count = min(batch, self.total - start)
+            images, kept = self.run(np.minimum(np.arange(start, start + batch), self.total - 1))
+            images, kept = images[:count], kept[:, :count]
+            finite = np.isfinite(images).all((1, 2, 3)) & np.isfinite(kept).all((0, 2, 3, 4))
+            if not finite.all():
+                raise self.fault(start + int(np.argmin(finite)))
+            yield start, images, kept
+
+    def collect(self, batch: int, progress: Progress | None) -> tuple[np.ndarray, np.ndarray]:
+        """All images and kept inputs."""
+        images, kept = np.zeros(0), np.zeros(0)
+        for start, some, inputs in self.batches(batch):
+            stop = start + len(some)
+            if not start:  # allocated once, so that the peak is the result and a batch
+                images = np.empty((self.total, *some.shape[1:]), np.float32)
+                kept = np.empty((len(inputs), self.total, *inputs.shape[2:]), np.float32)
+            images[start:stop], kept[:, start:stop] = some, inputs
+            if progress is not None:
+                progress(stop, self.total)
+        return images, kept
+
+    def fault(self, sample: int) -> Ptq4ditError:
+        """What to say of a sample that is not finite; its chain is run again, alone, with the inputs of all steps kept."""
+        steps = self.tables.num_steps
+        latents, inputs = self.run(np.full(sharding.data_size(self.mesh), sample), np.arange(steps), decode=False)
+        states = np.isfinite(np.concatenate([inputs[:, 0], latents[:1]])).all((1, 2, 3))
+        name = f"{self.what} {sample} (label {self.labels_N[sample]})"
+        if states.all() and self.decoder is not None:
+            dtype = np.dtype(self.decoder.dtype).name
+            remedy = "check that it is the one that the model was trained with" if dtype == "float32" else (
+                "decode in float32 (VAEDecoder.astype)"
+            )  # fmt: skip
+            return Ptq4ditError(
+                f"{name} holds NaN or infinity: its latents are finite, but what the VAE makes of them in {dtype} is not; "
+                f"{remedy}."
+            )
+        where = ""
+        if not states.all():
+            call = int(np.argmin(states))  # the step that made it; the initial noise is finite
+            calls_per_step = 2 if self.walk.name == "heun" else 1
+            t = np.asarray(self.tables.t)[call - 1]
+            where = f" from step {-(-call // calls_per_step)} of {steps // calls_per_step} on (t = {t:g})"
+        dtype = np.dtype(getattr(self.model, "dtype", np.float32)).name
+        hints = [] if dtype == "float32" else ["compute in float32 (astype, --dtype float32)"]
+        if self.guidance != 1.0:
+            hints.append(f"lower the guidance (cfg_scale, --cfg-scale), which is {self.guidance:g}")
+        hints.append("take another number of steps or another sampler" if hints else "check the checkpoint and the sampler")
+        return Ptq4ditError(f"{name} holds NaN or infinity{where}, computed in {dtype}; {', or '.join(hints)}.")
+
+
+def _signature(arguments: Any) -> tuple[Any, Any]:
+    """What decides the program of such arguments, hashable: their structure, and of each leaf shape, type (and whether it is
+    weak) and place."""
+    leaves, structure = jax.tree.flatten(arguments)
+    place = lambda leaf: leaf.sharding if getattr(leaf, "committed", False) else None
+    return structure, tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), place(leaf)) for leaf in leaves)
+
+
+@lru_cache(maxsize=64)
+def _needed_bytes(structure: Any, leaves: tuple[Any, ...], static: tuple[tuple[str, Any], ...]) -> int:
+    """Bytes per device of the program of :func:`sample_batch`, which calls with such arguments then use: it compiles once."""
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype, weak_type=weak, sharding=place) for shape, dtype, weak, place in leaves
+    ]  # fmt: skip
+    lowered = sample_batch.lower(*jax.tree.unflatten(structure, shapes), **dict(static))
+    return memory.program_bytes(lowered.compile())

@@ -1,0 +1,103 @@
+"""Memory: what a compiled program takes, what is free, and the largest batch that fits. Measured, not guessed."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+#: The share of the free memory that a batch may take. The rest is for what is not counted, such as the host's copies.
+SHARE = 0.8
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def device_limit() -> int | None:
+    """Bytes that this process may use on a device; None where the device does not tell, as a CPU."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else int(limit)
+
+
+def program_bytes(compiled: Any) -> int:
+    """Bytes that a compiled program needs on each device for arguments, results and what lies between; 0 where XLA does not
+    tell."""
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return 0
+    return int(
+        memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    )
+
+
+def free_bytes(devices: Sequence[jax.Device]) -> int | None:
+    """Free bytes on the fullest of the devices; None where nothing tells. CPU devices share the host's memory equally."""
+    if devices[0].platform == "cpu":
+        host = _free_on_host()
+        return None if host is None else host // len(devices)
+    stats = [device.memory_stats() or {} for device in devices if device.process_index == jax.process_index()]
+    if not stats or any("bytes_limit" not in device for device in stats):
+        return None
+    return int(min(device["bytes_limit"] - device.get("bytes_in_use", 0) for device in stats))
+
+
+def _free_on_host() -> int | None:
+    """Memory that can be had without swapping, within the limit of a container."""
+    found = [amount for amount in (_free_in_container(), _free_on_machine()) if amount is not None]
+    return min(found, default=None)
+
+
+def _free_on_machine() -> int | None:
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _free_in_container() -> int | None:
+    """By the control group (version 2) at the root, which is a container's own; pages of files can be dropped."""
+    try:
+        limit, used = int((_CGROUP / "memory.max").read_text()), int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return max(0, limit - used + int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+
+
+def largest_batch(total: int, parts: int, most: int, free: int | None, needed: Callable[[int], int]) -> int:
+    """The size of equal batches that ``total`` rows are cut into: as large as useful, as small as memory asks.
+
+    Args:
+      total: rows in all.
+      parts: devices that share a batch; the result is a multiple.
+      most: rows per device beyond which a batch is not faster.
+      free: free bytes per device; None where they are not known, and ``most`` alone decides.
+      needed: bytes per device for a batch of that size. It is called for the size returned, unless that is one row per device
+        or ``free`` is None.
+    """
+    while True:
+        batch = _equal_batches(total, parts, most)
+        rows = batch // parts
+        if free is None or rows == 1 or (need := needed(batch)) <= SHARE * free:
+            return batch
+        # Memory grows at most in proportion to the rows, so this skips sizes that cannot fit; half of the rows at the most.
+        most = min(_power_of_two(rows * SHARE * free / need), _power_of_two(rows - 1))
+
+
+def _power_of_two(bound: float) -> int:
+    """The largest power of two up to ``bound``, at least 1."""
+    return 1 << max(0, math.floor(math.log2(max(bound, 1))))
+
+
+def _equal_batches(total: int, parts: int, most: int) -> int:
+    count = -(-total // (most * parts))
+    rows = -(-total // (count * parts))
+    # Shapes that are multiples of 8 suit matrix units; the last batch is padded by a few rows in any case.
+    return parts * (rows if count == 1 else min(most, -(-rows // 8) * 8))
