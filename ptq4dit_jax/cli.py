@@ -14,7 +14,7 @@ import typer
 from ptq4dit_jax import checkpoints, ptq, sampling
 from ptq4dit_jax.calibration import stored_rows
 from ptq4dit_jax.checkpoints import foreign, store
-from ptq4dit_jax.config import LAYERS, POLICIES, QuantConfig, Reconstruction
+from ptq4dit_jax.config import ATTENTION, LAYERS, POLICIES, QuantConfig, Reconstruction
 from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, backends, describe
@@ -181,7 +181,7 @@ def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="Folder to write the quantized model to.", show_default=False)],
     weight_bits: Annotated[int, typer.Option(help="Width of the weights, 2 to 8.")] = 8,
-    act_bits: Annotated[int, typer.Option(help="Width of the activations, 2 to 8.")] = 8,
+    act_bits: Annotated[int, typer.Option(help="Width of the activations, 2 to 8; 16 leaves them float (weights only).")] = 8,
     balance: Annotated[str, typer.Option(help="Salience balancing: none, csb or csb+ssc.")] = QuantConfig.balance,
     ssc: Annotated[str, typer.Option(help="SSC weighs steps (the paper) or rows (the official code).")] = "steps",
     temperature: Annotated[float, typer.Option(help="Temperature of SSC's softmax.")] = 1.0,
@@ -198,7 +198,8 @@ def quantize(
     policy: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(POLICIES)}; then layer=bits or layer=bits:float. Layers: {', '.join(LAYERS)}.",
+            help=f"{', '.join(POLICIES)}; then layer=bits or layer=bits:float, or {ATTENTION}=float. "
+            f"Layers: {', '.join(LAYERS)}.",
             show_default=QuantConfig.policy,
         ),
     ] = None,
@@ -253,9 +254,8 @@ def quantize(
         arrays = read_arrays(calibration, ("x", "t", "y"))
         rows = stored_rows(**arrays, config=dit.config, schedule=dit.schedule)
 
-    console.print(
-        f"Quantizing {model} to W{weight_bits}A{act_bits} on {devices_line()}: balance {config.balance}, policy {config.policy}"
-    )
+    balanced = "weights only" if config.weights_only else f"balance {config.balance}"
+    console.print(f"Quantizing {model} to {config.name} on {devices_line()}: {balanced}, policy {config.policy}")
     started = time.perf_counter()
     with stages() as report:
         quantized = ptq.quantize(

@@ -126,7 +126,7 @@ def quantize(
     report("choose weight ranges", len(layers), len(layers))
     quantized = QuantizedDiT(
         linears=linears,
-        sites={name: acts[name] for name in _ATTENTION_SITES},
+        sites={name: acts[name] for name in _ATTENTION_SITES if name in acts},
         label_embed=folded.params["label_embed"]["embedding"],
         group_edges=edges,
         config=model.config,
@@ -175,7 +175,8 @@ def _static_sites(config: QuantConfig) -> tuple[str, ...]:
     """Sites that need calibrated ranges; balanced sites need channel extremes in any case."""
     integer = [site for layer, site in SITE_OF_LAYER.items() if config.rules[layer].integer]
     balanced = [f"blocks.{name}" for name in _balanced(config)]
-    return tuple(dict.fromkeys((*integer, *_ATTENTION_SITES, *balanced)))
+    attention = _ATTENTION_SITES if config.integer_attention else ()
+    return tuple(dict.fromkeys((*integer, *attention, *balanced)))
 
 
 def _balanced(config: QuantConfig) -> tuple[str, ...]:
@@ -215,7 +216,7 @@ def balance(
             chosen, out.eta[name], out.rho[name] = jax.jit(salience.ssc_salience)(samples, s_w, config.temperature)
         out.factors[name] = salience.balancing_factors(chosen, s_w, config.exponent)
         out.activation_salience[name], out.weight_salience[name] = s_x, s_w
-    if config.equalize_v and _is_integer(config, "blocks.proj_in"):
+    if config.equalize_v and config.integer_attention and _is_integer(config, "blocks.proj_in"):
         s_v = extremes["blocks.v"].salience.max(0)
         out.factors["v"] = salience.equalizing_factors(s_v.reshape(s_v.shape[0], -1))
     return out
@@ -267,7 +268,9 @@ def activation_quantizers(
             jax.ops.segment_min(low, groups, num_segments=G),
             jax.ops.segment_max(high, groups, num_segments=G),
         )
-    counted = histograms(folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch)
+    if not ranges:  # nothing is parted by steps
+        edges = edges[:0]
+    counted = {} if not ranges else histograms(folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch)
 
     acts = {}
     for name, h in counted.items():
@@ -288,7 +291,7 @@ def activation_quantizers(
 
 def _is_integer(config: QuantConfig, site: str) -> bool:
     layers = [layer for layer, name in SITE_OF_LAYER.items() if name == site]
-    return not layers or config.rules[layers[0]].integer
+    return config.rules[layers[0]].integer if layers else config.integer_attention
 
 
 def quantize_linear(

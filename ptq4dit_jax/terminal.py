@@ -87,15 +87,17 @@ def to_run(model: _Model, dtype: str, backend: str) -> _Model:
     if dtype not in ("auto", "float32", "bfloat16"):
         raise Ptq4ditError(f"The type to compute in must be auto, float32 or bfloat16, not {dtype!r}.")
     device = default_device()
-    if backends.check(backend) == "mosaic_gpu" and device.capability != (9, 0):
-        raise Ptq4ditError("The backend mosaic_gpu needs a GPU of compute capability 9.0 (Hopper); use auto or xla.")
-    if not isinstance(model, QuantizedDiT):
+    quantized = isinstance(model, QuantizedDiT)
+    if backends.check(backend) == "mosaic_gpu":
+        if not quantized:
+            raise Ptq4ditError(f"The backend {backend} runs integer products, and this model is float; use auto or xla.")
+        if device.capability != (9, 0):
+            raise Ptq4ditError(f"The backend {backend} needs a GPU of compute capability 9.0 (Hopper); use auto or xla.")
+    if not quantized:
         return model if dtype == "auto" else cast(_Model, model.astype(dtype))
     if dtype == "auto":
         dtype = model.dtype if device.platform == "cpu" else "bfloat16"
-    choice = backends.resolve(backend, dtype)
-    if backend not in ("auto", choice.name):
-        raise Ptq4ditError(f"The backend {backend} cannot run here: {choice.why}; compute in bfloat16, or use auto or xla.")
+    backends.resolve(backend, dtype)  # refuses a pair that cannot be
     return cast(_Model, dataclasses.replace(cast(Any, model), dtype=dtype, backend=backend))
 
 

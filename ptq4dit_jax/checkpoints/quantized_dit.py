@@ -133,7 +133,7 @@ def _skeleton(
 
     return QuantizedDiT(
         linears={name: linear(name, linears[name]) for name in config.linear_shapes},
-        sites={name: act(sites[name], _lead(config, name), config.hidden_size) for name in _SITES},
+        sites={name: act(sites[name], _lead(config, name), config.hidden_size) for name in (_SITES if sites else ())},
         label_embed=leaf("float32", config.num_classes + config.null_class, config.hidden_size),
         group_edges=leaf(schedule.time_dtype, num_groups - 1),
         config=config,
