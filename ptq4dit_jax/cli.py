@@ -23,6 +23,7 @@ from ptq4dit_jax.evaluation import compare, image_grid, num_bytes, plain, write_
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.terminal import (
     all_devices_mesh,
+    calibration_line,
     check_target,
     console,
     devices_line,
@@ -31,6 +32,7 @@ from ptq4dit_jax.terminal import (
     parse_labels,
     print_table,
     read_arrays,
+    read_calibration,
     read_key,
     runs_line,
     stages,
@@ -188,8 +190,16 @@ def quantize(
     calib_steps: Annotated[int, typer.Option(help="Evenly spaced sampler steps to calibrate on.")] = 25,
     calib_rows: Annotated[int, typer.Option(help="Rows at each of them; half are null twins under guidance.")] = 64,
     calibration: Annotated[
-        Path | None, typer.Option(help="Stored rows instead: an npz with x (M, H, W, C), t (M,) and y (M,).", metavar="FILE")
+        Path | None,
+        typer.Option(
+            help="Stored rows instead: an npz or file of torch.save with x (M, H, W, C), t (M,) and y (M,), or, as PTQ4DiT's "
+            "authors store them, xs (S, N, C, H, W), ts and y.",
+            metavar="FILE",
+        ),
     ] = None,
+    calibration_layout: Annotated[
+        str, typer.Option(help="Axes of the stored images, NHWC or NCHW; auto goes by the model's image shape.")
+    ] = "auto",
     steps: Steps = "50",
     sampler: SamplerOption = "auto",
     eta: Eta = 0.0,
@@ -251,8 +261,9 @@ def quantize(
     if calibration is None:
         config = config.resolve(dit.schedule)
     else:
-        arrays = read_arrays(calibration, ("x", "t", "y"))
-        rows = stored_rows(**arrays, config=dit.config, schedule=dit.schedule)
+        arrays = read_calibration(calibration)
+        rows = stored_rows(**arrays, config=dit.config, schedule=dit.schedule, layout=cast(Any, calibration_layout))
+        console.print(calibration_line(rows, arrays["x"].size // int(np.prod(dit.config.image_shape))))
 
     balanced = "weights only" if config.weights_only else f"balance {config.balance}"
     console.print(f"Quantizing {model} to {config.name} on {devices_line()}: {balanced}, policy {config.policy}")

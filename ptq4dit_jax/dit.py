@@ -239,8 +239,8 @@ def fused_attention(q_BTAd: jax.Array, k_BTAd: jax.Array, v_BTAd: jax.Array) -> 
 def float_attention(
     q_BTAd: jax.Array, k_BTAd: jax.Array, v_BTAd: jax.Array, watch: Callable[[jax.Array], jax.Array] | None = None
 ) -> jax.Array:
-    """Softmax attention (B, T, A, d), by :func:`fused_attention` where that runs; with ``watch``, its probabilities (B, A, T, T)
-    are what that makes of them."""
+    """Softmax attention (B, T, A, d), by :func:`fused_attention` where that runs. With ``watch``, its probabilities
+    (B, A, T, T) are what that makes of them."""
     if watch is None and can_fuse_attention(q_BTAd.dtype, q_BTAd.shape[-1]):
         return fused_attention(q_BTAd, k_BTAd, v_BTAd)
     probs_BATT = softmax(jnp.einsum("bqad,bkad->baqk", q_BTAd, k_BTAd) * q_BTAd.shape[-1] ** -0.5)

@@ -105,7 +105,8 @@ def quantize(
     rows = _row_batch(calibration.num_rows, row_batch, sharding.data_size(mesh))
     if calibration.num_rows % sharding.data_size(mesh) == 0:
         x, y = sharding.shard(mesh, (calibration.x, calibration.y), axis=1)
-        calibration = CalibrationData(x=x, t=calibration.t, y=y)
+        t = calibration.t if np.ndim(calibration.t) == 1 else sharding.shard(mesh, calibration.t, axis=1)
+        calibration = CalibrationData(x=x, t=t, y=y)
 
     report("gather channel statistics", 0, 1)
     extremes = channel_extremes(model, calibration, sites=tuple(model.config.site_features), row_batch=rows)
@@ -244,7 +245,10 @@ def activation_quantizers(
     Leaves are ([L,] G) for scale and zero point.
     """
     # Steps of one noise level, of which Heun's method has pairs, must share a group.
-    levels, step_levels = np.unique(-folded.schedule.noise_level(np.asarray(calibration.t)), return_inverse=True)
+    noise_levels = folded.schedule.noise_level(np.asarray(calibration.t))
+    if noise_levels.ndim > 1:  # a step reaches down to its cleanest row
+        noise_levels = noise_levels.min(axis=1)
+    levels, step_levels = np.unique(-noise_levels, return_inverse=True)
     S = len(levels)
     G = min(config.step_groups, S)
     level_groups = np.arange(S) * G // S
@@ -270,7 +274,9 @@ def activation_quantizers(
         )
     if not ranges:  # nothing is parted by steps
         edges = edges[:0]
-    counted = {} if not ranges else histograms(folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch)
+    counted = (
+        {} if not ranges else histograms(folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch)
+    )
 
     acts = {}
     for name, h in counted.items():

@@ -13,8 +13,8 @@ from ptq4dit_jax.quantizers import ActQuantizer, act_code_range, broadcast_rows
 
 @jax.custom_jvp
 def straight_through(x: jax.Array, quantized: jax.Array) -> jax.Array:
-    """``quantized``, with the derivative of ``x``; both of one shape and type. Not ``x + (quantized - x)``, which rounds, and not
-    alike in every program."""
+    """``quantized``, with the derivative of ``x``; both of one shape and type. Not ``x + (quantized - x)``, which rounds, and
+    not alike in every program."""
     return quantized
 
 
@@ -25,9 +25,11 @@ def _straight_through_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -
 
 @struct.dataclass
 class StraightThrough:
-    """An :class:`~ptq4dit_jax.quantizers.ActQuantizer` of the same values with a derivative in x: the balancing factor where the
-    value has a code, and 0 where it is clipped to the end of the range. Dynamic ranges clip nothing, and the dependence of
-    their scale on x is left out. Forward and reverse mode; the scale itself has none."""
+    """An :class:`~ptq4dit_jax.quantizers.ActQuantizer` of the same values with a derivative in x, forward and reverse.
+
+    It is the balancing factor (or 1) inside the range and 0 where the value is clipped to its end. Dynamic ranges clip nothing,
+    and how their scale depends on x is left out. Scales and zero points are constants.
+    """
 
     act: ActQuantizer
 

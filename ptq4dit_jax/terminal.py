@@ -29,6 +29,8 @@ from rich.progress import (
 from rich.table import Table
 
 from ptq4dit_jax import checkpoints, sharding
+from ptq4dit_jax.calibration import CalibrationData
+from ptq4dit_jax.checkpoints import foreign
 from ptq4dit_jax.devices import default_device
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, backends
@@ -96,7 +98,7 @@ def to_run(model: _Model, dtype: str, backend: str) -> _Model:
     if not quantized:
         return model if dtype == "auto" else cast(_Model, model.astype(dtype))
     if dtype == "auto":
-        dtype = model.dtype if device.platform == "cpu" else "bfloat16"
+        dtype = np.dtype(model.dtype).name if device.platform == "cpu" else "bfloat16"
     backends.resolve(backend, dtype)  # refuses a pair that cannot be
     return cast(_Model, dataclasses.replace(cast(Any, model), dtype=dtype, backend=backend))
 
@@ -107,6 +109,15 @@ def runs_line(model: checkpoints.Model) -> str:
         return f"in {np.dtype(model.dtype).name}"
     choice = model.backend_choice
     return f"in {model.dtype}, integer products by {choice.name}" + (f" ({choice.why})" if choice.why else "")
+
+
+def calibration_line(data: CalibrationData, given: int) -> str:
+    """What is calibrated on, of so many ``given`` rows."""
+    line = f"Calibrating on {data.num_steps} steps of {data.num_rows} rows"
+    if data.t.ndim > 1:
+        line += " that are neighbours in time, each at its own timestep, as the timesteps have unequal or small numbers of rows"
+    left = given - data.num_steps * data.num_rows
+    return line + (f"; {left} of {given} rows left out, to make steps of equal size" if left else "")
 
 
 def all_devices_mesh() -> jax.sharding.Mesh | None:
@@ -156,17 +167,65 @@ def read_key(seed: int) -> jax.Array:
 
 def read_arrays(path: str | os.PathLike[str], required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """The named arrays of an npz file, which hold numbers, without ever unpickling; absent optional ones are left out."""
+    arrays, present = _npz_arrays(path, (*required, *optional))
+    return _checked_arrays(path, arrays, required, present)
+
+
+#: The names under which calibration rows are stored, by ours.
+_ROW_NAMES = {"x": ("x", "xs"), "t": ("t", "ts"), "y": ("y", "ys")}
+
+
+def read_calibration(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays x, t and y of stored calibration rows, also under the names xs, ts and ys: of an npz, a file of torch.save, or
+    what else :func:`ptq4dit_jax.checkpoints.foreign.open_tensors` reads. No code in a file is run."""
+    names = [name for both in _ROW_NAMES.values() for name in both]
+    if Path(path).suffix == ".npz" or _is_npz(path):
+        found, present = _npz_arrays(path, names)
+    else:
+        try:
+            file = foreign.open_tensors(path)
+        except Ptq4ditError as error:
+            reason = str(error).rstrip(".")
+            raise Ptq4ditError(
+                f"Calibration rows are an .npz or a file of torch.save, and not in {path} ({reason})."
+            ) from error
+        found = {name: file[name].read() for name in names if name in file}
+        present = ", ".join(list(file)[:8]) + (", and more" if len(file) > 8 else "")
+    if both := [pair for pair in _ROW_NAMES.values() if all(name in found for name in pair)]:
+        raise Ptq4ditError(
+            f"{os.fspath(path)} holds {' and '.join(both[0])}, which are names of the same array; keep one of them."
+        )
+    arrays = {ours: found[name] for ours, pair in _ROW_NAMES.items() for name in pair if name in found}
+    return _checked_arrays(path, arrays, tuple(_ROW_NAMES), present)
+
+
+def _is_npz(path: str | os.PathLike[str]) -> bool:
+    """Whether the file is a zip whose first member is an array of NumPy."""
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            head = file.read(512)
+    except (OSError, RuntimeError):
+        return False
+    return head.startswith(b"PK\x03\x04") and head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy")
+
+
+def _npz_arrays(path: str | os.PathLike[str], names: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
+    """Those of the named arrays that are there, and in words all that are."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in (*required, *optional) if name in file}
-            present = ", ".join(file) or "nothing"
+            return {name: file[name] for name in names if name in file}, ", ".join(file) or "nothing"
     except (OSError, EOFError, ValueError, BadZipFile, ZlibError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition(". ")[0].rstrip(".")
         raise Ptq4ditError(f"{os.fspath(path)} cannot be read as an .npz file of plain arrays ({reason}).") from error
+
+
+def _checked_arrays(
+    path: str | os.PathLike[str], arrays: dict[str, np.ndarray], required: Sequence[str], present: str
+) -> dict[str, np.ndarray]:
     if missing := [name for name in required if name not in arrays]:
         raise Ptq4ditError(f"{os.fspath(path)} must hold the array {', '.join(missing)}; it holds {present}.")
     for name, array in arrays.items():
-        if array.dtype.kind not in "iuf":
+        if array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16":
             raise Ptq4ditError(f"The array {name} in {os.fspath(path)} must hold numbers, not {array.dtype}.")
     return arrays
 

@@ -62,7 +62,9 @@ def resolve(name: str, dtype: str) -> Choice:
             return Choice("xla", f"the kernels are for JAX 0.10.2 to 0.11 and this is {jax.__version__}")
     if dtype != "bfloat16":
         if name != "auto":
-            raise Ptq4ditError(f"The backend {name} computes in bfloat16, not in {dtype}; use bfloat16, or the backend auto or xla.")
+            raise Ptq4ditError(
+                f"The backend {name} computes in bfloat16, not in {dtype}; use bfloat16, or the backend auto or xla."
+            )
         return Choice("xla", f"the kernels compute in bfloat16 between the products and the model in {dtype}")
     return Choice("mosaic_gpu")
 

@@ -43,8 +43,8 @@ class QuantizedDiT:
     products. ``backend`` runs them: ``auto`` takes the fastest that the default device has for that type
     (:func:`ptq4dit_jax.engine.backends.resolve`).
 
-    Inside a function that JAX traces, and so in what ``jit`` returns, ``provenance`` is empty: the program would give every model
-    that of the first. Set it with ``replace`` outside.
+    Inside a function that JAX traces, and so in what ``jit`` returns, ``provenance`` is empty: the program would give every
+    model that of the first. Set it with ``replace`` outside.
     """
 
     linears: dict[str, QLinear]
@@ -112,7 +112,8 @@ def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Ar
     return dit.unpatchify(config, linears["final"](h_BTD, backend))
 
 
-#: A block's linears, the sites of its attention (None where a kernel of ours ends it in codes), and its modulation in six parts; or stacks.
+#: A block's linears, the sites of its attention (None where a kernel of ours ends it in codes), and its modulation in six
+#: parts; or stacks.
 _OfBlock: TypeAlias = tuple[dict[str, QLinear], dict[str, ActQuantizer] | None, Sequence[Leaf]]
 
 
