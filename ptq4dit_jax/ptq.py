@@ -272,11 +272,10 @@ def activation_quantizers(
             jax.ops.segment_min(low, groups, num_segments=G),
             jax.ops.segment_max(high, groups, num_segments=G),
         )
-    if not ranges:  # nothing is parted by steps
-        edges = edges[:0]
-    counted = (
-        {} if not ranges else histograms(folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch)
-    )
+    if ranges:
+        counted = histograms(folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch)
+    else:  # nothing is parted by steps
+        counted, edges = {}, edges[:0]
 
     acts = {}
     for name, h in counted.items():
