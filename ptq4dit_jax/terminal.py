@@ -192,9 +192,7 @@ def read_calibration(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         found = {name: file[name].read() for name in names if name in file}
         present = ", ".join(list(file)[:8]) + (", and more" if len(file) > 8 else "")
     if both := [pair for pair in _ROW_NAMES.values() if all(name in found for name in pair)]:
-        raise Ptq4ditError(
-            f"{os.fspath(path)} holds {' and '.join(both[0])}, two names of the same array; keep one of them."
-        )
+        raise Ptq4ditError(f"{os.fspath(path)} holds {' and '.join(both[0])}, two names of the same array; keep one of them.")
     arrays = {ours: found[name] for ours, pair in _ROW_NAMES.items() for name in pair if name in found}
     return _checked_arrays(path, arrays, tuple(_ROW_NAMES), present)
 

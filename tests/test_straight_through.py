@@ -177,7 +177,9 @@ def test_a_dynamic_quantizer_passes_everything() -> None:
 
 def compare(dit: ptq.FloatDiT, q: ptq.QuantizedDiT, x: Any) -> tuple[float, float]:
     """Cosine between the gradients of the straight-through twin and of the float model, and the ratio of their norms."""
-    ours, exact = (np.asarray(jax.jit(jax.grad(loss(m)))(x), np.float64) for m in (ptq.reference(q, straight_through=True), dit))
+    ours, exact = (
+        np.asarray(jax.jit(jax.grad(loss(m)))(x), np.float64) for m in (ptq.reference(q, straight_through=True), dit)
+    )
     norms = np.linalg.norm(ours), np.linalg.norm(exact)
     return float(np.vdot(ours, exact) / norms[0] / norms[1]), float(norms[0] / norms[1])
 

@@ -106,7 +106,18 @@ def test_the_command_calibrates_on_the_authors_file_as_on_our_own(tmp_path: Path
     flat = arrays["xs"].transpose(0, 1, 3, 4, 2).reshape(-1, 6, 6, 3)
     np.savez("rows.npz", x=flat, t=arrays["ts"].ravel(), y=arrays["y"].ravel())
     for kind in ("pt", "npz"):
-        run("quantize", "m", "--out", f"q-{kind}", "--calibration", f"rows.{kind}", "--policy", "weights-only", "--weight-bits", "4")
+        run(
+            "quantize",
+            "m",
+            "--out",
+            f"q-{kind}",
+            "--calibration",
+            f"rows.{kind}",
+            "--policy",
+            "weights-only",
+            "--weight-bits",
+            "4",
+        )
     assert store.read_config("q-pt")["content_sha256"] == store.read_config("q-npz")["content_sha256"]
     q = ptq.load("q-pt")
     assert isinstance(q, ptq.QuantizedDiT)
