@@ -107,6 +107,8 @@ def runs_line(model: checkpoints.Model) -> str:
     """In which type the model computes and, if quantized, what runs its integer products."""
     if not isinstance(model, QuantizedDiT):
         return f"in {np.dtype(model.dtype).name}"
+    if not model.sites and not any(layer.integer for layer in model.linears.values()):
+        return f"in {model.dtype} on de-quantized weights"
     choice = model.backend_choice
     return f"in {model.dtype}, integer products by {choice.name}" + (f" ({choice.why})" if choice.why else "")
 
@@ -187,12 +189,14 @@ def read_calibration(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         except Ptq4ditError as error:
             reason = str(error).rstrip(".")
             raise Ptq4ditError(
-                f"{os.fspath(path)} cannot be read as calibration rows, an .npz or a file of torch.save ({reason})."
+                f"The file {os.fspath(path)} cannot be read as calibration rows, an .npz or a file of torch.save ({reason})."
             ) from error
         found = {name: file[name].read() for name in names if name in file}
         present = ", ".join(list(file)[:8]) + (", and more" if len(file) > 8 else "")
     if both := [pair for pair in _ROW_NAMES.values() if all(name in found for name in pair)]:
-        raise Ptq4ditError(f"{os.fspath(path)} holds {' and '.join(both[0])}, two names of the same array; keep one of them.")
+        raise Ptq4ditError(
+            f"The file {os.fspath(path)} holds {' and '.join(both[0])}, two names of the same array; keep one of them."
+        )
     arrays = {ours: found[name] for ours, pair in _ROW_NAMES.items() for name in pair if name in found}
     return _checked_arrays(path, arrays, tuple(_ROW_NAMES), present)
 
@@ -221,7 +225,7 @@ def _checked_arrays(
     path: str | os.PathLike[str], arrays: dict[str, np.ndarray], required: Sequence[str], present: str
 ) -> dict[str, np.ndarray]:
     if missing := [name for name in required if name not in arrays]:
-        raise Ptq4ditError(f"{os.fspath(path)} must hold the array {', '.join(missing)}; it holds {present}.")
+        raise Ptq4ditError(f"The file {os.fspath(path)} must hold the array {', '.join(missing)}; it holds {present}.")
     for name, array in arrays.items():
         if array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16":
             raise Ptq4ditError(f"The array {name} in {os.fspath(path)} must hold numbers, not {array.dtype}.")

@@ -13,6 +13,7 @@ import pytest
 from helpers import random_inputs, relative_error, tiny_model
 
 import ptq4dit_jax as ptq
+from ptq4dit_jax import terminal
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.evaluation.probes import layer_sqnr
 
@@ -87,6 +88,11 @@ def test_the_table_says_in_what_it_runs(w4: ptq.QuantizedDiT, dtype: str, backen
     products_of = [line for line in program.splitlines() if "dot_general" in line]
     assert products_of
     assert not any("i8>" in line for line in products_of)
+
+
+def test_the_line_promises_no_integer_products(w4: ptq.QuantizedDiT) -> None:
+    assert terminal.runs_line(w4) == "in float32 on de-quantized weights"
+    assert terminal.runs_line(w4.astype("bfloat16")) == "in bfloat16 on de-quantized weights"
 
 
 def test_its_gradient_is_that_of_its_twin(w4: ptq.QuantizedDiT) -> None:
