@@ -109,7 +109,10 @@ def linear_each(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, 
     """See :func:`ptq4dit_jax.engine.matmul.linear_each`. 4-bit weights only: XLA reads 8-bit ones as fast as memory can."""
     N, K = weight.shape[-2:]
     covered = weight.packed and N % TILE_K == K % TILE_K == 0 and (N // parts) % EPILOGUE_M == 0
-    if not covered or dtype != jnp.bfloat16 or x.scale.dtype != jnp.float32 or x.scale.ndim != 1 or bias.ndim != 2:
+    ranks = x.values.ndim, len(weight.shape), x.scale.ndim, bias.ndim
+    if not covered or ranks != (3, 3, 1, 2) or 0 in x.values.shape or dtype != jnp.bfloat16:
+        raise NotImplementedError
+    if {x.scale.dtype, weight.scale.dtype} != {jnp.dtype("float32")}:
         raise NotImplementedError
     return gemm.int8_matmul(
         x.values, weight.values, x.scale, weight.scale, bias.astype(jnp.float32), None,
