@@ -17,6 +17,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
+from ptq4dit_jax.calibration_rows import ImageLayout, flat_rows, order_by_steps, whole_numbers
 from ptq4dit_jax.config import calibration_steps
 from ptq4dit_jax.diffusion import Sampler, resolve_guidance
 from ptq4dit_jax.dit import DiTConfig, GuidedChannels, flatten_sites, nest_sites
@@ -33,7 +34,7 @@ class CalibrationData:
     """Rows that the network is watched on, step by step, noisiest step first.
 
     ``x`` (S, R, H, W, C) float32 noised images, ``t`` (S,) what the network sees as time (int32 timesteps, or float32 times of
-    a flow), ``y`` (S, R) int32 labels.
+    a flow), or (S, R) where the rows of a step have times of their own, ``y`` (S, R) int32 labels.
     """
 
     x: Any
@@ -68,7 +69,8 @@ class CalibrationData:
             blocks = a.reshape(self.num_steps, parts, count, rows // parts, *a.shape[2:])
             return jnp.swapaxes(blocks, 1, 2).reshape(self.num_steps * count, rows, *a.shape[2:])
 
-        return CalibrationData(x=cut(self.x), t=jnp.repeat(self.t, count), y=cut(self.y))
+        t = jnp.repeat(self.t, count) if self.t.ndim == 1 else cut(self.t)
+        return CalibrationData(x=cut(self.x), t=t, y=cut(self.y))
 
 
 def in_row_order(batched: jax.Array, axis: int, parts: int) -> jax.Array:
@@ -132,33 +134,36 @@ def spread_labels(count: int, num_classes: int) -> np.ndarray:
 
 
 def stored_rows(
-    x: ArrayLike, t: ArrayLike, y: ArrayLike | None, config: DiTConfig, schedule: Schedule | None = None
+    x: ArrayLike,
+    t: ArrayLike,
+    y: ArrayLike | None,
+    config: DiTConfig,
+    schedule: Schedule | None = None,
+    *,
+    layout: ImageLayout = "auto",
 ) -> CalibrationData:
     """Calibration rows given by the user: ``x`` (M, H, W, C), ``t`` (M,), ``y`` (M,) labels, None where there are no classes.
 
-    ``t`` are timesteps of the model's ``schedule`` (the published 1000 by default), integers, or times of its flow, 0 to 1.
-    Rows are grouped by them; each must have the same number of rows.
+    They may also lie step by step, ``x`` (S, N, H, W, C), ``t`` (S, N) or (S,), ``y`` (S, N) or (N,), and channels may come
+    first, (C, H, W): PTQ4DiT's authors store (S, N, C, H, W). ``layout`` (``NHWC`` or ``NCHW``) says which it is where C is H.
+
+    ``t`` is what the network sees: timesteps of the model's ``schedule`` (the published 1000 by default), whole numbers, or
+    times of its flow, 0 to 1. Rows of one timestep make a step if all have equally many. Otherwise neighbours in time make up
+    to 25 steps of equally many rows, in which each row keeps its own timestep (``t`` (S, R)); what does not divide, fewer than
+    25 rows, is left out.
+
+    Raises:
+      Ptq4ditError: shapes that do not fit the model or each other, or fit in two ways; times, labels or values out of range.
     """
     schedule = schedule or NoiseSchedule()
-    x_MHWC, t_M = np.asarray(x, np.float32), np.atleast_1d(t)
-    y_M = check_labels(len(t_M) if y is None and not config.num_labels else y, config)
-    if x_MHWC.ndim != 4 or x_MHWC.shape[1:] != config.image_shape or not t_M.shape == y_M.shape == x_MHWC.shape[:1]:
-        raise Ptq4ditError(
-            f"Calibration rows must be x (M, {', '.join(map(str, config.image_shape))}), t (M,) and y (M,), "
-            f"not {x_MHWC.shape}, {t_M.shape} and {y_M.shape}."
-        )
+    x_MHWC, t_M, y_M = flat_rows(x, t, y, config, layout)
+    y_M, t_M = check_labels(whole_numbers(y_M), config), whole_numbers(t_M)
     schedule.check_times(t_M)
     t_M = t_M.astype(schedule.time_dtype)
     if not np.isfinite(x_MHWC).all():
         raise Ptq4ditError("Calibration rows x contain NaN or infinity; remove those rows.")
-    steps, counts = np.unique(t_M, return_counts=True)
-    if len(set(counts.tolist())) != 1:
-        raise Ptq4ditError(
-            f"Calibration rows must be equally many at every timestep; t={steps[counts.argmin()]} has {counts.min()} "
-            f"and t={steps[counts.argmax()]} has {counts.max()}."
-        )
-    order = np.argsort(-schedule.noise_level(t_M), kind="stable").reshape(len(steps), -1)
-    return CalibrationData(x=x_MHWC[order], t=t_M[order[:, 0]], y=y_M[order])
+    order, shared = order_by_steps(t_M, schedule.noise_level(t_M))
+    return CalibrationData(x=x_MHWC[order], t=t_M[order[:, 0] if shared else order], y=y_M[order])
 
 
 @struct.dataclass
@@ -316,5 +321,5 @@ def histograms(
 
 
 def _timestep(batch: CalibrationData, rows: int) -> jax.Array:
-    """The step's timestep as (rows,); one row is enough where all share it."""
-    return jnp.broadcast_to(batch.t, (rows,))
+    """The timestep of each row, or of a step that shares one as (rows,); one row is enough where all share it."""
+    return batch.t if batch.t.ndim else jnp.broadcast_to(batch.t, (rows,))

@@ -16,7 +16,7 @@ import typer
 from ptq4dit_jax import checkpoints, ptq, sampling
 from ptq4dit_jax.calibration import stored_rows
 from ptq4dit_jax.checkpoints import foreign, store
-from ptq4dit_jax.config import LAYERS, POLICIES, QuantConfig, Reconstruction
+from ptq4dit_jax.config import ATTENTION, LAYERS, POLICIES, QuantConfig, Reconstruction
 from ptq4dit_jax.diffusion import Sampler, resolve_guidance
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, backends, describe
@@ -26,6 +26,7 @@ from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.outputs import check_picture, write_picture, write_samples
 from ptq4dit_jax.terminal import (
     all_devices_mesh,
+    calibration_line,
     check_target,
     console,
     copied,
@@ -36,6 +37,7 @@ from ptq4dit_jax.terminal import (
     parse_labels,
     print_table,
     read_arrays,
+    read_calibration,
     read_key,
     runs_line,
     stages,
@@ -260,7 +262,7 @@ def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="Folder to write the quantized model to.", show_default=False)],
     weight_bits: Annotated[int, typer.Option(help="Width of the weights, 2 to 8.")] = 8,
-    act_bits: Annotated[int, typer.Option(help="Width of the activations, 2 to 8.")] = 8,
+    act_bits: Annotated[int, typer.Option(help="Width of the activations, 2 to 8; 16 leaves them float (weights only).")] = 8,
     balance: Annotated[str, typer.Option(help="Salience balancing: none, csb or csb+ssc.")] = QuantConfig.balance,
     ssc: Annotated[str, typer.Option(help="SSC weighs steps (the paper) or rows (the official code).")] = "steps",
     temperature: Annotated[float, typer.Option(help="Temperature of SSC's softmax.")] = 1.0,
@@ -269,8 +271,16 @@ def quantize(
     ] = None,
     calib_rows: Annotated[int, typer.Option(help="Rows at each of them; half are null twins under guidance.")] = 64,
     calibration: Annotated[
-        Path | None, typer.Option(help="Stored rows instead: an npz with x (M, H, W, C), t (M,) and y (M,).", metavar="FILE")
+        Path | None,
+        typer.Option(
+            help="Stored rows instead: an npz or file of torch.save with x (M, H, W, C), t (M,) and y (M,), or, as PTQ4DiT's "
+            "authors store them, xs (S, N, C, H, W), ts and y.",
+            metavar="FILE",
+        ),
     ] = None,
+    calibration_layout: Annotated[
+        str, typer.Option(help="Axes of the stored images, NHWC or NCHW; auto goes by the model's image shape.")
+    ] = "auto",
     steps: Steps = None,
     sampler: SamplerOption = "auto",
     eta: Eta = 0.0,
@@ -279,7 +289,8 @@ def quantize(
     policy: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(POLICIES)}; then layer=bits or layer=bits:float. Layers: {', '.join(LAYERS)}.",
+            help=f"{', '.join(POLICIES)}; then layer=bits or layer=bits:float, or {ATTENTION}=float. "
+            f"Layers: {', '.join(LAYERS)}.",
             show_default=QuantConfig.policy,
         ),
     ] = None,
@@ -331,20 +342,22 @@ def quantize(
     if calibration is None:
         config = config.resolve(dit.schedule, dit.config)
     else:
-        needs, may = (("x", "t", "y"), ()) if dit.config.num_labels else (("x", "t"), ("y",))
-        arrays = read_arrays(calibration, needs, may)
-        rows = stored_rows(arrays["x"], arrays["t"], arrays.get("y"), config=dit.config, schedule=dit.schedule)
+        with working(f"Reading {calibration}"):
+            arrays = read_calibration(calibration, labelled=bool(dit.config.num_labels))
+        rows = stored_rows(
+            arrays["x"], arrays["t"], arrays.get("y"), config=dit.config, schedule=dit.schedule,
+            layout=cast(Any, calibration_layout),
+        )  # fmt: skip
 
-    console.print(
-        f"Quantizing {model} to W{weight_bits}A{act_bits} on {devices_line()}: balance {config.balance}, policy {config.policy}"
-    )
+    balanced = "weights only" if config.weights_only else f"balance {config.balance}"
+    console.print(f"Quantizing {model} to {config.name} on {devices_line()}: {balanced}, policy {config.policy}")
     if rows is None:
         console.print(
             f"Calibrating on {config.calib_rows} rows at {config.calib_steps} steps of the chain: "
             f"{walk_line(config.walk, cast(float, config.cfg_scale))}"
         )
     else:
-        console.print(f"Calibrating on {rows.num_steps} x {rows.num_rows} rows of {calibration}")
+        console.print(calibration_line(rows, arrays["x"].size // int(np.prod(dit.config.image_shape))))
     started = time.perf_counter()
     with stages() as report:
         quantized = ptq.quantize(

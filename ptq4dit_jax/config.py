@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from ptq4dit_jax.diffusion import Sampler, SamplerName, resolve_guidance
 from ptq4dit_jax.dit import BLOCK_SITES, EDGE_SITES, DiTConfig, GuidedChannels
@@ -21,6 +21,12 @@ EDGE_LAYERS = tuple(EDGE_SITES.values())
 LAYERS = (*EDGE_LAYERS, *(f"blocks.{layer}" for layer in BLOCK_SITES.values() if layer))
 
 
+#: Attention's two products in a policy; they have no weights.
+ATTENTION = "blocks.attention"
+#: The ``act_bits`` of a model that quantizes weights only.
+FLOAT_ACTS = 16
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerRule:
     """Width of a layer's weights, and whether its input is quantized (then the product runs on integers)."""
@@ -29,34 +35,66 @@ class LayerRule:
     integer: bool = True
 
 
+class Rules(NamedTuple):
+    """What a policy decides: each layer's rule, and whether attention's two products run on integers."""
+
+    layers: dict[str, LayerRule]
+    integer_attention: bool
+
+
 #: What each named policy changes against "uniform", where every layer has ``weight_bits`` and integer inputs (the paper).
 POLICIES: dict[str, dict[str, LayerRule]] = {
     "uniform": {},
     "edges8": {layer: LayerRule(8) for layer in EDGE_LAYERS},
     "edges8-float": {layer: LayerRule(8, integer=False) for layer in EDGE_LAYERS},
     "small8": {layer: LayerRule(8) for layer in (*EDGE_LAYERS, "blocks.adaLN")},
+    "weights-only": {layer: LayerRule(8, integer=False) for layer in EDGE_LAYERS},
 }
+#: The one that leaves all activations in float, within the blocks as well.
+_WEIGHTS_ONLY = "weights-only"
 
 
-def layer_rules(policy: str, weight_bits: int) -> dict[str, LayerRule]:
-    """The rule of every layer for a policy such as ``edges8`` or ``uniform,blocks.adaLN=8,final=8:float``.
+def read_policy(policy: str, weight_bits: int) -> Rules:
+    """What a policy such as ``edges8`` or ``uniform,blocks.adaLN=8,final=8:float,blocks.attention=float`` decides.
 
     A policy is a name from ``POLICIES``, then any number of ``layer=bits`` or ``layer=bits:float`` (integer weights, float
-    input).
+    input), and ``blocks.attention=float`` or ``=integer``. ``weights-only`` is ``edges8-float`` with float inputs everywhere.
     """
     name, *overrides = [part.strip() for part in policy.split(",")]
     if name not in POLICIES:
         raise Ptq4ditError(f"Unknown policy {name!r}; the policies are {', '.join(POLICIES)}, then layer=bits for exceptions.")
-    rules = {layer: LayerRule(weight_bits) for layer in LAYERS} | POLICIES[name]
+    integer = name != _WEIGHTS_ONLY
+    layers = {layer: LayerRule(weight_bits, integer) for layer in LAYERS} | POLICIES[name]
     for override in overrides:
         layer, _, value = override.partition("=")
+        if layer == ATTENTION:
+            if value not in ("float", "integer"):
+                raise Ptq4ditError(f"Policy {override!r} must read {ATTENTION}=float or {ATTENTION}=integer.")
+            integer = value == "integer"
+            continue
         bits, _, kind = value.partition(":")
-        if layer not in rules:
-            raise Ptq4ditError(f"Unknown layer {layer!r} in the policy; the layers are {', '.join(LAYERS)}.")
+        if layer not in layers:
+            raise Ptq4ditError(
+                f"Unknown layer {layer!r} in the policy; the layers are {', '.join(LAYERS)}, and {ATTENTION} for its products."
+            )
         if not (bits.isascii() and bits.isdigit()) or kind not in ("", "float"):
             raise Ptq4ditError(f"Policy {override!r} must read layer=bits or layer=bits:float, for example final=8.")
-        rules[layer] = LayerRule(check_bits(f"The width of {layer}", int(bits)), integer=kind != "float")
-    return rules
+        layers[layer] = LayerRule(check_bits(f"The width of {layer}", int(bits)), integer=kind != "float")
+    return Rules(layers, integer)
+
+
+def layer_rules(policy: str, weight_bits: int) -> dict[str, LayerRule]:
+    """The rule of every layer; see :func:`read_policy`."""
+    return read_policy(policy, weight_bits).layers
+
+
+def _check_act_bits(bits: int) -> None:
+    try:
+        check_bits("act_bits", bits)
+    except Ptq4ditError as error:
+        raise Ptq4ditError(
+            f"{str(error).rstrip('.')}; or {FLOAT_ACTS}, which like policy {_WEIGHTS_ONLY} leaves all activations float."
+        ) from None
 
 
 def calibration_steps(wanted: int | None, chain: int) -> int:
@@ -139,7 +177,9 @@ class QuantConfig:
     """Everything that decides the result of :func:`ptq4dit_jax.quantize`, besides the model and the key.
 
     Attributes:
-      weight_bits, act_bits: 2 to 8.
+      weight_bits: 2 to 8.
+      act_bits: 2 to 8; or 16 for weights only: all activations stay float, in the type that the model computes in, and the
+        ``policy`` decides the widths of the weights alone.
       balance: ``none``, ``csb`` (salience of the middle calibration step) or ``csb+ssc`` (salience weighted over all steps).
       ssc: what SSC weighs: ``steps`` (the paper) or single ``rows`` (the official code).
       temperature: of SSC's softmax.
@@ -150,7 +190,7 @@ class QuantConfig:
       range_search: how ranges are chosen, see :mod:`ptq4dit_jax.ranges`.
       weigh_inputs: weight ranges minimize the expected output error (each input channel counts by its mean square) instead of
         the plain error of the weights.
-      policy: widths of single layers, see :func:`layer_rules`.
+      policy: widths of single layers, and what stays float; see :func:`read_policy`.
       step_groups: activation ranges per group of steps, at most one a calibration step; 1 is the paper's.
       dynamic_sites: sites scaled per token at run time instead of by calibrated ranges; ``blocks.probs`` per query and head.
         By default those where a row is reduced anyway, by a norm or the softmax. See docs/design.md for what each is worth.
@@ -186,7 +226,8 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         check_bits("weight_bits", self.weight_bits)
-        check_bits("act_bits", self.act_bits)
+        if type(self.act_bits) is not int or self.act_bits != FLOAT_ACTS:
+            _check_act_bits(self.act_bits)
         _check_choice("balance", self.balance, get_args(Balance))
         _check_choice("ssc", self.ssc, get_args(SscAxis))
         _check_choice("range_search", self.range_search, get_args(RangeSearch))
@@ -203,7 +244,7 @@ class QuantConfig:
         for name in self.dynamic_sites:
             _check_choice("dynamic_sites", name, tuple(sorted(possible)))
         _ = self.walk
-        self.rules  # noqa: B018  (raises on a policy that cannot be read)
+        self._policy  # noqa: B018  (raises on a policy that cannot be read)
 
     @classmethod
     def paper(cls, weight_bits: int = 8, **overrides: Any) -> QuantConfig:
@@ -230,8 +271,31 @@ class QuantConfig:
         )  # fmt: skip
 
     @property
+    def _policy(self) -> Rules:
+        rules = read_policy(self.policy, self.weight_bits)
+        if self.act_bits != FLOAT_ACTS:
+            return rules
+        return Rules({name: LayerRule(rule.weight_bits, integer=False) for name, rule in rules.layers.items()}, False)
+
+    @property
     def rules(self) -> dict[str, LayerRule]:
-        return layer_rules(self.policy, self.weight_bits)
+        """The rule of every layer."""
+        return self._policy.layers
+
+    @property
+    def integer_attention(self) -> bool:
+        """Whether attention's two products run on integers."""
+        return self._policy.integer_attention
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether no activation is quantized."""
+        return not (self.integer_attention or any(rule.integer for rule in self.rules.values()))
+
+    @property
+    def name(self) -> str:
+        """Such as W4A8; W4A16 where no activation is quantized."""
+        return f"W{self.weight_bits}A{FLOAT_ACTS if self.weights_only else self.act_bits}"
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import einops
@@ -290,6 +290,17 @@ def fused_attention(q_BTAd: jax.Array, k_BTAd: jax.Array, v_BTAd: jax.Array) -> 
     return jax.nn.dot_product_attention(q_BTAd, k_BTAd, v_BTAd, implementation="cudnn")
 
 
+def float_attention(
+    q_BTAd: jax.Array, k_BTAd: jax.Array, v_BTAd: jax.Array, watch: Callable[[jax.Array], jax.Array] | None = None
+) -> jax.Array:
+    """Softmax attention (B, T, A, d), by :func:`fused_attention` where that runs. With ``watch``, its probabilities
+    (B, A, T, T) are what that makes of them."""
+    if watch is None and can_fuse_attention(q_BTAd.dtype, q_BTAd.shape[-1]):
+        return fused_attention(q_BTAd, k_BTAd, v_BTAd)
+    probs_BATT = softmax(jnp.einsum("bqad,bkad->baqk", q_BTAd, k_BTAd) * q_BTAd.shape[-1] ** -0.5)
+    return jnp.einsum("baqk,bkad->bqad", probs_BATT if watch is None else watch(probs_BATT), v_BTAd)
+
+
 class Block(nn.Module):
     """One transformer block with adaLN-Zero modulation: (B, T, D) and silu of the condition (B, D) to (B, T, D)."""
 
@@ -311,11 +322,8 @@ class Block(nn.Module):
         qkv = einops.rearrange(dense(3 * D, "qkv")(h_BTD), "b t (n a d) -> n b t a d", n=3, a=A)
         q_BTAd, k_BTAd, v_BTAd = (site(self, name, part) for name, part in zip("qkv", qkv, strict=True))
         watched = any(self.has_variable(kind, "probs") for kind in ("quantizers", "observers"))
-        if not watched and can_fuse_attention(q_BTAd.dtype, config.head_width):
-            out_BTAd = fused_attention(q_BTAd, k_BTAd, v_BTAd)
-        else:
-            logits_BATT = jnp.einsum("bqad,bkad->baqk", q_BTAd, k_BTAd) * config.head_width**-0.5
-            out_BTAd = jnp.einsum("baqk,bkad->bqad", site(self, "probs", softmax(logits_BATT)), v_BTAd)
+        watch = (lambda probs_BATT: site(self, "probs", probs_BATT)) if watched else None
+        out_BTAd = float_attention(q_BTAd, k_BTAd, v_BTAd, watch)
         out_BTD = einops.rearrange(out_BTAd, "b t a d -> b t (a d)")
         out_BTD = site(self, "proj_out", dense(D, "proj")(site(self, "proj_in", out_BTD)))
         x_BTD = x_BTD + gate_attn[:, None] * out_BTD

@@ -120,7 +120,8 @@ def quantize(
     parts = sharding.data_size(mesh)
     if calibration.num_rows % parts == 0:
         x, y = sharding.shard(mesh, (calibration.x, calibration.y), axis=1)
-        calibration = CalibrationData(x=x, t=calibration.t, y=y)
+        t = calibration.t if np.ndim(calibration.t) == 1 else sharding.shard(mesh, calibration.t, axis=1)
+        calibration = CalibrationData(x=x, t=t, y=y)
     else:
         parts = 1
     rows = _row_batch(calibration.num_rows, row_batch, parts)
@@ -147,7 +148,7 @@ def quantize(
     report("choose weight ranges", len(layers), len(layers))
     quantized = QuantizedDiT(
         linears=linears,
-        sites={name: acts[name] for name in _ATTENTION_SITES},
+        sites={name: acts[name] for name in _ATTENTION_SITES if name in acts},
         label_embed=folded.params["label_embed"]["embedding"] if model.config.num_labels else None,
         position_embed=folded.params["position_embed"]["embedding"] if model.config.position_table else None,
         group_edges=edges,
@@ -208,7 +209,8 @@ def _static_sites(config: QuantConfig) -> tuple[str, ...]:
     """Sites that need calibrated ranges; balanced sites need channel extremes in any case."""
     integer = [site for layer, site in SITE_OF_LAYER.items() if config.rules[layer].integer]
     balanced = [f"blocks.{name}" for name in _balanced(config)]
-    return tuple(dict.fromkeys((*integer, *_ATTENTION_SITES, *balanced)))
+    attention = _ATTENTION_SITES if config.integer_attention else ()
+    return tuple(dict.fromkeys((*integer, *attention, *balanced)))
 
 
 def _balanced(config: QuantConfig) -> tuple[str, ...]:
@@ -252,7 +254,7 @@ def balance(
             chosen, out.eta[name], out.rho[name] = jax.jit(salience.ssc_salience)(samples, s_w, config.temperature)
         out.factors[name] = salience.balancing_factors(chosen, s_w, config.exponent)
         out.activation_salience[name], out.weight_salience[name] = s_x, s_w
-    if config.equalize_v and _is_integer(config, "blocks.proj_in"):
+    if config.equalize_v and config.integer_attention and _is_integer(config, "blocks.proj_in"):
         s_v = extremes["blocks.v"].salience.max(0)
         out.factors["v"] = salience.equalizing_factors(s_v.reshape(s_v.shape[0], -1))
     return out
@@ -282,7 +284,10 @@ def activation_quantizers(
     :func:`ptq4dit_jax.calibration.histograms`.
     """
     # Steps of one noise level, of which Heun's method has pairs, must share a group.
-    levels, step_levels = np.unique(-folded.schedule.noise_level(np.asarray(calibration.t)), return_inverse=True)
+    noise_levels = folded.schedule.noise_level(np.asarray(calibration.t))
+    if noise_levels.ndim > 1:  # a step reaches down to its cleanest row
+        noise_levels = noise_levels.min(axis=1)
+    levels, step_levels = np.unique(-noise_levels, return_inverse=True)
     S = len(levels)
     G = min(config.step_groups, S)
     level_groups = np.arange(S) * G // S
@@ -306,7 +311,12 @@ def activation_quantizers(
             jax.ops.segment_min(low, groups, num_segments=G),
             jax.ops.segment_max(high, groups, num_segments=G),
         )
-    counted = histograms(folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch, parts=parts)
+    if ranges:
+        counted = histograms(
+            folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch, parts=parts
+        )  # fmt: skip
+    else:  # nothing is parted by steps
+        counted, edges = {}, edges[:0]
 
     acts = {}
     for name, h in counted.items():
@@ -327,7 +337,7 @@ def activation_quantizers(
 
 def _is_integer(config: QuantConfig, site: str) -> bool:
     layers = [layer for layer, name in SITE_OF_LAYER.items() if name == site]
-    return not layers or config.rules[layers[0]].integer
+    return config.rules[layers[0]].integer if layers else config.integer_attention
 
 
 def quantize_linear(

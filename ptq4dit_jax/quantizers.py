@@ -54,9 +54,26 @@ class Encoded(NamedTuple):
     zero_point: jax.Array | None
 
 
-def _broadcast_rows(per_row: jax.Array, ndim: int) -> jax.Array:
+def broadcast_rows(per_row: jax.Array, ndim: int) -> jax.Array:
     """() stays; (B,) becomes (B, 1, ..., 1)."""
     return per_row.reshape(per_row.shape + (1,) * (ndim - 1)) if per_row.ndim else per_row
+
+
+@jax.custom_jvp
+def undifferentiable(tree: Any) -> Any:
+    """The tree itself, whose derivatives are an error: what follows rounds to integers, and JAX would take that for a constant.
+
+    It costs nothing: the compiled program is the one without it.
+    """
+    return tree
+
+
+@undifferentiable.defjvp
+def _refuse_derivative(primals: Any, tangents: Any) -> Any:
+    raise Ptq4ditError(
+        "Quantization rounds to integer codes, which have no derivative, so a gradient through a quantized model would be"
+        " wrong; differentiate ptq4dit_jax.reference(model, straight_through=True) instead."
+    )
 
 
 def reciprocal(scale: jax.Array) -> jax.Array:
@@ -77,6 +94,8 @@ class ActQuantizer:
     weights hold its inverse, so the result stays in the balanced domain. ``dynamic`` quantizers keep no table: each row
     (all but the last axis) is scaled by its own largest magnitude, symmetrically, or over all codes where values are
     ``nonnegative``; then ``scale`` and ``zero_point`` are None.
+
+    Codes have no derivative, and asking for one is an error (:class:`~ptq4dit_jax.straight_through.StraightThrough` has one).
     """
 
     scale: Any
@@ -102,12 +121,12 @@ class ActQuantizer:
             largest = jnp.abs(x).max(-1, keepdims=True)
             lowest = qmin if self.nonnegative else 0
             scale = jnp.where(largest > EMPTY_RANGE, largest / (qmax - lowest), 1.0)
-            codes = jnp.round(x * reciprocal(scale)) + lowest
+            codes = jnp.round(undifferentiable(x * reciprocal(scale))) + lowest
             return Encoded(codes.astype(jnp.int8), scale, jnp.int32(qmin) if self.nonnegative else None)
-        scale = _broadcast_rows(self.scale, x.ndim).astype(x.dtype)
-        zero_point = _broadcast_rows(self.zero_point, x.ndim)
+        scale = broadcast_rows(self.scale, x.ndim).astype(x.dtype)
+        zero_point = broadcast_rows(self.zero_point, x.ndim)
         inverse = reciprocal(scale) if self.balance is None else self.balance * reciprocal(scale)
-        codes = jnp.clip(jnp.round(x * inverse) + zero_point, qmin, qmax)
+        codes = jnp.clip(jnp.round(undifferentiable(x * inverse)) + zero_point, qmin, qmax)
         return Encoded(codes.astype(jnp.int8), scale, zero_point)
 
     def __call__(self, x: jax.Array) -> jax.Array:

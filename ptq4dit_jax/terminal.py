@@ -30,6 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ptq4dit_jax import checkpoints, sharding
+from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.checkpoints import foreign
 from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
 from ptq4dit_jax.devices import default_device
@@ -99,15 +100,17 @@ def to_run(model: _Model, dtype: str, backend: str) -> _Model:
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise Ptq4ditError(f"The type to compute in must be auto, float32, bfloat16 or float16, not {dtype!r}.")
     device = default_device()
-    if backends.check(backend) == "mosaic_gpu" and device.capability != (9, 0):
-        raise Ptq4ditError("The backend mosaic_gpu needs a GPU of compute capability 9.0 (Hopper); use auto or xla.")
-    if not isinstance(model, QuantizedDiT):
+    quantized = isinstance(model, QuantizedDiT)
+    if backends.check(backend) == "mosaic_gpu":
+        if not quantized:
+            raise Ptq4ditError(f"The backend {backend} runs integer products, and this model is float; use auto or xla.")
+        if device.capability != (9, 0):
+            raise Ptq4ditError(f"The backend {backend} needs a GPU of compute capability 9.0 (Hopper); use auto or xla.")
+    if not quantized:
         return model if dtype == "auto" else cast(_Model, model.astype(dtype))
     if dtype == "auto":
-        dtype = model.dtype if device.platform == "cpu" else "bfloat16"
-    choice = backends.resolve(backend, dtype)
-    if backend not in ("auto", choice.name):
-        raise Ptq4ditError(f"The backend {backend} cannot run here: {choice.why}; compute in bfloat16, or use auto or xla.")
+        dtype = np.dtype(model.dtype).name if device.platform == "cpu" else "bfloat16"
+    backends.resolve(backend, dtype)  # refuses a pair that cannot be
     return cast(_Model, dataclasses.replace(cast(Any, model), dtype=dtype, backend=backend))
 
 
@@ -116,6 +119,8 @@ def runs_line(model: checkpoints.Model) -> str:
     if not isinstance(model, QuantizedDiT):
         computed, stored = np.dtype(model.dtype).name, np.dtype(model.param_dtype).name
         return f"in {computed}" + (f" (stored in {stored})" if stored != computed else "")
+    if not model.sites and not any(layer.integer for layer in model.linears.values()):
+        return f"in {model.dtype} on de-quantized weights"
     choice = model.backend_choice
     return f"in {model.dtype}, integer products by {choice.name}" + (f" ({choice.why})" if choice.why else "")
 
@@ -124,6 +129,15 @@ def walk_line(walk: Sampler, guidance: float) -> str:
     """How a resolved sampler walks, in words."""
     steps = "1 step" if str(walk.steps) == "1" else f"{walk.steps} steps"
     return f"{walk.name}, {steps}, " + ("no guidance" if guidance == 1 else f"guidance {guidance:g}")
+
+
+def calibration_line(data: CalibrationData, given: int) -> str:
+    """What is calibrated on, of so many ``given`` rows."""
+    line = f"Calibrating on {data.num_steps} steps of {data.num_rows} rows"
+    if data.t.ndim > 1:
+        line += " that are neighbours in time, each at its own timestep, as the timesteps have unequal or small numbers of rows"
+    left = given - data.num_steps * data.num_rows
+    return line + (f"; {left} of {given} rows left out, to make steps of equal size" if left else "")
 
 
 def all_devices_mesh() -> jax.sharding.Mesh | None:
@@ -211,19 +225,72 @@ def read_key(seed: int) -> jax.Array:
 
 def read_arrays(path: str | os.PathLike[str], required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """The named arrays of an npz file, which hold numbers, without ever unpickling; absent optional ones are left out."""
+    _check_here(path)
+    arrays, present = _npz_arrays(path, (*required, *optional))
+    return _checked_arrays(path, arrays, required, present)
+
+
+def _check_here(path: str | os.PathLike[str]) -> None:
     if (address := address_of(path)) is not None:
         raise Ptq4ditError(f"{address} is an address, where no arrays are read; copy them here with {copy_command(address)}.")
+
+
+#: The names under which calibration rows are stored, by ours.
+_ROW_NAMES = {"x": ("x", "xs"), "t": ("t", "ts"), "y": ("y", "ys")}
+
+
+def read_calibration(path: str | os.PathLike[str], *, labelled: bool = True) -> dict[str, np.ndarray]:
+    """The arrays x, t and, of a ``labelled`` model, y of stored calibration rows, also under the names xs, ts and ys: of an npz,
+    a file of torch.save, or what else :func:`ptq4dit_jax.checkpoints.foreign.open_tensors` reads. No code in a file is run."""
+    _check_here(path)
+    names = [name for both in _ROW_NAMES.values() for name in both]
+    if Path(path).suffix == ".npz" or _is_npz(path):
+        found, present = _npz_arrays(path, names)
+    else:
+        try:
+            file = foreign.open_tensors(path)
+        except Ptq4ditError as error:
+            reason = str(error).rstrip(".")
+            raise Ptq4ditError(
+                f"The file {os.fspath(path)} cannot be read as calibration rows, an .npz or a file of torch.save ({reason})."
+            ) from error
+        found = {name: file[name].read() for name in names if name in file}
+        present = ", ".join(list(file)[:8]) + (", and more" if len(file) > 8 else "")
+    if both := [pair for pair in _ROW_NAMES.values() if all(name in found for name in pair)]:
+        raise Ptq4ditError(
+            f"The file {os.fspath(path)} holds {' and '.join(both[0])}, two names of the same array; keep one of them."
+        )
+    arrays = {ours: found[name] for ours, pair in _ROW_NAMES.items() for name in pair if name in found}
+    return _checked_arrays(path, arrays, ("x", "t", "y") if labelled else ("x", "t"), present)
+
+
+def _is_npz(path: str | os.PathLike[str]) -> bool:
+    """Whether the file is a zip whose first member is an array of NumPy."""
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            head = file.read(512)
+    except (OSError, RuntimeError):
+        return False
+    return head.startswith(b"PK\x03\x04") and head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy")
+
+
+def _npz_arrays(path: str | os.PathLike[str], names: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
+    """Those of the named arrays that are there, and in words all that are."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in (*required, *optional) if name in file}
-            present = ", ".join(file) or "nothing"
+            return {name: file[name] for name in names if name in file}, ", ".join(file) or "nothing"
     except (OSError, EOFError, ValueError, BadZipFile, ZlibError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or str(error).partition(". ")[0].rstrip(".")
         raise Ptq4ditError(f"{os.fspath(path)} cannot be read as an .npz file of plain arrays ({reason}).") from error
+
+
+def _checked_arrays(
+    path: str | os.PathLike[str], arrays: dict[str, np.ndarray], required: Sequence[str], present: str
+) -> dict[str, np.ndarray]:
     if missing := [name for name in required if name not in arrays]:
-        raise Ptq4ditError(f"{os.fspath(path)} must hold the array {', '.join(missing)}; it holds {present}.")
+        raise Ptq4ditError(f"The file {os.fspath(path)} must hold the array {', '.join(missing)}; it holds {present}.")
     for name, array in arrays.items():
-        if array.dtype.kind not in "iuf":
+        if array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16":
             raise Ptq4ditError(f"The array {name} in {os.fspath(path)} must hold numbers, not {array.dtype}.")
     return arrays
 

@@ -482,10 +482,15 @@ def test_one_timestep_is_enough() -> None:
     assert (data.num_steps, data.num_rows) == (1, 2)
 
 
-def test_unequally_many_rows_per_timestep() -> None:
+def test_unequally_many_rows_per_timestep_keep_their_own() -> None:
+    """More of this in tests/test_calibration_rows.py."""
     x, t, y = shuffled_rows()
-    with pytest.raises(Ptq4ditError, match=r"equally many at every timestep; t=7 has 3 and t=\d+ has [45]\."):
-        stored_rows(x, np.where(np.arange(12) == np.argmax(t == 7), 500, t), y, CONFIG)
+    t = np.where(np.arange(12) == np.argmax(t == 7), 500, t)
+    data = stored_rows(x, t, y, CONFIG)
+    assert data.t.shape == data.y.shape == (12, 1)
+    for row in range(12):
+        [source] = np.flatnonzero((x == data.x[row, 0]).all((1, 2, 3)))
+        assert (data.t[row, 0], data.y[row, 0]) == (t[source], y[source])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -506,9 +511,9 @@ def test_rows_that_are_not_finite(value: float) -> None:
         lambda x, t, y: (x[:11], t, y),
         lambda x, t, y: (x, t[:11], y),
         lambda x, t, y: (x, t, y[:11]),
-        lambda x, t, y: (x.swapaxes(1, 3), t, y),
+        lambda x, t, y: (x.swapaxes(0, 3), t, y),
     ],
-    ids=["channels", "height", "no batch", "fewer x", "fewer t", "fewer y", "NCHW"],
+    ids=["channels", "height", "no batch", "fewer x", "fewer t", "fewer y", "CHWN"],
 )
 def test_rows_of_a_wrong_shape(wrong: Any) -> None:
     with pytest.raises(Ptq4ditError, match=r"Calibration rows must be x \(M, 6, 6, 3\), t \(M,\) and y \(M,\), not"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ptq4dit_jax.config import EDGE_LAYERS, LAYERS, POLICIES, LayerRule, QuantConfig, layer_rules
+from ptq4dit_jax.config import EDGE_LAYERS, LAYERS, POLICIES, LayerRule, QuantConfig, layer_rules, read_policy
 from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule
@@ -32,6 +32,7 @@ def test_layers_are_those_of_the_network() -> None:
         ("edges8", LayerRule(8), LayerRule(4)),
         ("edges8-float", LayerRule(8, integer=False), LayerRule(4)),
         ("small8", LayerRule(8), LayerRule(8)),
+        ("weights-only", LayerRule(8, integer=False), LayerRule(4, integer=False)),
     ],
 )
 def test_named_policies(policy: str, edge: LayerRule, adaln: LayerRule) -> None:
@@ -39,11 +40,37 @@ def test_named_policies(policy: str, edge: LayerRule, adaln: LayerRule) -> None:
     assert set(rules) == set(LAYERS)
     assert {rules[name] for name in EDGE_LAYERS} == {edge}
     assert rules["blocks.adaLN"] == adaln
-    assert {rules[name] for name in BLOCK_LAYERS - {"blocks.adaLN"}} == {LayerRule(4)}
+    floats = policy == "weights-only"
+    assert {rules[name] for name in BLOCK_LAYERS - {"blocks.adaLN"}} == {LayerRule(4, integer=not floats)}
+    assert read_policy(policy, 4).integer_attention is not floats
 
 
 def test_every_named_policy_is_tested_above() -> None:
-    assert set(POLICIES) == {"uniform", "edges8", "edges8-float", "small8"}
+    assert set(POLICIES) == {"uniform", "edges8", "edges8-float", "small8", "weights-only"}
+
+
+def test_attention_is_left_in_float_or_taken_back() -> None:
+    assert not read_policy("edges8,blocks.attention=float", 8).integer_attention
+    assert read_policy("weights-only,blocks.attention=integer", 8).integer_attention
+    assert layer_rules("edges8, blocks.attention=float", 4) == layer_rules("edges8", 4)
+
+
+@pytest.mark.parametrize("policy", ["uniform", "edges8", "small8,final=3", "weights-only"])
+@pytest.mark.parametrize("weight_bits", [3, 8])
+def test_activations_of_16_bits_leave_the_widths_of_the_policy(policy: str, weight_bits: int) -> None:
+    config = QuantConfig(weight_bits=weight_bits, act_bits=16, policy=policy)
+    assert {name: rule.weight_bits for name, rule in config.rules.items()} == {
+        name: rule.weight_bits for name, rule in layer_rules(policy, weight_bits).items()
+    }
+    assert not any(rule.integer for rule in config.rules.values())
+    assert not config.integer_attention
+    assert (config.weights_only, config.name) == (True, f"W{weight_bits}A16")
+
+
+def test_the_name_says_what_is_quantized() -> None:
+    assert QuantConfig(weight_bits=4).name == "W4A8"
+    assert QuantConfig(policy="weights-only").name == "W8A16"
+    assert QuantConfig(act_bits=6, policy="weights-only,blocks.attention=integer").name == "W8A6"
 
 
 def test_exceptions_follow_the_name_and_the_last_one_holds() -> None:
@@ -75,6 +102,8 @@ def test_a_policy_leaves_the_named_ones_as_they_were() -> None:
         ("uniform,final=8:int", ("'final=8:int'", "layer=bits:float")),
         ("uniform,final=1", ("The width of final", "2 to 8", "1")),
         ("uniform,final=16", ("The width of final", "2 to 8", "16")),
+        ("uniform,blocks.attention=8", ("'blocks.attention=8'", "blocks.attention=float")),
+        ("uniform,blocks.attention", ("'blocks.attention'", "=integer")),
     ],
 )
 def test_a_policy_that_cannot_be_read(policy: str, parts: tuple[str, ...], raises_sentence: Sentence) -> None:
@@ -94,6 +123,10 @@ def test_a_policy_that_cannot_be_read(policy: str, parts: tuple[str, ...], raise
         ({"act_bits": 1}, ("act_bits", "2 to 8", "1")),
         ({"act_bits": 9}, ("act_bits", "2 to 8", "9")),
         ({"act_bits": 0}, ("act_bits", "2 to 8", "0")),
+        ({"act_bits": 12}, ("act_bits", "2 to 8", "12", "16", "weights-only")),
+        ({"act_bits": 32}, ("act_bits", "32", "weights-only")),
+        ({"act_bits": 16.0}, ("act_bits", "16.0")),
+        ({"weight_bits": 16}, ("weight_bits", "2 to 8", "16")),
         ({"balance": "csb+"}, ("balance", "csb+ssc", "'csb+'")),
         ({"balance": "CSB"}, ("balance", "csb", "'CSB'")),
         ({"ssc": "tokens"}, ("ssc", "steps", "rows", "'tokens'")),

@@ -133,7 +133,7 @@ def _skeleton(
 
     return QuantizedDiT(
         linears={name: linear(name, linears[name]) for name in config.linear_shapes},
-        sites={name: act(sites[name], _lead(config, name), config.hidden_size) for name in _SITES},
+        sites={name: act(sites[name], _lead(config, name), config.hidden_size) for name in (_SITES if sites else ())},
         label_embed=leaf("float32", config.num_labels, config.hidden_size) if config.num_labels else None,
         position_embed=leaf("float32", config.num_tokens, config.hidden_size) if config.position_table else None,
         group_edges=leaf(schedule.time_dtype, num_groups - 1),

@@ -12,13 +12,16 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from ptq4dit_jax.devices import default_device
 from ptq4dit_jax.engine import stacks
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.quantizers import undifferentiable
 
 BACKENDS = ("xla", "mosaic_gpu")
 #: Versions of JAX whose Pallas the kernels were written for and tested with.
@@ -41,8 +44,14 @@ def check(name: str) -> str:
 
 def resolve(name: str, dtype: str) -> Choice:
     """What ``auto`` means on the default device for a model that computes in ``dtype``. Any other name is taken at its word
-    about the device, but not where it cannot compute in that type."""
-    if check(name) == "auto":
+    about the device.
+
+    Raises:
+      Ptq4ditError: there is no such backend, or it does not compute in that type.
+    """
+    if check(name) == "xla":
+        return Choice("xla")
+    if name == "auto":
         device = default_device()
         if device.platform != "gpu":
             return Choice("xla")
@@ -51,9 +60,11 @@ def resolve(name: str, dtype: str) -> Choice:
             return Choice("xla", f"the kernels are for GPUs of compute capability 9.0 (Hopper) and this one has {found}")
         if not _TESTED[0] <= jax.__version_info__ < _TESTED[1]:
             return Choice("xla", f"the kernels are for JAX 0.10.2 to 0.11 and this is {jax.__version__}")
-    if name == "xla":
-        return Choice("xla")
     if dtype != "bfloat16":
+        if name != "auto":
+            raise Ptq4ditError(
+                f"The backend {name} computes in bfloat16, not in {dtype}; use bfloat16, or the backend auto or xla."
+            )
         return Choice("xla", f"the kernels compute in bfloat16 between the products and the model in {dtype}")
     return Choice("mosaic_gpu")
 
@@ -94,10 +105,19 @@ def _run(package: str, operation: str, backend: str, args: tuple[Any, ...]) -> t
         function = getattr(importlib.import_module(f"{package}.{backend}"), operation, None)
         if function is not None:
             try:
-                return function(*args), backend
+                return function(*_without_derivatives(args)), backend
             except NotImplementedError:
                 pass
     return getattr(importlib.import_module(f"{package}.xla"), operation)(*stacks.taken(args)), "xla"
+
+
+def _without_derivatives(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments as kernels take them: JAX knows no derivative of those, and says so in other words than the reference."""
+    leaves, tree = jax.tree.flatten(args)
+    floats = [isinstance(leaf, (jax.Array, np.ndarray)) and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    guarded = iter(undifferentiable([leaf for leaf, is_float in zip(leaves, floats, strict=True) if is_float]))
+    filled = [next(guarded) if is_float else leaf for leaf, is_float in zip(leaves, floats, strict=True)]
+    return cast(tuple[Any, ...], jax.tree.unflatten(tree, filled))
 
 
 def covers(package: str, operation: str, backend: str, *args: Any) -> bool:

@@ -20,12 +20,13 @@ from ptq4dit_jax.engine.stacks import Leaf, of_layer
 from ptq4dit_jax.model import FloatDiT, step_group
 from ptq4dit_jax.quantizers import ActQuantizer
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
+from ptq4dit_jax.straight_through import StraightThrough
 
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where a quantized model came from: settings, source hash, versions. Equal to any other, so that ``jit`` treats two
-    models of one shape alike."""
+    """Where a quantized model came from: settings, source hash, versions. Equal to any other, so that models of one shape share
+    compiled programs; and therefore left out of models inside of them, see :class:`QuantizedDiT`."""
 
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
@@ -35,13 +36,17 @@ class QuantizedDiT:
     """A quantized DiT, self-contained; a pytree.
 
     ``linears`` holds every linear layer by the names of ``config.linear_shapes``; layers of blocks carry a leading depth axis.
-    ``sites`` holds the quantizers of ``blocks.q``, ``blocks.k``, ``blocks.v`` and ``blocks.probs``. ``label_embed``
+    ``sites`` holds the quantizers of ``blocks.q``, ``blocks.k``, ``blocks.v`` and ``blocks.probs``, or none, where attention is
+    computed in float. ``label_embed``
     (num_classes [+ 1], D) stays float32: it is looked up, not multiplied; it is None where the model has no classes.
     ``position_embed`` (T, D), float32, is the model's own table of positions, None for the fixed one.
     ``group_edges`` (G - 1,), of the schedule's
     ``time_dtype``, are the noise levels that part the groups of steps. ``dtype`` is the type of everything between the integer
     products. ``backend`` runs them: ``auto`` takes the fastest that the default device has for that type
     (:func:`ptq4dit_jax.engine.backends.resolve`).
+
+    Inside a function that JAX traces, and so in what ``jit`` returns, ``provenance`` is empty: the program would give every
+    model that of the first. Set it with ``replace`` outside.
     """
 
     linears: dict[str, QLinear]
@@ -54,6 +59,13 @@ class QuantizedDiT:
     dtype: str = struct.field(pytree_node=False, default="float32")
     backend: str = struct.field(pytree_node=False, default="auto")
     provenance: Provenance = struct.field(pytree_node=False, default=Provenance())
+
+    def __post_init__(self) -> None:
+        # A pytree is put together by its constructor, so this is where a model enters a traced function.
+        if self.provenance.facts:
+            leaves = jax.tree.leaves((self.linears, self.sites, self.label_embed, self.group_edges, self.position_embed))
+            if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+                object.__setattr__(self, "provenance", Provenance())
 
     def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None = None) -> jax.Array:
         """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep, and the labels
@@ -106,7 +118,8 @@ def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: ArrayL
     return dit.unpatchify(config, linears["final"](h_BTD, backend))
 
 
-#: A block's linears, the sites of its attention (None where that ends in codes), and its modulation in six parts; or stacks.
+#: A block's linears, the sites of its attention (None where a kernel of ours ends it in codes), and its modulation in six
+#: parts; or stacks.
 _OfBlock: TypeAlias = tuple[dict[str, QLinear], dict[str, ActQuantizer] | None, Sequence[Leaf]]
 
 
@@ -164,10 +177,12 @@ def _float_layer(layer: QLinear) -> dict[str, jax.Array]:
     return {"kernel": jnp.swapaxes(layer.weight.dequantize(), -1, -2), "bias": layer.float_bias}
 
 
-def reference(model: QuantizedDiT) -> FloatDiT:
+def reference(model: QuantizedDiT, *, straight_through: bool = False) -> FloatDiT:
     """The fake-quant twin: the float forward with de-quantized weights and quantizers at the sites.
 
-    It is what the engine is tested against, and what reconstruction and layer-by-layer reports look into.
+    It is what the engine is tested against, and what reconstruction and layer-by-layer reports look into. Like the model itself
+    it has no derivatives through a quantizer and refuses them, unless ``straight_through`` lets them pass the rounding
+    (:class:`ptq4dit_jax.straight_through.StraightThrough`); its values stay the same.
     """
     tables = {"label_embed": model.label_embed, "position_embed": model.position_embed}
     params: dict[str, Any] = {name: {"embedding": table} for name, table in tables.items() if table is not None}
@@ -178,19 +193,24 @@ def reference(model: QuantizedDiT) -> FloatDiT:
             params["blocks"][name.removeprefix("blocks.")] = tree
         else:
             params[name] = tree
+    quantizers = site_quantizers(model)
+    if straight_through:
+        quantizers = {name: StraightThrough(act) for name, act in quantizers.items()}
     return FloatDiT(
         params=params,
         config=model.config,
         schedule=model.schedule,
-        quantizers=dit.nest_sites(site_quantizers(model)),
+        quantizers=dit.nest_sites(quantizers),
         group_edges=model.group_edges,
     )
 
 
 def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
     """What runs for each layer and each product of attention on the default device: name, shape, bits, input ranges, the
-    arithmetic, and the backend, as the forward decides it while it is traced for rows of one timestep."""
+    arithmetic, and the backend, as the forward decides it while it is traced for rows of one timestep. Bits of what stays float
+    are those of its type."""
     ran, attention_by = _what_runs(model)
+    bits = 8 * jnp.dtype(model.dtype).itemsize
     rows = []
     for name in model.config.linear_shapes:  # JAX sorts the names of a pytree it rebuilds
         layer = model.linears[name]
@@ -201,26 +221,26 @@ def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
                 "layer": name,
                 "shape": f"{model.config.depth} x {K} -> {N}" if in_block else f"{K} -> {N}",
                 "weight_bits": layer.weight.bits,
-                "act_bits": layer.act.bits if layer.act else 32,
+                "act_bits": layer.act.bits if layer.act else bits,
                 "ranges": _ranges(layer.act),
-                "runs": "int8 x int8 -> int32" if layer.integer else "float32 on de-quantized weights",
+                "runs": "int8 x int8 -> int32" if layer.integer else f"{model.dtype} on de-quantized weights",
                 "backend": ran.get(name, "xla"),
                 "integer": layer.integer,
             }
         )
-    floats = attention_by != "xla"
     for product, (left, right) in {"q @ k": ("q", "k"), "probs @ v": ("probs", "v")}.items():
-        a, b = model.sites[f"blocks.{left}"], model.sites[f"blocks.{right}"]
+        # The reference is what runs on codes; kernels compute in floats, and so do all where there is nothing to quantize by.
+        a, b = (model.sites.get(f"blocks.{side}") if attention_by == "xla" else None for side in (left, right))
         rows.append(
             {
                 "layer": f"blocks.{product}",
                 "shape": f"{model.config.depth} x {model.config.num_heads} heads",
-                "weight_bits": 16 if floats else b.bits,
-                "act_bits": 16 if floats else a.bits,
-                "ranges": "none" if floats else _ranges(a),
-                "runs": "bfloat16" if floats else "int8 x int8 -> int32",
+                "weight_bits": b.bits if b else bits,
+                "act_bits": a.bits if a else bits,
+                "ranges": _ranges(a),
+                "runs": "int8 x int8 -> int32" if a else model.dtype,
                 "backend": attention_by,
-                "integer": not floats,
+                "integer": a is not None,
             }
         )
     return rows
@@ -242,7 +262,9 @@ def _what_runs(model: QuantizedDiT) -> tuple[dict[str, str], str]:
         product, codes = ran[index].backend, [call.backend for call in ran[before:index] if call.package == "encode"]
         by_layer[name] = product if set(codes) <= {product} else f"{product}, codes by {codes[-1]}"
         before = index + 1
-    attention = next(call for call in ran if call.package == "attention")
+    attention = next((call for call in ran if call.package == "attention"), None)
+    if attention is None:  # a float model's, which is no operation of a backend
+        return by_layer, "cudnn" if dit.can_fuse_attention(model.dtype, model.config.head_width) else "xla"
     # Where no kernel of ours fits, Hopper's backend runs cuDNN's.
     cudnn = attention.backend == "mosaic_gpu" and attention.operation == "attention"
     return by_layer, "cudnn" if cudnn else attention.backend

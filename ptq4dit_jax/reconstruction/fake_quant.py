@@ -12,6 +12,7 @@ from flax import struct
 
 from ptq4dit_jax.quantizers import ActQuantizer, act_code_range, reciprocal
 from ptq4dit_jax.reconstruction.sums import order_free_sum
+from ptq4dit_jax.straight_through import StraightThrough
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -68,26 +69,6 @@ class LearnedQuantizer:
         return fake_quant(x, self.scale.reshape(rows), self.zero_point.reshape(rows), self.bits)
 
 
-@jax.custom_vjp
-def straight_through(x: jax.Array, quantized: jax.Array) -> jax.Array:
-    """``quantized``, with the gradient of ``x``. Not ``x + (quantized - x)``, which rounds, and not alike in every program."""
-    return quantized
-
-
-straight_through.defvjp(lambda x, quantized: (quantized, None), lambda _, g: (g, jnp.zeros_like(g)))
-
-
-@struct.dataclass
-class DynamicQuantizer:
-    """A site scaled by each row's own extreme: nothing is learned, and the gradient passes straight through."""
-
-    act: ActQuantizer
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        balanced = x if self.act.balance is None else x * self.act.balance.astype(x.dtype)
-        return straight_through(balanced, self.act(x))
-
-
 def scaled(act: ActQuantizer, log_scale: jax.Array) -> ActQuantizer:
     """``act`` with its table of scales multiplied by ``exp(log_scale)``, both (G,)."""
     return act.replace(scale=act.scale * jnp.exp(log_scale))  # type: ignore[attr-defined]
@@ -98,7 +79,7 @@ def for_rows(acts: Mapping[str, ActQuantizer], log_scales: Mapping[str, jax.Arra
     made: dict[str, Any] = {}
     for name, act in acts.items():
         if act.dynamic:
-            made[name] = DynamicQuantizer(act)
+            made[name] = StraightThrough(act)  # nothing of it is learned
             continue
         # A product with rows of the identity, not a gather: its gradient is a sum in a fixed order, on a GPU too.
         pick = jax.nn.one_hot(group_B, act.scale.shape[-1], dtype=jnp.float32)

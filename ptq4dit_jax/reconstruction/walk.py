@@ -111,7 +111,8 @@ class Walk:
         # not fill the strata, some are there twice.
         order = (np.arange(strata * size) * count // (strata * size)).reshape(strata, size).T
         flat = lambda rows: np.asarray(rows).reshape(count, *rows.shape[2:])[order]
-        t = np.repeat(np.asarray(calibration.t), calibration.num_rows)
+        t = np.asarray(calibration.t)
+        t = np.repeat(t, calibration.num_rows) if t.ndim == 1 else t.reshape(count)
         group = step_group(quantized.group_edges, quantized.schedule.noise_level(jnp.append(t, t[:1])))[:count]
         self.num_steps = calibration.num_steps
         self.plan = self._plan(size)

@@ -73,7 +73,10 @@ QUANTIZE = {
     "--calibration rows_table.npz": ("t (M,)", "(4, 1)"),
     "--calibration rows_early.npz": ("timesteps", "-1"),
     "--calibration rows_halves.npz": ("timesteps", "5.5"),
-    "--calibration rows_uneven.npz": ("equally many",),
+    "--calibration absent.pt": ("absent.pt", "does not exist"),
+    "--calibration rows_label.npz --calibration-layout CHWN": ("'CHWN'", "NHWC or NCHW"),
+    "--act-bits 12": ("act_bits", "2 to 8, not 12", "weights-only"),
+    "--policy edges8,blocks.attention=4": ("'blocks.attention=4'", "=float"),
     "--calibration rows_label.npz": ("Label 11 is out of range",),
     "--calibration rows_holes.npz": ("NaN or infinity",),
 }

@@ -176,7 +176,9 @@ def test_the_table_says_what_is_lowered() -> None:
     few = small_model(8, side=12)  # 36 tokens: no multiple of 8, for the norms, nor of 64, for the gates
     assert runs_on(few) == in_blocks | {"qkv": mixed, "proj": "xla", "fc1": mixed, "fc2": "xla"}
     assert lowered_model(few).count("custom_call @mosaic_gpu") == 2
-    assert set(runs_on(small_model(8).astype(jnp.float32)).values()) == {"xla"}
+    with pytest.raises(ptq.Ptq4ditError, match="mosaic_gpu computes in bfloat16, not in float32"):
+        runs_on(small_model(8).astype(jnp.float32))
+    assert set(runs_on(small_model(8).astype(jnp.float32).replace(backend="auto")).values()) == {"xla"}
     edges = {row["layer"]: row["backend"] for row in ptq.describe(small_model(8, policy="edges8"))}
     assert (edges["patch_embed"], edges["time_fc1"], edges["final"]) == (mixed, "xla", own)
 
@@ -204,9 +206,9 @@ def test_the_backend_is_chosen_by_device_and_an_unknown_one_is_named(raises_sent
     if not IS_HOPPER and jax.default_backend() == "cpu":
         assert backends.resolve("auto", "bfloat16") == backends.Choice("xla")
     assert backends.resolve("mosaic_gpu", "bfloat16") == backends.Choice("mosaic_gpu")  # the device is the caller's business
-    refused = backends.resolve("mosaic_gpu", "float32")
-    assert refused.name == "xla"
-    assert "bfloat16" in refused.why
+    for dtype in ("float32", "float16", "float64"):
+        with raises_sentence("mosaic_gpu", "bfloat16", dtype):
+            backends.resolve("mosaic_gpu", dtype)
     assert backends.resolve("xla", "float32") == backends.Choice("xla")
     with raises_sentence("'cutlass'", "mosaic_gpu"):
         backends.resolve("cutlass", "float32")
@@ -242,6 +244,16 @@ def test_the_kernels_are_refused_for_a_type_that_they_do_not_compute_in(
         terminal.to_run(q, "float32", "mosaic_gpu")
     assert terminal.runs_line(terminal.to_run(q, "auto", "mosaic_gpu")) == "in bfloat16, integer products by mosaic_gpu"
     assert terminal.to_run(q, "float32", "xla").backend == "xla"
+    floats = helpers.tiny_model()
+    for type_asked in ("auto", "float32", "bfloat16"):
+        with raises_sentence("mosaic_gpu", "float", "auto or xla"):
+            terminal.to_run(floats, type_asked, "mosaic_gpu")
+    for asked in (
+        lambda: ptq.describe(q),
+        lambda: q.apply(jnp.zeros((1, *q.config.image_shape)), jnp.array([1]), jnp.array([1])),
+    ):
+        with raises_sentence("mosaic_gpu", "float32"):
+            asked()
 
 
 @pytest.mark.parametrize("kind", ["store", "gelu", "residual"])

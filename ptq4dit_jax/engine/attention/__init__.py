@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from ptq4dit_jax import dit
 from ptq4dit_jax.engine import backends
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded
 
@@ -20,7 +22,11 @@ def attention(
     backend: str = "xla",
 ) -> jax.Array:
     """Softmax attention, (B, T, D). The reference quantizes q, k, v and the probabilities by ``sites``; a backend may compute
-    in bfloat16 instead where that is faster, and :func:`ptq4dit_jax.describe` says so."""
+    in bfloat16 instead where that is faster, and :func:`ptq4dit_jax.describe` says so. Without sites it is that of a float
+    model, whatever the backend."""
+    if not sites:
+        q, k, v = (einops.rearrange(x, "b t (a d) -> b t a d", a=num_heads) for x in (q_BTD, k_BTD, v_BTD))
+        return einops.rearrange(dit.float_attention(q, k, v), "b t a d -> b t (a d)")
     return backends.run(__name__, "attention", backend, q_BTD, k_BTD, v_BTD, num_heads, sites)
 
 

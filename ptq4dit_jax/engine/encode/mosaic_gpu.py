@@ -16,7 +16,9 @@ from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range
 
 def _check(x_BTD: jax.Array, act: ActQuantizer) -> None:
     grouped = not act.dynamic and np.ndim(act.scale)
-    if x_BTD.ndim != 3 or x_BTD.dtype != jnp.bfloat16 or x_BTD.shape[1] % rows.ROWS or x_BTD.shape[2] % rows.COLUMNS or grouped:
+    if x_BTD.ndim != 3 or x_BTD.dtype != jnp.bfloat16 or 0 in x_BTD.shape or grouped:
+        raise NotImplementedError
+    if x_BTD.shape[1] % rows.ROWS or x_BTD.shape[2] % rows.COLUMNS:
         raise NotImplementedError
 
 
@@ -36,9 +38,9 @@ def encode(x: jax.Array, act: ActQuantizer) -> Encoded:
 def modulate_encode(x_BTD: jax.Array, shift_BD: Leaf, scale_BD: Leaf, act: ActQuantizer, eps: float) -> Encoded:
     """See :func:`ptq4dit_jax.engine.encode.modulate_encode`."""
     _check(x_BTD, act)
-    if act.balance is not None or act.nonnegative:
-        raise NotImplementedError
     B, T, D = x_BTD.shape
+    if act.balance is not None or act.nonnegative or {shift_BD.shape, scale_BD.shape} != {(B, D)}:
+        raise NotImplementedError
     low, high = act_code_range(act.bits)
     ranges = None if act.dynamic else (stack_of(act.scale), stack_of(act.zero_point))
     codes, *scale = rows.modulate_quantize(

@@ -53,7 +53,8 @@ def _stack_widened(leaf: Leaf, size: int) -> jax.Array:
 
 def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operands:
     """``finish`` is what else of the layer the kernel reads."""
-    if x.values.ndim != 3 or bias.ndim != 1 or x.scale.dtype != jnp.float32:
+    ranks = x.values.ndim, len(weight.shape), bias.ndim
+    if ranks != (3, 2, 1) or 0 in x.values.shape or {x.scale.dtype, weight.scale.dtype} != {jnp.dtype("float32")}:
         raise NotImplementedError
     (B, T, K), N = x.values.shape, weight.shape[-2]
     padded_N, padded_K = (-(-size // TILE_K) * TILE_K for size in (N, K))
@@ -74,8 +75,10 @@ def _run(kind: tiles.Kind, operands: _Operands, **finish: Any) -> list[jax.Array
 
 def prepared(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
     """See :func:`ptq4dit_jax.engine.matmul.prepared`. Leaves packed what the kernel does not cover."""
-    covered = lambda N, K: N % PACKED_ROWS == K % TILE_K == 0
-    chosen = {name: weight for name, weight in weights.items() if weight.packed and covered(*weight.shape[-2:])}
+    covered = lambda N, K: N % PACKED_ROWS == K % TILE_K == 0 and min(N, K) > 0
+    chosen = {
+        name: weight for name, weight in weights.items() if weight.packed and len(weight.shape) == 2 and covered(*weight.shape)
+    }
     if not chosen:
         return dict(weights)
     packed, zero_points = ([stack_of(getattr(w, leaf)) for w in chosen.values()] for leaf in ("values", "zero_point"))
@@ -93,20 +96,23 @@ def linear(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike) -> jax.Arr
 
 def linear_parts(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike, parts: int) -> list[jax.Array]:
     """See :func:`ptq4dit_jax.engine.matmul.linear_parts`. Arrays of their own are what attention reads without a copy."""
-    B, T, _ = x.values.shape
     each = weight.shape[-2] // parts
     if each % TILE_K:  # a piece of the epilogue would lie in two parts
         return jnp.split(linear(x, weight, bias, dtype), parts, axis=-1)
     if dtype != jnp.bfloat16:
         raise NotImplementedError
-    return [part.reshape(B, T, each) for part in _run("store", _operands(x, weight, bias), outputs=parts)]
+    operands = _operands(x, weight, bias)
+    return [part.reshape(*operands.shape[:2], each) for part in _run("store", operands, outputs=parts)]
 
 
 def linear_each(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
     """See :func:`ptq4dit_jax.engine.matmul.linear_each`. 4-bit weights only: XLA reads 8-bit ones as fast as memory can."""
     N, K = weight.shape[-2:]
     covered = weight.packed and N % TILE_K == K % TILE_K == 0 and (N // parts) % EPILOGUE_M == 0
-    if not covered or dtype != jnp.bfloat16 or x.scale.dtype != jnp.float32 or x.scale.ndim != 1 or bias.ndim != 2:
+    ranks = x.values.ndim, len(weight.shape), x.scale.ndim, bias.ndim
+    if not covered or ranks != (3, 3, 1, 2) or 0 in x.values.shape or dtype != jnp.bfloat16:
+        raise NotImplementedError
+    if {x.scale.dtype, weight.scale.dtype} != {jnp.dtype("float32")}:
         raise NotImplementedError
     return gemm.int8_matmul(
         x.values, weight.values, x.scale, weight.scale, bias.astype(jnp.float32), None,
@@ -128,9 +134,9 @@ def linear_gelu(x: Encoded, weight: QTensor, bias: Leaf, act: ActQuantizer) -> E
 
 def linear_residual(x: Encoded, weight: QTensor, bias: Leaf, gate_BD: Leaf, x_BTD: jax.Array) -> jax.Array:
     """See :func:`ptq4dit_jax.engine.matmul.linear_residual`."""
-    B, T, N = x_BTD.shape
-    if x_BTD.dtype != jnp.bfloat16 or T % EPILOGUE_M:
-        raise NotImplementedError
     operands = _operands(x, weight, bias, gate_BD)
+    B, T, N = operands.shape
+    if x_BTD.shape != (B, T, N) or gate_BD.shape != (B, N) or x_BTD.dtype != jnp.bfloat16 or T % EPILOGUE_M:
+        raise NotImplementedError
     finish = GatedResidual(operands.padded(x_BTD.reshape(B * T, N)), operands.columns(gate_BD), T)
     return operands.rows(_run("residual", operands, finish=finish)[0])

@@ -27,10 +27,19 @@ def number(value: int) -> bytes:
 
 
 def torch_pickle(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """What torch's pickler says of a state dict of float32 tensors: calls by name, storages by number."""
+    """What torch's pickler says of a state dict of tensors: calls by name, storages by number."""
+    kinds = {"float32": b"Float", "float16": b"Half", "int64": b"Long", "int32": b"Int"}
     out = b"\x80\x02ccollections\nOrderedDict\n)R("
     for key, (name, array) in enumerate(tensors.items()):
-        storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text(str(key)) + text("cpu") + number(array.size) + b"tQ"
+        storage = (
+            b"("
+            + text("storage")
+            + b"ctorch\n%bStorage\n" % kinds[array.dtype.name]
+            + text(str(key))
+            + text("cpu")
+            + number(array.size)
+            + b"tQ"
+        )
         strides = [stride // array.itemsize for stride in array.strides]
         shape = b"(" + b"".join(map(number, array.shape)) + b"t(" + b"".join(map(number, strides)) + b"t"
         rest = number(0) + shape + b"\x89ccollections\nOrderedDict\n)R"

@@ -1,0 +1,50 @@
+"""Fake quantization with a derivative: values are rounded, and derivatives pass as if they were not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ptq4dit_jax.quantizers import ActQuantizer, act_code_range, broadcast_rows
+
+
+@jax.custom_jvp
+def straight_through(x: jax.Array, quantized: jax.Array) -> jax.Array:
+    """``quantized``, with the derivative of ``x``; both of one shape and type. Not ``x + (quantized - x)``, which rounds, and
+    not alike in every program."""
+    return quantized
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+    return primals[1], tangents[0]
+
+
+@struct.dataclass
+class StraightThrough:
+    """An :class:`~ptq4dit_jax.quantizers.ActQuantizer` of the same values with a derivative in x, forward and reverse.
+
+    It is the balancing factor (or 1) inside the range and 0 where the value is clipped to its end. Dynamic ranges clip nothing,
+    and how their scale depends on x is left out. Scales and zero points are constants.
+    """
+
+    act: ActQuantizer
+
+    def at_group(self, group: jax.Array) -> StraightThrough:
+        """As :meth:`ActQuantizer.at_group`."""
+        return StraightThrough(self.act.at_group(group))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        act = self.act
+        balanced = x
+        if act.balance is not None:
+            balanced = x * act.balance.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        if not act.dynamic:
+            scale, zero_point = (jax.lax.stop_gradient(broadcast_rows(a, x.ndim)) for a in (act.scale, act.zero_point))
+            ends = (end + 0.5 * side for end, side in zip(act_code_range(act.bits), (-1, 1), strict=True))
+            low, high = ((scale * (end - zero_point.astype(scale.dtype))).astype(x.dtype) for end in ends)
+            balanced = jnp.clip(balanced, low, high)  # beyond these ends the rounded code is clipped
+        return straight_through(balanced, jax.lax.stop_gradient(act)(jax.lax.stop_gradient(x)))
