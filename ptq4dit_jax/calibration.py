@@ -226,9 +226,10 @@ def check_finite(statistics: Mapping[str, ChannelExtremes], t: ArrayLike) -> Non
     bad = {name: int(np.argmin(finite)) for name, finite in found.items() if not finite.all()}
     if bad:
         name = min(bad, key=lambda site: bad[site])
+        when = np.ravel(times[bad[name]])[0]
         raise Ptq4ditError(
             f"The channel statistics of {name} hold NaN or infinity at calibration step {bad[name] + 1} of {len(times)} "
-            f"(t = {times[bad[name]]:g}), so no range can be chosen; check that the float model makes good samples with these "
+            f"(t = {when:g}), so no range can be chosen; check that the float model makes good samples with these "
             "steps, this sampler and this guidance, and that given calibration rows are scaled as the sampler scales them."
         )
 

@@ -240,8 +240,11 @@ _ROW_NAMES = {"x": ("x", "xs"), "t": ("t", "ts"), "y": ("y", "ys")}
 
 
 def read_calibration(path: str | os.PathLike[str], *, labelled: bool = True) -> dict[str, np.ndarray]:
-    """The arrays x, t and, of a ``labelled`` model, y of stored calibration rows, also under the names xs, ts and ys: of an npz,
-    a file of torch.save, or what else :func:`ptq4dit_jax.checkpoints.foreign.open_tensors` reads. No code in a file is run."""
+    """The arrays x, t and, for a ``labelled`` model, y of stored calibration rows, also under the names xs, ts and ys.
+
+    The file is an npz, one of torch.save, or what else :func:`ptq4dit_jax.checkpoints.foreign.open_tensors` reads. No code in it
+    is run.
+    """
     _check_here(path)
     names = [name for both in _ROW_NAMES.values() for name in both]
     if Path(path).suffix == ".npz" or _is_npz(path):
