@@ -14,11 +14,27 @@ class DeviceKind(NamedTuple):
     capability: tuple[int, int] = (0, 0)
 
 
+def default() -> jax.Device:
+    """The device that computations run on where nothing places them: ``jax_default_device``, or else the first."""
+    device = chosen()
+    return jax.devices()[0] if device is None else device
+
+
+def chosen() -> jax.Device | None:
+    """The device that the user set as ``jax_default_device``, by itself or by its platform; None where it is not set."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return jax.devices(device)[0] if isinstance(device, str) else device
+
+
+def in_use() -> list[jax.Device]:
+    """The devices that work is spread over where nothing else is said: all, or the one that the user chose."""
+    device = chosen()
+    return jax.devices() if device is None else [device]
+
+
 def default_device() -> DeviceKind:
-    """The kind of device that computations run on unless told otherwise."""
-    device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
-    if isinstance(device, str):
-        device = jax.devices(device)[0]
+    """The kind of :func:`default`."""
+    device = default()
     if device.platform != "gpu":
         return DeviceKind(device.platform)
     major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")

@@ -28,6 +28,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ptq4dit_jax.devices import default_device
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.numerics import EXACT, at_least_float32, product_precision, threefry
 
 #: Depth, width and heads of the published sizes; each exists with patch size 2, 4 and 8.
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -184,7 +185,7 @@ def timestep_frequencies(config: DiTConfig, t_B: jax.Array) -> jax.Array:
     """Sinusoidal features (B, frequency_size) of the timestep, cosines first."""
     half = config.frequency_size // 2
     frequencies = np.exp(-math.log(10000.0) * np.arange(half) / (half - config.freq_shift)).astype(np.float32)
-    angles = t_B.astype(jnp.float32)[:, None] * frequencies
+    angles = t_B.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -198,11 +199,6 @@ def unpatchify(config: DiTConfig, x_BTK: jax.Array) -> jax.Array:
     """The inverse of :func:`patchify`, for any number of channels."""
     p, side = config.patch_size, config.input_size // config.patch_size
     return einops.rearrange(x_BTK, "b (h w) (p q c) -> b (h p) (w q) c", h=side, w=side, p=p, q=p)
-
-
-def at_least_float32(dtype: DTypeLike) -> DTypeLike:
-    """The type to accumulate in: float32, or float64 where the computation already is."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -241,14 +237,16 @@ class Block(nn.Module):
 
     config: DiTConfig
     dtype: DTypeLike
+    precision: jax.lax.Precision = EXACT
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, silu_c_BD: jax.Array) -> tuple[jax.Array, None]:
-        config = self.config
+        config, precision = self.config, product_precision(self.dtype, self.precision)
         D, A = config.hidden_size, config.num_heads
+        init = nn.initializers.xavier_uniform()
 
-        def dense(features: int, name: str, **kwargs: Any) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name, **kwargs)
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, precision=precision, kernel_init=init, name=name)
 
         modulation = dense(6 * D, "adaLN")(site(self, "adaLN_in", silu_c_BD))
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
@@ -260,8 +258,9 @@ class Block(nn.Module):
         if not watched and can_fuse_attention(q_BTAd.dtype, config.head_width):
             out_BTAd = fused_attention(q_BTAd, k_BTAd, v_BTAd)
         else:
-            logits_BATT = jnp.einsum("bqad,bkad->baqk", q_BTAd, k_BTAd) * config.head_width**-0.5
-            out_BTAd = jnp.einsum("baqk,bkad->bqad", site(self, "probs", softmax(logits_BATT)), v_BTAd)
+            logits_BATT = jnp.einsum("bqad,bkad->baqk", q_BTAd, k_BTAd, precision=precision) * config.head_width**-0.5
+            probs_BATT = site(self, "probs", softmax(logits_BATT))
+            out_BTAd = jnp.einsum("baqk,bkad->bqad", probs_BATT, v_BTAd, precision=precision)
         out_BTD = einops.rearrange(out_BTAd, "b t a d -> b t (a d)")
         out_BTD = site(self, "proj_out", dense(D, "proj")(site(self, "proj_in", out_BTD)))
         x_BTD = x_BTD + gate_attn[:, None] * out_BTD
@@ -274,7 +273,8 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """The network. ``dtype`` is the compute type; LayerNorm and softmax always reduce in float32.
+    """The network. ``dtype`` is the compute type; LayerNorm and softmax always reduce in float32. ``precision`` is that of
+    float32 products.
 
     Variables: ``params``, with all block parameters stacked on a leading depth axis, and optionally ``quantizers`` and
     ``observers`` (module docstring). Kernels are (K, N), Flax's order.
@@ -282,12 +282,14 @@ class DiT(nn.Module):
 
     config: DiTConfig
     dtype: DTypeLike = jnp.float32
+    precision: jax.lax.Precision = EXACT
 
     def setup(self) -> None:
-        config = self.config
+        config, precision = self.config, product_precision(self.dtype, self.precision)
+        init = nn.initializers.xavier_uniform()
 
         def dense(features: int) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+            return nn.Dense(features, dtype=self.dtype, precision=precision, kernel_init=init)
 
         self.patch_embed = dense(config.hidden_size)
         self.time_fc1, self.time_fc2 = dense(config.hidden_size), dense(config.hidden_size)
@@ -298,7 +300,7 @@ class DiT(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=config.depth,
-        )(config, self.dtype)
+        )(config, self.dtype, self.precision)
         self.final_adaLN = dense(2 * config.hidden_size)
         self.final = dense(config.patch_size**2 * config.out_channels)
 
@@ -317,7 +319,7 @@ class DiT(nn.Module):
     def embed_image(self, x_BHWC: ArrayLike) -> jax.Array:
         """Tokens (B, T, D) of images, with their positions."""
         tokens = site(self, "patch_in", patchify(self.config, jnp.asarray(x_BHWC, self.dtype)))
-        return self.patch_embed(tokens) + jnp.asarray(position_embedding(self.config), self.dtype)
+        return self.patch_embed(tokens) + jnp.asarray(position_embedding(self.config), self.dtype)[None]
 
     def embed_condition(self, t_B: ArrayLike, y_B: ArrayLike) -> jax.Array:
         """silu of the embedded timestep and label, (B, D): all that modulation sees of either."""
@@ -336,8 +338,8 @@ class DiT(nn.Module):
 def init_params(config: DiTConfig, key: jax.Array, *, adaln_zero: bool = True) -> dict[str, Any]:
     """Random parameters. ``adaln_zero`` zeroes the modulation and the final layer as for training; False keeps every path
     alive, which is what tests and benchmarks want."""
-    image = jnp.zeros((1, *config.image_shape))
-    params = jax.jit(DiT(config).init)(key, image, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
+    image, t_B = jnp.zeros((1, *config.image_shape), jnp.float32), jnp.zeros((1,), jnp.float32)
+    params = jax.jit(DiT(config).init)(threefry(key), image, t_B, jnp.zeros((1,), jnp.int32))["params"]
     if adaln_zero:
         zeros = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("final_adaLN", "final")}
         blocks = {**params["blocks"], "adaLN": jax.tree.map(jnp.zeros_like, params["blocks"]["adaLN"])}
@@ -354,8 +356,10 @@ def combine_guidance(
     """Classifier-free guidance ``u + cfg_scale (c - u)`` on the noise channels of raw outputs (B, H, W, out_channels).
 
     ``first3`` guides channels 0..2 only, as Meta's code does; every other channel is the conditional row's. ``all`` guides all
-    noise channels, as most other code does. Variance channels are never guided.
+    noise channels, as most other code does. Variance channels are never guided. The result is in float32 at least.
     """
     guided = in_channels if channels == "all" else min(3, in_channels)
-    eps = unconditional[..., :guided] + cfg_scale * (conditional[..., :guided] - unconditional[..., :guided])
-    return jnp.concatenate([eps, conditional[..., guided:]], axis=-1)
+    dtype = at_least_float32(conditional.dtype)
+    difference = (conditional[..., :guided] - unconditional[..., :guided]).astype(dtype)
+    eps = unconditional[..., :guided].astype(dtype) + jnp.asarray(cfg_scale, dtype) * difference
+    return jnp.concatenate([eps, conditional[..., guided:].astype(dtype)], axis=-1)

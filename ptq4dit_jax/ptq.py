@@ -25,6 +25,7 @@ from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
+from ptq4dit_jax.numerics import CALIBRATION, threefry
 from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 from ptq4dit_jax.ranges import RangeSearch, activation_parameters, quantize_weight
 from ptq4dit_jax.reconstruction import Journal, check_mesh, reconstruct
@@ -84,7 +85,7 @@ def quantize(
     Returns:
       The integer model, self-contained.
     """
-    config = config or QuantConfig()
+    config, key = config or QuantConfig(), threefry(key)
     if calibration is None:
         config = config.resolve(model.schedule)
     report = progress or (lambda stage, done, total, note="": None)
@@ -94,7 +95,7 @@ def quantize(
         check_mesh(config.reconstruction, mesh)
     source_sha256 = source_hash(model.params)
     journal = _journal(config, source_sha256, key, calibration, state, fresh)
-    model = sharding.replicate(mesh, model.astype(jnp.float32))
+    model = sharding.replicate(mesh, model.astype(jnp.float32).replace(precision=CALIBRATION))
     source = "given" if calibration is not None else f"sampled, key {jax.random.key_data(key).tolist()}"
     if calibration is None:
         calibration = sample_trajectories(
@@ -257,10 +258,10 @@ def activation_quantizers(
             continue
         low, high = extremes[name].low, extremes[name].high
         block_site = name.removeprefix("blocks.")
-        factor = residual.get(block_site, factors.get(block_site, jnp.ones(())))
+        factor = residual.get(block_site, factors.get(block_site, jnp.ones((), jnp.float32)))
         if block_site == "proj_in" and "v" in factors:
             factor = factor * factors["v"]  # the extremes were seen before v was equalized
-        factor = factor.reshape(factor.shape[0], *low.shape[2:]) if factor.ndim else factor
+        factor = factor.reshape(1, factor.shape[0], *low.shape[2:]) if factor.ndim else factor
         feature_axes = tuple(range(2 if name.startswith("blocks.") else 1, low.ndim))
         low, high = (low * factor).min(feature_axes), (high * factor).max(feature_axes)
         ranges[name] = (
@@ -319,4 +320,5 @@ _pack = jax.jit(QLinear.pack)
 
 def _input_power(statistics: ChannelExtremes, site: str, factors: Mapping[str, jax.Array]) -> jax.Array:
     """Mean square of each balanced input channel over all steps, ([L,] K)."""
-    return statistics.power.mean(0) * jnp.square(factors.get(site.removeprefix("blocks."), 1.0))
+    power, factor = statistics.power.mean(0), factors.get(site.removeprefix("blocks."))
+    return power if factor is None else power * jnp.square(factor)

@@ -29,7 +29,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ptq4dit_jax import checkpoints, sharding
-from ptq4dit_jax.devices import default_device
+from ptq4dit_jax.devices import default_device, in_use
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, backends
 from ptq4dit_jax.errors import Ptq4ditError
@@ -77,8 +77,8 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def devices_line() -> str:
     """The devices that will be used, in words."""
-    kinds = [device.device_kind for device in jax.devices()]
-    return f"{len(kinds)} x {kinds[0]} ({jax.default_backend()})"
+    devices = in_use()
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
 
 
 def to_run(model: _Model, dtype: str, backend: str) -> _Model:
@@ -108,8 +108,9 @@ def runs_line(model: checkpoints.Model) -> str:
 
 
 def all_devices_mesh() -> jax.sharding.Mesh | None:
-    """A mesh over all devices, or None where there is one."""
-    return sharding.data_mesh() if jax.device_count() > 1 else None
+    """A mesh over all devices, or None where there is one or ``jax_default_device`` chooses one."""
+    devices = in_use()
+    return sharding.data_mesh(devices) if len(devices) > 1 else None
 
 
 def megabytes(count: int) -> str:

@@ -85,9 +85,8 @@ def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Ar
     linears = {name: layer.at_group(group) for name, layer in model.linears.items()}
     sites = _split_blocks({name: quantizer.at_group(group) for name, quantizer in model.sites.items()})
 
-    x_BTD = linears["patch_embed"](dit.patchify(config, x_BHWC), backend) + jnp.asarray(
-        dit.position_embedding(config), model.dtype
-    )
+    positions_TD = jnp.asarray(dit.position_embedding(config), model.dtype)
+    x_BTD = linears["patch_embed"](dit.patchify(config, x_BHWC), backend) + positions_TD[None]
     hidden = jax.nn.silu(linears["time_fc1"](dit.timestep_frequencies(config, t_B).astype(model.dtype), backend))
     silu_c_BD = jax.nn.silu(linears["time_fc2"](hidden, backend) + model.label_embed[y_B].astype(model.dtype))
 

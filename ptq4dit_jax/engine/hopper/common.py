@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ptq4dit_jax.devices import default
+
 _NEW = jax.__version_info__ >= (0, 11)
 #: Added to a float of magnitude below 2^22 it leaves the float rounded half to even in the low bits of the sum.
 _ROUNDING = 12582912.0
@@ -63,7 +65,7 @@ def transposed(ref: Any) -> Any:
 
 def core_count() -> int:
     """Multiprocessors of the default device; an H200's where that is no GPU and a kernel is only lowered."""
-    device = jax.devices()[0]
+    device = default()
     return getattr(device, "core_count", 0) if device.platform == "gpu" else 132
 
 
