@@ -66,7 +66,7 @@ def test_quantize_says_what_it_did(w4):
     assert facts["settings"] == w4.figures["settings"]
     assert (facts["source"], facts["seed"]) == (DIGITS, 0)
     assert set(facts["versions"]) == {"ptq4dit_jax", "jax", "flax", "orbax"}
-    assert facts["calibration"]["steps"], facts["calibration"]["rows_per_step"] == (2, 4)
+    assert (facts["calibration"]["steps"], facts["calibration"]["rows_per_step"]) == (2, 4)
 
 
 def test_the_seed_decides_the_quantized_model(w4, here):
