@@ -16,20 +16,14 @@ class DeviceKind(NamedTuple):
 
 def default() -> jax.Device:
     """The device that computations run on where nothing places them: ``jax_default_device``, or else the first."""
-    device = chosen()
-    return jax.devices()[0] if device is None else device
-
-
-def chosen() -> jax.Device | None:
-    """The device that the user set as ``jax_default_device``, by itself or by its platform; None where it is not set."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return jax.devices(device)[0] if isinstance(device, str) else device
+    return in_use()[0]
 
 
 def in_use() -> list[jax.Device]:
-    """The devices that work is spread over where nothing else is said: all, or the one that the user chose."""
-    device = chosen()
-    return jax.devices() if device is None else [device]
+    """The devices that work is spread over where nothing else is said: all, or what ``jax_default_device`` names, which is a
+    device or a platform."""
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return jax.devices(chosen) if chosen is None or isinstance(chosen, str) else [chosen]
 
 
 def default_device() -> DeviceKind:

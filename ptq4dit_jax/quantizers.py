@@ -216,7 +216,7 @@ class QTensor:
         0)."""
         if bits <= 4:
             return cls(pack_nibbles(codes), scale, zero_point.astype(jnp.int8), bits)
-        centered = (codes - zero_point[..., None]).astype(jnp.int8)
+        centered = (codes.astype(jnp.int32) - zero_point[..., None].astype(jnp.int32)).astype(jnp.int8)
         return cls(centered, scale, None, bits)
 
 
@@ -228,4 +228,4 @@ def weight_code_range(bits: int) -> tuple[int, int]:
 def encode_weight(w: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
     """Weight codes (..., N, K) float32 for scales and zero points (..., N)."""
     qmin, qmax = weight_code_range(bits)
-    return jnp.clip(jnp.round(w / scale[..., None]) + zero_point[..., None], qmin, qmax)
+    return jnp.clip(jnp.round(w / scale[..., None]) + zero_point[..., None].astype(w.dtype), qmin, qmax)

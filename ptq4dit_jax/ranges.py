@@ -72,7 +72,7 @@ def quantize_weight(w: jax.Array, bits: int, search: RangeSearch = "mse", import
     count alike. ``percentile`` tries the official code's three, ``minmax`` takes the extremes.
     """
     low, high = jnp.minimum(w.min(-1), 0.0), jnp.maximum(w.max(-1), 0.0)
-    importance = jnp.ones(w.shape[-1:], w.dtype) if importance is None else importance
+    importance = jnp.ones(w.shape[-1:], w.dtype) if importance is None else importance.astype(w.dtype)
 
     def total(x: jax.Array) -> jax.Array:
         """``sum_k importance_k x_nk``, as a product of matrices, which a CPU computes faster than a sum."""

@@ -108,7 +108,7 @@ def runs_line(model: checkpoints.Model) -> str:
 
 
 def all_devices_mesh() -> jax.sharding.Mesh | None:
-    """A mesh over all devices, or None where there is one or ``jax_default_device`` chooses one."""
+    """A mesh over all devices, or over those that ``jax_default_device`` names; None where that is one."""
     devices = in_use()
     return sharding.data_mesh(devices) if len(devices) > 1 else None
 

@@ -203,7 +203,8 @@ def init_params(config: VAEConfig, key: jax.Array) -> dict[str, Any]:
 @struct.dataclass
 class VAEDecoder:
     """A decoder with its parameters; a pytree whose leaves are those of :func:`init_params`, all of one floating type, in which
-    it computes. Group norms, the softmax and the last convolution are in float32 at least.
+    it computes. Group norms, the softmax and the last convolution are in float32 at least. Float32 products take the precision
+    that ``JAX_DEFAULT_MATMUL_PRECISION`` asks for: pictures are neither a reference nor codes.
     """
 
     params: Any

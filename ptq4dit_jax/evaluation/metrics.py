@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.numerics import EXACT, along_last, at_least_float32
+from ptq4dit_jax.numerics import EXACT
 
 #: Images in [-1, 1] span this range.
 DATA_RANGE = 2.0

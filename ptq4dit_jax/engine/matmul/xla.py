@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.stacks import in_turns
-from ptq4dit_jax.numerics import INTEGER, along_last, at_least_float32
+from ptq4dit_jax.numerics import INTEGER, along_last
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 
