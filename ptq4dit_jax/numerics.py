@@ -24,9 +24,9 @@ EXACT = jax.lax.Precision.HIGHEST
 CALIBRATION = jax.lax.Precision.HIGH
 
 
-def at_least_float32(dtype: DTypeLike) -> Any:
-    """The type to accumulate in: float32, or float64 where the computation already is."""
-    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+def at_least_float32(*dtypes: DTypeLike) -> Any:
+    """The type in which operands of these types meet, and to accumulate in: float64 if one is float64, else float32."""
+    return jnp.float64 if any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32
 
 
 def product_precision(dtype: DTypeLike, precision: jax.lax.Precision = EXACT) -> jax.lax.Precision:

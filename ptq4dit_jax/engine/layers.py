@@ -135,4 +135,5 @@ def in_unit_steps(qkv: QLinear, proj: QLinear) -> tuple[QLinear, QLinear]:
 def _zero_point_term(weight: QTensor, act: ActQuantizer) -> jax.Array:
     """``sx zx sw_n sum_k w'_nk`` for every group, (..., G, N)."""
     sums = weight.codes().sum(-1, dtype=jnp.int32).astype(weight.scale.dtype) * weight.scale
-    return (act.scale * act.zero_point.astype(act.scale.dtype))[..., None] * sums[..., None, :]
+    shift = (act.scale * act.zero_point.astype(act.scale.dtype))[..., None]
+    return along_last(shift, sums.ndim + 1) * sums[..., None, :]

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.numerics import EXACT
+from ptq4dit_jax.numerics import EXACT, at_least_float32
 
 #: Images in [-1, 1] span this range.
 DATA_RANGE = 2.0
@@ -146,7 +146,7 @@ def _pair(reference: ArrayLike, approximation: ArrayLike) -> tuple[jax.Array, ja
     first, second = jnp.asarray(reference), jnp.asarray(approximation)
     if first.shape != second.shape:
         raise Ptq4ditError(f"Paired metrics need two arrays of one shape, not {first.shape} and {second.shape}.")
-    dtype = jnp.float64 if jnp.float64 in (first.dtype, second.dtype) else jnp.float32
+    dtype = at_least_float32(first.dtype, second.dtype)
     return first.astype(dtype), second.astype(dtype)
 
 

@@ -37,7 +37,7 @@ class Quantized:
 
 @pytest.fixture(scope="module")
 def batch(config):
-    x = jax.random.normal(jax.random.key(1), (5, *config.image_shape))
+    x = jax.random.normal(jax.random.key(1), (5, *config.image_shape), jnp.float32)
     return x, jnp.array([0, 10, 500, 900, 999]), jnp.array([0, 1, 2, 3, 0])
 
 

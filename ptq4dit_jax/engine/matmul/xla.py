@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.stacks import in_turns
-from ptq4dit_jax.numerics import INTEGER, along_last
+from ptq4dit_jax.numerics import INTEGER, along_last, at_least_float32
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 
@@ -20,11 +20,12 @@ def accumulate(x: jax.Array, codes: jax.Array) -> jax.Array:
 
 
 def _exact(x: Encoded, weight: QTensor, bias: jax.Array) -> jax.Array:
-    """The result in the type of the scales. 4-bit codes are unpacked to int8 here, just before the product: XLA would widen
+    """The result in float32 at least. 4-bit codes are unpacked to int8 here, just before the product: XLA would widen
     an int8 x int4 product to int32 on both sides."""
     out = accumulate(x.values, weight.codes())
-    scale = x.scale * along_last(weight.scale, out.ndim)
-    return out.astype(scale.dtype) * scale + along_last(bias, out.ndim)
+    dtype = at_least_float32(x.scale.dtype, weight.scale.dtype, bias.dtype)
+    scale = x.scale.astype(dtype) * along_last(weight.scale, out.ndim).astype(dtype)
+    return out.astype(dtype) * scale + along_last(bias, out.ndim).astype(dtype)
 
 
 def prepared(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
@@ -61,8 +62,9 @@ def linear_gelu(x: Encoded, weight: QTensor, bias: jax.Array, act: ActQuantizer)
 def linear_residual(x: Encoded, weight: QTensor, bias: jax.Array, gate_BD: jax.Array, x_BTD: jax.Array) -> jax.Array:
     """See :func:`ptq4dit_jax.engine.matmul.linear_residual`."""
     out = _exact(x, weight, bias)
-    gated = gate_BD[:, None].astype(out.dtype) * out
-    return (x_BTD.astype(out.dtype) + gated).astype(x_BTD.dtype)
+    dtype = at_least_float32(x_BTD.dtype, gate_BD.dtype, out.dtype)
+    gated = gate_BD[:, None].astype(dtype) * out.astype(dtype)
+    return (x_BTD.astype(dtype) + gated).astype(x_BTD.dtype)
 
 
 def batched(a: jax.Array, b: jax.Array) -> jax.Array:
