@@ -3,6 +3,7 @@ before."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -95,7 +96,7 @@ def quantize(
         check_mesh(config.reconstruction, mesh)
     source_sha256 = source_hash(model.params)
     journal = _journal(config, source_sha256, key, calibration, state, fresh)
-    model = sharding.replicate(mesh, model.astype(jnp.float32).replace(precision=CALIBRATION))
+    model = dataclasses.replace(sharding.replicate(mesh, model.astype(jnp.float32)), precision=CALIBRATION)
     source = "given" if calibration is not None else f"sampled, key {jax.random.key_data(key).tolist()}"
     if calibration is None:
         calibration = sample_trajectories(

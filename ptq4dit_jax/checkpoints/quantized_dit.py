@@ -88,7 +88,7 @@ def _expected(meta: Mapping[str, Any]) -> QuantizedDiT:
         skeleton = _skeleton(config, schedule, meta["linears"], meta["sites"], num_groups)
     except (KeyError, TypeError, AttributeError) as error:
         raise Ptq4ditError(f"This quantized model's config.json lacks or garbles {error}; the folder is damaged.") from error
-    return skeleton.replace(dtype=dtype)  # type: ignore[attr-defined,no-any-return]
+    return skeleton.replace(dtype=dtype)  # type: ignore[attr-defined]
 
 
 def _packed_by_rows(arrays: Mapping[str, np.ndarray], skeleton: QuantizedDiT) -> dict[str, Any]:

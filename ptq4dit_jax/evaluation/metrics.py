@@ -88,7 +88,7 @@ def ssim(reference: ArrayLike, images: ArrayLike, data_range: float = DATA_RANGE
     reference, images = _images(reference, images)
     _, height, width, _ = reference.shape
     rows_PH, columns_QW = (jnp.asarray(_window_means(size), reference.dtype) for size in (height, width))
-    data_range = jnp.asarray(data_range, reference.dtype)
+    span = jnp.asarray(data_range, reference.dtype)
 
     def blur(x: jax.Array) -> jax.Array:
         return jnp.einsum("ph,qw,nhwc->npqc", rows_PH, columns_QW, x, precision=EXACT)
@@ -97,9 +97,9 @@ def ssim(reference: ArrayLike, images: ArrayLike, data_range: float = DATA_RANGE
     var_r = blur(reference * reference) - mean_r * mean_r
     var_i = blur(images * images) - mean_i * mean_i
     covariance = blur(reference * images) - mean_r * mean_i
-    c1, c2 = (_SSIM_K1 * data_range) ** 2, (_SSIM_K2 * data_range) ** 2
+    c1, c2 = (_SSIM_K1 * span) ** 2, (_SSIM_K2 * span) ** 2
     # Only the luminance term depends on where zero lies; the other moments are more exact around the middle.
-    light_r, light_i = mean_r + data_range / 2, mean_i + data_range / 2
+    light_r, light_i = mean_r + span / 2, mean_i + span / 2
     luminance = (2 * light_r * light_i + c1) / (light_r * light_r + light_i * light_i + c1)
     structure = (2 * covariance + c2) / (var_r + var_i + c2)
     return (luminance * structure).mean((1, 2, 3))
