@@ -183,6 +183,7 @@ def test_keys_of_a_seed_become_one_key(impl):
         np.testing.assert_array_equal(jax.random.key_data(found), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 def test_every_use_of_a_key_converts_it(impl):
     """Random parameters of both networks; noise and reconstruction are compared between processes below."""
