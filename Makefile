@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# JAX's own switches, NAME=value, under each of which the suite runs once.
+SWITCHES ?= $(shell cat tests/switches.txt)
 # A file stays with one worker, which compiles its programs once; tests/conftest.py says which come first.
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -11,12 +13,12 @@ INSTALLED := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint clean
+.PHONY: help install demo test test-fast test-switches lint clean
 
 help:  ## this list
 	@echo "ptq4dit_jax targets (each sets up .venv where it needs it):"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | while IFS='|' read -r name text; do \
-		printf '  make %-10s %s\n' "$$name" "$$text"; done
+		printf '  make %-13s %s\n' "$$name" "$$text"; done
 
 install: $(INSTALLED)  ## create .venv and install the package with its tests' dependencies
 
@@ -40,6 +42,14 @@ test: $(INSTALLED)  ## run every test
 
 test-fast: $(INSTALLED)  ## run the tests that take seconds
 	@$(BIN)/python -m pytest $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+test-switches: $(INSTALLED)  ## run every test under each of JAX's switches (tests/switches.txt, or SWITCHES="NAME=value ...")
+	@failed=; for switch in $(SWITCHES); do \
+		printf '\n==== %s ====\n' "$$switch"; \
+		env "$$switch" $(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS) || failed="$$failed $$switch"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "Failed under:$$failed" >&2; exit 1; fi; \
+	echo "Passed under: $(SWITCHES)"
 
 lint: $(INSTALLED)  ## check style and types
 	@$(BIN)/ruff check .

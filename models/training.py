@@ -92,7 +92,7 @@ def variational_bound(x0: jax.Array, mean: jax.Array, log_var: jax.Array, true_m
     nll = -jnp.log(jnp.maximum(mass, 1e-12))
 
     pixels = tuple(range(1, x0.ndim))
-    return jnp.where(t_B == 0, nll.mean(pixels), kl.mean(pixels)) / jnp.log(2.0)
+    return jnp.where(t_B == 0, nll.mean(pixels), kl.mean(pixels)) / math.log(2)
 
 
 def loss_tables() -> StepTables:
@@ -137,27 +137,30 @@ def train_steps(
     def objective(params: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         keys = jax.random.split(key, 6)
         x0, labels = data.draw(keys[:3], batch)
-        dropped = jax.random.uniform(keys[3], (batch,)) < recipe.label_dropout
+        dropped = jax.random.uniform(keys[3], (batch,), jnp.float32) < recipe.label_dropout
         y = jnp.where(dropped, config.null_label, labels)
-        t = jax.random.randint(keys[4], (batch,), 0, SCHEDULE.num_timesteps)
+        t = jax.random.randint(keys[4], (batch,), 0, SCHEDULE.num_timesteps, jnp.int32)
         model = FloatDiT(params, config, SCHEDULE).astype(recipe.compute_dtype)
-        mse, bound = losses(model, tables, x0, t, y, jax.random.normal(keys[5], x0.shape), data.max_level)
+        mse, bound = losses(model, tables, x0, t, y, jax.random.normal(keys[5], x0.shape, jnp.float32), data.max_level)
         means = {"mse": mse.mean(), "vlb": bound.mean()}
         return means["mse"] + means["vlb"], means
 
     def step(state: dict[str, Any], index: jax.Array) -> tuple[dict[str, Any], dict[str, jax.Array]]:
         grads, means = jax.grad(objective, has_aux=True)(state["params"], jax.random.fold_in(key, index))
-        updates, optimizer = recipe.optimizer().update(grads, state["optimizer"], state["params"])
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax promotes
+            updates, optimizer = recipe.optimizer().update(grads, state["optimizer"], state["params"])
         if cooldown is not None:
-            share = jnp.clip((cooldown[1] - index) / (cooldown[1] - cooldown[0]), 0, 1)
+            first, end = (step.astype(jnp.float32) for step in cooldown)
+            share = jnp.clip((end - index.astype(jnp.float32)) / (end - first), 0, 1)
             updates = jax.tree.map(lambda update: share * update, updates)
         params = optax.apply_updates(state["params"], updates)
         # A short memory at first, so that the average does not drag the initial parameters along.
-        decay = jnp.minimum(recipe.ema_decay, (1 + index) / (10 + index))
+        seen = index.astype(jnp.float32)
+        decay = jnp.minimum(recipe.ema_decay, (1 + seen) / (10 + seen))
         ema = jax.tree.map(lambda old, new: new + decay * (old - new), state["ema"], params)
         return {"params": params, "optimizer": optimizer, "ema": ema}, means
 
-    state, means = jax.lax.scan(step, state, first + jnp.arange(count))
+    state, means = jax.lax.scan(step, state, first + jnp.arange(count, dtype=jnp.int32))
     return state, jax.tree.map(jnp.mean, means)
 
 
@@ -200,9 +203,9 @@ def train(
     window = None if max_seconds is None else (end, end + 1)
     while done < end:
         count = min(CHUNK, end - done)
-        cooldown = None if window is None else (jnp.asarray(window[0]), jnp.asarray(window[1]))
+        cooldown = None if window is None else (jnp.int32(window[0]), jnp.int32(window[1]))
         state, means = train_steps(
-            state, key, tables, data, jnp.asarray(done), cooldown, config=config, recipe=recipe, count=count
+            state, key, tables, data, jnp.int32(done), cooldown, config=config, recipe=recipe, count=count
         )
         done += count
         figures = {name: float(value) for name, value in means.items()}

@@ -23,6 +23,7 @@ from ptq4dit_jax.diffusion import Sampler, resolve_guidance
 from ptq4dit_jax.dit import DiTConfig, GuidedChannels, flatten_sites, nest_sites
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.numerics import at_least_float32
 from ptq4dit_jax.sampling import Progress, check_labels, run_chain
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 
@@ -181,6 +182,7 @@ class ChannelExtremes:
     def observe(self, x: jax.Array) -> ChannelExtremes:
         first = 1 if self.per_row else 0
         axes = tuple(range(first, x.ndim - (self.low.ndim - first)))
+        x = x.astype(self.low.dtype)
         low, high = jnp.minimum(self.low, x.min(axes)), jnp.maximum(self.high, x.max(axes))
         return ChannelExtremes(low=low, high=high, power=jnp.square(x).mean(axes), per_row=self.per_row)
 
@@ -206,7 +208,7 @@ class Histogram:
         index = jnp.clip(position.astype(jnp.int32), 0, bins - 1)
         # Counted in integers: float32 stops counting in ones at 2^24.
         seen = jnp.zeros(bins, jnp.int32).at[index].add(1)
-        return Histogram(low=self.low, high=self.high, counts=self.counts + seen)
+        return Histogram(low=self.low, high=self.high, counts=self.counts + seen.astype(self.counts.dtype))
 
 
 @jax.jit
@@ -261,8 +263,9 @@ def channel_extremes(
 
     def start(name: str) -> ChannelExtremes:
         shape = _leading(config, name) + ((rows,) if per_row else ()) + config.site_features[name]
-        low, high = jnp.full(shape, jnp.inf), jnp.full(shape, -jnp.inf)
-        return ChannelExtremes(low=low, high=high, power=jnp.zeros(shape), per_row=per_row)
+        dtype = at_least_float32(model.dtype)
+        low, high = jnp.full(shape, jnp.inf, dtype), jnp.full(shape, -jnp.inf, dtype)
+        return ChannelExtremes(low=low, high=high, power=jnp.zeros(shape, dtype), per_row=per_row)
 
     observers = nest_sites({name: start(name) for name in sites})
 
@@ -308,7 +311,9 @@ def histograms(
       For each site a :class:`Histogram` with leaves (G, [L]) and counts (G, [L,] bins).
     """
     rows = row_batch or data.num_rows
-    start = {name: Histogram(low, high, jnp.zeros((*low.shape, HISTOGRAM_BINS))) for name, (low, high) in ranges.items()}
+    start = {
+        name: Histogram(low, high, jnp.zeros((*low.shape, HISTOGRAM_BINS), jnp.float32)) for name, (low, high) in ranges.items()
+    }
 
     def step(carry: Any, batch: tuple[CalibrationData, jax.Array]) -> tuple[Any, None]:
         part, group = batch

@@ -14,11 +14,21 @@ class DeviceKind(NamedTuple):
     capability: tuple[int, int] = (0, 0)
 
 
+def default() -> jax.Device:
+    """The device that computations run on where nothing places them: ``jax_default_device``, or else the first."""
+    return in_use()[0]
+
+
+def in_use() -> list[jax.Device]:
+    """The devices that work is spread over where nothing else is said: all, or what ``jax_default_device`` names, which is a
+    device or a platform."""
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return jax.devices(chosen) if chosen is None or isinstance(chosen, str) else [chosen]
+
+
 def default_device() -> DeviceKind:
-    """The kind of device that computations run on unless told otherwise."""
-    device = jax.config.jax_default_device or jax.devices()[0]  # type: ignore[attr-defined]
-    if isinstance(device, str):
-        device = jax.devices(device)[0]
+    """The kind of :func:`default`."""
+    device = default()
     if device.platform != "gpu":
         return DeviceKind(device.platform)
     major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")

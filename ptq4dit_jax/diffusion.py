@@ -251,11 +251,11 @@ def sample_keys(key: jax.Array, indices_B: jax.Array) -> jax.Array:
 
 
 def sample_noise(keys_B: jax.Array, step: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise (B, *shape) that depends on each sample's key and the step only.
+    """Standard normal noise (B, *shape), float32, that depends on each sample's key and the step only.
 
     Step 0 is the initial noise; step ``i + 1`` is what step ``i`` of the chain adds.
     """
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys_B)
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape, jnp.float32))(keys_B)
 
 
 def denoise(
@@ -296,13 +296,13 @@ def denoise(
             if learned_variance:
                 fraction = (out[..., channels:] + 1) / 2
                 sigma = jnp.exp(0.5 * (fraction * table.log_var_max + (1 - fraction) * table.log_var_min))
-            new = new + table.not_last * sigma * step_noise(index)
+            new = new + table.not_last * sigma * step_noise(index).astype(x.dtype)
         return (new, x0, kept), None
 
     num_steps = tables.num_steps
     slots = jnp.full((num_steps,), num_kept, jnp.int32) if keep_slots is None else keep_slots
     kept = jnp.zeros((num_kept, *x_T.shape), x_T.dtype)
     carry = (x_T, jnp.zeros_like(x_T), kept)
-    rows = (jax.tree.map(jnp.asarray, tables), jnp.arange(num_steps), slots)
+    rows = (jax.tree.map(jnp.asarray, tables), jnp.arange(num_steps, dtype=jnp.int32), slots)
     (x, _, kept), _ = jax.lax.scan(step, carry, rows)
     return x, kept

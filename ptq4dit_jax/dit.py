@@ -28,6 +28,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ptq4dit_jax.devices import default_device
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.numerics import EXACT, at_least_float32, product_precision, threefry
 
 #: Depth, width and heads of the published sizes; each exists with patch size 2, 4 and 8.
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -221,7 +222,7 @@ def timestep_frequencies(config: DiTConfig, t_B: jax.Array) -> jax.Array:
     """Sinusoidal features (B, frequency_size) of the timestep, cosines first."""
     half = config.frequency_size // 2
     frequencies = np.exp(-math.log(10000.0) * np.arange(half) / (half - config.freq_shift)).astype(np.float32)
-    angles = t_B.astype(jnp.float32)[:, None] * frequencies
+    angles = t_B.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -235,11 +236,6 @@ def unpatchify(config: DiTConfig, x_BTK: jax.Array) -> jax.Array:
     """The inverse of :func:`patchify`, for any number of channels."""
     p, side = config.patch_size, config.input_size // config.patch_size
     return einops.rearrange(x_BTK, "b (h w) (p q c) -> b (h p) (w q) c", h=side, w=side, p=p, q=p)
-
-
-def at_least_float32(dtype: DTypeLike) -> DTypeLike:
-    """The type to accumulate in: float32, or float64 where the computation already is."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def compute_dtype(stored: DTypeLike, asked: str | None = None) -> DTypeLike:
@@ -291,14 +287,20 @@ def fused_attention(q_BTAd: jax.Array, k_BTAd: jax.Array, v_BTAd: jax.Array) -> 
 
 
 def float_attention(
-    q_BTAd: jax.Array, k_BTAd: jax.Array, v_BTAd: jax.Array, watch: Callable[[jax.Array], jax.Array] | None = None
+    q_BTAd: jax.Array,
+    k_BTAd: jax.Array,
+    v_BTAd: jax.Array,
+    watch: Callable[[jax.Array], jax.Array] | None = None,
+    precision: jax.lax.Precision = EXACT,
 ) -> jax.Array:
     """Softmax attention (B, T, A, d), by :func:`fused_attention` where that runs. With ``watch``, its probabilities
-    (B, A, T, T) are what that makes of them."""
+    (B, A, T, T) are what that makes of them. ``precision`` is that of float32 products."""
     if watch is None and can_fuse_attention(q_BTAd.dtype, q_BTAd.shape[-1]):
         return fused_attention(q_BTAd, k_BTAd, v_BTAd)
-    probs_BATT = softmax(jnp.einsum("bqad,bkad->baqk", q_BTAd, k_BTAd) * q_BTAd.shape[-1] ** -0.5)
-    return jnp.einsum("baqk,bkad->bqad", probs_BATT if watch is None else watch(probs_BATT), v_BTAd)
+    precision = product_precision(q_BTAd.dtype, precision)
+    logits_BATT = jnp.einsum("bqad,bkad->baqk", q_BTAd, k_BTAd, precision=precision) * q_BTAd.shape[-1] ** -0.5
+    probs_BATT = softmax(logits_BATT) if watch is None else watch(softmax(logits_BATT))
+    return jnp.einsum("baqk,bkad->bqad", probs_BATT, v_BTAd, precision=precision)
 
 
 class Block(nn.Module):
@@ -306,14 +308,16 @@ class Block(nn.Module):
 
     config: DiTConfig
     dtype: DTypeLike
+    precision: jax.lax.Precision = EXACT
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, silu_c_BD: jax.Array) -> tuple[jax.Array, None]:
-        config = self.config
+        config, precision = self.config, product_precision(self.dtype, self.precision)
         D, A = config.hidden_size, config.num_heads
+        init = nn.initializers.xavier_uniform()
 
-        def dense(features: int, name: str, **kwargs: Any) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), name=name, **kwargs)
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, dtype=self.dtype, precision=precision, kernel_init=init, name=name)
 
         modulation = dense(6 * D, "adaLN")(site(self, "adaLN_in", silu_c_BD))
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
@@ -323,7 +327,7 @@ class Block(nn.Module):
         q_BTAd, k_BTAd, v_BTAd = (site(self, name, part) for name, part in zip("qkv", qkv, strict=True))
         watched = any(self.has_variable(kind, "probs") for kind in ("quantizers", "observers"))
         watch = (lambda probs_BATT: site(self, "probs", probs_BATT)) if watched else None
-        out_BTAd = float_attention(q_BTAd, k_BTAd, v_BTAd, watch)
+        out_BTAd = float_attention(q_BTAd, k_BTAd, v_BTAd, watch, precision)
         out_BTD = einops.rearrange(out_BTAd, "b t a d -> b t (a d)")
         out_BTD = site(self, "proj_out", dense(D, "proj")(site(self, "proj_in", out_BTD)))
         x_BTD = x_BTD + gate_attn[:, None] * out_BTD
@@ -336,7 +340,8 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """The network. ``dtype`` is the compute type; LayerNorm and softmax always reduce in float32.
+    """The network. ``dtype`` is the compute type; LayerNorm and softmax always reduce in float32. ``precision`` is that of
+    float32 products.
 
     Variables: ``params``, with all block parameters stacked on a leading depth axis, and optionally ``quantizers`` and
     ``observers`` (module docstring). Kernels are (K, N), Flax's order.
@@ -344,12 +349,14 @@ class DiT(nn.Module):
 
     config: DiTConfig
     dtype: DTypeLike = jnp.float32
+    precision: jax.lax.Precision = EXACT
 
     def setup(self) -> None:
-        config = self.config
+        config, precision = self.config, product_precision(self.dtype, self.precision)
+        init = nn.initializers.xavier_uniform()
 
         def dense(features: int) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())
+            return nn.Dense(features, dtype=self.dtype, precision=precision, kernel_init=init)
 
         self.patch_embed = dense(config.hidden_size)
         self.time_fc1, self.time_fc2 = dense(config.hidden_size), dense(config.hidden_size)
@@ -365,7 +372,7 @@ class DiT(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=config.depth,
-        )(config, self.dtype)
+        )(config, self.dtype, self.precision)
         self.final_adaLN = dense(2 * config.hidden_size)
         self.final = dense(config.patch_size**2 * config.out_channels)
 
@@ -408,8 +415,8 @@ class DiT(nn.Module):
 def init_params(config: DiTConfig, key: jax.Array, *, adaln_zero: bool = True) -> dict[str, Any]:
     """Random parameters. ``adaln_zero`` zeroes the modulation and the final layer as for training; False keeps every path
     alive, which is what tests and benchmarks want."""
-    image = jnp.zeros((1, *config.image_shape))
-    params = jax.jit(DiT(config).init)(key, image, jnp.zeros((1,)), jnp.zeros((1,), jnp.int32))["params"]
+    image, t_B = jnp.zeros((1, *config.image_shape), jnp.float32), jnp.zeros((1,), jnp.float32)
+    params = jax.jit(DiT(config).init)(threefry(key), image, t_B, jnp.zeros((1,), jnp.int32))["params"]
     if adaln_zero:
         zeros = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("final_adaLN", "final")}
         blocks = {**params["blocks"], "adaLN": jax.tree.map(jnp.zeros_like, params["blocks"]["adaLN"])}
@@ -426,8 +433,10 @@ def combine_guidance(
     """Classifier-free guidance ``u + cfg_scale (c - u)`` on the noise channels of raw outputs (B, H, W, out_channels).
 
     ``first3`` guides channels 0..2 only, as Meta's code does; every other channel is the conditional row's. ``all`` guides all
-    noise channels, as most other code does. Variance channels are never guided.
+    noise channels, as most other code does. Variance channels are never guided. The result is in float32 at least.
     """
     guided = in_channels if channels == "all" else min(3, in_channels)
-    eps = unconditional[..., :guided] + cfg_scale * (conditional[..., :guided] - unconditional[..., :guided])
-    return jnp.concatenate([eps, conditional[..., guided:]], axis=-1)
+    dtype = at_least_float32(conditional.dtype)
+    difference = (conditional[..., :guided] - unconditional[..., :guided]).astype(dtype)
+    eps = unconditional[..., :guided].astype(dtype) + jnp.asarray(cfg_scale, dtype) * difference
+    return jnp.concatenate([eps, conditional[..., guided:].astype(dtype)], axis=-1)

@@ -10,6 +10,7 @@ from flax import struct
 from jax.typing import ArrayLike, DTypeLike
 
 from ptq4dit_jax.dit import DiT, DiTConfig, asked_dtype, compute_dtype, flatten_sites, init_params, nest_sites
+from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 
 
@@ -21,7 +22,7 @@ class FloatDiT:
     (see the module docstring of :mod:`ptq4dit_jax.dit`) is empty for a plain model; where they hold tables over groups of
     steps, ``group_edges`` (G - 1,) are the noise levels (timesteps, int32, of a noise schedule; float32 of a flow) that part
     the groups. The model computes in the type of its kernels, or in float32 if that is float16, unless ``compute`` names
-    another type (:meth:`astype` sets it).
+    another type (:meth:`astype` sets it). ``precision`` is that of float32 products.
     """
 
     params: Any
@@ -30,6 +31,7 @@ class FloatDiT:
     quantizers: Any = struct.field(default_factory=dict)
     group_edges: Any = struct.field(default_factory=lambda: jnp.zeros((0,), jnp.int32))
     compute: str | None = struct.field(pytree_node=False, default=None)
+    precision: jax.lax.Precision = struct.field(pytree_node=False, default=EXACT)
 
     @classmethod
     def init(cls, config: DiTConfig, key: jax.Array, *, adaln_zero: bool = False) -> FloatDiT:
@@ -46,6 +48,10 @@ class FloatDiT:
         """The type to compute in; see :func:`ptq4dit_jax.dit.compute_dtype`."""
         return compute_dtype(self.param_dtype, self.compute)
 
+    @property
+    def _network(self) -> DiT:
+        return DiT(self.config, self.dtype, self.precision)
+
     def _variables(self, t_B: ArrayLike) -> dict[str, Any]:
         if not self.quantizers:
             return {"params": self.params}
@@ -57,13 +63,13 @@ class FloatDiT:
     def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None = None) -> jax.Array:
         """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep, and the labels
         ``y_B`` are left out where the model has no classes."""
-        out = DiT(self.config, self.dtype).apply(self._variables(t_B), x_BHWC, t_B, y_B)
+        out = self._network.apply(self._variables(t_B), x_BHWC, t_B, y_B)
         return cast(jax.Array, out)
 
     def observe(self, observers: Any, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None = None) -> tuple[jax.Array, Any]:
         """The output, and ``observers`` (a tree of objects by site) after they have seen this batch."""
         variables = self._variables(t_B) | {"observers": observers}
-        out, new = DiT(self.config, self.dtype).apply(variables, x_BHWC, t_B, y_B, mutable=["observers"])
+        out, new = self._network.apply(variables, x_BHWC, t_B, y_B, mutable=["observers"])
         return out, new["observers"]
 
     def astype(self, dtype: DTypeLike) -> FloatDiT:
@@ -87,7 +93,10 @@ def step_group(edges: jax.Array, level_B: jax.Array) -> jax.Array:
     """
     group = jnp.zeros(level_B.shape, jnp.int32)
     if edges.shape[0]:  # XLA of JAX 0.11.2 crashes where a shard_map reads an empty array
-        group = (level_B[:, None] < edges).sum(-1, dtype=jnp.int32)
+        # Timesteps that a user gave as floats, say.
+        same = level_B.dtype == edges.dtype
+        levels, edges = (level_B, edges) if same else (level_B.astype(jnp.float32), edges.astype(jnp.float32))
+        group = (levels[:, None] < edges[None]).sum(-1, dtype=jnp.int32)
     return group[0] if level_B.shape[0] == 1 else group
 
 

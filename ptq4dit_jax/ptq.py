@@ -3,6 +3,7 @@ before."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -32,6 +33,7 @@ from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
+from ptq4dit_jax.numerics import CALIBRATION, threefry
 from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 from ptq4dit_jax.ranges import RangeSearch, activation_parameters, quantize_weight
 from ptq4dit_jax.reconstruction import Journal, check_mesh, reconstruct
@@ -96,7 +98,7 @@ def quantize(
       Ptq4ditError: an argument that makes no sense; NaN or infinity in the weights, the calibration rows, what is observed of
         them, or the result.
     """
-    config = config or QuantConfig()
+    config, key = config or QuantConfig(), threefry(key)
     if row_batch is not None and row_batch < 1:
         raise Ptq4ditError(f"row_batch must be positive, not {row_batch}.")
     if calibration is None:
@@ -108,7 +110,7 @@ def quantize(
         check_mesh(config.reconstruction, mesh)
     source_sha256 = source_hash(model.params)
     journal = _journal(config, source_sha256, key, calibration, state, fresh)
-    model = sharding.replicate(mesh, model.astype(jnp.float32))
+    model = dataclasses.replace(sharding.replicate(mesh, model.astype(jnp.float32)), precision=CALIBRATION)
     source = "given" if calibration is not None else f"sampled, key {jax.random.key_data(key).tolist()}"
     if calibration is None:
         report("sample calibration rows", 0, config.calib_rows)
@@ -301,10 +303,10 @@ def activation_quantizers(
             continue
         low, high = extremes[name].low, extremes[name].high
         block_site = name.removeprefix("blocks.")
-        factor = residual.get(block_site, factors.get(block_site, jnp.ones(())))
+        factor = residual.get(block_site, factors.get(block_site, jnp.ones((), jnp.float32)))
         if block_site == "proj_in" and "v" in factors:
             factor = factor * factors["v"]  # the extremes were seen before v was equalized
-        factor = factor.reshape(factor.shape[0], *low.shape[2:]) if factor.ndim else factor
+        factor = factor.reshape(1, factor.shape[0], *low.shape[2:]) if factor.ndim else factor
         feature_axes = tuple(range(2 if name.startswith("blocks.") else 1, low.ndim))
         low, high = (low * factor).min(feature_axes), (high * factor).max(feature_axes)
         ranges[name] = (
@@ -368,4 +370,5 @@ _pack = jax.jit(QLinear.pack)
 
 def _input_power(statistics: ChannelExtremes, site: str, factors: Mapping[str, jax.Array]) -> jax.Array:
     """Mean square of each balanced input channel over all steps, ([L,] K)."""
-    return statistics.power.mean(0) * jnp.square(factors.get(site.removeprefix("blocks."), 1.0))
+    power, factor = statistics.power.mean(0), factors.get(site.removeprefix("blocks."))
+    return power if factor is None else power * jnp.square(factor)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.numerics import along_last, at_least_float32
 
 MIN_BITS, MAX_BITS = 2, 8
 #: A range below this is empty: its scale would leave float32's normal numbers.
@@ -115,9 +116,10 @@ class ActQuantizer:
     def encode(self, x: jax.Array) -> Encoded:
         """Integer codes (int8, shape of ``x``) with the scale and zero point that give ``balance * x`` back."""
         qmin, qmax = act_code_range(self.bits)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.astype(at_least_float32(x.dtype))
+        balance = None if self.balance is None else along_last(self.balance, x.ndim).astype(x.dtype)
         if self.dynamic:
-            x = x if self.balance is None else x * self.balance
+            x = x if balance is None else x * balance
             largest = jnp.abs(x).max(-1, keepdims=True)
             lowest = qmin if self.nonnegative else 0
             scale = jnp.where(largest > EMPTY_RANGE, largest / (qmax - lowest), 1.0)
@@ -125,8 +127,8 @@ class ActQuantizer:
             return Encoded(codes.astype(jnp.int8), scale, jnp.int32(qmin) if self.nonnegative else None)
         scale = broadcast_rows(self.scale, x.ndim).astype(x.dtype)
         zero_point = broadcast_rows(self.zero_point, x.ndim)
-        inverse = reciprocal(scale) if self.balance is None else self.balance * reciprocal(scale)
-        codes = jnp.clip(jnp.round(undifferentiable(x * inverse)) + zero_point, qmin, qmax)
+        inverse = reciprocal(scale) if balance is None else balance * reciprocal(scale)
+        codes = jnp.clip(jnp.round(undifferentiable(x * inverse)) + zero_point.astype(x.dtype), qmin, qmax)
         return Encoded(codes.astype(jnp.int8), scale, zero_point)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -137,7 +139,7 @@ def decode(encoded: Encoded) -> jax.Array:
     """``scale * (values - zero_point)`` in the scale's type."""
     centered = encoded.values.astype(encoded.scale.dtype)
     if encoded.zero_point is not None:
-        centered = centered - encoded.zero_point
+        centered = centered - encoded.zero_point.astype(centered.dtype)
     return encoded.scale * centered
 
 
@@ -148,7 +150,7 @@ class Balance:
     factor: Any
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x * self.factor.astype(x.dtype)
+        return x * along_last(self.factor, x.ndim).astype(x.dtype)
 
 
 #: Rows of a weight that are packed by themselves, where they divide it. A kernel's tiles are made of whole ones.
@@ -184,7 +186,7 @@ def unpack_nibbles(packed: jax.Array, N: int, *, fusible: bool = True) -> jax.Ar
     *lead, half, K = packed.shape
     blocks = packed.reshape(*lead, -1, 1, _packed_rows(N) // 2, K)
     if fusible:
-        codes = (blocks >> jnp.array([[[0]], [[4]]], jnp.uint8)) & 0xF
+        codes = (blocks >> along_last(jnp.array([[[0]], [[4]]], jnp.uint8), blocks.ndim)) & 0xF
     else:
         codes = jnp.concatenate([blocks & 0xF, blocks >> 4], axis=-3)
     return codes.reshape(*lead, 2 * half, K)[..., :N, :].astype(jnp.int8)
@@ -233,7 +235,7 @@ class QTensor:
         0)."""
         if bits <= 4:
             return cls(pack_nibbles(codes), scale, zero_point.astype(jnp.int8), bits)
-        centered = (codes - zero_point[..., None]).astype(jnp.int8)
+        centered = (codes.astype(jnp.int32) - zero_point[..., None].astype(jnp.int32)).astype(jnp.int8)
         return cls(centered, scale, None, bits)
 
 
@@ -245,4 +247,4 @@ def weight_code_range(bits: int) -> tuple[int, int]:
 def encode_weight(w: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
     """Weight codes (..., N, K) float32 for scales and zero points (..., N)."""
     qmin, qmax = weight_code_range(bits)
-    return jnp.clip(jnp.round(w / scale[..., None]) + zero_point[..., None], qmin, qmax)
+    return jnp.clip(jnp.round(w / scale[..., None]) + zero_point[..., None].astype(w.dtype), qmin, qmax)

@@ -24,7 +24,8 @@ def _greatest(w: jax.Array, count: int) -> jax.Array:
     which takes ten times as long."""
 
     def take(rest: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        first = jnp.arange(w.shape[-1]) == rest.argmax(-1)[..., None]
+        places = jax.lax.broadcasted_iota(jnp.int32, rest.shape, rest.ndim - 1)
+        first = places == jax.lax.argmax(rest, rest.ndim - 1, jnp.int32)[..., None]
         return jnp.where(first, -jnp.inf, rest), rest.max(-1)
 
     return jnp.moveaxis(jax.lax.scan(take, w, length=count)[1], 0, -1)
@@ -71,7 +72,7 @@ def quantize_weight(w: jax.Array, bits: int, search: RangeSearch = "mse", import
     count alike. ``percentile`` tries the official code's three, ``minmax`` takes the extremes.
     """
     low, high = jnp.minimum(w.min(-1), 0.0), jnp.maximum(w.max(-1), 0.0)
-    importance = jnp.ones(w.shape[-1:], w.dtype) if importance is None else importance
+    importance = jnp.ones(w.shape[-1:], w.dtype) if importance is None else importance.astype(w.dtype)
 
     def total(x: jax.Array) -> jax.Array:
         """``sum_k importance_k x_nk``, as a product of matrices, which a CPU computes faster than a sum."""
@@ -88,7 +89,7 @@ def quantize_weight(w: jax.Array, bits: int, search: RangeSearch = "mse", import
     if search == "mse":
         shrinks = jnp.asarray(_WEIGHT_SHRINKS, w.dtype).reshape(-1, *[1] * low.ndim)
         lows, highs = candidates
-        candidates = (jnp.concatenate([shrinks * low, lows]), jnp.concatenate([shrinks * high, highs]))
+        candidates = (jnp.concatenate([shrinks * low[None], lows]), jnp.concatenate([shrinks * high[None], highs]))
 
     def try_candidate(best: _Best, candidate: tuple[jax.Array, jax.Array]) -> tuple[_Best, None]:
         scale, zero_point = _weight_parameters(*candidate, bits)
@@ -114,6 +115,7 @@ def _histogram_error(centers: jax.Array, counts: jax.Array, low: jax.Array, high
     """Expected squared error of quantizing the histogram's mass with the range ``[low, high]``."""
     qmin, qmax = act_code_range(bits)
     scale, zero_point = affine_parameters(low, high, bits)
+    zero_point = zero_point.astype(centers.dtype)
     codes = jnp.clip(jnp.round(centers / scale) + zero_point, qmin, qmax)
     return (counts * jnp.square(centers - scale * (codes - zero_point))).sum()
 
@@ -122,7 +124,7 @@ def _search_one(
     low: jax.Array, high: jax.Array, counts: jax.Array, bits: int, search: RangeSearch
 ) -> tuple[jax.Array, jax.Array]:
     bins = counts.shape[-1]
-    centers = low + (jnp.arange(bins) + 0.5) * (high - low) / bins
+    centers = low + (jnp.arange(bins, dtype=low.dtype) + 0.5) * (high - low) / bins
     counts = counts / jnp.maximum(counts.sum(), 1.0)
 
     def best(lows: jax.Array, highs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -134,7 +136,7 @@ def _search_one(
         return jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
     cumulative = jnp.cumsum(counts)
     levels = jnp.asarray(PERCENTILES, low.dtype)
-    edge = lambda level: low + (jnp.searchsorted(cumulative, level) + 1.0) * (high - low) / bins
+    edge = lambda level: low + (jnp.searchsorted(cumulative, level).astype(low.dtype) + 1.0) * (high - low) / bins
     lows, highs = jnp.minimum(jax.vmap(edge)(1 - levels), 0), jnp.maximum(jax.vmap(edge)(levels), 0)
     if search == "percentile":
         return best(lows, highs)

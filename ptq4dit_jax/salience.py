@@ -8,6 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ptq4dit_jax.numerics import at_least_float32
+
 #: A channel whose salience is below this share of the layer's largest is dead: it is left alone (b = 1).
 DEAD_CHANNEL = 1e-6
 
@@ -18,13 +20,13 @@ def weight_salience(kernel: jax.Array) -> jax.Array:
 
 
 def average_ranks(x: jax.Array) -> jax.Array:
-    """Ranks 1..K along the last axis, ties sharing their average, float32."""
+    """Ranks 1..K along the last axis, ties sharing their average, float32 at least."""
 
     def ranks(row: jax.Array) -> jax.Array:
         ordered = jnp.sort(row)
         below = jnp.searchsorted(ordered, row, side="left")
         up_to = jnp.searchsorted(ordered, row, side="right")
-        return (below + up_to + 1) / 2
+        return (below + up_to + 1).astype(at_least_float32(row.dtype)) / 2
 
     return jnp.vectorize(ranks, signature="(k)->(k)")(x)
 

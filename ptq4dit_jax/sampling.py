@@ -17,6 +17,7 @@ from ptq4dit_jax.chain import Request
 from ptq4dit_jax.diffusion import Network, Sampler, SamplerName, resolve_guidance
 from ptq4dit_jax.dit import DiTConfig, GuidedChannels
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.numerics import threefry
 from ptq4dit_jax.vae import VAEDecoder
 
 
@@ -63,14 +64,6 @@ def _check_noise(name: str, array: ArrayLike | None, shape: tuple[int, ...]) -> 
     if not np.isfinite(given).all():
         raise Ptq4ditError(f"{name} contains NaN or infinity.")
     return given
-
-
-def _batch_invariant(key: jax.Array) -> jax.Array:
-    """The key as threefry: under ``vmap``, XLA's own generators (rbg) draw numbers that depend on the rest of the batch."""
-    typed = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
-    if jax.random.key_impl(typed) == "threefry2x32":
-        return typed
-    return jax.random.wrap_key_data(jax.random.key_data(typed)[:2], impl="threefry2x32")
 
 
 def sample(
@@ -205,7 +198,7 @@ def _prepare(
     sharding.data_size(mesh)  # raises on a mesh that cannot be used
 
     model, decoder = sharding.replicate(mesh, (model, decoder))
-    small: Any = tables, _batch_invariant(key), np.float32(scale)
+    small: Any = tables, threefry(key), np.float32(scale)
     # Without a mesh the program itself takes what is small to its device, all at once; put there one by one, a dozen arrays
     # took 1.5 ms of every call on an H200, about a step of DiT-XL/2 for one image.
     tables, key, cfg_scale = small if mesh is None else sharding.replicate(mesh, small)
@@ -217,4 +210,4 @@ def _prepare(
 
 def to_uint8(images: ArrayLike) -> np.ndarray:
     """Images in [-1, 1] to uint8 by Meta's rule: ``clip(127.5 x + 128, 0, 255)``, truncated."""
-    return np.asarray(jnp.clip(127.5 * jnp.asarray(images) + 128, 0, 255)).astype(np.uint8)
+    return np.asarray(jnp.clip(127.5 * jnp.asarray(images, jnp.float32) + 128, 0, 255)).astype(np.uint8)

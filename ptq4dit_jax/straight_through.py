@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ptq4dit_jax.numerics import along_last
 from ptq4dit_jax.quantizers import ActQuantizer, act_code_range, broadcast_rows
 
 
@@ -41,7 +42,7 @@ class StraightThrough:
         act = self.act
         balanced = x
         if act.balance is not None:
-            balanced = x * act.balance.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+            balanced = x * along_last(act.balance, x.ndim).astype(x.dtype)
         if not act.dynamic:
             scale, zero_point = (jax.lax.stop_gradient(broadcast_rows(a, x.ndim)) for a in (act.scale, act.zero_point))
             ends = (end + 0.5 * side for end, side in zip(act_code_range(act.bits), (-1, 1), strict=True))

@@ -33,7 +33,7 @@ from ptq4dit_jax import checkpoints, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.checkpoints import foreign
 from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
-from ptq4dit_jax.devices import default_device
+from ptq4dit_jax.devices import default_device, in_use
 from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, backends
@@ -90,8 +90,8 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def devices_line() -> str:
     """The devices that will be used, in words."""
-    kinds = [device.device_kind for device in jax.devices()]
-    return f"{len(kinds)} x {kinds[0]} ({jax.default_backend()})"
+    devices = in_use()
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
 
 
 def to_run(model: _Model, dtype: str, backend: str) -> _Model:
@@ -141,8 +141,9 @@ def calibration_line(data: CalibrationData, given: int) -> str:
 
 
 def all_devices_mesh() -> jax.sharding.Mesh | None:
-    """A mesh over all devices, or None where there is one."""
-    return sharding.data_mesh() if jax.device_count() > 1 else None
+    """A mesh over all devices, or over those that ``jax_default_device`` names; None where that is one."""
+    devices = in_use()
+    return sharding.data_mesh(devices) if len(devices) > 1 else None
 
 
 def megabytes(count: int) -> str:
@@ -242,8 +243,8 @@ _ROW_NAMES = {"x": ("x", "xs"), "t": ("t", "ts"), "y": ("y", "ys")}
 def read_calibration(path: str | os.PathLike[str], *, labelled: bool = True) -> dict[str, np.ndarray]:
     """The arrays x, t and, for a ``labelled`` model, y of stored calibration rows, also under the names xs, ts and ys.
 
-    The file is an npz, one of torch.save, or what else :func:`ptq4dit_jax.checkpoints.foreign.open_tensors` reads. No code in it
-    is run.
+    The file is an npz, one of torch.save, or what else :func:`ptq4dit_jax.checkpoints.foreign.open_tensors` reads. No code in
+    it is run.
     """
     _check_here(path)
     names = [name for both in _ROW_NAMES.values() for name in both]

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import ArrayLike, DTypeLike
 
-from ptq4dit_jax.dit import asked_dtype, at_least_float32, compute_dtype, softmax
+from ptq4dit_jax.dit import asked_dtype, compute_dtype, softmax
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.numerics import along_last, at_least_float32, threefry
 
 _EPS = 1e-6
 _MAX_SIZE = 2**16
@@ -195,7 +196,7 @@ class _Network(_Layer):
 
 def init_params(config: VAEConfig, key: jax.Array) -> dict[str, Any]:
     """Random float32 parameters; see the module docstring for names and layouts."""
-    variables = _Network(config, jnp.float32).init(key, jnp.zeros((1, 2, 2, config.latent_channels)))
+    variables = _Network(config, jnp.float32).init(threefry(key), jnp.zeros((1, 2, 2, config.latent_channels), jnp.float32))
     return variables["params"]
 
 
@@ -203,7 +204,8 @@ def init_params(config: VAEConfig, key: jax.Array) -> dict[str, Any]:
 class VAEDecoder:
     """A decoder with its parameters; a pytree whose leaves are those of :func:`init_params`, all of one floating type. It
     computes in that type, or in float32 if that is float16, unless ``compute`` names another (:meth:`astype` sets it). Group
-    norms, the softmax and the last convolution are in float32 at least.
+    norms, the softmax and the last convolution are in float32 at least. Float32 products take the precision that
+    ``JAX_DEFAULT_MATMUL_PRECISION`` asks for: pictures are neither a reference nor codes.
     """
 
     params: Any
@@ -265,4 +267,5 @@ def _unscale(config: VAEConfig, latents: jax.Array) -> jax.Array:
     wide = at_least_float32(latents.dtype)
     mean = jnp.asarray(config.shift_factor if config.latents_mean is None else config.latents_mean, wide)
     std = jnp.asarray(1.0 if config.latents_std is None else config.latents_std, wide)
-    return latents.astype(wide) * (std / config.scaling_factor) + mean
+    gain, mean = (along_last(each, latents.ndim) for each in (std / config.scaling_factor, mean))
+    return latents.astype(wide) * gain + mean

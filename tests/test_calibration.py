@@ -383,7 +383,7 @@ def test_micro_batches_that_devices_cannot_share(data: CalibrationData, raises_s
 
 
 def test_trajectories_are_the_inputs_of_the_samplers_steps(model: FloatDiT) -> None:
-    walk, key = Sampler(name="ddpm", steps=10), jax.random.key(3)
+    walk, key = Sampler(name="ddpm", steps=10), jax.random.key(3, impl="threefry2x32")
     data = sample_trajectories(model, key, walk, steps=5, rows=12, cfg_scale=2.0)
     assert (data.num_steps, data.num_rows) == (5, 12)
     assert (data.x.dtype, data.t.dtype, data.y.dtype) == (np.float32, np.int32, np.int32)
@@ -399,7 +399,8 @@ def test_trajectories_are_the_inputs_of_the_samplers_steps(model: FloatDiT) -> N
     _, every = run_chain(model, labels, key, walk, cfg_scale=2.0, keep_steps=np.arange(10))
     np.testing.assert_allclose(data.x[:, :6], every[positions], rtol=1e-5, atol=1e-5)
     for index in range(6):
-        noise = jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, index), 0), CONFIG.image_shape)
+        of_sample = jax.random.fold_in(jax.random.fold_in(key, index), 0)
+        noise = jax.random.normal(of_sample, CONFIG.image_shape, jnp.float32)
         np.testing.assert_allclose(data.x[0, index], noise, rtol=1e-6, err_msg="the chain starts from the sample's own noise")
 
 

@@ -334,11 +334,11 @@ def test_the_last_step_adds_no_noise(name):
 
 
 def test_noise_is_made_of_key_index_and_step():
-    key, shape, step = jax.random.key(3), (4, 4, 3), np.int32(5)
+    key, shape, step = jax.random.key(3, impl="threefry2x32"), (4, 4, 3), np.int32(5)
     indices, quick = np.array([7, 0, 123456], np.int32), {"xla_backend_optimization_level": 0}
 
     def one(key: jax.Array, index: jax.Array, step: jax.Array) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, index), step), shape)
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, index), step), shape, jnp.float32)
 
     expected = jax.jit(one).lower(key, indices[0], step).compile(compiler_options=quick)
     function = (
@@ -350,4 +350,4 @@ def test_noise_is_made_of_key_index_and_step():
     for row, index in enumerate(indices):
         np.testing.assert_allclose(noise[row], expected(key, index, step), rtol=1e-6, atol=1e-6)
     assert not np.array_equal(noise, function(key, indices, step + np.int32(1)))
-    assert not np.array_equal(noise, function(jax.random.key(4), indices, step))
+    assert not np.array_equal(noise, function(jax.random.key(4, impl="threefry2x32"), indices, step))

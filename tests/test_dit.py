@@ -234,7 +234,7 @@ class Multiply:
     factor: Any
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x * self.factor
+        return x * jnp.broadcast_to(self.factor, x.shape)
 
 
 @struct.dataclass

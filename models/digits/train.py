@@ -76,9 +76,9 @@ class WarpedDigits:
     max_level: int = struct.field(pytree_node=False, default=MAX_LEVEL)
 
     def draw(self, keys_3: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-        pick = jax.random.randint(keys_3[0], (count,), 0, len(self.labels))
-        variant = jax.random.randint(keys_3[1], (count,), 0, len(self.images))
-        variant = jnp.where(jax.random.uniform(keys_3[2], (count,)) < self.warp_rate, variant, 0)
+        pick = jax.random.randint(keys_3[0], (count,), 0, len(self.labels), jnp.int32)
+        variant = jax.random.randint(keys_3[1], (count,), 0, len(self.images), jnp.int32)
+        variant = jnp.where(jax.random.uniform(keys_3[2], (count,), jnp.float32) < self.warp_rate, variant, 0)
         return self.images[variant, pick], self.labels[pick]
 
 

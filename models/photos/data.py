@@ -109,8 +109,8 @@ class CropBank:
         return np.asarray(jax.jit(CropBank.crops)(self, labels, index, index % 2 == 1)), labels
 
     def draw(self, keys_3: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-        photo = jax.random.randint(keys_3[0], (count,), 0, len(self.pixels))
-        index = jax.random.randint(keys_3[1], (count,), 0, self.corners.shape[1])
+        photo = jax.random.randint(keys_3[0], (count,), 0, len(self.pixels), jnp.int32)
+        index = jax.random.randint(keys_3[1], (count,), 0, self.corners.shape[1], jnp.int32)
         return self.crops(photo, index, jax.random.bernoulli(keys_3[2], shape=(count,))), photo
 
 

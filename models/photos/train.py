@@ -70,7 +70,7 @@ def _noise_errors(model: FloatDiT, bank: photos.CropBank, key: jax.Array, count:
         # The same keys for every bank: the same classes, mirrorings and noise.
         keys = jax.random.split(jax.random.fold_in(key, t), 4)
         x0, y = bank.draw(keys[:3], count)
-        noise = jax.random.normal(keys[3], x0.shape)
+        noise = jax.random.normal(keys[3], x0.shape, jnp.float32)
         t_B = jnp.full((count,), t)
         eps = model.apply(model.schedule.add_noise(x0, t_B, noise), t_B, y)[..., : model.config.in_channels]
         return jnp.square(eps.astype(jnp.float32) - noise).mean()

@@ -31,15 +31,16 @@ def save_float(
     """Writes the model to a folder and returns its absolute path; ``provenance`` is anything that JSON can hold.
 
     Raises:
-      Ptq4ditError: the parameters are not those of ``model.config``, the model carries fake quantizers, or as
+      Ptq4ditError: before anything is written, whatever :func:`load_float` would refuse: parameters that are not those of
+        ``model.config``, a type or setting that it does not know; also fake quantizers, or as
         :func:`ptq4dit_jax.checkpoints.store.write`.
     """
     if jax.tree.leaves(model.quantizers):
         raise Ptq4ditError("This float model carries fake quantizers, which cannot be saved; save the quantized model instead.")
     arrays = flatten(model.params)
     dtype = str(np.dtype(model.param_dtype)) if "final/kernel" in arrays else "float32"
-    check_arrays(arrays, expected_arrays(model.config, dtype), "This float model cannot be saved")
     meta = {"kind": KIND, **model_meta(model.config, model.schedule), "dtype": dtype, "provenance": dict(provenance or {})}
+    _check(arrays, store.as_read(meta), "This float model cannot be saved")
     return store.write(path, arrays, meta, overwrite=overwrite)
 
 
@@ -50,13 +51,19 @@ def load_float(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Flo
       Ptq4ditError: an unknown, missing or invalid setting in ``meta``; arrays that are missing, too many, or of another shape
         or dtype than the settings ask for, all named at once.
     """
+    config, schedule = _check(arrays, meta, "This is no complete float model")
+    params = traverse_util.unflatten_dict({name: jnp.asarray(array) for name, array in arrays.items()}, sep="/")
+    return FloatDiT(params=params, config=config, schedule=schedule)
+
+
+def _check(arrays: Mapping[str, Any], meta: Mapping[str, Any], lead: str) -> tuple[DiTConfig, Schedule]:
+    """Raises one sentence where a model of these arrays and settings cannot be loaded; its shape and schedule."""
     config, schedule = read_model_meta(meta)
     dtype = meta.get("dtype")
     if dtype not in FLOATS:
         raise Ptq4ditError(f"The model's dtype is {dtype!r}; a float model is stored in {', '.join(FLOATS)}.")
-    check_arrays(arrays, expected_arrays(config, dtype), "This is no complete float model")
-    params = traverse_util.unflatten_dict({name: jnp.asarray(array) for name, array in arrays.items()}, sep="/")
-    return FloatDiT(params=params, config=config, schedule=schedule)
+    check_arrays(arrays, expected_arrays(config, dtype), lead)
+    return config, schedule
 
 
 def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,10 +127,11 @@ def expected_arrays(config: DiTConfig, dtype: str) -> dict[str, jax.ShapeDtypeSt
 def check_arrays(arrays: Mapping[str, Any], expected: Mapping[str, jax.ShapeDtypeStruct], lead: str) -> None:
     """Raises one sentence that names every missing, unexpected or mis-shaped array at once."""
     missing, unexpected = sorted(expected.keys() - arrays.keys()), sorted(arrays.keys() - expected.keys())
+    found = {name: (getattr(a, "dtype", type(a).__name__), np.shape(a)) for name, a in arrays.items()}
     wrong = [
-        f"{name} is {a.dtype} {tuple(a.shape)}, not {expected[name].dtype} {expected[name].shape}"
-        for name, a in sorted(arrays.items())
-        if name in expected and (tuple(a.shape), a.dtype) != (expected[name].shape, expected[name].dtype)
+        f"{name} is {dtype} {shape}, not {expected[name].dtype} {expected[name].shape}"
+        for name, (dtype, shape) in sorted(found.items())
+        if name in expected and (dtype, shape) != (expected[name].dtype, expected[name].shape)
     ]
     faults = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unexpected: {', '.join(unexpected)}"] * bool(unexpected)
     if faults := faults + wrong:

@@ -32,8 +32,16 @@ def save_quantized(
     """Writes the model to a folder and returns its absolute path; ``provenance`` is added to what the model carries.
 
     Raises:
-      Ptq4ditError: as :func:`ptq4dit_jax.checkpoints.store.write`.
+      Ptq4ditError: before anything is written, whatever :func:`load_quantized` would refuse, layers or sites that are missing
+        among it; or as :func:`ptq4dit_jax.checkpoints.store.write`.
     """
+    cannot = "This quantized model cannot be saved"
+    if missing := [name for name in model.config.linear_shapes if name not in model.linears]:
+        raise Ptq4ditError(f"{cannot}; it lacks the layer {', '.join(missing)}.")
+    if missing := [name for name in _SITES if name not in model.sites]:
+        raise Ptq4ditError(f"{cannot}; it lacks the site {', '.join(missing)}.")
+    if np.ndim(model.group_edges) != 1:
+        raise Ptq4ditError(f"{cannot}; group_edges must be of shape (groups - 1,), not {np.shape(model.group_edges)}.")
     meta = {
         "kind": KIND,
         **model_meta(model.config, model.schedule),
@@ -44,7 +52,9 @@ def save_quantized(
         "sites": {name: _act_spec(act) for name, act in model.sites.items()},
         "provenance": {**model.provenance.facts, **(provenance or {})},
     }
-    return store.write(path, _flatten(model), meta, overwrite=overwrite)
+    arrays = _flatten(model)
+    check_arrays(arrays, _flatten(_expected(store.as_read(meta))), cannot)
+    return store.write(path, arrays, meta, overwrite=overwrite)
 
 
 def load_quantized(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> QuantizedDiT:
@@ -54,6 +64,20 @@ def load_quantized(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) ->
       Ptq4ditError: settings that are missing or invalid; arrays that are missing, too many, or of another shape or dtype than
         the settings ask for, all named at once.
     """
+    skeleton = _expected(meta)
+    if (packed := meta.get("packed", _COLUMNS)) not in (_ROWS, _COLUMNS):
+        raise Ptq4ditError(f"The model's 4-bit weights are packed by {packed!r}, which this version does not know: upgrade.")
+    if packed == _COLUMNS:
+        arrays = _packed_by_rows(arrays, skeleton)
+    expected = _flatten(skeleton)
+    check_arrays(arrays, expected, "This is no complete quantized model")
+    leaves = [jnp.asarray(arrays[name]) for name in expected]
+    model = jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
+    return model.replace(provenance=Provenance(dict(meta.get("provenance", {}))))
+
+
+def _expected(meta: Mapping[str, Any]) -> QuantizedDiT:
+    """The model that ``meta`` describes, with shapes and dtypes for leaves; raises as :func:`load_quantized` does."""
     config, schedule = read_model_meta(meta)
     if (dtype := meta.get("dtype", "float32")) not in FLOATS:
         raise Ptq4ditError(f"The model's dtype is {dtype!r}; a quantized model computes in {', '.join(FLOATS)}.")
@@ -64,15 +88,7 @@ def load_quantized(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) ->
         skeleton = _skeleton(config, schedule, meta["linears"], meta["sites"], num_groups)
     except (KeyError, TypeError, AttributeError) as error:
         raise Ptq4ditError(f"This quantized model's config.json lacks or garbles {error}; the folder is damaged.") from error
-    if (packed := meta.get("packed", _COLUMNS)) not in (_ROWS, _COLUMNS):
-        raise Ptq4ditError(f"The model's 4-bit weights are packed by {packed!r}, which this version does not know: upgrade.")
-    if packed == _COLUMNS:
-        arrays = _packed_by_rows(arrays, skeleton)
-    expected = _flatten(skeleton)
-    check_arrays(arrays, expected, "This is no complete quantized model")
-    leaves = [jnp.asarray(arrays[name]) for name in expected]
-    model = jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
-    return model.replace(dtype=dtype, provenance=Provenance(dict(meta.get("provenance", {}))))
+    return skeleton.replace(dtype=dtype)  # type: ignore[attr-defined]
 
 
 def _packed_by_rows(arrays: Mapping[str, np.ndarray], skeleton: QuantizedDiT) -> dict[str, Any]:

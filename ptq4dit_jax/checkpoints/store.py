@@ -94,6 +94,16 @@ def write(path: str | os.PathLike[str], arrays: Arrays, meta: Mapping[str, Any],
     return target
 
 
+def as_read(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`read` will return of ``meta`` once it has been written.
+
+    Raises:
+      Ptq4ditError: JSON cannot hold it.
+    """
+    restored: dict[str, Any] = json.loads(_to_json(meta))
+    return restored
+
+
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays of a model folder, in host memory, and its ``meta``, both as :func:`write` was given them.
 

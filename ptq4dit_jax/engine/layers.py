@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from ptq4dit_jax import dit
 from ptq4dit_jax.engine import encode, matmul
 from ptq4dit_jax.engine.stacks import Leaf, in_turns, taken
+from ptq4dit_jax.numerics import along_last, product_precision
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 #: What a layer is fed: codes, or floats where its product is not an integer one.
@@ -108,7 +109,8 @@ class QLinear:
 
     def _float_product(self, x: jax.Array) -> jax.Array:
         weight, bias = taken((self.weight, self._bias_for(x)))
-        return jnp.einsum("...k,nk->...n", x, weight.dequantize().astype(x.dtype)) + bias.astype(x.dtype)
+        out = jnp.einsum("...k,nk->...n", x, weight.dequantize().astype(x.dtype), precision=product_precision(x.dtype))
+        return out + along_last(bias, out.ndim).astype(x.dtype)
 
 
 def in_unit_steps(qkv: QLinear, proj: QLinear) -> tuple[QLinear, QLinear]:
@@ -121,8 +123,8 @@ def in_unit_steps(qkv: QLinear, proj: QLinear) -> tuple[QLinear, QLinear]:
     assert act is not None
     step = act.scale[..., None]
     D = proj.weight.shape[-1]
-    of_v = (1.0 if act.balance is None else act.balance) / step * jnp.ones(D)
-    factor = jnp.concatenate([jnp.ones((*of_v.shape[:-1], 2 * D)), of_v], axis=-1)
+    of_v = jnp.broadcast_to((1.0 if act.balance is None else act.balance) / step, (*act.scale.shape, D))
+    factor = jnp.concatenate([jnp.ones((*of_v.shape[:-1], 2 * D), of_v.dtype), of_v], axis=-1)
     scaled = lambda layer, by: layer.weight.replace(scale=layer.weight.scale * by)
     return (
         qkv.replace(weight=scaled(qkv, factor), bias=qkv.bias * factor),  # type: ignore[attr-defined]
@@ -132,5 +134,6 @@ def in_unit_steps(qkv: QLinear, proj: QLinear) -> tuple[QLinear, QLinear]:
 
 def _zero_point_term(weight: QTensor, act: ActQuantizer) -> jax.Array:
     """``sx zx sw_n sum_k w'_nk`` for every group, (..., G, N)."""
-    sums = weight.codes().astype(jnp.int32).sum(-1).astype(weight.scale.dtype) * weight.scale
-    return (act.scale * act.zero_point)[..., None] * sums[..., None, :]
+    sums = weight.codes().sum(-1, dtype=jnp.int32).astype(weight.scale.dtype) * weight.scale
+    shift = (act.scale * act.zero_point.astype(act.scale.dtype))[..., None]
+    return along_last(shift, sums.ndim + 1) * sums[..., None, :]

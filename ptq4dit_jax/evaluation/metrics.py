@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.numerics import EXACT, at_least_float32
 
 #: Images in [-1, 1] span this range.
 DATA_RANGE = 2.0
@@ -37,8 +38,10 @@ class Interval(NamedTuple):
 def power_ratio_db(signal: ArrayLike, error: ArrayLike) -> jax.Array:
     """``10 log10(signal / error)``; no error is +inf whatever the signal, an error without a signal is -inf, NaN stays NaN."""
     signal, error = jnp.asarray(signal), jnp.asarray(error)
-    ratio_db = 10 * (jnp.log10(signal) - jnp.log10(error))
-    return jnp.where(error == 0, jnp.where(jnp.isnan(signal), jnp.nan, jnp.inf), ratio_db)
+    exact = error == 0
+    # 1 in place of 0, whose logarithm would make NaN of two zeros on the way.
+    ratio_db = 10 * (jnp.log10(jnp.where(exact & (signal == 0), 1.0, signal)) - jnp.log10(jnp.where(exact, 1.0, error)))
+    return jnp.where(exact & ~jnp.isnan(signal), jnp.inf, ratio_db)
 
 
 def sqnr_db(reference: ArrayLike, approximation: ArrayLike, axis: int | Sequence[int] | None = None) -> jax.Array:
@@ -106,18 +109,19 @@ def ssim(reference: ArrayLike, images: ArrayLike, data_range: float = DATA_RANGE
     """
     reference, images = _images(reference, images)
     _, height, width, _ = reference.shape
-    rows_PH, columns_QW = _window_means(height), _window_means(width)
+    rows_PH, columns_QW = (jnp.asarray(_window_means(size), reference.dtype) for size in (height, width))
+    span = jnp.asarray(data_range, reference.dtype)
 
     def blur(x: jax.Array) -> jax.Array:
-        return jnp.einsum("ph,qw,nhwc->npqc", rows_PH, columns_QW, x, precision=jax.lax.Precision.HIGHEST)
+        return jnp.einsum("ph,qw,nhwc->npqc", rows_PH, columns_QW, x, precision=EXACT)
 
     mean_r, mean_i = blur(reference), blur(images)
     var_r = blur(reference * reference) - mean_r * mean_r
     var_i = blur(images * images) - mean_i * mean_i
     covariance = blur(reference * images) - mean_r * mean_i
-    c1, c2 = (_SSIM_K1 * data_range) ** 2, (_SSIM_K2 * data_range) ** 2
+    c1, c2 = (_SSIM_K1 * span) ** 2, (_SSIM_K2 * span) ** 2
     # Only the luminance term depends on where zero lies; the other moments are more exact around the middle.
-    light_r, light_i = mean_r + data_range / 2, mean_i + data_range / 2
+    light_r, light_i = mean_r + span / 2, mean_i + span / 2
     luminance = (2 * light_r * light_i + c1) / (light_r * light_r + light_i * light_i + c1)
     structure = (2 * covariance + c2) / (var_r + var_i + c2)
     return (luminance * structure).mean((1, 2, 3))
@@ -164,7 +168,7 @@ def _pair(reference: ArrayLike, approximation: ArrayLike) -> tuple[jax.Array, ja
     first, second = jnp.asarray(reference), jnp.asarray(approximation)
     if first.shape != second.shape:
         raise Ptq4ditError(f"Paired metrics need two arrays of one shape, not {first.shape} and {second.shape}.")
-    dtype = jnp.promote_types(jnp.promote_types(first.dtype, second.dtype), jnp.float32)
+    dtype = at_least_float32(first.dtype, second.dtype)
     return first.astype(dtype), second.astype(dtype)
 
 

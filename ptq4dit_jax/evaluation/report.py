@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from ptq4dit_jax.devices import in_use
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import plots
 from ptq4dit_jax.evaluation.compare import NOISE_FLOOR, REFERENCE, Comparison, ModelFigures, plain
@@ -87,7 +87,7 @@ def _provenance() -> dict[str, Any]:
             continue
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "devices": f"{len(in_use())} x {in_use()[0].device_kind}",
         "python": platform.python_version(),
         **versions,
     }

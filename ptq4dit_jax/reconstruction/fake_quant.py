@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from ptq4dit_jax.numerics import EXACT, along_last
 from ptq4dit_jax.quantizers import ActQuantizer, act_code_range, reciprocal
 from ptq4dit_jax.reconstruction.sums import order_free_sum
 from ptq4dit_jax.straight_through import StraightThrough
@@ -30,6 +31,7 @@ def _codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> 
     """The fake-quantized value, ``d value / d scale``, and whether the value is inside the range; float32."""
     qmin, qmax = act_code_range(bits)
     position = x.astype(jnp.float32) * reciprocal(scale)
+    zero_point = zero_point.astype(jnp.float32)
     rounded = jnp.round(position) + zero_point
     inside = (rounded >= qmin) & (rounded <= qmax)
     centered = jnp.clip(rounded, qmin, qmax) - zero_point
@@ -64,7 +66,7 @@ class LearnedQuantizer:
     bits: int = struct.field(pytree_node=False)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x if self.balance is None else x * self.balance.astype(x.dtype)
+        x = x if self.balance is None else x * along_last(self.balance, x.ndim).astype(x.dtype)
         rows = (-1,) + (1,) * (x.ndim - 1)
         return fake_quant(x, self.scale.reshape(rows), self.zero_point.reshape(rows), self.bits)
 
@@ -83,6 +85,6 @@ def for_rows(acts: Mapping[str, ActQuantizer], log_scales: Mapping[str, jax.Arra
             continue
         # A product with rows of the identity, not a gather: its gradient is a sum in a fixed order, on a GPU too.
         pick = jax.nn.one_hot(group_B, act.scale.shape[-1], dtype=jnp.float32)
-        scale = jnp.einsum("bg,g->b", pick, scaled(act, log_scales[name]).scale, precision="highest")
+        scale = jnp.einsum("bg,g->b", pick, scaled(act, log_scales[name]).scale, precision=EXACT)
         made[name] = LearnedQuantizer(scale, jnp.take(act.zero_point, group_B), act.balance, act.bits)
     return made

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
@@ -17,6 +16,7 @@ from ptq4dit_jax import sharding
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.quantizers import ActQuantizer
+from ptq4dit_jax.reconstruction.adam import Adam
 from ptq4dit_jax.reconstruction.fake_quant import for_rows
 from ptq4dit_jax.reconstruction.rounding import RoundedKernel, indecision
 from ptq4dit_jax.reconstruction.units import Kind, apply_unit
@@ -67,11 +67,12 @@ class TrainState:
     errors: Any
 
 
-def optimizers(settings: Reconstruction) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+def optimizers(settings: Reconstruction) -> tuple[Adam, Adam]:
     """Adam for the rounding and Adam with a cosine schedule for the scales."""
-    decayed = lambda rate: optax.cosine_decay_schedule(rate, settings.iterations)
-    rounding_rate = decayed(settings.rounding_rate) if settings.decay_rounding else settings.rounding_rate
-    return optax.adam(rounding_rate, eps=settings.rounding_eps), optax.adam(decayed(settings.scale_rate))
+    return (
+        Adam(settings.rounding_rate, settings.iterations if settings.decay_rounding else None, eps=settings.rounding_eps),
+        Adam(settings.scale_rate, settings.iterations),
+    )
 
 
 @partial(jax.jit, static_argnames="settings")
@@ -97,7 +98,7 @@ def predict(
 
 def chosen_rows(key: jax.Array, iteration: jax.Array, size: int, strata: int) -> jax.Array:
     """Which row of each stratum an iteration draws, (B,): decided by the key and the iteration alone."""
-    return jax.random.randint(jax.random.fold_in(key, iteration), (strata,), 0, size)
+    return jax.random.randint(jax.random.fold_in(key, iteration), (strata,), 0, size, jnp.int32)
 
 
 def draw(rows: Rows, key: jax.Array, iteration: jax.Array, devices: int = 1) -> Rows:
@@ -169,7 +170,7 @@ def train(
         return jax.value_and_grad(error)(variables)
 
     def regularizer(rounding: dict[str, jax.Array], progress: jax.Array) -> jax.Array:
-        strength = jnp.where(progress < settings.warmup, 0.0, settings.regularizer) / count
+        strength = jnp.where(progress < settings.warmup, jnp.float32(0), jnp.float32(settings.regularizer)) / count
         exponent = _exponent(settings, progress)
         return strength * jnp.stack([indecision(v, exponent) for v in rounding.values()]).sum()
 
@@ -188,15 +189,16 @@ def train(
             if devices > 1:
                 stacked = jax.lax.all_gather(stacked, "data", tiled=True)
             error, grads = jax.tree.map(_mean_in_order, stacked)
-        undecided = jax.grad(regularizer)(state.variables.rounding, state.iteration / settings.iterations)
+        progress = state.iteration.astype(jnp.float32) / settings.iterations
+        undecided = jax.grad(regularizer)(state.variables.rounding, progress)
         total = jax.tree.map(lambda a, b: count * (a + b), grads.rounding, undecided)
         rounding, rounding_state = for_rounding.update(total, state.optimizer[0])
         log_scale, scale_state = for_scales.update(jax.tree.map(lambda a: count * a, grads.log_scale), state.optimizer[1])
         log_scale = jax.tree.map(_on_grid, log_scale)
         return TrainState(
             variables=Variables(
-                optax.apply_updates(state.variables.rounding, rounding),
-                optax.apply_updates(state.variables.log_scale, log_scale),
+                jax.tree.map(jnp.add, state.variables.rounding, rounding),
+                jax.tree.map(jnp.add, state.variables.log_scale, log_scale),
             ),
             optimizer=(rounding_state, scale_state),
             iteration=state.iteration + 1,
@@ -221,7 +223,7 @@ def float_outputs(
 ) -> tuple[jax.Array, jax.Array]:
     """The float part's output (B, ...), and 0; ``shared`` are its parameters and what folding left at its sites."""
     params, balances = shared
-    return apply_unit(config, kind, params, balances, inputs, dtype), jnp.zeros(())
+    return apply_unit(config, kind, params, balances, inputs, dtype), jnp.zeros((), jnp.float32)
 
 
 @partial(jax.jit, static_argnames=("function", "config", "kind", "dtype", "parts", "mesh"))

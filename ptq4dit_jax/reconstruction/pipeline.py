@@ -17,6 +17,7 @@ from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.engine import QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.numerics import threefry
 from ptq4dit_jax.quantizers import QTensor
 from ptq4dit_jax.reconstruction import optimize
 from ptq4dit_jax.reconstruction.optimize import Rows, Task, TrainState, Variables
@@ -80,7 +81,7 @@ def reconstruct(
     Raises:
       Ptq4ditError: the batch cannot be spread over the mesh, or a part's error is NaN or infinite.
     """
-    walk = Walk(folded, quantized, calibration, settings, mesh)
+    key, walk = threefry(key), Walk(folded, quantized, calibration, settings, mesh)
     if announce is not None:
         announce(walk.plan)
     results, facts = [], []
@@ -89,7 +90,7 @@ def reconstruct(
         rows = walk.rows(unit)
         before = walk.outputs(unit, start, task, rows)[1]
         _check_error(unit, before, walk.dtype)
-        like = jax.eval_shape(_result, task, start, before, before, jnp.zeros((settings.iterations,)))
+        like = jax.eval_shape(_result, task, start, before, before, jnp.zeros((settings.iterations,), jnp.float32))
         result = None if journal is None else journal.finished(position, like)
         if result is None:
             state = _optimize(unit, position, task, start, rows, before, walk, key, journal, save_every, progress)
@@ -149,7 +150,7 @@ def _restored(task: Task, variables: Variables, result: PartResult) -> Variables
     for layer, kernel in task.kernels.items():
         codes = _with_values(kernel.pack(variables.rounding[layer]), jnp.asarray(result.values[layer])).codes()
         up = jnp.swapaxes(codes, -1, -2).astype(jnp.int32) > kernel.base.astype(jnp.int32)
-        rounding[layer] = jnp.where(up, 1.0, -1.0)
+        rounding[layer] = jnp.where(up, jnp.float32(1), jnp.float32(-1))
     log_scale = {site: jnp.asarray(result.log_scale[site]) for site in variables.log_scale}
     return Variables(rounding, log_scale)
 

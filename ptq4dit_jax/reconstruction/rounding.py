@@ -36,7 +36,7 @@ class RoundedKernel:
     def of(cls, kernel: jax.Array, weight: QTensor) -> tuple[RoundedKernel, jax.Array]:
         """The fixed part for the range that ``weight`` was quantized with, and the variables (..., K, N) float32 at which the
         soft kernel is the float ``kernel`` (..., K, N) itself."""
-        low, high = _code_range(weight)
+        low, high = (end.astype(jnp.float32) for end in _code_range(weight))
         position = kernel / weight.scale[..., None, :]
         floor = jnp.floor(position)
         base = jnp.clip(floor, (low - 1)[..., None, :], high[..., None, :])

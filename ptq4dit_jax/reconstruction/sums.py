@@ -28,7 +28,7 @@ def order_free_sum(x: jax.Array, axes: Sequence[int]) -> jax.Array:
     up = jnp.clip(2 * half - (exponent - _BIAS + 1), 1 - _BIAS, _BIAS - 1)
     units = jnp.round(x * _power_of_two(up)).astype(jnp.int32)
     high, low = units >> half, units & (2**half - 1)
-    high, low = (part.sum(axes, keepdims=True).astype(jnp.float32) for part in (high, low))
+    high, low = (part.sum(axes, dtype=jnp.int32, keepdims=True).astype(jnp.float32) for part in (high, low))
     return (high * 2**half + low) * _power_of_two(-up)
 
 

@@ -14,10 +14,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ptq4dit_jax import dit, memory, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import Reconstruction
+from ptq4dit_jax.devices import default_device
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, site_quantizers
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT, step_group
+from ptq4dit_jax.numerics import EXACT, threefry
 from ptq4dit_jax.reconstruction import optimize
 from ptq4dit_jax.reconstruction.optimize import Rows, Task, TrainState, Variables
 from ptq4dit_jax.reconstruction.rounding import RoundedKernel
@@ -100,7 +102,7 @@ class Walk:
         check_mesh(settings, mesh)
         self.folded, self.quantized, self.settings, self.mesh = folded, quantized, settings, mesh
         self.config = folded.config
-        on_cpu = jax.default_backend() == "cpu"
+        on_cpu = default_device().platform == "cpu"
         self.dtype = settings.dtype if settings.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
         self.acts = site_quantizers(quantized)
         self.balances = dit.flatten_sites(folded.quantizers)
@@ -147,7 +149,7 @@ class Walk:
         rows = Rows(inputs=(hidden, condition), target=hidden, group=group, weight=weight)
         task, variables = jax.eval_shape(partial(self.task, Unit("block")))
         state = jax.eval_shape(lambda variables: optimize.start(variables, self.settings), variables)
-        others = jax.eval_shape(lambda: (jnp.float32(0), jax.random.key(0), jnp.int32(0)))
+        others = jax.eval_shape(lambda: (jnp.float32(0), threefry(jax.random.key(0)), jnp.int32(0)))
         needed = memory.program_bytes(self._program("block", on_host, state, task, rows, *others))
         of_rows = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows)) // sharding.data_size(self.mesh)
         return max(0, needed - (0 if on_host else of_rows))
@@ -233,7 +235,7 @@ class Walk:
     def _drawn(self, rows: Rows, key: jax.Array, first: int) -> Rows:
         """The batches (n, B, ...) of the next iterations, on the device."""
         size, strata = rows.group.shape
-        iterations = first + jnp.arange(_BATCHES_SENT)
+        iterations = first + jnp.arange(_BATCHES_SENT, dtype=jnp.int32)
         chosen = np.asarray(jax.vmap(lambda i: optimize.chosen_rows(key, i, size, strata))(iterations))
         return sharding.shard(self.mesh, jax.tree.map(lambda leaf: leaf[chosen, np.arange(strata)], rows), axis=1)
 
@@ -248,7 +250,7 @@ class Walk:
 def _step_weights(before: Any, after: Any, step: Any, num_steps: int) -> jax.Array:
     """Row weights (M, B) inverse to the mean square change at each row's step, of mean 1."""
     change = jnp.square((after - before).astype(jnp.float32)).mean(tuple(range(2, after.ndim)))
-    member = jax.nn.one_hot(step, num_steps)
-    mean = jnp.einsum("mb,mbs->s", change, member) / member.sum((0, 1))
-    weight = 1 / jnp.maximum(jnp.einsum("s,mbs->mb", mean, member), _TINY)
+    member = jax.nn.one_hot(step, num_steps, dtype=jnp.float32)
+    mean = jnp.einsum("mb,mbs->s", change, member, precision=EXACT) / member.sum((0, 1))
+    weight = 1 / jnp.maximum(jnp.einsum("s,mbs->mb", mean, member, precision=EXACT), _TINY)
     return weight / weight.mean()

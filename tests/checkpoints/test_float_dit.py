@@ -1,5 +1,6 @@
 """Float models through a folder: the same function comes back, and what does not fit its settings is named."""
 
+import dataclasses
 import json
 
 import jax
@@ -179,6 +180,12 @@ def test_what_cannot_be_loaded_is_not_saved(model, tmp_path):
     for params in (mixed, without, {}):
         with pytest.raises(Ptq4ditError, match="cannot be saved"):
             checkpoints.save(model.replace(params=params), tmp_path / "model")
+    double = jax.tree.map(lambda a: np.asarray(a, np.float64), model.params)
+    with pytest.raises(Ptq4ditError, match="dtype is 'float64'"):
+        checkpoints.save(model.replace(params=double), tmp_path / "model")
+    odd = model.replace(config=dataclasses.replace(model.config, null_class=1))  # as wide a table, but 1 is no bool in JSON
+    with pytest.raises(Ptq4ditError, match="null_class = 1"):
+        checkpoints.save(odd, tmp_path / "model")
     quantizers = {"patch_in": jnp.ones(3)}
     with pytest.raises(Ptq4ditError, match="fake quantizers"):
         checkpoints.save(model.replace(quantizers=quantizers), tmp_path / "model")

@@ -253,6 +253,47 @@ def test_all_arrays_that_do_not_fit_are_named_at_once(saved):
         assert words in message
 
 
+def with_leaf(model, name, change):
+    """The model with one leaf replaced by ``change`` of it; names are those of the folder's arrays."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, a: change(np.asarray(a)) if jax.tree_util.keystr(path, simple=True, separator="/") == name else a, model
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("linears/blocks.qkv/weight/scale", lambda a: a.astype(np.float64), "is float64 (2, 96), not float32 (2, 96)"),
+        ("sites/blocks.v/zero_point", lambda a: a.astype(np.int64), "is int64 (2, 2), not int32 (2, 2)"),
+        ("linears/time_fc1/bias", lambda a: a[:, :3], "is float32 (2, 3), not float32 (2, 32)"),
+        ("label_embed", lambda a: a[:-1], "is float32 (5, 32), not float32 (6, 32)"),
+        ("linears/blocks.fc1/weight/values", lambda a: a.view(np.int8), "is int8 (2, 64, 32), not uint8 (2, 64, 32)"),
+        ("group_edges", lambda a: a.astype(np.float32), "is float32 (1,), not int32 (1,)"),
+        ("group_edges", lambda a: a[0], "not ()"),
+    ],
+)
+def test_what_cannot_be_loaded_is_not_saved(name, change, words, saved, tmp_path, raises_sentence):
+    with raises_sentence("This quantized model cannot be saved", name, words):
+        checkpoints.save(with_leaf(saved[1], name, change), tmp_path / "a/model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_and_settings_that_cannot_be_loaded_are_not_saved(saved, tmp_path, raises_sentence):
+    model = saved[1]
+    without = lambda parts, *names: {name: part for name, part in parts.items() if name not in names}
+    wrong_bits = model.linears["final"].replace(weight=model.linears["final"].weight.replace(bits=9))
+    for odd, words in (
+        (model.replace(sites=without(model.sites, "blocks.q", "blocks.probs")), "lacks the site blocks.q, blocks.probs"),
+        (model.replace(linears=without(model.linears, "time_fc2")), "lacks the layer time_fc2"),
+        (model.replace(linears={**model.linears, "final": wrong_bits}), "not 9"),
+        (model.astype("float64"), "'float64'"),
+        (model.replace(linears={**model.linears, "extra": model.linears["final"]}), "unexpected: linears/extra/bias"),
+    ):
+        with raises_sentence(words):
+            checkpoints.save(odd, tmp_path / "a/model")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -66,7 +66,7 @@ def test_quantize_says_what_it_did(w4):
     assert facts["settings"] == w4.figures["settings"]
     assert (facts["source"], facts["seed"]) == (DIGITS, 0)
     assert set(facts["versions"]) == {"ptq4dit_jax", "jax", "flax", "orbax"}
-    assert facts["calibration"]["steps"], facts["calibration"]["rows_per_step"] == (2, 4)
+    assert (facts["calibration"]["steps"], facts["calibration"]["rows_per_step"]) == (2, 4)
 
 
 def test_the_seed_decides_the_quantized_model(w4, here):
@@ -186,10 +186,10 @@ def test_all_devices_take_part(w4, here, monkeypatch):
 
 def test_explicit_noise_is_that_of_the_key(w4, here):
     """Noise by JAX's own functions, as the documentation says that it comes from key, index and step."""
-    keys = [jax.random.fold_in(jax.random.key(3), index) for index in range(4)]
+    keys = [jax.random.fold_in(jax.random.key(3, impl="threefry2x32"), index) for index in range(4)]
 
     def draw(step):
-        return np.stack([jax.random.normal(jax.random.fold_in(key, step), (8, 8, 1)) for key in keys])
+        return np.stack([jax.random.normal(jax.random.fold_in(key, step), (8, 8, 1), np.float32) for key in keys])
 
     np.savez("noise.npz", noise=draw(0), step_noise=np.stack([draw(step + 1) for step in range(4)]))
     run("sample", w4.folder, "--out", "key.npz", *WALK, "--seed", "3")

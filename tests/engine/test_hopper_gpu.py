@@ -221,7 +221,7 @@ def medium_model(bits: int) -> tuple[ptq.FloatDiT, ptq.QuantizedDiT]:
 def test_a_model_on_hopper_is_its_reference(bits: int) -> None:
     dit, q = medium_model(bits)
     assert q.backend_choice.name == "mosaic_gpu"
-    x, y = jax.random.normal(jax.random.key(1), (8, *q.config.image_shape)), jnp.arange(8)
+    x, y = jax.random.normal(jax.random.key(1), (8, *q.config.image_shape), jnp.float32), jnp.arange(8)
     apply = jax.jit(lambda model: model.apply(x, jnp.array([400]), y).astype(jnp.float32))
     fast, slow, floats = (np.asarray(apply(m)) for m in (q, q.replace(backend="xla"), dit))
     noise = np.square(slow - floats).mean()

@@ -312,7 +312,7 @@ def test_a_whole_model_is_its_reference() -> None:
     dit = jax.tree.map(jnp.asarray, helpers.tiny_model(**config.to_dict()))
     settings = ptq.QuantConfig(steps=2, calib_steps=2, calib_rows=2, step_groups=2)
     q = ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16)
-    x, y = jax.random.normal(jax.random.key(1), (1, *config.image_shape)), jnp.array([2])
+    x, y = jax.random.normal(jax.random.key(1), (1, *config.image_shape), jnp.float32), jnp.array([2])
     apply = jax.jit(lambda model: model.apply(x, jnp.array([400]), y).astype(jnp.float32))
     fast, slow, floats = (np.asarray(apply(m)) for m in (q.replace(backend="mosaic_gpu"), q.replace(backend="xla"), dit))
     assert np.square(fast - slow).mean() < 0.05 * np.square(slow - floats).mean()

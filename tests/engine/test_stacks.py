@@ -18,7 +18,10 @@ def weights(bits: int) -> list[QTensor]:
     rng = np.random.default_rng(0)
     low, high = (-127, 128) if bits == 8 else (0, 16)
     draw = lambda: jnp.asarray(rng.integers(low, high, (5, 6)), jnp.float32)
-    return [QTensor.from_codes(draw(), jnp.full(5, 0.1 * i), jnp.full(5, bits % 8.0), bits) for i in range(1, 4)]
+    return [
+        QTensor.from_codes(draw(), jnp.full(5, 0.1 * i, jnp.float32), jnp.full(5, bits % 8.0, jnp.float32), bits)
+        for i in range(1, 4)
+    ]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

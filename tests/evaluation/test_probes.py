@@ -37,7 +37,7 @@ class Quantized:
 
 @pytest.fixture(scope="module")
 def batch(config):
-    x = jax.random.normal(jax.random.key(1), (5, *config.image_shape))
+    x = jax.random.normal(jax.random.key(1), (5, *config.image_shape), jnp.float32)
     return x, jnp.array([0, 10, 500, 900, 999]), jnp.array([0, 1, 2, 3, 0])
 
 
@@ -51,7 +51,10 @@ def _scaled(model: FloatDiT, layer: str, factor, block: int | None = None) -> Fl
     """The model with kernel and bias of one layer (of one block) multiplied by ``factor``."""
     params = jax.tree.map(lambda a: a, model.params)
     where = params if block is None else params["blocks"]
-    where[layer] = {name: a * factor if block is None else a.at[block].multiply(factor) for name, a in where[layer].items()}
+    where[layer] = {
+        name: a * jnp.broadcast_to(factor, a.shape).astype(a.dtype) if block is None else a.at[block].multiply(factor)
+        for name, a in where[layer].items()
+    }
     return model.replace(params=params)
 
 
@@ -121,7 +124,7 @@ def test_step_sqnr_of_an_output_one_percent_too_large_is_40_db(model, chain):
 def test_step_sqnr_leaves_the_variance_channels_out(model, chain):
     inputs, t, labels = chain
     variance_columns = np.arange(2 * 2 * 2) % 2 == 1  # out channels run fastest: noise, variance
-    other = _scaled(model, "final", np.where(variance_columns, 5.0, 1.0))
+    other = _scaled(model, "final", np.where(variance_columns, 5.0, 1.0).astype(np.float32))
     assert np.isposinf(probes.step_sqnr(model, other, inputs, t, labels, 1.5)).all()
 
 

@@ -40,7 +40,7 @@ def test_the_folder_holds_at_most_24_megabytes() -> None:
 
 def test_it_predicts_noise_on_unseen_crops_and_knows_the_classes(model: ptq.FloatDiT) -> None:
     images, labels = data.build(train_crops=1, held_out_crops=2).held_out.first(2)
-    noise = jax.random.normal(jax.random.key(0), images.shape)
+    noise = jax.random.normal(jax.random.key(0), images.shape, jnp.float32)
     t_B = jnp.full(len(labels), 400)
     x_t = model.schedule.add_noise(jnp.asarray(images), t_B, noise)
     apply = model.astype(jnp.float32).jitted()

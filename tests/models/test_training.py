@@ -36,7 +36,7 @@ class TwoImages:
     max_level: int = struct.field(pytree_node=False, default=255)
 
     def draw(self, keys_3: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-        labels = jax.random.randint(keys_3[0], (count,), 0, 2)
+        labels = jax.random.randint(keys_3[0], (count,), 0, 2, jnp.int32)
         return jnp.broadcast_to(self.white * (1.0 - 2 * labels).reshape(-1, 1, 1, 1), (count, 4, 4, 1)), labels
 
 
@@ -79,7 +79,7 @@ def test_bound_at_the_last_step_is_a_likelihood_over_all_levels(max_level: int) 
 def test_the_bound_teaches_the_variance_only() -> None:
     model = helpers.tiny_model(**CONFIG.to_dict())
     x0, t, y = jnp.zeros((3, 4, 4, 1)), jnp.array([0, 10, 900]), jnp.array([0, 1, 2])
-    noise = jax.random.normal(jax.random.key(1), x0.shape)
+    noise = jax.random.normal(jax.random.key(1), x0.shape, jnp.float32)
     mse, bound = jax.jit(losses, static_argnums=6)(model, training.loss_tables(), x0, t, y, noise, 255)
     assert mse.shape == bound.shape == (3,)
     assert np.isfinite(mse).all()

@@ -16,7 +16,7 @@ def batch(shape: tuple[int, ...] = (4, 6, 8)) -> np.ndarray:
 def table(bits: int = 8, balance: np.ndarray | None = None) -> ActQuantizer:
     """Two groups of steps whose ranges cut off part of the values."""
     return ActQuantizer(
-        scale=jnp.array([0.01, 0.02]) * 2 ** (8 - bits), zero_point=jnp.array([3, -1]), balance=balance, bits=bits
+        scale=jnp.float32([0.01, 0.02]) * 2 ** (8 - bits), zero_point=jnp.int32([3, -1]), balance=balance, bits=bits
     )
 
 
@@ -26,13 +26,13 @@ def test_values_are_those_of_the_quantizer(bits, balanced):
     x = batch()
     act = table(bits, np.linspace(0.5, 2, 8).astype(np.float32) if balanced else None)
     group = jnp.array([0, 1, 1, 0])
-    made = jax.jit(lambda x: for_rows({"s": act}, {"s": jnp.zeros(2)}, group)["s"](x))(x)
+    made = jax.jit(lambda x: for_rows({"s": act}, {"s": jnp.zeros(2, jnp.float32)}, group)["s"](x))(x)
     np.testing.assert_allclose(made, act.at_group(group)(x), rtol=1e-6, atol=1e-7)
 
 
 def test_learned_scales_multiply_the_table():
     x, act = batch(), table()
-    log_scale = jnp.array([0.3, -0.2])
+    log_scale = jnp.float32([0.3, -0.2])
     made = for_rows({"s": act}, {"s": log_scale}, jnp.array([1, 1, 0, 0]))["s"](x)
     wider = act.replace(scale=act.scale * np.exp([0.3, -0.2]).astype(np.float32))
     np.testing.assert_allclose(made, wider.at_group(jnp.array([1, 1, 0, 0]))(x), rtol=1e-5, atol=1e-6)

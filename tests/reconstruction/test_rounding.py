@@ -55,8 +55,9 @@ def test_a_weight_moves_to_a_neighbouring_code_at_most(bits, seed):
     moved = np.asarray(jax.jit(RoundedKernel.codes)(fixed, variables)).astype(int)
     assert np.abs(moved - codes).max() == 1
     assert np.all((moved >= np.asarray(fixed.low)) & (moved <= np.asarray(fixed.high)))
-    inside = (kernel / np.asarray(fixed.scale) >= fixed.low) & (kernel / np.asarray(fixed.scale) <= fixed.high)
-    assert np.abs(moved - kernel / np.asarray(fixed.scale))[inside].max() < 1 + 1e-5
+    position = kernel / np.asarray(fixed.scale)
+    inside = (position >= np.asarray(fixed.low)) & (position <= np.asarray(fixed.high))
+    assert np.abs(moved - position)[inside].max() < 1 + 1e-5
     assert moved[3, 4] == np.asarray(fixed.high)[4]  # far outside: stays at the end
 
 
@@ -81,13 +82,13 @@ def test_the_stretched_sigmoid_and_its_inverse():
 
 @pytest.mark.parametrize("exponent", [2.0, 20.0])
 def test_indecision(exponent):
-    variables = np.random.default_rng(0).standard_normal((7, 5))
+    variables = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32)
     h = np.clip(1.2 / (1 + np.exp(-variables)) - 0.1, 0, 1)
     expected = (1 - np.abs(2 * h - 1) ** exponent).sum()
     assert float(jax.jit(rounding.indecision)(variables, jnp.float32(exponent))) == pytest.approx(expected, rel=1e-5)
-    decided = jnp.where(variables > 0, 5.0, -5.0)
+    decided = jnp.where(variables > 0, jnp.float32(5), jnp.float32(-5))
     assert float(rounding.indecision(decided, jnp.float32(exponent))) == 0
-    gradient = jax.grad(lambda v: rounding.indecision(v, jnp.float32(exponent)))(jnp.zeros(3))
+    gradient = jax.grad(lambda v: rounding.indecision(v, jnp.float32(exponent)))(jnp.zeros(3, jnp.float32))
     assert np.isfinite(gradient).all()  # at h = 1/2, where |2 h - 1| has a corner
 
 

@@ -41,7 +41,7 @@ def test_in_a_row_they_are_the_network(tables):
 
 def test_quantizers_act_at_the_sites_of_a_part(tiny_model, tiny_config):
     unit, seen = Unit("block", 1), []
-    inputs = jnp.ones((2, tiny_config.num_tokens, 32)), jnp.ones((2, 32))
+    inputs = jnp.ones((2, tiny_config.num_tokens, 32), jnp.float32), jnp.ones((2, 32), jnp.float32)
 
     def watch(name):
         return jax.tree_util.Partial(lambda x: (seen.append((name, x.shape)), x)[1])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from ptq4dit_jax import dit
 from ptq4dit_jax.engine import matmul
+from ptq4dit_jax.numerics import product_precision
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded
 
 
@@ -25,9 +26,10 @@ def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_he
         einops.rearrange(x.astype(dit.at_least_float32(x.dtype)), "b t (a d) -> b a t d", a=num_heads)
         for x in (q_BTD, k_BTD, v_BTD)
     )
-    probs = dit.softmax(jnp.einsum("baqd,bakd->baqk", q, k) * q.shape[-1] ** -0.5)
-    out_BTD = einops.rearrange(jnp.einsum("baqk,bakd->baqd", probs, v), "b a t d -> b t (a d)")
-    return act.encode(out_BTD)
+    precision = product_precision(q.dtype)
+    probs = dit.softmax(jnp.einsum("baqd,bakd->baqk", q, k, precision=precision) * q.shape[-1] ** -0.5)
+    out = jnp.einsum("baqk,bakd->baqd", probs, v, precision=precision)
+    return act.encode(einops.rearrange(out, "b a t d -> b t (a d)"))
 
 
 def centered_product(a: Encoded, b: Encoded) -> jax.Array:
@@ -37,9 +39,9 @@ def centered_product(a: Encoded, b: Encoded) -> jax.Array:
     """
     out = matmul.batched(a.values, b.values)
     if b.zero_point is not None:
-        out = out - b.zero_point * a.values.astype(jnp.int32).sum(-1)[..., :, None]
+        out = out - b.zero_point * a.values.sum(-1, dtype=jnp.int32)[..., :, None]
     if a.zero_point is not None:
-        out = out - a.zero_point * b.values.astype(jnp.int32).sum(-1)[..., None, :]
+        out = out - a.zero_point * b.values.sum(-1, dtype=jnp.int32)[..., None, :]
     if a.zero_point is not None and b.zero_point is not None:
         out = out + a.values.shape[-1] * a.zero_point * b.zero_point
     return out

@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ptq4dit_jax.engine.hopper import common
 from ptq4dit_jax.engine.hopper.common import core_count, load_of_layer, load_vector, swizzled, to_codes, transposed
 
 #: Queries of a warpgroup.
@@ -145,7 +146,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, tokens: int, heads: i
         images=M // tokens, tokens=tokens, heads=heads, d=D // heads,
         codes=None if finish is None else (finish.low, finish.high), cores=core_count(),
     )  # fmt: skip
-    kernel = plgpu.kernel(
+    kernel = common.kernel(
         partial(_body, plan), out_type=jax.ShapeDtypeStruct((M, D), plan.out_dtype), grid=(plan.blocks,),
         grid_names=("block",), num_threads=3, thread_name="warpgroup", kernel_name="attention",
         compiler_params=plgpu.CompilerParams(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,9 +10,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ptq4dit_jax.devices import default
+
 _NEW = jax.__version_info__ >= (0, 11)
 #: Added to a float of magnitude below 2^22 it leaves the float rounded half to even in the low bits of the sum.
 _ROUNDING = 12582912.0
+
+
+def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
+    """``plgpu.kernel`` whose body is traced with 32-bit indices and JAX's own promotion, whatever the process has set: nothing
+    in it is wider, and under ``JAX_ENABLE_X64`` Pallas's loops would count in int64."""
+    call = plgpu.kernel(body, **options)
+
+    def run(*arguments: jax.Array) -> Any:
+        with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return call(*arguments)
+
+    return run
 
 
 def to_codes(x: jax.Array, zero_point: jax.Array | int, low: int, high: int) -> jax.Array:
@@ -63,7 +78,7 @@ def transposed(ref: Any) -> Any:
 
 def core_count() -> int:
     """Multiprocessors of the default device; an H200's where that is no GPU and a kernel is only lowered."""
-    device = jax.devices()[0]
+    device = default()
     return getattr(device, "core_count", 0) if device.platform == "gpu" else 132
 
 

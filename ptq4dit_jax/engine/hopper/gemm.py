@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ptq4dit_jax.engine.hopper import common
 from ptq4dit_jax.engine.hopper.common import core_count, load_vector, swizzled, transposed, widened
 from ptq4dit_jax.engine.hopper.epilogue import fetch_residual, finish_tile
 from ptq4dit_jax.engine.hopper.feed import Place, Rings, copy, each_step, place, rings, unpack
@@ -90,7 +91,7 @@ def int8_matmul(
         vectors["gate"] = widened(finish.gate, columns)
         tokens, residual = finish.tokens, [finish.residual]
     plan = Plan(M, N, K, tiles, outputs, tuple(vectors), requantized, tokens, core_count(), weight_zero is not None, groups)
-    kernel = plgpu.kernel(
+    kernel = common.kernel(
         partial(_body, plan), out_type=[jax.ShapeDtypeStruct((*of_all, M, N // outputs), plan.out_dtype)] * outputs,
         grid=(plan.blocks,), grid_names=("block",), num_threads=4 if plan.packed else 3, thread_name="warpgroup",
         kernel_name=f"int8_matmul_{'gelu' if requantized else 'residual' if residual else 'store'}_{N}x{K}",

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ptq4dit_jax.engine.hopper import common
 from ptq4dit_jax.engine.hopper.common import load_of_layer, load_vector, load_words, store_words, swizzled
 from ptq4dit_jax.engine.hopper.plan import TILE_K
 from ptq4dit_jax.quantizers import PACKED_ROWS
@@ -96,7 +97,7 @@ def unpacked(
             of_weight = refs[index : 3 * count : count]  # what it reads, its zero points, what it writes
             pl.when(mine)(partial(unpack, ends[0], *of_weight))
 
-    kernel = plgpu.kernel(
+    kernel = common.kernel(
         body, out_type=[jax.ShapeDtypeStruct(shape, jnp.int8) for shape in shapes], grid=(sum(counts),), grid_names=("tile",),
         kernel_name="unpack",
         scratch_types=[

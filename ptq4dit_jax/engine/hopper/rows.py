@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from ptq4dit_jax.engine.hopper import common
 from ptq4dit_jax.engine.hopper.common import load_of_layer, load_vector, to_codes
 from ptq4dit_jax.quantizers import EMPTY_RANGE
 
@@ -110,7 +111,7 @@ def _held(ref: Any, at: Any) -> jax.Array:
 
 def _over_rows(name: str, body: Any, outs: list[jax.ShapeDtypeStruct]) -> Any:
     """The kernel that runs ``body`` for every eight rows."""
-    return plgpu.kernel(
+    return common.kernel(
         body, out_type=outs, grid=(outs[0].shape[0] // ROWS,), grid_names=("rows",), kernel_name=name,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )  # fmt: skip

@@ -9,20 +9,23 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.stacks import in_turns
+from ptq4dit_jax.numerics import INTEGER, along_last, at_least_float32
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 
 def accumulate(x: jax.Array, codes: jax.Array) -> jax.Array:
     """int8 (..., K) times int8 (N, K) to int32 (..., N). Never asks for an int8 result, which XLA runs as a slow loop."""
     dims = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, codes, dims, preferred_element_type=jnp.int32)
+    return jax.lax.dot_general(x, codes, dims, precision=INTEGER, preferred_element_type=jnp.int32)
 
 
 def _exact(x: Encoded, weight: QTensor, bias: jax.Array) -> jax.Array:
-    """The result in the type of the scales. 4-bit codes are unpacked to int8 here, just before the product: XLA would widen
+    """The result in float32 at least. 4-bit codes are unpacked to int8 here, just before the product: XLA would widen
     an int8 x int4 product to int32 on both sides."""
-    scale = x.scale * weight.scale
-    return accumulate(x.values, weight.codes()).astype(scale.dtype) * scale + bias
+    out = accumulate(x.values, weight.codes())
+    dtype = at_least_float32(x.scale.dtype, weight.scale.dtype, bias.dtype)
+    scale = x.scale.astype(dtype) * along_last(weight.scale, out.ndim).astype(dtype)
+    return out.astype(dtype) * scale + along_last(bias, out.ndim).astype(dtype)
 
 
 def prepared(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
@@ -58,9 +61,13 @@ def linear_gelu(x: Encoded, weight: QTensor, bias: jax.Array, act: ActQuantizer)
 
 def linear_residual(x: Encoded, weight: QTensor, bias: jax.Array, gate_BD: jax.Array, x_BTD: jax.Array) -> jax.Array:
     """See :func:`ptq4dit_jax.engine.matmul.linear_residual`."""
-    return (x_BTD + gate_BD[:, None] * _exact(x, weight, bias)).astype(x_BTD.dtype)
+    out = _exact(x, weight, bias)
+    dtype = at_least_float32(x_BTD.dtype, gate_BD.dtype, out.dtype)
+    gated = gate_BD[:, None].astype(dtype) * out.astype(dtype)
+    return (x_BTD.astype(dtype) + gated).astype(x_BTD.dtype)
 
 
 def batched(a: jax.Array, b: jax.Array) -> jax.Array:
     """See :func:`ptq4dit_jax.engine.matmul.batched`."""
-    return jax.lax.dot_general(a, b, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.int32)
+    dims = (((3,), (3,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(a, b, dims, precision=INTEGER, preferred_element_type=jnp.int32)

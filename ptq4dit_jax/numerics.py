@@ -1,0 +1,69 @@
+"""Types, precision and keys that do not depend on JAX's switches: the same numbers whatever a process has set.
+
+``JAX_ENABLE_X64`` makes float64 the default type, ``JAX_NUMPY_DTYPE_PROMOTION=strict`` and ``JAX_NUMPY_RANK_PROMOTION=raise``
+forbid implicit promotion, ``JAX_DEFAULT_MATMUL_PRECISION`` decides for products that do not say theirs, and
+``JAX_DEFAULT_PRNG_IMPL`` for keys. So types and ranks are made equal where two meet, and products and keys pass through here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from ptq4dit_jax.errors import Ptq4ditError
+
+#: Of integer products, and of floats narrower than float32, whose products are exact as they are.
+INTEGER = jax.lax.Precision.DEFAULT
+#: Of float32 products that are a reference or decide codes: float32 on every device.
+EXACT = jax.lax.Precision.HIGHEST
+#: Of the float32 products that only gather statistics: TF32 where a GPU has it, three bfloat16 passes on a TPU. In float32
+#: calibration of DiT-XL/2 takes twice as long on an H200.
+CALIBRATION = jax.lax.Precision.HIGH
+
+
+def at_least_float32(*dtypes: DTypeLike) -> Any:
+    """The type in which operands of these types meet, and to accumulate in: float64 if one is float64, else float32."""
+    return jnp.float64 if any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32
+
+
+def product_precision(dtype: DTypeLike, precision: jax.lax.Precision = EXACT) -> jax.lax.Precision:
+    """The precision that a product of this type takes: ``precision`` from float32 on; narrower floats are exact as they are."""
+    return precision if jnp.dtype(dtype).itemsize >= 4 else INTEGER
+
+
+def along_last(vector: jax.Array, ndim: int) -> jax.Array:
+    """An array with axes of size 1 in front, so that it lies along the last axes of one of ``ndim`` axes; scalars stay."""
+    return jnp.expand_dims(vector, range(ndim - vector.ndim)) if vector.ndim else vector
+
+
+def threefry(key: jax.Array) -> jax.Array:
+    """The key as threefry, whatever generator it was made for; keys of one seed become one key.
+
+    Under ``vmap``, XLA's own generators (rbg, unsafe_rbg) draw numbers that depend on the rest of the batch.
+
+    Args:
+      key: () of ``jax.random.key``, or the raw uint32 of ``jax.random.PRNGKey``.
+
+    Raises:
+      Ptq4ditError: anything else.
+    """
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if typed and key.ndim == 0:
+        if jax.random.key_impl(key) == "threefry2x32":
+            return key
+        words = jax.random.key_data(key)
+    elif not typed and dtype == jnp.uint32 and key.shape in ((2,), (4,)):
+        words = jnp.asarray(key)
+    else:
+        raise Ptq4ditError(f"A key must be one key, such as jax.random.key(0), not {_described(key)}.")
+    # Of a seed, rbg holds threefry's two words twice.
+    return jax.random.wrap_key_data(words[:2], impl="threefry2x32")
+
+
+def _described(key: Any) -> str:
+    shape, dtype = getattr(key, "shape", None), getattr(key, "dtype", None)
+    return repr(key)[:40] if shape is None else f"an array of {dtype} {tuple(shape)}"

@@ -1,0 +1,60 @@
+"""Adam (Kingma & Ba, 2015) in the type of its variables, whatever types JAX promotes to.
+
+Optax raises its decay rates to the power of an integer array: an implicit promotion, to float64 under ``JAX_ENABLE_X64`` and an
+error where promotion is strict. The terms are optax's, so are the state and the names of its leaves, which journals hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam:
+    """The optimizer of one tree of float32 variables: ``optax.adam(rate, eps=eps)``.
+
+    With ``decayed_over`` the rate falls along half a cosine to 0 over so many updates.
+    """
+
+    rate: float
+    decayed_over: int | None = None
+    eps: float = 1e-8
+    b1: float = 0.9
+    b2: float = 0.999
+
+    def init(self, variables: Any) -> Any:
+        """The state before the first update."""
+        zeros = lambda: jax.tree.map(jnp.zeros_like, variables)
+        moments = optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=zeros(), nu=zeros())
+        rate = optax.EmptyState() if self.decayed_over is None else optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+        return moments, rate
+
+    def update(self, gradients: Any, state: Any) -> tuple[Any, Any]:
+        """What is to be added to the variables, and the next state."""
+        moments, rate = state
+        mu = jax.tree.map(lambda g, m: (1 - self.b1) * g + self.b1 * m, gradients, moments.mu)
+        nu = jax.tree.map(lambda g, v: (1 - self.b2) * jnp.square(g) + self.b2 * v, gradients, moments.nu)
+        count = moments.count + 1
+
+        def unbiased(moment: jax.Array, decay: float) -> jax.Array:
+            return moment / (1 - jax.lax.pow(jnp.float32(decay), count)).astype(moment.dtype)
+
+        step = self._rate(rate)
+        updates = jax.tree.map(
+            lambda m, v: step.astype(m.dtype) * (unbiased(m, self.b1) / (jnp.sqrt(unbiased(v, self.b2)) + self.eps)), mu, nu
+        )
+        next_rate = rate if self.decayed_over is None else optax.ScaleByScheduleState(rate.count + 1)
+        return updates, (optax.ScaleByAdamState(count=count, mu=mu, nu=nu), next_rate)
+
+    def _rate(self, state: Any) -> jax.Array:
+        """What updates are multiplied by, () float32."""
+        if self.decayed_over is None:
+            return jnp.float32(-self.rate)
+        count = jnp.minimum(state.count.astype(jnp.float32), self.decayed_over)
+        return -(self.rate * (0.5 * (1 + jnp.cos(math.pi * count / self.decayed_over))))
