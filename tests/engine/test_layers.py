@@ -224,10 +224,12 @@ def test_attention_in_unit_steps_is_attention_quantized_for_proj(balanced: bool)
     balance = factors() if balanced else None
     quantizer = act(-2.0, 2.5, balance=balance)
     proj = QLinear.pack(
-        quantize_weight(jnp.asarray(rng.standard_normal((D, D)) * D**-0.5, jnp.float32), 8), jnp.ones(D), quantizer
+        quantize_weight(jnp.asarray(rng.standard_normal((D, D)) * D**-0.5, jnp.float32), 8), jnp.ones(D, jnp.float32), quantizer
     )
     qkv = QLinear.pack(
-        quantize_weight(jnp.asarray(rng.standard_normal((3 * D, K)) * K**-0.5, jnp.float32), 8), jnp.zeros(3 * D), act()
+        quantize_weight(jnp.asarray(rng.standard_normal((3 * D, K)) * K**-0.5, jnp.float32), 8),
+        jnp.zeros(3 * D, jnp.float32),
+        act(),
     )
     qkv, proj = (layer.replace(bias=layer.bias[0]) for layer in (qkv, proj))
     x = jnp.asarray(inputs(B, T))

@@ -37,7 +37,8 @@ class TwoImages:
 
     def draw(self, keys_3: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
         labels = jax.random.randint(keys_3[0], (count,), 0, 2, jnp.int32)
-        return jnp.broadcast_to(self.white * (1.0 - 2 * labels).reshape(-1, 1, 1, 1), (count, 4, 4, 1)), labels
+        sign = (1 - 2 * labels).astype(jnp.float32).reshape(-1, 1, 1, 1)
+        return jnp.broadcast_to(self.white * sign, (count, 4, 4, 1)), labels
 
 
 @functools.cache
@@ -78,7 +79,7 @@ def test_bound_at_the_last_step_is_a_likelihood_over_all_levels(max_level: int) 
 
 def test_the_bound_teaches_the_variance_only() -> None:
     model = helpers.tiny_model(**CONFIG.to_dict())
-    x0, t, y = jnp.zeros((3, 4, 4, 1)), jnp.array([0, 10, 900]), jnp.array([0, 1, 2])
+    x0, t, y = jnp.zeros((3, 4, 4, 1), jnp.float32), jnp.int32([0, 10, 900]), jnp.int32([0, 1, 2])
     noise = jax.random.normal(jax.random.key(1), x0.shape, jnp.float32)
     mse, bound = jax.jit(losses, static_argnums=6)(model, training.loss_tables(), x0, t, y, noise, 255)
     assert mse.shape == bound.shape == (3,)
@@ -136,7 +137,7 @@ def test_no_update_is_left_at_the_end_of_a_cooldown() -> None:
         params = jax.tree.map(jnp.copy, start)
         state = {"params": params, "optimizer": RECIPE.optimizer().init(params), "ema": jax.tree.map(jnp.copy, params)}
         state, _ = training.train_steps(
-            state, jax.random.key(1), tables, data, jnp.asarray(first), tuple(map(jnp.asarray, window)),
+            state, jax.random.key(1), tables, data, jnp.int32(first), tuple(map(jnp.int32, window)),
             config=CONFIG, recipe=RECIPE, count=20,
         )  # fmt: skip
         return float(abs(state["params"]["blocks"]["qkv"]["kernel"] - start["blocks"]["qkv"]["kernel"]).max())
