@@ -383,7 +383,7 @@ def test_calibration_that_cannot_be_sampled(
 
 def test_guidance_needs_a_null_class(raises_sentence: Sentence) -> None:
     unguided = tiny_model(null_class=False)
-    config = ptq.QuantConfig(calib_steps=1, calib_rows=2, steps=2)
+    config = ptq.QuantConfig(calib_steps=1, calib_rows=2, steps=2, cfg_scale=1.5)
     with raises_sentence("null class", "cfg_scale 1"):
         ptq.quantize(unguided, config, key=KEY)
 

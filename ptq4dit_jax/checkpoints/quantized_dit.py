@@ -38,7 +38,8 @@ def save_quantized(
     cannot = "This quantized model cannot be saved"
     if missing := [name for name in model.config.linear_shapes if name not in model.linears]:
         raise Ptq4ditError(f"{cannot}; it lacks the layer {', '.join(missing)}.")
-    if missing := [name for name in _SITES if name not in model.sites]:
+    # All of them or none: without sites attention is computed in float.
+    if model.sites and (missing := [name for name in _SITES if name not in model.sites]):
         raise Ptq4ditError(f"{cannot}; it lacks the site {', '.join(missing)}.")
     if np.ndim(model.group_edges) != 1:
         raise Ptq4ditError(f"{cannot}; group_edges must be of shape (groups - 1,), not {np.shape(model.group_edges)}.")
