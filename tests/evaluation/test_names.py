@@ -65,10 +65,10 @@ def test_reports(comparison, tmp_path):
     assert any(cells[1:3] == NAMES for cells in headings(page))
 
 
-@pytest.mark.parametrize("benchmark", [digits, ablation], ids=["digits", "ablation"])
-def test_tables_of_benchmarks_are_those_of_their_results(benchmark):
+@pytest.mark.parametrize("script", [digits, ablation], ids=["digits", "ablation"])
+def test_tables_of_benchmarks_are_those_of_their_results(script):
     """What is stored has both figures, and the document shows what is stored."""
-    text = benchmark.markdown(json.loads(benchmark.RESULTS.read_text()))
+    text = script.markdown(json.loads(script.RESULTS.read_text()))
     assert not faults(text)
-    page = benchmark.CARD if benchmark is digits else benchmark.PAGE
+    page = script.CARD if script is digits else script.PAGE
     assert text in page.read_text()
