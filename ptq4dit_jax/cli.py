@@ -16,14 +16,30 @@ import typer
 from ptq4dit_jax import checkpoints, ptq, sampling
 from ptq4dit_jax.calibration import stored_rows
 from ptq4dit_jax.checkpoints import foreign, store
+from ptq4dit_jax.cli_convert import convert
+from ptq4dit_jax.cli_options import (
+    BatchSize,
+    CfgChannels,
+    CfgScale,
+    Eta,
+    Json,
+    ModelArgument,
+    Overwrite,
+    Repeat,
+    SamplerOption,
+    Seed,
+    Steps,
+    Vae,
+    VaeScale,
+)  # fmt: skip
 from ptq4dit_jax.config import ATTENTION, LAYERS, POLICIES, QuantConfig, Reconstruction
 from ptq4dit_jax.diffusion import Sampler, resolve_guidance
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, backends, describe
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare, num_bytes, plain, write_report
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.outputs import check_picture, write_picture, write_samples
+from ptq4dit_jax.summary import in_words, summary_of
 from ptq4dit_jax.terminal import (
     all_devices_mesh,
     calibration_line,
@@ -48,7 +64,6 @@ from ptq4dit_jax.terminal import (
     write_file,
     write_json,
 )  # fmt: skip
-from ptq4dit_jax.vae import VAEConfig
 
 app = typer.Typer(
     name="ptq4dit",
@@ -59,84 +74,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        help="A model folder, a foreign checkpoint or its address, random:PRESET or random:PRESET@SIZE.", show_default=False
-    ),
-]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", metavar="FILE")]
-Seed = Annotated[int, typer.Option(help="Seed of all noise; the same seed gives the same bytes.")]
-Steps = Annotated[
-    str | None,
-    typer.Option(
-        help="Sampler steps: a count, or a respacing such as ddim50; heun calls the network twice a step.",
-        show_default="the model's own number if it has one, else 50",
-    ),
-]
-SamplerOption = Annotated[
-    str,
-    typer.Option(
-        "--sampler",
-        help="ddpm, ddim or dpm++2m for a model that predicts noise, euler or heun for one that predicts velocity; "
-        "auto is the first of those.",
-    ),
-]
-Eta = Annotated[float, typer.Option(help="Noise of the ddim sampler, 0 to 1.")]
-Repeat = Annotated[int, typer.Option(help="Samples of each label; of a model without classes, samples in all.")]
-CfgScale = Annotated[
-    float | None,
-    typer.Option(
-        help="Classifier-free guidance; 1 turns it off.",
-        show_default="1.5, or 1 without a null class or where training has guided the model",
-    ),
-]
-CfgChannels = Annotated[str, typer.Option(help="Guide the first3 channels, as Meta's code and SiT do, or all.")]
-Vae = Annotated[
-    str | None,
-    typer.Option(help="The VAE that makes pictures of a model's latents: a folder of diffusers or a file.", metavar="PATH"),
-]
-VaeScale = Annotated[
-    float | None,
-    typer.Option(
-        help="Scaling factor of the VAE's latents, where nothing tells it.", show_default=str(VAEConfig.scaling_factor)
-    ),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(help="Images per compiled call.", show_default="up to 256 per device, fewer if memory is short"),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-
-
-def _num_parameters(c: DiTConfig) -> int:
-    """Of the float network: weights, biases, the table of labels, and that of positions where it is a parameter."""
-    tables = (c.num_labels + c.num_tokens * c.position_table) * c.hidden_size
-    return tables + sum(
-        (k + 1) * n * (c.depth if name.startswith("blocks.") else 1) for name, (k, n) in c.linear_shapes.items()
-    )
-
-
-def _summary(model: checkpoints.Model) -> dict[str, Any]:
-    c = model.config
-    return {
-        "kind": "quantized" if isinstance(model, QuantizedDiT) else "float",
-        "shape": f"depth {c.depth}, width {c.hidden_size}, {c.num_heads} heads, patch {c.patch_size}",
-        "image": f"{c.input_size} x {c.input_size} x {c.in_channels}",
-        "classes": c.num_classes,
-        "positions": "the model's own table" if c.position_table else "sine-cosine",
-        "learned_sigma": c.learn_sigma,
-        "predicts": model.schedule.describe(),
-        "parameters": _num_parameters(c),
-        "bytes": num_bytes(model),
-    }
-
-
-def _shown(summary: dict[str, Any]) -> dict[str, str]:
-    """A summary in words, by the names that people read."""
-    words: dict[str, Any] = {"bytes": megabytes, "classes": lambda count: str(count or "none")}
-    return {key.replace("_", " "): words.get(key, str)(value) for key, value in summary.items()}
 
 
 def _provenance(path: str | Path) -> dict[str, Any]:
@@ -154,8 +91,8 @@ def info(model: ModelArgument, json: Json = None) -> None:
         where = model if model.startswith("random:") else stack.enter_context(copied(model))
         loaded = load_model(str(where))
         facts = _provenance(where)
-    summary = _summary(loaded)
-    for key, value in _shown(summary).items():
+    summary = summary_of(loaded)
+    for key, value in in_words(summary).items():
         console.print(f"{key:>14}  {value}")
     rows = []
     if isinstance(loaded, QuantizedDiT):
@@ -164,97 +101,14 @@ def info(model: ModelArgument, json: Json = None) -> None:
         rows = describe(running)
         print_table("Layers", [{k: v for k, v in row.items() if k != "integer"} for row in rows])
     for key, value in facts.items():
-        console.print(f"{key.replace('_', ' '):>14}  {value}")
+        if key == "evidence":
+            value = ", ".join(f"{what} by {source}" for what, source in value.items()) or "none"
+        for line in value if isinstance(value, list) else [value]:
+            console.print(f"{key.replace('_', ' '):>14}  {line}")
     write_json(json, {**summary, "config": loaded.config.to_dict(), "layers": rows, "provenance": facts})
 
 
-@app.command()
-def convert(
-    src: Annotated[
-        str, typer.Argument(help="A checkpoint file or folder, its address, or a model folder.", show_default=False)
-    ],
-    dst: Annotated[Path, typer.Argument(help="A folder; a .safetensors file with --to meta.", show_default=False)],
-    to: Annotated[str, typer.Option(help="ptq4dit, a model folder, or meta, Meta's names in a safetensors file.")] = "ptq4dit",
-    num_heads: Annotated[int | None, typer.Option(help="Heads of attention, where the file does not tell.")] = None,
-    input_size: Annotated[int | None, typer.Option(help="Side of the latents, where the file does not tell.")] = None,
-    classes: Annotated[
-        int | None, typer.Option(help="Number of classes, without a null class, where the file does not tell.", metavar="N")
-    ] = None,
-    null_class: Annotated[
-        bool | None,
-        typer.Option("--null-class/--no-null-class", help="Whether the last label means no class.", show_default=False),
-    ] = None,
-    ema: Annotated[
-        bool, typer.Option("--ema/--model-weights", help="Averaged weights if there are any, or those being trained.")
-    ] = True,
-    weights: Annotated[
-        str | None, typer.Option(help="The set of weights to take, by the prefix of its names in the file.", metavar="NAME")
-    ] = None,
-    as_diffusers: Annotated[
-        bool, typer.Option("--as-diffusers", help="Compute what diffusers computes, instead of Meta's code, from its folder.")
-    ] = False,
-    objective: Annotated[
-        str | None,
-        typer.Option(help="What it predicts, noise or velocity, where nothing tells a SiT from a DiT.", show_default=False),
-    ] = None,
-    data_time: Annotated[
-        int | None, typer.Option(help="The time of a flow at which x is data, 0 or 1, where the file does not tell.")
-    ] = None,
-    timesteps: Annotated[int | None, typer.Option(help="Steps of the noise schedule, where the file does not tell.")] = None,
-    beta_start: Annotated[float | None, typer.Option(help="Its first beta.")] = None,
-    beta_end: Annotated[float | None, typer.Option(help="Its last beta.")] = None,
-    flow_steps: Annotated[
-        int | None,
-        typer.Option(
-            help="Euler steps that a network made for a step size is for; 0 for size 0 and any number of steps.",
-            show_default="128 for shortcut models, 1 for mean flows",
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(help="A key of its configuration, or a file beside it, to leave out; may be repeated.", metavar="KEY"),
-    ] = None,
-    overwrite: Overwrite = False,
-    json: Json = None,
-) -> None:
-    """Imports a checkpoint of DiT, SiT, diffusers or a JAX code base, or exports one in Meta's layout; no code in it is run."""
-    if to not in ("ptq4dit", "meta"):
-        raise Ptq4ditError(f"--to must be ptq4dit or meta, not {to!r}.")
-    if to == "meta" and dst.suffix != ".safetensors":
-        raise Ptq4ditError(f"With --to meta, DST must end in .safetensors, not {dst.name!r}.")
-    check_target(dst, overwrite, "config.json" if to == "ptq4dit" else None)
-    check_target(json, overwrite=True)
-    facts: dict[str, Any] = {}
-    model: checkpoints.Model
-    with copied(src) as where:
-        if store.is_model(where):
-            if to == "ptq4dit":
-                raise Ptq4ditError(f"{src} is a model of this program already; --to meta exports one.")
-            model = load_model(str(where))
-        else:
-            with stages() as report:
-                model, found = foreign.import_checkpoint(
-                    where, num_heads=num_heads, input_size=input_size, classes=classes, null_class=null_class, ema=ema,
-                    weights=weights, as_diffusers=as_diffusers, objective=objective, flow_steps=flow_steps,
-                    data_time=data_time, timesteps=timesteps, beta_start=beta_start, beta_end=beta_end, ignore=ignore or (),
-                    progress=lambda done, total: report("read", done, total),
-                )  # fmt: skip
-            facts = {"layout": found.layout, "weights": found.words, "dtype": found.dtype, "evidence": found.evidence}
-            facts |= {"notes": list(found.notes)}
-    summary = facts | _summary(model)
-    evidence, notes = facts.get("evidence", {}), facts.get("notes", [])
-    shown = _shown({key: value for key, value in summary.items() if key not in ("evidence", "notes")})
-    shown |= {f"it says: {what}": source for what, source in evidence.items()}
-    print_table(src, [{"fact": key, "found": value} for key, value in shown.items()])
-    for note in notes:
-        console.print(note)
-    with working(f"Writing {dst}"):
-        if to == "meta":
-            where = foreign.export_meta(model, dst, overwrite=overwrite)
-        else:
-            where = checkpoints.save(model, dst, provenance={"source": src, **facts}, overwrite=overwrite)
-    console.print(f"{'Weights' if to == 'meta' else 'Model'}: {where}")
-    write_json(json, {**summary, "config": model.config.to_dict(), "out": str(dst)})
+app.command()(convert)
 
 
 @app.command()

@@ -1,0 +1,41 @@
+"""What a model is, in a few facts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ptq4dit_jax import checkpoints
+from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.engine import QuantizedDiT
+from ptq4dit_jax.evaluation import num_bytes
+from ptq4dit_jax.terminal import megabytes
+
+
+def num_parameters(c: DiTConfig) -> int:
+    """Of the float network: weights, biases, the table of labels, and that of positions where it is a parameter."""
+    tables = (c.num_labels + c.num_tokens * c.position_table) * c.hidden_size
+    return tables + sum(
+        (k + 1) * n * (c.depth if name.startswith("blocks.") else 1) for name, (k, n) in c.linear_shapes.items()
+    )
+
+
+def summary_of(model: checkpoints.Model) -> dict[str, Any]:
+    """What a model is, for people and for JSON."""
+    c = model.config
+    return {
+        "kind": "quantized" if isinstance(model, QuantizedDiT) else "float",
+        "shape": f"depth {c.depth}, width {c.hidden_size}, {c.num_heads} heads, patch {c.patch_size}",
+        "image": f"{c.input_size} x {c.input_size} x {c.in_channels}",
+        "classes": c.num_classes,
+        "positions": "the model's own table" if c.position_table else "sine-cosine",
+        "learned_sigma": c.learn_sigma,
+        "predicts": model.schedule.describe(),
+        "parameters": num_parameters(c),
+        "bytes": num_bytes(model),
+    }
+
+
+def in_words(summary: dict[str, Any]) -> dict[str, str]:
+    """A summary in words, by the names that people read."""
+    words: dict[str, Any] = {"bytes": megabytes, "classes": lambda count: str(count or "none")}
+    return {key.replace("_", " "): words.get(key, str)(value) for key, value in summary.items()}
