@@ -7,7 +7,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import helpers
@@ -49,6 +49,14 @@ def few_memory_maps() -> Iterator[None]:
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def nan_on_purpose(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Lets a test marked ``makes_nan`` have them, whatever JAX_DEBUG_NANS says."""
+    marked = request.node.get_closest_marker("makes_nan") is not None
+    with jax.debug_nans(False) if marked else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

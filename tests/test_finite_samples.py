@@ -18,6 +18,8 @@ from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
 from ptq4dit_jax.vae import VAEConfig, VAEDecoder
 
+pytestmark = pytest.mark.makes_nan
+
 CONFIG = DiTConfig(
     input_size=4, patch_size=2, in_channels=4, hidden_size=8, depth=1, num_heads=2, num_classes=10, learn_sigma=False
 )

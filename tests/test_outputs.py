@@ -27,7 +27,7 @@ def test_a_stream_has_the_bytes_of_savez(cuts: list[int], channels: int) -> None
         np.savez(expected, latents=whole, labels=labels)
     else:
         np.savez(expected, arr_0=np.clip(127.5 * whole + 128, 0, 255).astype(np.uint8), labels=labels)
-    outputs.write_samples(streamed, iter(np.split(whole, cuts)), labels)
+    outputs.write_samples(streamed, iter(np.split(whole, cuts)), len(whole), labels)
     assert streamed.getvalue() == expected.getvalue()
 
 
@@ -60,7 +60,7 @@ def test_a_stream_holds_one_batch() -> None:
 
     tracemalloc.start()
     sink = Sink()
-    outputs.write_samples(sink, (batch + i for i in range(16)), np.zeros(16 * 64, np.int32))  # type: ignore[arg-type]
+    outputs.write_samples(sink, (batch + i for i in range(16)), 16 * 64, np.zeros(16 * 64, np.int32))  # type: ignore[arg-type]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert sink.position > 16 * batch.nbytes

@@ -84,7 +84,7 @@ class CropBank:
         pixels = jnp.asarray(self.pixels)
 
         def cut(photo: jax.Array, corner_3: jax.Array) -> jax.Array:
-            start = (photo, corner_3[0], corner_3[1], corner_3[2], 0)
+            start = (*(jnp.asarray(i, jnp.int32) for i in (photo, corner_3[0], corner_3[1], corner_3[2])), jnp.int32(0))
             return jax.lax.dynamic_slice(pixels, start, (1, 1, CROP, CROP, 3))[0, 0]
 
         levels = jax.vmap(cut)(photo_B, jnp.asarray(self.corners)[photo_B, index_B])

@@ -69,7 +69,7 @@ def test_forms_that_samples_are_not_written_in(name, refused):
         ("quantize D --out new/q", cli.ptq, "quantize_linear"),
         ("sample D --out new/a.png", chain, "sample_batch"),
         ("evaluate Q --against D --out new/r", cli, "compare"),
-        ("info D --json new/x.json", cli, "_summary"),
+        ("info D --json new/x.json", cli, "summary_of"),
     ],
 )
 def test_control_c_while_working(command, owner, work, here, w4, capsys, monkeypatch):
@@ -87,7 +87,7 @@ def test_control_c_while_working(command, owner, work, here, w4, capsys, monkeyp
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_nothing_half_written_stays(error, here, w4, capsys, monkeypatch):
-    def begun(file, batches, labels):
+    def begun(file, batches, count, labels):
         next(iter(batches))
         file.write(b"PK half")
         raise error

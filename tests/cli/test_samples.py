@@ -47,6 +47,7 @@ def test_a_model_of_one_step_needs_no_options(models, here, capsys):
     run("sample", "q", "--out", "q.npz")
 
 
+@pytest.mark.makes_nan
 def test_float16_is_computed_in_float32_unless_asked_for(models, here, capsys):
     arguments = ["sample", models / "half", "--labels", "0-1", "--steps", "2"]
     run(*arguments, "--out", "a.npz")
@@ -61,6 +62,7 @@ def test_float16_is_computed_in_float32_unless_asked_for(models, here, capsys):
     assert listing(here) == before
 
 
+@pytest.mark.makes_nan
 @pytest.mark.parametrize("command", ["sample W --out new/a.npz", "sample W --out a.png", "quantize W --out new/q"])
 def test_nothing_is_written_of_what_is_not_finite(command, models, here, capsys):
     command = command.replace("W", str(models / "wild")).split()
@@ -71,6 +73,7 @@ def test_nothing_is_written_of_what_is_not_finite(command, models, here, capsys)
     assert listing(here) == {}
 
 
+@pytest.mark.makes_nan
 def test_a_fault_in_a_later_batch_drops_what_was_streamed(models, here, capsys, monkeypatch):
     def stream(*_, **__):
         yield 0, np.zeros((2, 6, 6, 1), np.float32)

@@ -24,7 +24,8 @@ from ptq4dit_jax.engine.hopper.plan import GatedResidual, GeluRequantize, Tiles
 from ptq4dit_jax.engine.stacks import OfLayer, of_layer, taken
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, pack_nibbles
 
-pytestmark = pytest.mark.skipif(not HAS_INTERPRETER, reason="needs Pallas' GPU interpreter")
+#: Memory that nothing was written to holds NaN in the interpreter.
+pytestmark = [pytest.mark.makes_nan, pytest.mark.skipif(not HAS_INTERPRETER, reason="needs Pallas' GPU interpreter")]
 
 TILES = [
     Tiles(64, 64, 2),
@@ -47,7 +48,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # The interpreter keeps the bytes and the words of the same memory apart; here words are made of bytes.
     monkeypatch.setattr(nibbles, "load_words", words_of_bytes)
     monkeypatch.setattr(nibbles, "store_words", bytes_of_words)
-    with interpreter():
+    # Its callbacks are not made for a process with 64-bit types, nor for one that looks for leaks.
+    with interpreter(), jax.enable_x64(False), jax.check_tracer_leaks(False):
         yield
 
 

@@ -106,6 +106,7 @@ def test_training_learns_and_a_seed_decides_it() -> None:
     assert not np.array_equal(kernels[0], kernels[2])
 
 
+@pytest.mark.makes_nan
 def test_training_stops_where_the_loss_is_not_finite(raises_sentence) -> None:  # type: ignore[no-untyped-def]
     seen: list[int] = []
     with raises_sentence("step 20", "nan", "learning rate"):

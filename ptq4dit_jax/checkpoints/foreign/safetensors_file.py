@@ -77,9 +77,9 @@ def _metadata(values: Any) -> dict[str, Plain]:
     """What the header says besides the tensors: text, or what text holds as JSON, by dotted name behind ``metadata``."""
     facts: dict[str, Plain] = {}
     for name, text in values.items() if isinstance(values, dict) else ():
-        try:
-            value = json.loads(text)
-        except (ValueError, TypeError, RecursionError):
+        try:  # text that is no object stays text: a number must not lose its spelling
+            value = json.loads(text) if isinstance(text, str) and text.lstrip()[:1] == "{" else text
+        except (ValueError, RecursionError):
             value = text
         facts |= flatten({"metadata": {name: value}}, inert_children).facts
     return facts

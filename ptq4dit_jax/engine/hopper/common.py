@@ -19,11 +19,17 @@ _ROUNDING = 12582912.0
 
 def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
     """``plgpu.kernel`` whose body is traced with 32-bit indices and JAX's own promotion, whatever the process has set: nothing
-    in it is wider, and under ``JAX_ENABLE_X64`` Pallas's loops would count in int64."""
+    in it is wider, and under ``JAX_ENABLE_X64`` Pallas's loops would count in int64. ``JAX_CHECK_TRACER_LEAKS`` takes what
+    Pallas itself keeps of its loops for a leak, so that is off, too."""
     call = plgpu.kernel(body, **options)
 
     def run(*arguments: jax.Array) -> Any:
-        with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        with (
+            jax.enable_x64(False),
+            jax.numpy_dtype_promotion("standard"),
+            jax.numpy_rank_promotion("allow"),
+            jax.check_tracer_leaks(False),
+        ):
             return call(*arguments)
 
     return run
