@@ -32,8 +32,10 @@ def flat_rows(
     """
     if layout not in ("auto", "NHWC", "NCHW"):
         raise Ptq4ditError(f"The layout of calibration images must be auto, NHWC or NCHW, not {layout!r}.")
+    if y is None and config.num_labels:
+        raise Ptq4ditError("Calibration rows of a model with classes need labels y (M,), not None.")
     x, t = np.asarray(x), np.atleast_1d(t)
-    y = np.zeros(x.shape[: x.ndim - 3], np.int32) if y is None and not config.num_labels else np.atleast_1d(y)  # type: ignore[arg-type]
+    y = np.zeros(x.shape[: x.ndim - 3], np.int32) if y is None else np.atleast_1d(y)
     shapes = f"{x.shape}, {t.shape} and {y.shape}"
     last, first = config.image_shape, (config.image_shape[2], *config.image_shape[:2])
     fits = {"NHWC": x.shape[-3:] == last, "NCHW": x.shape[-3:] == first}

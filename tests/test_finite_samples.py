@@ -38,7 +38,7 @@ class Breaking:
     dtype: str = struct.field(pytree_node=False, default="bfloat16")
 
     def apply(self, x: jax.Array, t: jax.Array, y: jax.Array) -> jax.Array:
-        breaks = (y == self.label) & (self.schedule.noise_level(t) <= self.below)
+        breaks = (y == self.label) & (self.schedule.noise_level(t).astype(jnp.float32) <= self.below)
         return jnp.where(breaks[:, None, None, None], self.value, 0.5 * x)
 
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ptq4dit_jax.quantizers import reciprocal
+
 
 @dataclasses.dataclass(frozen=True)
 class Adam:
@@ -43,7 +45,8 @@ class Adam:
         count = moments.count + 1
 
         def unbiased(moment: jax.Array, decay: float) -> jax.Array:
-            return moment / (1 - jax.lax.pow(jnp.float32(decay), count)).astype(moment.dtype)
+            # Not a division by a scalar, which XLA compiles otherwise for several devices than for one.
+            return moment * reciprocal(1 - jax.lax.pow(jnp.float32(decay), count)).astype(moment.dtype)
 
         step = self._rate(rate)
         updates = jax.tree.map(
