@@ -98,9 +98,11 @@ class _Layer(nn.Module):
     config: VAEConfig
     dtype: DTypeLike
 
-    def norm(self, name: str) -> nn.GroupNorm:
+    def norm(self, name: str, x: jax.Array) -> jax.Array:
         """Flax computes its statistics and the normalized values in float32 at least, then rounds."""
-        return nn.GroupNorm(self.config.norm_num_groups, epsilon=_EPS, dtype=self.dtype, use_fast_variance=False, name=name)
+        layer = nn.GroupNorm(self.config.norm_num_groups, epsilon=_EPS, dtype=self.dtype, use_fast_variance=False, name=name)
+        with jax.numpy_dtype_promotion("standard"):  # Flax lets the types of its statistics and of x meet
+            return layer(x)
 
     def conv(self, features: int, name: str, size: int = 3, dtype: DTypeLike | None = None) -> nn.Conv:
         return nn.Conv(features, (size, size), padding=size // 2, dtype=dtype or self.dtype, name=name)
@@ -111,8 +113,8 @@ class _Resnet(_Layer):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = self.conv(self.features, "conv1")(nn.silu(self.norm("norm1")(x)))
-        h = self.conv(self.features, "conv2")(nn.silu(self.norm("norm2")(h)))
+        h = self.conv(self.features, "conv1")(nn.silu(self.norm("norm1", x)))
+        h = self.conv(self.features, "conv2")(nn.silu(self.norm("norm2", h)))
         if x.shape[-1] != self.features:
             x = self.conv(self.features, "conv_shortcut", size=1)(x)
         return x + h
@@ -126,7 +128,7 @@ class _Attention(_Layer):
     @nn.compact
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         B, H, W, C = x_BHWC.shape
-        h_BTC = self.norm("group_norm")(x_BHWC).reshape(B, H * W, C)
+        h_BTC = self.norm("group_norm", x_BHWC).reshape(B, H * W, C)
         q_BTC, k_BTC, v_BTC = (nn.Dense(C, dtype=self.dtype, name=name)(h_BTC) for name in ("query", "key", "value"))
 
         def attend(q_BC: jax.Array) -> jax.Array:
@@ -179,7 +181,7 @@ class _Decoder(_Layer):
         for index, features in enumerate(widths):
             last = index == len(widths) - 1
             x = _UpBlock(self.config, self.dtype, features, upsample=not last, name=f"up_blocks_{index}")(x)
-        x = nn.silu(self.norm("conv_norm_out")(x))
+        x = nn.silu(self.norm("conv_norm_out", x))
         # A picture has 8 bits, which is all that bfloat16 would keep of it.
         return self.conv(self.config.out_channels, "conv_out", dtype=at_least_float32(self.dtype))(x)
 

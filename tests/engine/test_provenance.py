@@ -49,7 +49,9 @@ def test_models_that_a_compiled_function_returns_have_none(models: list[ptq.Quan
     "transformed",
     [
         lambda model: jax.lax.scan(lambda carry, _: (carry, None), model, None, length=1)[0],
-        lambda model: jax.vmap(lambda _: model.replace(label_embed=model.label_embed + _), out_axes=0)(jnp.zeros(2)),
+        lambda model: jax.vmap(lambda _: model.replace(label_embed=model.label_embed + _), out_axes=0)(
+            jnp.zeros(2, jnp.float32)
+        ),
         lambda model: jax.eval_shape(lambda model: model, model),
     ],
     ids=["scan", "vmap", "eval_shape"],
