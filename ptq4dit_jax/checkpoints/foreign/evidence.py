@@ -187,7 +187,7 @@ def config_files(file: TensorFile) -> list[Path]:
         folders += [base, base / ".hydra"]
     own = [f"{file.path.stem}.{end}" for end in ("json", "yaml", "yml")]
     found = [folder / name for folder in folders for name in (*CONFIG_FILES, *own)]
-    return [path for path in dict.fromkeys(found) if path.is_file()]
+    return [path for path in dict.fromkeys(found) if path.is_file() and path != file.path and ".index." not in path.name]
 
 
 def read_settings(path: Path) -> Mapping[str, Any]:

@@ -153,6 +153,16 @@ def test_configurations_beside_the_weights(name, meta, tmp_path):
     assert found.evidence["number of heads"] == f"{name}: model.num_heads (3)"
 
 
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "model.safetensors.index.fp16.json"])
+def test_an_index_is_no_configuration(index, meta, tmp_path):
+    places = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(meta)}
+    for shard in set(places.values()):
+        save_safetensors(tmp_path / shard, {name: meta[name] for name, place in places.items() if place == shard})
+    (tmp_path / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    for path in (tmp_path, tmp_path / index):
+        assert not any("Not understood" in note for note in import_checkpoint(path, num_heads=3)[1].notes)
+
+
 def test_a_configuration_of_the_run(meta, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     (tmp_path / "run" / ".hydra").mkdir(parents=True)
