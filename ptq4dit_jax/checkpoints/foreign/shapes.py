@@ -303,7 +303,9 @@ def _num_heads(file: TensorFile, evidence: Evidence, depth: int, hidden: int, to
     what = f"number of heads (depth {depth}, width {hidden})"
     claims: list[tuple[Said | str, int]] = [] if told is None else [("its tensors are of that many heads", told)]
     claims += [(heads, heads.value)] if heads else []
-    claims += [(width, hidden // width.value)] if width and width.value and hidden % width.value == 0 else []
+    if width and (not width.value or hidden % width.value):
+        raise evidence.contradiction(width, f"its width {hidden} is no multiple of that")
+    claims += [(width, hidden // width.value)] if width else []
     if published and published.value.preset:
         claims.append((published, DiTConfig.preset(published.value.preset).num_heads))
     for said, count in claims[1:]:

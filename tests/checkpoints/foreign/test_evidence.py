@@ -75,6 +75,8 @@ def test_the_objective_of_a_script(arguments, schedule, with_args):
         ({"num_classes": 7}, ("args.num_classes (7)", "11 rows")),
         ({"num_classes": 10, "class_dropout_prob": 0.0}, ("args.num_classes (10)", "without a null class")),
         ({"num_heads": 4}, ("has 4 as its number of heads", "not 3")),
+        ({"head_dim": 7}, ("args.head_dim (7)", "24 is no multiple")),
+        ({"head_dim": 6, "num_heads": 3}, ("args.num_heads (3)", "args.head_dim (6)")),
         ({"latent_size": 16}, ("args.latent_size (16)", "8 x 8")),
         ({"image_size": 100}, ("args.image_size (100)", "8 x 8")),
         ({"num_heads": "several"}, ("args.num_heads = 'several'", "no whole number")),
