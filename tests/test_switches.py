@@ -314,11 +314,10 @@ def without_switches() -> dict[str, str]:
 
 #: Each of them once, several to a process where they do not hide one another.
 TOGETHER = [
-    ("JAX_ENABLE_X64=1",),
+    ("JAX_ENABLE_X64=1", "JAX_DEFAULT_MATMUL_PRECISION=highest"),
     ("JAX_ENABLE_X64=1", "JAX_NUMPY_RANK_PROMOTION=raise", "JAX_NUMPY_DTYPE_PROMOTION=strict"),
     ("JAX_DEFAULT_PRNG_IMPL=rbg", "JAX_DEBUG_NANS=1", "JAX_DEFAULT_MATMUL_PRECISION=bfloat16", "JAX_DEFAULT_DEVICE=cpu"),
     ("JAX_DEFAULT_PRNG_IMPL=unsafe_rbg", "JAX_CHECK_TRACER_LEAKS=1", "JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32"),
-    ("JAX_DEFAULT_MATMUL_PRECISION=highest",),
 ]
 
 
