@@ -45,6 +45,34 @@ def test_info_of_a_foreign_checkpoint(capsys):
     assert "depth 2, width 24, 2 heads, patch 2" in capsys.readouterr().out
 
 
+def test_guesses_are_printed_and_warned_of(tmp_path, capsys):
+    tree, _ = foreign_files.kvfrans()
+    path = foreign_files.write_pickle(tmp_path / "x.pkl", tree)
+    assert main(["info", str(path)]) == 0
+    assert "Guess: the 11 rows of the table of labels are 10 classes and a null class. To override: classes (--classes" in (
+        capsys.readouterr().out
+    )
+    with pytest.warns(UserWarning, match="Guess: the 11 rows"):
+        checkpoints.load(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "classes", "null"),
+    [
+        (["--no-null-class"], 11, False),
+        (["--classes", "10"], 10, True),
+        (["--ignore", "num_classes", "--null-class"], 10, True),
+    ],
+)
+def test_options_and_what_they_leave_out(options, classes, null, tmp_path):
+    tree, _ = foreign_files.kvfrans()
+    settings = {"num_classes": 9} if "--ignore" in options else {}
+    path = foreign_files.write_pickle(tmp_path / "x.pkl", {"params": tree, "config": settings})
+    assert main(["convert", str(path), str(tmp_path / "ours"), *options]) == 0
+    config = checkpoints.load(tmp_path / "ours").config
+    assert (config.num_classes, config.null_class) == (classes, null)
+
+
 def test_what_was_decided_in_a_folder_is_printed(tmp_path, capsys):
     """In half precision beside full precision, in a download of Hugging Face; and kept in the model's provenance."""
     root, ours = tmp_path / "models--me--dit", tmp_path / "ours"
