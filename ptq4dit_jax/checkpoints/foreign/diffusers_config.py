@@ -30,7 +30,7 @@ _DECIDES = (
     "num_embeds_ada_norm",
 )  # fmt: skip
 #: Keys of the transformer on which what it computes does not depend.
-_IDLE = ("dropout", "norm_num_groups", "upcast_attention", "norm_eps")
+_IDLE = ("dropout", "norm_num_groups", "upcast_attention", "norm_eps", "gradient_checkpointing", "dtype", "torch_dtype")
 
 
 class _Family(NamedTuple):
@@ -95,7 +95,14 @@ def read_folder(folder: Path, evidence: Evidence, ignored: Ignored) -> tuple[flo
       Ptq4ditError: a key or a class that cannot be honoured, by name.
     """
     epsilon = _read_transformer(folder / "config.json", evidence, ignored)
-    return epsilon, _read_scheduler(folder.parent / "scheduler" / "scheduler_config.json", evidence, ignored)
+    return epsilon, read_scheduler(folder, evidence, ignored)
+
+
+def read_scheduler(folder: Path, evidence: Evidence, ignored: Ignored) -> NoiseSchedule | None:
+    """The schedule of the scheduler beside the weights or in their pipeline, None where there is none; raises as above."""
+    name = "scheduler_config.json"
+    paths = (folder / name, folder.parent / "scheduler" / name)
+    return next((_read_scheduler(path, evidence, ignored) for path in paths if path.is_file()), None)
 
 
 def _settings(path: Path, ignored: Ignored) -> Mapping[str, Any]:
@@ -143,7 +150,7 @@ def _read_scheduler(path: Path, evidence: Evidence, ignored: Ignored) -> NoiseSc
         return None
     found = values.get("_class_name", "DDPMScheduler")
     if found not in SCHEDULERS:
-        raise _refused(path, "_class_name", found, "and only models that predict noise can be imported from a diffusers folder")
+        raise _refused(path, "_class_name", found, "and only schedulers of DDPM's noise schedule are supported")
     for key, value in values.items():
         if key in _SCHEDULE_MUST and value not in _SCHEDULE_MUST[key]:
             raise _refused(path, key, value, f"and only {_one_of(_SCHEDULE_MUST[key])} is supported")

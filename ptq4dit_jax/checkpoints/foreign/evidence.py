@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from ptq4dit_jax.checkpoints.foreign.keys import HARMLESS, IMAGE_KEYS, KEYS, MUST_BE, Unfit, Unread
+from ptq4dit_jax.checkpoints.foreign.keys import HARMLESS, IMAGE_KEYS, KEYS, MUST_BE, SUSPECT, ZERO_SNR, Unfit, Unread
 from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, Plain, TensorFile, flatten
 from ptq4dit_jax.checkpoints.foreign.names import is_optimizer, parts_of
 from ptq4dit_jax.checkpoints.foreign.pickle_machine import inert_children
@@ -36,14 +36,20 @@ _INNER = {"_content", "_val", "_fields", "_store", "_metadata"}
 _SETTINGS = {
     "args", "arg", "config", "configs", "cfg", "conf", "hparams", "hyper", "hyperparameters", "options", "opts",
     "opt", "settings",
-    "kwargs", "metadata", "flags",
+    "kwargs", "metadata", "flags", "hp", "meta", "spec", "diffusion",
 }  # fmt: skip
 _ELSEWHERE = {
     "vae", "autoencoder", "tokenizer", "stage", "encoder", "repa", "optimizer", "optim", "lr", "dataset", "dataloader", "data",
     "ema", "logger", "wandb", "trainer", "callbacks", "sample", "sampler", "sampling", "eval", "evaluation", "test",
     "validation",
-    "teacher", "discriminator", "text", "clip", "fid", "accelerate", "deepspeed", "distributed", "groups",
+    "teacher", "discriminator", "text", "clip", "fid", "accelerate", "deepspeed", "distributed", "groups", "inference", "infer",
+    "val", "generate", "generation", "ae", "vqvae", "projector", "feature", "classifier", "guide", "ddconfig",
 }  # fmt: skip
+#: Sections that may tell the classes and the size of images all the same.
+_DATA = {"data", "dataset", "dataloader"}
+#: A key that only names its section: ``model: {name: SiT-XL/2}``.
+_NAMES_SECTION = {"name", "type", "value", "_target_", "_name_", "_type_"}
+_NOTHING = (None, "", "None", "null", "???")
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,9 @@ class Evidence:
 
     def contradiction(self, first: Said | str, second: Said | str) -> Ptq4ditError:
         """The sentence on two pieces of evidence that disagree."""
-        keys = dict.fromkeys(said.key for said in (first, second) if isinstance(said, Said))
+        spoken = [said for said in (first, second) if isinstance(said, Said)]
+        files = [said.source.partition(": ")[0] for said in spoken if ": " in said.source]
+        keys = dict.fromkeys([said.key for said in spoken] + files)
         remedy = (
             f"leave the other out with ignore ({' or '.join(f'--ignore {key}' for key in keys)})"
             if keys
@@ -130,14 +138,22 @@ def collect(file: TensorFile, ignored: Ignored, *, without: Iterable[str] = ()) 
     evidence, unknown = Evidence(file.path), []
     for source, sections, key, value in _entries(file, ignored, set(without)):
         words = set(re.findall(r"[a-z]+", " ".join(sections).lower()))
-        if key in ignored or (words & _ELSEWHERE and key not in IMAGE_KEYS):
+        elsewhere = words & _ELSEWHERE
+        if key in ignored or (elsewhere and (key not in IMAGE_KEYS or not elsewhere <= _DATA)):
             continue
         try:
+            if isinstance(value, str) and "${" in value:  # a reference of Hydra's that stayed one
+                raise Unread
             if key in MUST_BE:
                 MUST_BE[key].check(value)
+                if value == "gelu":
+                    evidence.notes.append(f"Guess: {source} = 'gelu' is its tanh approximation, as in DiT.")
             elif key in KEYS:
-                evidence.add(KEYS[key].what, Said(KEYS[key].read(value), key, source))
-            elif not HARMLESS.search(key) and value not in (None, False, ""):
+                if value not in _NOTHING:
+                    evidence.add(KEYS[key].what, Said(KEYS[key].read(value), key, source))
+            elif ZERO_SNR.search(key) and value not in (*_NOTHING, False, 0, "False", "false"):
+                raise Unfit("and only the linear schedule is supported")
+            elif _may_matter(key, value):
                 unknown.append(f"{source} = {_shown(value)}")
         except Unread:
             unknown.append(f"{source} = {_shown(value)}")
@@ -152,6 +168,14 @@ def collect(file: TensorFile, ignored: Ignored, *, without: Iterable[str] = ()) 
     return evidence
 
 
+def _may_matter(key: str, value: Any) -> bool:
+    """Whether a key that is not understood may change what the network computes."""
+    if value in (*_NOTHING, False, 0):
+        return False
+    flow = key == "scheduler" and "flow" in str(value).lower()
+    return flow or SUSPECT.search(key) is not None or not HARMLESS.search(key)
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -160,22 +184,46 @@ def _shown(value: Any) -> str:
 def _parts(name: str) -> tuple[list[str], str]:
     """The sections and the key of a name of a setting."""
     parts = [part for part in parts_of(name) if part not in _INNER] or [name]
-    return parts[:-1], parts[-1].lower().replace("-", "_")
+    keys = [part.lower().replace("-", "_") for part in parts]
+    if keys[-1] in _NAMES_SECTION and len(keys) > 1 and (keys[-2] in KEYS or keys[-2] in MUST_BE):
+        return parts[:-2], keys[-2]
+    return parts[:-1], keys[-1]
 
 
 def _entries(file: TensorFile, ignored: Ignored, without: set[str]) -> Iterator[tuple[str, list[str], str, Plain]]:
     """Each plain value of a configuration: where it is, its sections, its key in lower case, and itself."""
-    for name, value in file.contents.facts.items():
+    for name, value in (*file.contents.facts.items(), *_scalars(file)):
         sections, key = _parts(name)
         inside = [part for part in sections if set(re.findall(r"[a-z]+", part.lower())) & _SETTINGS]
         if inside and not (is_optimizer(".".join(sections)) and "param_groups" in sections):
             yield name, sections[sections.index(inside[0]) :], key, value
+        elif not sections and (key in KEYS or key in MUST_BE):
+            yield name, [], key, value
     for path in config_files(file):
         if path.name in without or path.name in ignored:
             continue
-        for name, value in flatten(read_settings(path), inert_children).facts.items():
+        settings = read_settings(path)
+        if other := _another(settings):
+            yield f"{path.name} (which is left out) is of", [], "another network", other
+            continue
+        for name, value in flatten(settings, inert_children).facts.items():
             sections, key = _parts(name)
             yield f"{path.name}: {name}", sections, key, value
+
+
+def _another(settings: Mapping[str, Any]) -> str:
+    """The class that a configuration of diffusers or transformers is of, if it is no transformer of images."""
+    names = settings.get("architectures") or settings.get("_class_name") or ""
+    text = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
+    return "" if re.search(r"di?t|transformer2d|sit", text, re.IGNORECASE) else text[:80]
+
+
+def _scalars(file: TensorFile) -> Iterator[tuple[str, Plain]]:
+    """Numbers that are kept as arrays without axes among the settings."""
+    for name, tensor in file.items():
+        parts = set(re.findall(r"[a-z]+", name.lower()))
+        if not tensor.shape and parts & _SETTINGS and tensor.dtype.kind in "iufb":
+            yield name, tensor.read().item()
 
 
 def config_files(file: TensorFile) -> list[Path]:
@@ -188,6 +236,21 @@ def config_files(file: TensorFile) -> list[Path]:
     own = [f"{file.path.stem}.{end}" for end in ("json", "yaml", "yml")]
     found = [folder / name for folder in folders for name in (*CONFIG_FILES, *own)]
     return [path for path in dict.fromkeys(found) if path.is_file() and path != file.path and ".index." not in path.name]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, to which objects of Python are the plain values that they are written with."""
+
+
+def _plain_value(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return str(node.value)
+
+
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/", _plain_value)
 
 
 def read_settings(path: Path) -> Mapping[str, Any]:
@@ -205,7 +268,7 @@ def read_settings(path: Path) -> Mapping[str, Any]:
     if too_large:
         raise Ptq4ditError(f"The file {path} is larger than any configuration; {remedy}.")
     try:
-        values = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
+        values = json.loads(content or b"{}") if path.suffix == ".json" else yaml.load(content, _Loader)
         flatten(values, inert_children)  # bounds what aliases of YAML can make of a small file
     except (ValueError, TypeError, RecursionError, yaml.YAMLError, Damaged) as error:
         kind = "JSON" if path.suffix == ".json" else "YAML of plain values"

@@ -15,17 +15,18 @@ import numpy as np
 from flax import traverse_util
 
 from ptq4dit_jax.checkpoints.float_dit import FLOATS
-from ptq4dit_jax.checkpoints.foreign.diffusers_config import read_folder
+from ptq4dit_jax.checkpoints.foreign.diffusers_config import read_folder, read_scheduler
 from ptq4dit_jax.checkpoints.foreign.evidence import Evidence, Ignored, collect
 from ptq4dit_jax.checkpoints.foreign.layouts import DIFFUSERS, META, Entry, Layout, View
+from ptq4dit_jax.checkpoints.foreign.names import normal_name
 from ptq4dit_jax.checkpoints.foreign.objectives import GivenSchedule, drop_variance, find_schedule, fold_step_size
-from ptq4dit_jax.checkpoints.foreign.parameter_sets import find_parameters, listed
+from ptq4dit_jax.checkpoints.foreign.parameter_sets import ParameterSet, find_parameters, listed
 from ptq4dit_jax.checkpoints.foreign.shapes import Given, by_number, names_of, our_shapes, read_config
 from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile, open_tensors
 from ptq4dit_jax.dit import DiTConfig, position_embedding
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
-from ptq4dit_jax.schedules import FlowSchedule
+from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,17 @@ def import_checkpoint(
     layout, ignored = chosen.layout, Ignored(ignore)
     is_diffusers = layout is DIFFUSERS
     evidence = collect(file, ignored, without=("config.json",) if is_diffusers else ())
-    epsilon, told = read_folder(file.files[0].parent, evidence, ignored) if is_diffusers else (None, None)
-    ignored.check(file.path)
+    folder = file.files[0].parent
+    epsilon, told = (
+        read_folder(folder, evidence, ignored) if is_diffusers else (None, read_scheduler(folder, evidence, ignored))
+    )
+    _check_unread(file, chosen, folder, ema)
     given = Given(num_heads, input_size, classes, null_class)
     config, view = read_config(file, chosen.view, layout, evidence, given, epsilon if as_diffusers else None)
     spoken = GivenSchedule(objective, flow_steps, data_time, timesteps, beta_start, beta_end)
     schedule = find_schedule(file, view, layout, config, evidence, spoken, told)
+    _check_betas(view, schedule, evidence, ignored)
+    ignored.check(file.path)
     table = _own_positions(view, layout, config, evidence)
     params, dtype = _read(file, view, layout, config, progress)
     if table is not None:
@@ -138,6 +144,34 @@ def import_checkpoint(
         decided,
         (*file.notes, *evidence.notes),
     )
+
+
+def _check_unread(file: TensorFile, chosen: ParameterSet, folder: Path, ema: bool) -> None:
+    """Raises where something among the chosen weights was not understood, or averages lie in a folder beside theirs."""
+    root = f"{chosen.name}." if chosen.name else ""
+    lost = [name for name in file.contents.unread if root and normal_name(name).startswith(root)]
+    if lost:
+        what = f"{listed(lost)} ({file.contents.dropped_words().removeprefix('; ')})"
+        raise Ptq4ditError(f"The checkpoint {file.path} holds something among its weights that cannot be read: {what}.")
+    averages = folder.with_name(f"{folder.name}_ema")
+    if ema and not chosen.averaged and folder.name in ("transformer", "unet") and averages.is_dir():
+        raise Ptq4ditError(
+            f"The averaged weights of {file.path} are in {averages}; pass that folder, or take those that were being trained, "
+            "with ema=False or --model-weights."
+        )
+
+
+def _check_betas(view: View, schedule: Schedule, evidence: Evidence, ignored: Ignored) -> None:
+    """Raises where a table of betas is saved with the network, and is another one than the schedule's."""
+    if "betas" not in view or not isinstance(schedule, NoiseSchedule) or "betas" in ignored:
+        return
+    betas = view["betas"].read().astype(np.float64)
+    if betas.shape != schedule.betas.shape or not np.allclose(betas, schedule.betas, rtol=1e-3):
+        linear = f"{schedule.num_timesteps} steps from {schedule.beta_start:g} to {schedule.beta_end:g}"
+        raise Ptq4ditError(
+            f"The checkpoint {evidence.path} holds betas that are not those of the linear schedule of {linear}; say which it "
+            "is (--timesteps, --beta-start, --beta-end), or leave them out with ignore (--ignore betas)."
+        )
 
 
 def _own_positions(view: View, layout: Layout, config: DiTConfig, evidence: Evidence) -> np.ndarray | None:

@@ -40,16 +40,32 @@ class Must(NamedTuple):
 
 
 def _count(value: Any) -> int:
+    if isinstance(value, str):  # 64x64
+        value = tuple(re.split(r"\s*[x,]\s*", value.strip("()[] ")))
     number = value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
     if isinstance(number, str) and re.fullmatch(r"\d{1,9}", number):
         number = int(number)
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or number != int(number) or number < 0:
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < 2**31 or number != int(number):
         raise Unfit("which is no whole number")
     return int(number)
 
 
+def _classes(value: Any) -> int:
+    return len(value) if isinstance(value, tuple) and all(isinstance(name, str) for name in value) else _count(value)
+
+
+def _side(value: Any) -> int:
+    if (side := _count(value)) > 4096:  # the number of samples for FID
+        raise Unread
+    return side
+
+
+def _never(value: Any) -> Any:
+    raise Unfit("which is latent-diffusion's schedule, linear in the square root, and only the linear one is supported")
+
+
 def _positive(value: Any) -> float:
-    number = float(value) if isinstance(value, str) and re.fullmatch(r"[\d.eE+-]{1,20}", value) else value
+    number = float(value) if isinstance(value, str) and re.fullmatch(r"\d+\.?\d*([eE][+-]?\d{1,3})?", value) else value
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
         raise Unfit("which is no number of at least 0")
     return float(number)
@@ -73,9 +89,19 @@ class Preset(NamedTuple):
     def __str__(self) -> str:
         return self.name
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Preset) and self[1:] == other[1:]
+
+    def __ne__(self, other: object) -> bool:  # a tuple has one of its own
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self[1:])
+
 
 def _preset(value: Any) -> Preset:
-    match = re.fullmatch(r"([A-Za-z_]*?)[-_]?(XS|Ti|S|B|L|XL|H|G)[-_/](\d{1,2})", value) if isinstance(value, str) else None
+    text = value.rpartition(".")[2] if isinstance(value, str) else ""
+    match = re.fullmatch(r"([A-Za-z_]*?)[-_]?(XS|Ti|S|B|L|XL|H|G)[-_/](\d{1,2})", text)
     if match is None:
         raise Unread
     name = f"DiT-{match[2]}/{match[3]}"
@@ -84,6 +110,7 @@ def _preset(value: Any) -> Preset:
 
 #: ``v`` is the velocity of a flow, or a mixture of noise and image along a noise schedule, which is not supported.
 _OBJECTIVES = {
+    "flow_prediction": "velocity",
     "noise": "noise", "eps": "noise", "epsilon": "noise", "pred_noise": "noise",
     "v": "v", "pred_v": "v", "velocity": "velocity", "flow": "velocity", "flow_matching": "velocity",
     "rectified_flow": "velocity", "sit": "velocity",
@@ -91,7 +118,7 @@ _OBJECTIVES = {
 
 
 def _objective(value: Any) -> str:
-    text = str(value).lower().rpartition(".")[2].replace("-", "_")
+    text = str(value).lower().rpartition(".")[2].replace("-", "_").replace(" ", "_")
     if text not in _OBJECTIVES:
         raise Unfit("and only networks that predict noise or the velocity of a straight flow can be sampled")
     return _OBJECTIVES[text]
@@ -122,20 +149,20 @@ def _interface(value: Any) -> str:
 TABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "number of heads": (_count, "num_heads n_heads heads num_attention_heads attention_heads n_head nhead attn_heads"),
     "width of a head": (_count, "head_dim attention_head_dim head_width dim_head dim_per_head"),
-    "classes": (_count, "num_classes n_classes nb_classes num_class class_num classes num_labels "
+    "classes": (_classes, "num_classes n_classes nb_classes num_class class_num classes num_labels "
     "num_embeds_ada_norm label_dim"),
     "dropout of labels": (
         _positive,
         "class_dropout_prob label_dropout_prob label_dropout label_drop_prob class_dropout class_drop_prob drop_label_prob "
         "cond_drop_prob cfg_prob cfg_dropout cfg_dropout_prob uncond_prob p_uncond",
     ),
-    "input size": (_count, "input_size latent_size sample_size latent_resolution"),
+    "input size": (_side, "input_size latent_size sample_size latent_resolution"),
     "image size": (_count, "image_size img_size image_resolution resolution"),
     "published name": (_preset, "model model_name model_type model_size arch architecture backbone network variant preset"),
     "width": (_count, "hidden_size hidden_dim embed_dim emb_dim d_model model_dim n_embd width"),
     "depth": (_count, "depth num_layers n_layers n_layer num_blocks n_blocks num_hidden_layers layers"),
     "patch size": (_count, "patch_size patch"),
-    "channels": (_count, "in_channels in_chans in_channel input_channels latent_channels num_channels channels"),
+    "channels": (_count, "in_channels in_chans in_channel input_channels latent_channels channels"),
     "output channels": (_count, "out_channels out_chans"),
     "MLP ratio": (_positive, "mlp_ratio"),
     "learned variance": (_flag, "learn_sigma learned_sigma learn_variance"),
@@ -148,10 +175,13 @@ TABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "timesteps": (
         _count,
         "num_train_timesteps num_diffusion_timesteps num_diffusion_steps diffusion_steps num_timesteps "
-        "denoise_timesteps timesteps",
+        "timesteps",
     ),
-    "first beta": (_positive, "beta_start linear_start"),
-    "last beta": (_positive, "beta_end linear_end"),
+    "first beta": (_positive, "beta_start"),
+    "last beta": (_positive, "beta_end"),
+    "betas of latent-diffusion": (_never, "linear_start linear_end"),
+    "steps of a flow": (_count, "denoise_timesteps"),
+    "null class": (_flag, "null_class use_null_class use_cfg_embedding"),
     "betas": (_BETAS, "beta_schedule noise_schedule beta_schedule_type"),
     "training": (lambda value: str(value).lower(), "train_type"),
     "data at time 0": (lambda value: True, "proj_coeff enc_type encoder_depth"),
@@ -169,7 +199,7 @@ def _off(value: Any) -> bool:
 
 
 def _one_of(*values: Any) -> Callable[[Any], bool]:
-    return lambda value: value is None or (value.lower() if isinstance(value, str) else value) in values
+    return lambda value: value is None or (value.lower().rpartition(".")[2] if isinstance(value, str) else value) in values
 
 
 def _without_rotation(value: Any) -> bool:
@@ -210,7 +240,7 @@ MUST_TABLE: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     ),
     ("10000", _one_of(10000), "and the embedding of time has 10000", "max_period time_max_period"),
     (
-        "1", _one_of(1), "and only 1 is supported",
+        "1", _one_of(0, 1), "and only 1 is supported",
         "time_scale t_scale time_factor timestep_scale time_scaling num_experts t_conditioning",
     ),
     (
@@ -234,6 +264,11 @@ def _safely(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
 #: By key: what must be so where a configuration mentions it.
 MUST_BE = {name: Must(_safely(fits), reason) for _, fits, reason, names in MUST_TABLE for name in names.split()}
 
+#: Keys that would be harmless by one of their words, and are not: they are named, or refused where they say a schedule.
+SUSPECT = re.compile(
+    r"(noise|beta|diffusion)_?schedul|scaling|predict|(loss|output)_(type|target)|data_time|timestep_(shift|sc)|time_shift"
+)
+ZERO_SNR = re.compile(r"zero.*snr")
 #: Keys of training, data, logging and sampling, on which the function of the network does not depend.
 HARMLESS = re.compile(
     r"^_|(^|_)(lr|learning|batch|epochs?|steps?|iters?|iterations?|seed|log|logs|logging|logger|wandb|"

@@ -78,11 +78,13 @@ class Contents:
       tensors: by dotted name.
       facts: values that are no tensors (text, numbers, short lists of them) by dotted name, such as a script's arguments.
       dropped: how many objects of each kind were not understood; nothing else is left out.
+      unread: where these were, by dotted name.
     """
 
     tensors: dict[str, Tensor]
     facts: dict[str, Plain] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
+    unread: list[str] = field(default_factory=list)
 
     def dropped_words(self) -> str:
         """``; not understood: 2 x torch.Foo``, or nothing."""
@@ -188,6 +190,11 @@ def flatten(
     found = Contents({})
     nodes = 0
 
+    def drop(kind: str, name: str) -> None:
+        found.dropped[kind] += 1
+        if len(found.unread) < _MAX_FACTS:
+            found.unread.append(name)
+
     def walk(node: Any, path: tuple[str, ...]) -> None:
         nonlocal nodes
         entries = None if isinstance(node, Tensor) else children(node)
@@ -206,7 +213,7 @@ def flatten(
             return
         kind = unread(node)
         if kind is not None and "rebuild" in kind:
-            found.dropped[kind] += 1
+            drop(kind, name)
             return
         before = len(found.tensors) + len(found.facts)
         for key, value in (entries or {}).items():
@@ -214,9 +221,9 @@ def flatten(
             if all(isinstance(part, (str, int)) for part in parts):
                 walk(value, (*path, *map(str, parts)))
             else:
-                found.dropped[f"entry under a key of type {type(key).__name__}"] += 1
+                drop(f"entry under a key of type {type(key).__name__}", name)
         if kind is not None and len(found.tensors) + len(found.facts) == before:
-            found.dropped[kind] += 1
+            drop(kind, name)
 
     walk(tree, ())
     return found
@@ -229,6 +236,8 @@ def _plain(node: Any) -> Any:
     """The node itself if it is text, a number, or a short list of such; ``_NOT_PLAIN`` for anything else."""
     if node is None or type(node) in (bool, int, float):
         return node
+    if isinstance(node, tuple) and hasattr(node, "_fields"):  # a class or function that a pickle names
+        return ".".join(map(str, node))[:_MAX_TEXT]
     if type(node) is str:
         return node[:_MAX_TEXT]
     if type(node) in (list, tuple) and 0 < len(node) <= _MAX_LIST:

@@ -69,8 +69,9 @@ def says_average(part: str) -> bool:
 
 
 def is_average(root: str) -> bool:
-    """Whether any part of a dotted prefix says that the weights below it are averaged."""
-    return any(says_average(part) for part in root.split("."))
+    """Whether any part of a dotted prefix says that the weights below it are averaged; ``online_model`` says the contrary."""
+    parts = root.split(".")
+    return parts[-1] != "online_model" and any(says_average(part) for part in parts)
 
 
 def is_optimizer(root: str) -> bool:
@@ -92,7 +93,7 @@ def without_dots(names: Mapping[str, str], trained: Iterable[str]) -> tuple[str,
     groups: dict[str, set[str]] = defaultdict(set)
     for name in names:
         prefix, _, last = name.rpartition(".")
-        if prefix and is_average(prefix):
+        if prefix and is_average(prefix) and not is_optimizer(prefix):
             groups[prefix].add(last)
     trained = list(trained)
     for prefix, lasts in groups.items():
@@ -104,6 +105,6 @@ def without_dots(names: Mapping[str, str], trained: Iterable[str]) -> tuple[str,
                     if flat in lasts:
                         matches[name] = names[f"{prefix}.{flat}"]
                         break
-            if len(matches) > len(trained) // 2:
+            if len(trained) // 2 < len(matches) == len(set(matches.values())):
                 return prefix, matches
     return "", {}

@@ -128,11 +128,11 @@ def _flow(file: TensorFile, layout: Layout, evidence: Evidence, given: GivenSche
         data_time = 1
     known = layout.schedule if isinstance(layout.schedule, FlowSchedule) else FlowSchedule()
     schedule = dataclasses.replace(known, data_time=data_time)
-    if layout.step_size is not None:
-        return dataclasses.replace(schedule, steps=_flow_steps(layout, evidence, given))
     for what in ("timesteps", "first beta", "last beta", "betas"):
         if what in evidence.said:
             evidence.notes.append(f"{evidence.said[what]} is not used: the time of this flow reaches the network as 0 to 1.")
+    if layout.step_size is not None:
+        return dataclasses.replace(schedule, steps=_flow_steps(layout, evidence, given))
     if given.flow_steps is not None:
         raise _no_step_size(file, layout)
     return schedule
@@ -146,10 +146,11 @@ def _flow_steps(layout: Layout, evidence: Evidence, given: GivenSchedule) -> int
     if evidence.value("training") == "naive":
         evidence.notes.append(f"{evidence.said['training']}: trained without step sizes, so it takes any number of steps.")
         return 0
-    if (steps := evidence.value("timesteps")) is not None:
+    if (steps := evidence.value("steps of a flow")) is not None:
         return int(steps)
-    evidence.guess(f"it is sampled in {layout.step_size.default} steps", "flow_steps (--flow-steps N)")
-    return layout.step_size.default
+    count = layout.step_size.default
+    evidence.guess(f"it is sampled in {count} step{'s' * (count > 1)}", "flow_steps (--flow-steps N)")
+    return count
 
 
 def _no_step_size(file: TensorFile, layout: Layout) -> Ptq4ditError:
@@ -166,6 +167,8 @@ def _noise(
         raise _no_step_size(file, layout)
     if given.data_time is not None:
         raise Ptq4ditError(f"The checkpoint {file.path} predicts noise, which has no data_time (--data-time); leave it out.")
+    if "steps of a flow" in evidence.said:
+        evidence.notes.append(f"{evidence.said['steps of a flow']} is not used: it is not a flow's network.")
     default = layout.schedule if isinstance(layout.schedule, NoiseSchedule) else NoiseSchedule()
     said = {
         field: evidence.said[what]

@@ -131,8 +131,15 @@ def _check_names(view: View, layout: Layout, depth: int, bias_free: list[Entry],
     expected = {name for entry in entries for name in names_of(entry, depth)}
     ignored = [re.compile(pattern) for pattern in layout.ignored]
     faults.missing = sorted(expected - view.keys(), key=by_number)
-    extra = view.keys() - expected - {layout.pos_embed}
+    extra = {name for name in view.keys() - expected - {layout.pos_embed} if view[name].shape and not _BUFFER.fullmatch(name)}
     faults.unexpected = sorted((name for name in extra if not any(p.fullmatch(name) for p in ignored)), key=by_number)
+
+
+#: Tables of a schedule, which networks are saved with; those of other names that hold no weight have no axes.
+_BUFFER = re.compile(
+    r"(.*\.)?((sqrt_|log_)?(one_minus_)?(recip_|recipm1_)?alphas?_cumprod\w*|betas|sqrt_\w+|log_one_minus\w+|posterior_\w+|"
+    r"lvlb_weights|logvar|timesteps|sigmas)"
+)
 
 
 def _absent_table(view: View, entry: Entry) -> bool:
@@ -158,6 +165,8 @@ def _config(
     """The shape of the network, read off the shapes of its tensors."""
     sizes: dict[str, int] = {}
     for size, (name, axis) in layout.sizes.items():
+        if size == "tokens" and name in view and len(view[name].shape) == 2:
+            axis = 0
         if name in view and len(view[name].shape) > axis and view[name].shape[axis]:
             sizes[size] = view[name].shape[axis]
         elif name in view:
@@ -206,13 +215,13 @@ def _check_sizes(evidence: Evidence, layout: Layout, told: Mapping[str, Any]) ->
         if what == "MLP ratio" and abs(said.value - value) * told["width"] < 1:
             continue
         # A flow's variance half is dropped, and configurations of flows count channels without it.
-        if what in ("output channels", "learned variance") and not layout.schedule_is_noise:
+        if what in ("output channels", "learned variance") and (said_flow(evidence) or not layout.schedule_is_noise):
             continue
         raise evidence.contradiction(said, f"its tensors have the {what} {_short(value)}")
     name = evidence.said.get("published name")
     if name is not None:
         _, family, preset, patch = name.value
-        if family.replace("_", "") not in ("", "dit", "sit", "mfdit", "meandit"):
+        if family.replace("_", "") in _OTHER_FAMILIES:
             raise Ptq4ditError(
                 f"The checkpoint {evidence.path} says {name}, a network of the family {family!r} and not a DiT; leave "
                 f"it out with ignore (--ignore {name.key}) only if you know better."
@@ -221,6 +230,17 @@ def _check_sizes(evidence: Evidence, layout: Layout, told: Mapping[str, Any]) ->
         published = DiTConfig.preset(preset) if preset else None
         if patch != told["patch size"] or (published and (published.depth, published.hidden_size, patch) != sizes):
             raise evidence.contradiction(name, f"its tensors have depth {sizes[0]}, width {sizes[1]} and patch size {sizes[2]}")
+
+
+#: Networks of other names than DiT's whose tensors may look like a DiT's.
+_OTHER_FAMILIES = ("lightningdit", "uvit", "mdt", "mdtv2", "maskdit", "mmdit", "pixart", "dim", "dimr", "ditdh", "jit")
+
+
+def said_flow(evidence: Evidence) -> bool:
+    """Whether a configuration says that the network predicts the velocity of a flow."""
+    name = evidence.said.get("published name")
+    velocity = evidence.value("objective") in ("velocity", "v")
+    return velocity or "path" in evidence.said or (name is not None and name.value.family == "sit")
 
 
 def _short(value: Any) -> str:
@@ -235,16 +255,22 @@ def _classes(file: TensorFile, evidence: Evidence, rows: int, given: Given) -> t
             raise Ptq4ditError(
                 f"The checkpoint {file.path} has no table of labels, so it has no classes; leave the option out."
             )
+        if said is not None and said.value:
+            raise evidence.contradiction(said, "it has no table of labels")
         evidence.notes.append("There is no table of labels: the network is unconditional.")
         return 0, False
     if given.classes is not None and said is not None and given.classes != said.value:
         raise evidence.contradiction(said, f"you say {given.classes} classes")
-    null = given.null_class
+    null, told = given.null_class, evidence.said.get("null class")
+    if told is not None and (dropout is None or dropout.value > 0) and null is None:
+        null = told.value
     if dropout is not None:
         if null is not None and null != (dropout.value > 0):
             raise evidence.contradiction(dropout, f"you say that it has {'a' if null else 'no'} null class")
         null = dropout.value > 0
     classes = given.classes if given.classes is not None else evidence.value("classes")
+    if (classes, rows) == (0, 1):  # one row, which all images share
+        return 1, False
     if classes is not None:
         if rows not in (classes, classes + 1) or (null is not None and rows != classes + null):
             first: Said | str = f"you say {classes} classes" if said is None else said
@@ -293,7 +319,7 @@ def _input_size(file: TensorFile, evidence: Evidence, sizes: Mapping[str, int], 
         evidence.guess(f"{image.source} = {image.value} is the size of {how}: {told}", "input_size (--input-size)")
     size = _agreed(file, "input size", told, given, remedy)
     if image is not None and image.value not in [size * factor for factor in (1, 2, 4, 8, 16, 32, 64)]:
-        raise evidence.contradiction(image, f"its input of {size} x {size} is no latent of such an image")
+        evidence.notes.append(f"{image} is no multiple of the input of {size} x {size}; see that the size is right.")
     return size
 
 
