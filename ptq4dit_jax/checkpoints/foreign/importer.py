@@ -153,8 +153,8 @@ def _check_unread(file: TensorFile, chosen: ParameterSet, folder: Path, ema: boo
     if lost:
         what = f"{listed(lost)} ({file.contents.dropped_words().removeprefix('; ')})"
         raise Ptq4ditError(f"The checkpoint {file.path} holds something among its weights that cannot be read: {what}.")
-    averages = folder.with_name(f"{folder.name}_ema")
-    if ema and not chosen.averaged and folder.name in ("transformer", "unet") and averages.is_dir():
+    averages = folder.parent / f"{folder.name}_ema"
+    if ema and not chosen.averaged and folder.name == "transformer" and averages.is_dir():
         raise Ptq4ditError(
             f"The averaged weights of {file.path} are in {averages}; pass that folder, or take those that were being trained, "
             "with ema=False or --model-weights."

@@ -164,6 +164,13 @@ def test_an_index_is_no_configuration(index, meta, tmp_path):
         assert not any("Not understood" in note for note in import_checkpoint(path, num_heads=3)[1].notes)
 
 
+def test_a_file_of_the_working_directory(meta, tmp_path, monkeypatch):
+    save_safetensors(tmp_path / "x.safetensors", meta)
+    (tmp_path / "config.json").write_text('{"num_heads": 3}')
+    monkeypatch.chdir(tmp_path)
+    assert import_checkpoint("x.safetensors")[1].evidence["number of heads"] == "config.json: num_heads (3)"
+
+
 def test_a_configuration_of_the_run(meta, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     (tmp_path / "run" / ".hydra").mkdir(parents=True)
@@ -271,8 +278,8 @@ def test_other_spellings_that_are_refused(settings, part, meta, tmp_path, raises
 @pytest.mark.parametrize(
     "settings",
     [
-        {"noise_scheduler": "cosine"}, {"timestep_scaling_factor": 1000}, {"loss_target": "x0"}, {"scheduler": "FlowMatchEuler"},
-        {"attn_scaling": 2.0}, {"activation": "gelu"},
+        {"noise_scheduler": "cosine"}, {"timestep_scaling_factor": 1000}, {"loss_target": "x0"}, {"attn_scaling": 2.0},
+        {"scheduler": "FlowMatchEuler"}, {"activation": "gelu"},
     ],
 )  # fmt: skip
 def test_suspicious_settings_are_named(settings, meta, tmp_path):
