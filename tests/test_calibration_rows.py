@@ -168,6 +168,7 @@ def test_the_network_sees_each_row_with_its_own_timestep(mixed: ptq.CalibrationD
             np.testing.assert_allclose(seen[name].high[step], np.max([a[name].high[0] for a in alone], 0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_is_quantized_on_them(mixed: ptq.CalibrationData) -> None:
     """With groups that part at the cleanest row of a step, and rows of reconstruction in the order of their timesteps."""
     model = jax.tree.map(jax.numpy.asarray, tiny_model())

@@ -179,6 +179,7 @@ def test_row_batches_bound_memory_and_change_nothing(model: FloatDiT, rows: Cali
     assert_nearly_same(batched, w4a8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [8, 6])
 def test_calibration_over_eight_devices(
     model: FloatDiT, rows: CalibrationData, w4a8: ptq.QuantizedDiT, mesh8: Mesh, count: int

@@ -31,6 +31,7 @@ def models(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_of_one_step_needs_no_options(models, here, capsys):
     run("sample", models / "one", "--out", "a.npz", "--labels", "0-2", "--json", "a.json")
     assert "euler, 1 step, no guidance" in capsys.readouterr().out

@@ -144,6 +144,7 @@ def test_of_mixed_widths_a_block_unpacks_what_its_kernels_read(policy: str, kern
     assert (block["custom_call"], block["shift_right_logical"]) == (kernels, shifts)
 
 
+@pytest.mark.slow
 def test_weights_of_padded_widths_are_concatenated_from_halves() -> None:
     """By XLA, which merges shifts of all layers and holds the results."""
     _, block = the_block(functions(lowered_model(small_model(4, width=80))))
