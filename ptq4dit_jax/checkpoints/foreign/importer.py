@@ -116,6 +116,8 @@ def import_checkpoint(
         read_folder(folder, evidence, ignored) if is_diffusers else (None, read_scheduler(folder, evidence, ignored))
     )
     _check_unread(file, chosen, folder, ema)
+    if words := file.contents.dropped_words().removeprefix("; not understood: "):
+        evidence.notes.append(f"Not read, as nothing here understands it: {words}.")
     given = Given(num_heads, input_size, classes, null_class)
     config, view = read_config(file, chosen.view, layout, evidence, given, epsilon if as_diffusers else None)
     spoken = GivenSchedule(objective, flow_steps, data_time, timesteps, beta_start, beta_end)

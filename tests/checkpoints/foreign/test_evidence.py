@@ -322,6 +322,12 @@ def test_tables_of_a_schedule_beside_the_weights(meta, tmp_path, raises_sentence
     assert import_checkpoint(path, num_heads=3, ignore=["betas"])[0].schedule == NoiseSchedule()
 
 
+def test_what_is_not_read_beside_the_weights_is_named(meta, tmp_path):
+    tree = {"ema": meta, "history": np.array([None], object), "args": {"num_heads": 3}}
+    _, found = import_checkpoint(write_pickle(tmp_path / "x.pkl", tree))
+    assert "Not read, as nothing here understands it: 1 x numpy.ndarray." in found.notes
+
+
 def test_something_among_the_weights_that_cannot_be_read(meta, tmp_path, raises_sentence):
     tree = {"ema": {**meta, "freqs": np.array([None], object)}}
     with raises_sentence("among its weights", "ema.freqs", "numpy.ndarray"):
