@@ -158,7 +158,7 @@ class _Search:
         return Located(latest, kind, items[latest], (f"step {steps[latest][1]}, {which}{empty}",))
 
     def _inside(self, folder: Path, folders: list[Path], depth: int) -> Located:
-        """The checkpoint in the one of several folders that has one."""
+        """The checkpoint in the only folder that has one; several are refused by name."""
         found: list[tuple[Path, Located | Ptq4ditError]] = []
         if depth < _MAX_DEPTH:
             for inner in folders:

@@ -23,7 +23,7 @@ _FIXED = {"act_fn": "silu", "up_block_types": "UpDecoderBlock2D"}
 #: The factor's name in diffusers and in latent-diffusion.
 _SCALES = ("scaling_factor", "scale_factor")
 _SHIFTS = ("shift_factor",)
-_MAX_JSON, _MAX_HEADER = 2**25, 100_000_000
+_MAX_JSON = 2**25
 
 
 @dataclass(frozen=True)
