@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import PurePath
 
 from ptq4dit_jax.errors import Ptq4ditError
 
@@ -44,9 +45,7 @@ def shown(value: object, limit: int = 120) -> str:
 
     What is no string or number is shown by the name of its type: formatting it could take any time.
     """
-    if isinstance(value, (str, int, float)) or hasattr(value, "__fspath__"):
-        text = str(value)
-    else:
-        text = f"a {type(value).__name__}"
+    plain = isinstance(value, (str, float, PurePath)) or (isinstance(value, int) and value.bit_length() < 256)
+    text = str(value) if plain else f"a {type(value).__name__}"
     head = text if len(text) <= limit else f"{text[: limit // 2]}...{text[-(limit // 3) :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in head)
