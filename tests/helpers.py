@@ -81,7 +81,7 @@ def as_float64(model: QuantizedDiT) -> QuantizedDiT:
 def lowered_sampler(model: Any, steps: int, rows: int = 3) -> Any:
     """The deterministic sampler with its noise given, so that the program holds no loops of the random number generator."""
     tables = Sampler(name="ddim", steps=steps).tables(model.schedule)
-    noise = jnp.zeros((rows, *model.config.image_shape))
+    noise = jnp.zeros((rows, *model.config.image_shape), jnp.float32)
     return sample_batch.lower(
         model, tables, jax.random.key(0), jnp.arange(rows), jnp.zeros(rows, jnp.int32), jnp.float32(1.5), noise, None, None,
         stochastic=False, learned_variance=False, guided=True, channels="first3", num_kept=0,

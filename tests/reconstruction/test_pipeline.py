@@ -19,6 +19,7 @@ import ptq4dit_jax as ptq
 from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration import CalibrationData, channel_extremes
 from ptq4dit_jax.config import Reconstruction
+from ptq4dit_jax.numerics import threefry
 from ptq4dit_jax.ptq import _journal, apply_balancing, balance
 from ptq4dit_jax.reconstruction import reconstruct
 from ptq4dit_jax.reconstruction.walk import _compiled
@@ -269,7 +270,7 @@ def test_fresh_starts_over(model, rows, tmp_path):
             quantize(
                 model, rows, state=state, key=jax.random.key(seed), fresh=seed == 7, progress=stop_at("embed condition", 100)
             )
-    assert _journal(dataclasses.replace(CONFIG), ptq_hash(model), jax.random.key(7), rows, state, False) is not None
+    assert _journal(dataclasses.replace(CONFIG), ptq_hash(model), threefry(jax.random.key(7)), rows, state, False) is not None
 
 
 def ptq_hash(model: ptq.FloatDiT) -> str:
