@@ -101,7 +101,7 @@ def info(model: ModelArgument, json: Json = None) -> None:
         rows = describe(running)
         print_table("Layers", [{k: v for k, v in row.items() if k != "integer"} for row in rows])
     for key, value in facts.items():
-        if key == "evidence":
+        if key == "evidence" and isinstance(value, dict):
             value = ", ".join(f"{what} by {source}" for what, source in value.items()) or "none"
         for line in value if isinstance(value, list) else [value]:
             console.print(f"{key.replace('_', ' '):>14}  {line}")

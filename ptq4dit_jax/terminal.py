@@ -37,14 +37,22 @@ from ptq4dit_jax.devices import default_device, in_use
 from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, backends
-from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.errors import Ptq4ditError, printable
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.ptq import StageProgress
 from ptq4dit_jax.staging import staging
 from ptq4dit_jax.vae import VAEDecoder
 
+
+class _Console(Console):
+    """A console on which text that a file has chosen cannot act: control characters are shown as escapes."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
 # Without markup and emoji: paths are printed as they are, whatever brackets and colons they hold.
-console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 _MAX_LABEL = 10**6
 _Model = TypeVar("_Model", bound=checkpoints.Model)
@@ -71,7 +79,7 @@ def stages(console: Console = console) -> Iterator[StageProgress]:
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
     """A sign of life while something runs that has no parts to count."""
-    with console.status(Text(what)):
+    with console.status(Text(printable(what))):
         yield
 
 

@@ -7,19 +7,17 @@ a key that it does not know is named, never passed over. Two sources that contra
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ptq4dit_jax.checkpoints.foreign.keys import HARMLESS, IMAGE_KEYS, KEYS, MUST_BE, SUSPECT, ZERO_SNR, Unfit, Unread
-from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, Plain, TensorFile, flatten
+from ptq4dit_jax.checkpoints.foreign.lazy import Plain, TensorFile, flatten
 from ptq4dit_jax.checkpoints.foreign.names import is_optimizer, parts_of
 from ptq4dit_jax.checkpoints.foreign.pickle_machine import inert_children
+from ptq4dit_jax.documents import MAX_SETTINGS, read_json, read_yaml
 from ptq4dit_jax.errors import Ptq4ditError
 
 #: Files beside the weights that configurations are written to; a file of the same name as the weights' counts, too.
@@ -29,7 +27,6 @@ CONFIG_FILES = tuple(
 )  # fmt: skip
 #: Folders of checkpoints, whose run writes its configuration one level up.
 _STEPS = re.compile(r"(checkpoints?|ckpts?|models?|weights|(step|epoch|iter|checkpoint)[-_]?)?\d*")
-_MAX_CONFIG = 2**22
 #: Parts of names that libraries of configurations add: OmegaConf, ml_collections.
 _INNER = {"_content", "_val", "_fields", "_store", "_metadata"}
 #: Words in the name of a container of settings, and of sections that speak of something else than the network.
@@ -238,21 +235,6 @@ def config_files(file: TensorFile) -> list[Path]:
     return [path for path in dict.fromkeys(found) if path.is_file() and path != file.path and ".index." not in path.name]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, to which objects of Python are the plain values that they are written with."""
-
-
-def _plain_value(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return loader.construct_mapping(node, deep=True)
-    if isinstance(node, yaml.SequenceNode):
-        return loader.construct_sequence(node, deep=True)
-    return str(node.value)
-
-
-_Loader.add_multi_constructor("tag:yaml.org,2002:python/", _plain_value)
-
-
 def read_settings(path: Path) -> Mapping[str, Any]:
     """A JSON or YAML file of settings; no code in it is run.
 
@@ -260,17 +242,10 @@ def read_settings(path: Path) -> Mapping[str, Any]:
       Ptq4ditError: it is none, or far larger than one.
     """
     remedy = f"mend it, or leave it out with ignore (--ignore {path.name})"
-    try:
-        too_large = path.stat().st_size > _MAX_CONFIG
-        content = b"" if too_large else path.read_bytes()
-    except OSError as error:
-        raise Ptq4ditError(f"Cannot read {path} ({error.strerror}); check its permissions.") from error
-    if too_large:
-        raise Ptq4ditError(f"The file {path} is larger than any configuration; {remedy}.")
-    try:
-        values = json.loads(content or b"{}") if path.suffix == ".json" else yaml.load(content, _Loader)
-        flatten(values, inert_children)  # bounds what aliases of YAML can make of a small file
-    except (ValueError, TypeError, RecursionError, yaml.YAMLError, Damaged) as error:
-        kind = "JSON" if path.suffix == ".json" else "YAML of plain values"
-        raise Ptq4ditError(f"The file {path} is not valid {kind}; {remedy}.") from error
+    if path.suffix != ".json":
+        values = read_yaml(path, remedy)
+    elif path.stat().st_size:  # NaN and infinity are what scripts write; where they decide something they are refused
+        values = read_json(path, remedy, limit=MAX_SETTINGS, finite=False)
+    else:
+        values = {}
     return values if isinstance(values, dict) and values.get("format") != "ptq4dit_jax" else {}
