@@ -184,11 +184,11 @@ def quantize(
     options |= {name: value for name, value in given.items() if value is not None}
     if reconstruct:
         options["reconstruction"] = Reconstruction(iterations=iterations)
-    state = out.with_name(f".{out.name}.reconstruction") if reconstruct else None
     config = (QuantConfig.paper if paper else QuantConfig)(**cast(Any, options))
     key = read_key(seed)
     check_target(out, overwrite, "config.json")
     check_target(json, overwrite=True)
+    state = out.with_name(f".{out.name}.reconstruction") if reconstruct else None
     dit = load_model(model)
     if not isinstance(dit, FloatDiT):
         raise Ptq4ditError(f"{model} is quantized already; quantize the float model that it came from.")

@@ -53,6 +53,11 @@ def shown(value: object, limit: int = 120) -> str:
     return printable(head)
 
 
+def quoted(value: object, limit: int = 60) -> str:
+    """As :func:`shown`, with quotation marks around strings."""
+    return repr(shown(value, limit)) if isinstance(value, str) else shown(value, limit)
+
+
 def whole_number(text: str) -> int | None:
     """The number that a user has typed as ASCII digits; None for any other text, and for more digits than any count has."""
     return int(text) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else None

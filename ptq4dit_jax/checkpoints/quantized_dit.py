@@ -14,6 +14,7 @@ import numpy as np
 from ptq4dit_jax.checkpoints import store
 from ptq4dit_jax.checkpoints.float_dit import FLOATS, check_arrays, model_meta, read_model_meta
 from ptq4dit_jax.dit import BLOCK_SITES, DiTConfig
+from ptq4dit_jax.edges import edge, shown
 from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.quantizers import ActQuantizer, QTensor, check_bits, pack_nibbles
@@ -67,7 +68,9 @@ def load_quantized(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) ->
     """
     skeleton = _expected(meta)
     if (packed := meta.get("packed", _COLUMNS)) not in (_ROWS, _COLUMNS):
-        raise Ptq4ditError(f"The model's 4-bit weights are packed by {packed!r}, which this version does not know: upgrade.")
+        raise Ptq4ditError(
+            f"The model's 4-bit weights are packed by {shown(packed)!r}, which this version does not know: upgrade."
+        )
     if packed == _COLUMNS:
         arrays = _packed_by_rows(arrays, skeleton)
     expected = _flatten(skeleton)
@@ -81,14 +84,12 @@ def _expected(meta: Mapping[str, Any]) -> QuantizedDiT:
     """The model that ``meta`` describes, with shapes and dtypes for leaves; raises as :func:`load_quantized` does."""
     config, schedule = read_model_meta(meta)
     if (dtype := meta.get("dtype", "float32")) not in FLOATS:
-        raise Ptq4ditError(f"The model's dtype is {dtype!r}; a quantized model computes in {', '.join(FLOATS)}.")
+        raise Ptq4ditError(f"The model's dtype is {shown(dtype)!r}; a quantized model computes in {', '.join(FLOATS)}.")
     num_groups = meta.get("num_groups")
     if type(num_groups) is not int or num_groups < 1:
-        raise Ptq4ditError(f"The model's num_groups is {num_groups!r}, not a positive integer; the folder is damaged.")
-    try:
+        raise Ptq4ditError(f"The model's num_groups is {shown(num_groups)}, not a positive integer; the folder is damaged.")
+    with edge("the layers of this quantized model", "its config.json lacks or garbles one; the folder is damaged"):
         skeleton = _skeleton(config, schedule, meta["linears"], meta["sites"], num_groups)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Ptq4ditError(f"This quantized model's config.json lacks or garbles {error}; the folder is damaged.") from error
     return skeleton.replace(dtype=dtype)  # type: ignore[attr-defined]
 
 
