@@ -41,7 +41,7 @@ LARGEST = {
     "input_size": 2**14, "patch_size": 2**10, "in_channels": 2**12, "hidden_size": 2**16, "depth": 2**10, "num_heads": 2**12,
     "num_classes": 2**20, "frequency_size": 2**16, "mlp_ratio": 2**10,
 }  # fmt: skip
-MAX_TOKENS, MAX_POSITION_VALUES, MAX_PARAMETERS = 2**16, 2**27, 2**36
+MAX_TOKENS, MAX_POSITION_VALUES, MAX_PARAMETERS = 2**16, 2**27, 2**40
 
 #: Sites inside a block that can be quantized, and the linear layer each one feeds (None: an attention product).
 BLOCK_SITES = {

@@ -54,13 +54,13 @@ def _check_members(file: IO[bytes]) -> None:
     tail = file.read()
     end = tail.rfind(b"PK\5\6")
     if end < 0:
-        raise Ptq4ditError(f"{file.name} cannot be read as an .npz file of plain arrays: it is no zip archive.")
+        raise Ptq4ditError(f"The file {file.name} cannot be read as an .npz file of plain arrays: it is no zip archive.")
     directory = int.from_bytes(tail[end + 12 : end + 16], "little")
     if directory == 2**32 - 1 and (wide := tail.rfind(b"PK\6\6", 0, end)) >= 0:
         directory = int.from_bytes(tail[wide + 40 : wide + 48], "little")
     if directory > 100 * MAX_MEMBERS:
         raise Ptq4ditError(
-            f"{file.name} cannot be read as an .npz file of plain arrays: its list of members has {directory:,} bytes, and "
+            f"The file {file.name} cannot be read as an .npz: its list of members has {directory:,} bytes, and "
             f"{100 * MAX_MEMBERS:,} are allowed."
         )
     file.seek(0)

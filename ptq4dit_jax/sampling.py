@@ -27,7 +27,7 @@ MAX_SAMPLES = 10**7
 def check_count(count: int) -> None:
     """Raises where so many samples are more than one call makes."""
     if count > MAX_SAMPLES:
-        raise Ptq4ditError(f"{count:,} images are more than the {MAX_SAMPLES:,} that one run makes; ask for fewer.")
+        raise Ptq4ditError(f"One run makes at most {MAX_SAMPLES:,} images, not {count:,} images; ask for fewer.")
 
 
 def check_labels(labels: ArrayLike | None, config: DiTConfig) -> np.ndarray:
