@@ -65,10 +65,9 @@ class VAEConfig:
             if type(getattr(self, name)) is not bool:
                 raise Ptq4ditError(f"VAE {name} must be true or false, not {getattr(self, name)!r}.")
         for name in ("scaling_factor", "shift_factor"):
-            if not _finite(getattr(self, name)):
-                raise Ptq4ditError(
-                    f"VAE {name} must be a finite number of at most {_MAX_SCALE:g} either way, not {quoted(getattr(self, name))}."
-                )
+            if not _finite(value := getattr(self, name)):
+                limit = f"a finite number of at most {_MAX_SCALE:g} either way"
+                raise Ptq4ditError(f"VAE {name} must be {limit}, not {quoted(value)}.")
         if self.scaling_factor == 0:
             raise Ptq4ditError("VAE scaling_factor must not be 0.")
         if abs(self.scaling_factor) < 1 / _MAX_SCALE:
