@@ -1,8 +1,9 @@
 """What a checkpoint says about itself besides its tensors, collected from every place where training code writes it down.
 
 Sources are the arguments inside a file (``args`` of a training script, Lightning's ``hyper_parameters``, a ``ConfigDict`` in a
-pickle), the metadata of safetensors, and JSON or YAML files beside the weights. :mod:`~.keys` says what each key means;
-a key that it does not know is named, never passed over. Two sources that contradict each other are refused.
+pickle; also a command line or JSON as text), the metadata of safetensors, and JSON or YAML files beside the weights.
+:mod:`~.keys` says what each key means; a key that it does not know is named, never passed over. Two
+sources that contradict each other are refused.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ptq4dit_jax.checkpoints.foreign.arguments import spelled_out
 from ptq4dit_jax.checkpoints.foreign.keys import HARMLESS, IMAGE_KEYS, KEYS, MUST_BE, SUSPECT, ZERO_SNR, Unfit, Unread
 from ptq4dit_jax.checkpoints.foreign.lazy import Plain, TensorFile, flatten
 from ptq4dit_jax.checkpoints.foreign.names import is_optimizer, parts_of
@@ -189,9 +191,10 @@ def _parts(name: str) -> tuple[list[str], str]:
 
 def _entries(file: TensorFile, ignored: Ignored, without: set[str]) -> Iterator[tuple[str, list[str], str, Plain]]:
     """Each plain value of a configuration: where it is, its sections, its key in lower case, and itself."""
-    for name, value in (*file.contents.facts.items(), *_scalars(file)):
+    facts = spelled_out(file.contents.facts, lambda name: _holds_settings(name.rpartition(".")[2]))
+    for name, value in (*facts.items(), *_scalars(file)):
         sections, key = _parts(name)
-        inside = [part for part in sections if set(re.findall(r"[a-z]+", part.lower())) & _SETTINGS]
+        inside = [part for part in sections if _holds_settings(part)]
         if inside and not (is_optimizer(".".join(sections)) and "param_groups" in sections):
             yield name, sections[sections.index(inside[0]) :], key, value
         elif not sections and (key in KEYS or key in MUST_BE):
@@ -206,6 +209,11 @@ def _entries(file: TensorFile, ignored: Ignored, without: set[str]) -> Iterator[
         for name, value in flatten(settings, inert_children).facts.items():
             sections, key = _parts(name)
             yield f"{path.name}: {name}", sections, key, value
+
+
+def _holds_settings(part: str) -> bool:
+    """Whether a part of a name is that of a container of settings."""
+    return not _SETTINGS.isdisjoint(re.findall(r"[a-z]+", part.lower()))
 
 
 def _another(settings: Mapping[str, Any]) -> str:
