@@ -142,11 +142,9 @@ class Request:
 
     def _batch_size(self, wanted: int | None) -> int:
         parts = sharding.data_size(self.mesh)
-        if wanted is not None:
-            if wanted < 1:
-                raise Ptq4ditError(f"batch_size must be positive, not {wanted}.")
-            return -(-min(wanted, self.total) // parts) * parts
-        if self.total <= parts:  # one sample per device: there is nothing to choose, and a single image must not wait
+        if wanted is not None and wanted < 1:
+            raise Ptq4ditError(f"batch_size must be positive, not {wanted}.")
+        if wanted is None and self.total <= parts:  # there is nothing to choose, and a single image must not wait
             return parts
         placed = jax.tree.leaves((self.model, self.decoder))
         resident = sum(leaf.nbytes for leaf in placed)
@@ -155,7 +153,16 @@ class Request:
             arguments, static = self.call(np.minimum(np.arange(batch), self.total - 1))
             return _needed_bytes(*_signature(arguments), tuple(static.items())) - resident
 
-        return memory.largest_batch(self.total, parts, _USEFUL_ROWS, memory.free_bytes(list(placed[0].devices())), needed)
+        def free() -> int | None:
+            return memory.free_bytes(list(placed[0].devices()))
+
+        if wanted is None:
+            return memory.largest_batch(self.total, parts, _USEFUL_ROWS, free(), needed)
+        batch = -(-min(wanted, self.total) // parts) * parts
+        if batch // parts > _USEFUL_ROWS:  # what a user has chosen is measured where it is larger than of use
+            remedy = "choose a smaller batch_size (--batch-size)"
+            memory.check_fits(f"A batch of {batch:,} images", needed(batch), free(), remedy)
+        return batch
 
     def call(
         self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True

@@ -147,6 +147,13 @@ def test_attention_larger_than_the_memory(tiny_model, monkeypatch, raises_senten
         sampling.sample(tiny_model.replace(config=config), [0], KEY, batch_size=1)
 
 
+def test_a_batch_larger_than_the_memory(tiny_model, monkeypatch, raises_sentence):
+    monkeypatch.setattr(memory, "free_bytes", lambda devices: 10**8)
+    monkeypatch.setattr(chain.Request, "run", lambda *_, **__: pytest.fail("long work began"))
+    with raises_sentence("A batch of 4,096 images", "0.1 GB are free", "--batch-size"):
+        sampling.sample(tiny_model, np.zeros(5000, np.int32), KEY, batch_size=4096, steps=1)
+
+
 def test_results_larger_than_the_memory(tiny_model, monkeypatch, raises_sentence):
     monkeypatch.setattr(memory, "free_on_host", lambda: 10**9)
     monkeypatch.setattr(chain, "sample_batch", lambda *_, **__: pytest.fail("long work began"))
