@@ -62,7 +62,7 @@ def _check(arrays: Mapping[str, Any], meta: Mapping[str, Any], lead: str) -> tup
     config, schedule = read_model_meta(meta)
     dtype = meta.get("dtype")
     if dtype not in FLOATS:
-        raise Ptq4ditError(f"The model's dtype is {shown(dtype)!r}; a float model is stored in {', '.join(FLOATS)}.")
+        raise Ptq4ditError(f"The model's dtype is {dtype!r}; a float model is stored in {', '.join(FLOATS)}.")
     check_arrays(arrays, expected_arrays(config, dtype), lead)
     return config, schedule
 
