@@ -21,7 +21,8 @@ def _code(names: Iterable[object]) -> str:
 
 def _rows() -> list[tuple[str, str, str]]:
     configurations = (
-        "arguments inside the file (`args`, `config`, `hyper_parameters`, ...), metadata of safetensors, and beside them "
+        "arguments inside the file (`args`, `config`, `hyper_parameters`, ...; also as a command line or JSON in text), "
+        "metadata of safetensors, and beside them "
         f"{_code(CONFIG_FILES)}, a JSON or YAML file of the weights' name, `.hydra/config.yaml`"
     )
     rows = [

@@ -23,6 +23,8 @@ Progress = Callable[[int, int], None]
 #: Images per device and call beyond which a batch is not faster: 8 x 8 pixels fill two cores long before, and 64 images of
 #: 256 x 256 pixels an H200.
 _USEFUL_ROWS = 256
+#: Bytes that every machine has, so that nothing is asked of it.
+_SMALL = 2**30
 
 
 @partial(jax.jit, static_argnames=("stochastic", "learned_variance", "guided", "channels", "num_kept", "mesh"))
@@ -119,12 +121,30 @@ class Request:
 
     def batch_size(self, wanted: int | None) -> int:
         """Samples per call, a multiple of the mesh's parts: as wanted, or by default what is useful and fits into memory."""
+        batch = self._batch_size(wanted)
+        self._check_attention(batch)
+        return batch
+
+    def _check_attention(self, batch: int) -> None:
+        """Raises where a batch cannot fit, since attention's logits alone do not: on a CPU all of them are held at once.
+
+        One sample per device is never measured by compiling it, and a large input takes much more than any machine has.
+        """
+        config, devices = self.model.config, list(jax.tree.leaves(self.model)[0].devices())
+        if devices[0].platform != "cpu":
+            return
+        rows = batch // sharding.data_size(self.mesh) * (2 if self.guidance != 1.0 else 1)
+        needed = 4 * rows * config.num_heads * config.num_tokens**2
+        if needed > _SMALL:
+            what = f"Attention over {config.num_tokens:,} tokens, {rows} images at once per device,"
+            remedy = "choose a smaller input or batch_size (--batch-size)"
+            memory.check_fits(what, needed, memory.free_bytes(devices), remedy)
+
+    def _batch_size(self, wanted: int | None) -> int:
         parts = sharding.data_size(self.mesh)
-        if wanted is not None:
-            if wanted < 1:
-                raise Ptq4ditError(f"batch_size must be positive, not {wanted}.")
-            return -(-min(wanted, self.total) // parts) * parts
-        if self.total <= parts:  # one sample per device: there is nothing to choose, and a single image must not wait
+        if wanted is not None and wanted < 1:
+            raise Ptq4ditError(f"batch_size must be positive, not {wanted}.")
+        if wanted is None and self.total <= parts:  # there is nothing to choose, and a single image must not wait
             return parts
         placed = jax.tree.leaves((self.model, self.decoder))
         resident = sum(leaf.nbytes for leaf in placed)
@@ -133,7 +153,16 @@ class Request:
             arguments, static = self.call(np.minimum(np.arange(batch), self.total - 1))
             return _needed_bytes(*_signature(arguments), tuple(static.items())) - resident
 
-        return memory.largest_batch(self.total, parts, _USEFUL_ROWS, memory.free_bytes(list(placed[0].devices())), needed)
+        def free() -> int | None:
+            return memory.free_bytes(list(placed[0].devices()))
+
+        if wanted is None:
+            return memory.largest_batch(self.total, parts, _USEFUL_ROWS, free(), needed)
+        batch = -(-min(wanted, self.total) // parts) * parts
+        if batch // parts > _USEFUL_ROWS:  # what a user has chosen is measured where it is larger than of use
+            remedy = "choose a smaller batch_size (--batch-size)"
+            memory.check_fits(f"A batch of {batch:,} images", needed(batch), free(), remedy)
+        return batch
 
     def call(
         self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True
@@ -191,6 +220,7 @@ class Request:
 
     def collect(self, batch: int, progress: Progress | None) -> tuple[np.ndarray, np.ndarray]:
         """All images and kept inputs."""
+        self._check_results()
         images, kept = np.zeros(0), np.zeros(0)
         for start, some, inputs in self.batches(batch):
             stop = start + len(some)
@@ -201,6 +231,20 @@ class Request:
             if progress is not None:
                 progress(stop, self.total)
         return images, kept
+
+    def _check_results(self) -> None:
+        """Raises where all images and kept inputs together are more than the host's memory."""
+        height, width, channels = self.model.config.image_shape
+        inputs = 0 if self.keep_steps is None else len(self.keep_steps) * height * width * channels
+        if self.decoder is not None:
+            decoder = self.decoder.config
+            height, width, channels = height * decoder.factor, width * decoder.factor, decoder.out_channels
+        memory.check_fits(
+            f"The result of {self.total:,} samples",
+            4 * self.total * (height * width * channels + inputs),
+            memory.free_on_host(),
+            "ask for fewer samples or calibration rows",
+        )
 
     def fault(self, sample: int) -> Ptq4ditError:
         """What to say of a sample that is not finite; its chain is run again, alone, with the inputs of all steps kept."""

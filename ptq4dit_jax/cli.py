@@ -101,7 +101,7 @@ def info(model: ModelArgument, json: Json = None) -> None:
         rows = describe(running)
         print_table("Layers", [{k: v for k, v in row.items() if k != "integer"} for row in rows])
     for key, value in facts.items():
-        if key == "evidence":
+        if key == "evidence" and isinstance(value, dict):
             value = ", ".join(f"{what} by {source}" for what, source in value.items()) or "none"
         for line in value if isinstance(value, list) else [value]:
             console.print(f"{key.replace('_', ' '):>14}  {line}")
@@ -184,11 +184,11 @@ def quantize(
     options |= {name: value for name, value in given.items() if value is not None}
     if reconstruct:
         options["reconstruction"] = Reconstruction(iterations=iterations)
-    state = out.with_name(f".{out.name}.reconstruction") if reconstruct else None
     config = (QuantConfig.paper if paper else QuantConfig)(**cast(Any, options))
     key = read_key(seed)
     check_target(out, overwrite, "config.json")
     check_target(json, overwrite=True)
+    state = out.with_name(f".{out.name}.reconstruction") if reconstruct else None
     dit = load_model(model)
     if not isinstance(dit, FloatDiT):
         raise Ptq4ditError(f"{model} is quantized already; quantize the float model that it came from.")

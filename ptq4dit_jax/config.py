@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Literal, NamedTuple, get_args
 
-from ptq4dit_jax.diffusion import Sampler, SamplerName, resolve_guidance
+from ptq4dit_jax.diffusion import Sampler, SamplerName, check_guidance, resolve_guidance
 from ptq4dit_jax.dit import BLOCK_SITES, EDGE_SITES, DiTConfig, GuidedChannels
+from ptq4dit_jax.edges import shown, whole_number
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.quantizers import check_bits
 from ptq4dit_jax.ranges import RangeSearch
@@ -25,6 +25,12 @@ LAYERS = (*EDGE_LAYERS, *(f"blocks.{layer}" for layer in BLOCK_SITES.values() if
 ATTENTION = "blocks.attention"
 #: The ``act_bits`` of a model that quantizes weights only.
 FLOAT_ACTS = 16
+#: The largest numbers that a run may ask for, far above what is of use; memory may allow less.
+MAX_ROWS, MAX_ITERATIONS = 2**20, 10**7
+#: Of SSC's softmax; beyond either end float32 knows one step, or none from another.
+_TEMPERATURES = (1e-6, 1e6)
+#: Of a learning rate, a regularizer or its exponents.
+_MAX_RATE = 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +83,10 @@ def read_policy(policy: str, weight_bits: int) -> Rules:
             raise Ptq4ditError(
                 f"Unknown layer {layer!r} in the policy; the layers are {', '.join(LAYERS)}, and {ATTENTION} for its products."
             )
-        if not (bits.isascii() and bits.isdigit()) or kind not in ("", "float"):
-            raise Ptq4ditError(f"Policy {override!r} must read layer=bits or layer=bits:float, for example final=8.")
-        layers[layer] = LayerRule(check_bits(f"The width of {layer}", int(bits)), integer=kind != "float")
+        width = whole_number(bits)
+        if width is None or kind not in ("", "float"):
+            raise Ptq4ditError(f"Policy {shown(override)!r} must read layer=bits or layer=bits:float, for example final=8.")
+        layers[layer] = LayerRule(check_bits(f"The width of {layer}", width), integer=kind != "float")
     return Rules(layers, integer)
 
 
@@ -154,18 +161,25 @@ class Reconstruction:
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "parts"):
             value = getattr(self, name)
+            most = MAX_ITERATIONS if name == "iterations" else MAX_ROWS
             if not isinstance(value, int) or value < 1:
-                raise Ptq4ditError(f"Reconstruction {name} must be a positive integer, not {value!r}.")
+                raise Ptq4ditError(f"Reconstruction {name} must be a positive integer, not {shown(value)}.")
+            if value > most:
+                raise Ptq4ditError(f"Reconstruction {name} must be at most {most}, not {shown(value)}.")
         if self.batch_size % self.parts:
             raise Ptq4ditError(f"A reconstruction batch of {self.batch_size} rows cannot be cut into {self.parts} equal parts.")
         for name in ("rounding_rate", "scale_rate", "regularizer"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise Ptq4ditError(f"Reconstruction {name} must be finite and not negative, not {getattr(self, name)}.")
-        if not 0 < self.rounding_eps < math.inf:  # 0 would divide 0 by 0 for a weight without a gradient
-            raise Ptq4ditError(f"Reconstruction rounding_eps must be finite and positive, not {self.rounding_eps}.")
+            if not 0 <= getattr(self, name) <= _MAX_RATE:
+                raise Ptq4ditError(
+                    f"Reconstruction {name} must be finite and not negative, at most {_MAX_RATE:g}, not {getattr(self, name)}."
+                )
+        if not 0 < self.rounding_eps <= _MAX_RATE:  # 0 would divide 0 by 0 for a weight without a gradient
+            raise Ptq4ditError(
+                f"Reconstruction rounding_eps must be finite and positive, at most {_MAX_RATE:g}, not {self.rounding_eps}."
+            )
         if not 0 <= self.warmup < 1:
             raise Ptq4ditError(f"Reconstruction warmup must be at least 0 and below 1, not {self.warmup}.")
-        if len(self.exponents) != 2 or not all(1 <= value < math.inf for value in self.exponents):
+        if len(self.exponents) != 2 or not all(1 <= value <= _MAX_RATE for value in self.exponents):
             raise Ptq4ditError(f"Reconstruction exponents must be two numbers of at least 1, not {self.exponents}.")
         _check_choice("Reconstruction row_weights", self.row_weights, ("plain", "steps"))
         _check_choice("Reconstruction dtype", self.dtype, ("auto", "bfloat16", "float32"))
@@ -232,14 +246,19 @@ class QuantConfig:
         _check_choice("ssc", self.ssc, get_args(SscAxis))
         _check_choice("range_search", self.range_search, get_args(RangeSearch))
         _check_choice("cfg_channels", self.cfg_channels, get_args(GuidedChannels))
-        if not 0 < self.temperature < math.inf:
-            raise Ptq4ditError(f"temperature must be positive and finite, not {self.temperature}.")
-        if self.cfg_scale is not None and not math.isfinite(self.cfg_scale):
-            raise Ptq4ditError(f"cfg_scale must be a finite number, not {self.cfg_scale}.")
+        if not _TEMPERATURES[0] <= self.temperature <= _TEMPERATURES[1]:
+            raise Ptq4ditError(
+                f"temperature must be positive and finite, from {_TEMPERATURES[0]:g} to {_TEMPERATURES[1]:g}, "
+                f"not {self.temperature}."
+            )
+        if self.cfg_scale is not None:
+            check_guidance(self.cfg_scale)
         if not 0 <= self.exponent <= 1:
             raise Ptq4ditError(f"exponent must lie between 0 (no balancing) and 1, not {self.exponent}.")
-        if self.step_groups < 1:
-            raise Ptq4ditError(f"step_groups must be at least 1, not {self.step_groups}.")
+        if not 1 <= self.step_groups <= MAX_ROWS:
+            raise Ptq4ditError(f"step_groups must be at least 1 and at most {MAX_ROWS}, not {shown(self.step_groups)}.")
+        if self.calib_rows > MAX_ROWS:
+            raise Ptq4ditError(f"Calibration rows must be at most {MAX_ROWS} at each step, not {shown(self.calib_rows)}.")
         possible = {f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer or name == "probs"} | set(EDGE_SITES)
         for name in self.dynamic_sites:
             _check_choice("dynamic_sites", name, tuple(sorted(possible)))

@@ -27,12 +27,21 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from ptq4dit_jax.devices import default_device
+from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.numerics import EXACT, at_least_float32, product_precision, threefry
 
 #: Depth, width and heads of the published sizes; each exists with patch size 2, 4 and 8.
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PRESETS = tuple(f"DiT-{size}/{patch}" for size in _SIZES for patch in (2, 4, 8))
+
+#: The largest sizes, far above those of any DiT: a size comes from a file or is typed, and tables are made of it. The published
+#: one at 1024 px has an input of 128 positions a side, 4,096 tokens of width 1,152 and 675 million parameters.
+LARGEST = {
+    "input_size": 2**14, "patch_size": 2**10, "in_channels": 2**12, "hidden_size": 2**16, "depth": 2**10, "num_heads": 2**12,
+    "num_classes": 2**20, "frequency_size": 2**16, "mlp_ratio": 2**10,
+}  # fmt: skip
+MAX_TOKENS, MAX_POSITION_VALUES, MAX_PARAMETERS = 2**16, 2**27, 2**40
 
 #: Sites inside a block that can be quantized, and the linear layer each one feeds (None: an attention product).
 BLOCK_SITES = {
@@ -81,9 +90,14 @@ class DiTConfig:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise Ptq4ditError(f"DiT {name} must be a positive integer, not {value!r}.")
+                raise Ptq4ditError(f"DiT {name} must be a positive integer, not {quoted(value)}.")
         if not isinstance(self.num_classes, int) or self.num_classes < 0:
-            raise Ptq4ditError(f"DiT num_classes must be a positive integer, or 0 for no classes, not {self.num_classes!r}.")
+            raise Ptq4ditError(
+                f"DiT num_classes must be a positive integer, or 0 for no classes, not {quoted(self.num_classes)}."
+            )
+        for name, most in LARGEST.items():
+            if isinstance(value := getattr(self, name), int) and value > most:
+                raise Ptq4ditError(f"DiT {name} must be at most {most}, not {quoted(value)}.")
         if self.num_classes == 0 and self.null_class:
             raise Ptq4ditError(
                 "A DiT with num_classes 0 has no table of labels, so no null class either; set null_class=False."
@@ -94,8 +108,18 @@ class DiTConfig:
             raise Ptq4ditError(
                 f"DiT hidden_size {self.hidden_size} must be a multiple of num_heads ({self.num_heads}) and of 4."
             )
-        if self.frequency_size < 2 or self.frequency_size % 2:
-            raise Ptq4ditError(f"DiT frequency_size must be even and positive, not {self.frequency_size}.")
+        if not isinstance(self.frequency_size, int) or self.frequency_size < 2 or self.frequency_size % 2:
+            raise Ptq4ditError(f"DiT frequency_size must be even and positive, not {quoted(self.frequency_size)}.")
+        for name, least, below in (
+            ("mlp_ratio", 0, LARGEST["mlp_ratio"] + 1),
+            ("freq_shift", 0, self.frequency_size // 2),  # there frequencies would be divided by zero
+            ("mlp_norm_eps", 0, 1),
+        ):
+            if not isinstance(value := getattr(self, name), (int, float)) or not least <= value < below:
+                raise Ptq4ditError(f"DiT {name} must be a number from {least} to below {below}, not {quoted(value)}.")
+        if self.mlp_size < 1:
+            raise Ptq4ditError(f"DiT mlp_ratio {self.mlp_ratio} times hidden_size {self.hidden_size} makes an MLP of no width.")
+        self._check_products()
 
     @classmethod
     def preset(cls, name: str, *, input_size: int = 32, in_channels: int = 4, **overrides: Any) -> DiTConfig:
@@ -106,6 +130,32 @@ class DiTConfig:
         depth, hidden_size, num_heads = _SIZES[size]
         shape = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}
         return cls(**{**shape, "input_size": input_size, "in_channels": in_channels, **overrides})
+
+    def _check_products(self) -> None:
+        """Raises where sizes that may be large each make too large a network together."""
+        T, D = self.num_tokens, self.hidden_size
+        if T > MAX_TOKENS:
+            raise Ptq4ditError(
+                f"A DiT of input_size {self.input_size} and patch_size {self.patch_size} has {T:,} tokens; at most "
+                f"{MAX_TOKENS:,} can be."
+            )
+        if T * D > MAX_POSITION_VALUES:
+            raise Ptq4ditError(
+                f"A DiT of {T:,} tokens of width {D:,} has positions of {T * D:,} values; at most {MAX_POSITION_VALUES:,} can "
+                "be."
+            )
+        if self.num_parameters > MAX_PARAMETERS:
+            raise Ptq4ditError(
+                f"A DiT of depth {self.depth} and width {D} with {self.num_labels:,} labels has {self.num_parameters:,} "
+                f"parameters; at most {MAX_PARAMETERS:,} can be."
+            )
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the float network: weights, biases, the table of labels, and that of positions where it is a parameter."""
+        tables = (self.num_labels + self.num_tokens * self.position_table) * self.hidden_size
+        layers = self.linear_shapes.items()
+        return tables + sum((K + 1) * N * (self.depth if name.startswith("blocks.") else 1) for name, (K, N) in layers)
 
     @property
     def num_tokens(self) -> int:
@@ -192,9 +242,9 @@ def position_embedding(config: DiTConfig) -> np.ndarray:
     """Fixed 2-D sine-cosine table (T, D); the first half of D encodes the column, the second half the row."""
     side, quarter = config.input_size // config.patch_size, config.hidden_size // 4
     omega = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
-    row, column = np.divmod(np.arange(side * side), side)
-    angles = [position[:, None] * omega for position in (column, row)]
-    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+    angles = np.arange(side)[:, None] * omega
+    along = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+    return np.concatenate([np.tile(along, (side, 1)), np.repeat(along, side, axis=0)], axis=1)
 
 
 def positions(config: DiTConfig, learned: ArrayLike | None, dtype: DTypeLike) -> jax.Array:
@@ -415,6 +465,8 @@ class DiT(nn.Module):
 def init_params(config: DiTConfig, key: jax.Array, *, adaln_zero: bool = True) -> dict[str, Any]:
     """Random parameters. ``adaln_zero`` zeroes the modulation and the final layer as for training; False keeps every path
     alive, which is what tests and benchmarks want."""
+    if not config.position_table:  # no parameter depends on the number of tokens, so one will do
+        config = dataclasses.replace(config, input_size=config.patch_size)
     image, t_B = jnp.zeros((1, *config.image_shape), jnp.float32), jnp.zeros((1,), jnp.float32)
     params = jax.jit(DiT(config).init)(threefry(key), image, t_B, jnp.zeros((1,), jnp.int32))["params"]
     if adaln_zero:

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePath
 
-from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.errors import Ptq4ditError, printable
 
 #: The remedy where nothing better is known.
 DAMAGED = "it is damaged; copy, download or make it again"
+#: Those of 2^63. Python refuses to read thousands of them, with an error of its own.
+_MOST_DIGITS = 19
 
 
 @contextmanager
@@ -48,4 +50,14 @@ def shown(value: object, limit: int = 120) -> str:
     plain = isinstance(value, (str, float, PurePath)) or (isinstance(value, int) and value.bit_length() < 256)
     text = str(value) if plain else f"a {type(value).__name__}"
     head = text if len(text) <= limit else f"{text[: limit // 2]}...{text[-(limit // 3) :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in head)
+    return printable(head)
+
+
+def quoted(value: object, limit: int = 60) -> str:
+    """As :func:`shown`, with quotation marks around strings."""
+    return repr(shown(value, limit)) if isinstance(value, str) else shown(value, limit)
+
+
+def whole_number(text: str) -> int | None:
+    """The number that a user has typed as ASCII digits; None for any other text, and for more digits than any count has."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else None

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from ptq4dit_jax.errors import Ptq4ditError
+
 #: The share of the free memory that a batch may take. The rest is for what is not counted, such as the host's copies.
 SHARE = 0.8
 _CGROUP = Path("/sys/fs/cgroup")
@@ -35,7 +37,7 @@ def program_bytes(compiled: Any) -> int:
 def free_bytes(devices: Sequence[jax.Device]) -> int | None:
     """Free bytes on the fullest of the devices; None where nothing tells. CPU devices share the host's memory equally."""
     if devices[0].platform == "cpu":
-        host = _free_on_host()
+        host = free_on_host()
         return None if host is None else host // len(devices)
     stats = [device.memory_stats() or {} for device in devices if device.process_index == jax.process_index()]
     if not stats or any("bytes_limit" not in device for device in stats):
@@ -43,8 +45,15 @@ def free_bytes(devices: Sequence[jax.Device]) -> int | None:
     return int(min(device["bytes_limit"] - device.get("bytes_in_use", 0) for device in stats))
 
 
-def _free_on_host() -> int | None:
-    """Memory that can be had without swapping, within the limit of a container."""
+def check_fits(what: str, needed: int, free: int | None, remedy: str) -> None:
+    """Raises where ``needed`` bytes for ``what`` are more than are free; None where that is not known."""
+    if free is not None and needed > free:
+        sizes = f"{what} takes {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free"
+        raise Ptq4ditError(f"{sizes}; {remedy}.")
+
+
+def free_on_host() -> int | None:
+    """Memory that can be had without swapping, within the limit of a container; None where nothing tells."""
     found = [amount for amount in (_free_in_container(), _free_on_machine()) if amount is not None]
     return min(found, default=None)
 

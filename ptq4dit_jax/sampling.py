@@ -20,6 +20,15 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.numerics import threefry
 from ptq4dit_jax.vae import VAEDecoder
 
+#: Samples of one call, of which a label and some host memory each are kept; a figure of FID takes 50,000.
+MAX_SAMPLES = 10**7
+
+
+def check_count(count: int) -> None:
+    """Raises where so many samples are more than one call makes."""
+    if count > MAX_SAMPLES:
+        raise Ptq4ditError(f"One run makes at most {MAX_SAMPLES:,} images, not {count:,} images; ask for fewer.")
+
 
 def check_labels(labels: ArrayLike | None, config: DiTConfig) -> np.ndarray:
     """Labels as (N,) int32, or an error that names the first one out of range.
@@ -32,6 +41,7 @@ def check_labels(labels: ArrayLike | None, config: DiTConfig) -> np.ndarray:
     array = np.atleast_1d(np.asarray(labels))
     if array.ndim != 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise Ptq4ditError(f"Labels must be a non-empty list of integers, not {labels!r}.")
+    check_count(array.size)
     top = config.num_classes - 1 + config.null_class
     wrong = array[(array < 0) | (array > top)]
     if wrong.size:
@@ -52,6 +62,7 @@ def _no_labels(labels: ArrayLike | None) -> np.ndarray:
         return np.zeros(array.shape, np.int32)
     if array < 1:
         raise Ptq4ditError(f"This DiT has no classes, so labels is the number of images, which must be positive, not {array}.")
+    check_count(int(array))
     return np.zeros(int(array), np.int32)
 
 

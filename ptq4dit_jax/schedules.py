@@ -12,11 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptq4dit_jax.edges import shown, whole_number
 from ptq4dit_jax.errors import Ptq4ditError
 
 _Time = TypeVar("_Time", jax.Array, np.ndarray)
 #: A flow has no training steps to choose from; this bounds the tables that a mistyped count would allocate.
 _MAX_FLOW_STEPS = 10_000
+#: Noise schedules have a thousand timesteps, sometimes four.
+MAX_TIMESTEPS = 100_000
+#: What is left of the squared signal at the end of a schedule: float32 holds no coefficients of samplers beyond.
+_LEAST_SIGNAL = 1e-60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,19 @@ class NoiseSchedule:
     num_timesteps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
+
+    def __post_init__(self) -> None:
+        if type(self.num_timesteps) is not int or not 1 <= self.num_timesteps <= MAX_TIMESTEPS:
+            raise Ptq4ditError(f"A noise schedule must have 1 to {MAX_TIMESTEPS} timesteps, not {shown(self.num_timesteps)}.")
+        for name in ("beta_start", "beta_end"):
+            if not isinstance(value := getattr(self, name), (int, float)) or not 0 < value < 1:
+                raise Ptq4ditError(f"The {name} of a noise schedule must lie between 0 and 1, not {shown(value)}.")
+        if (left := self.alpha_bars[-1]) < _LEAST_SIGNAL:
+            raise Ptq4ditError(
+                f"A noise schedule of {self.num_timesteps} timesteps and betas from {self.beta_start:g} to {self.beta_end:g} "
+                f"leaves {left:.0e} of the squared signal, and at least {_LEAST_SIGNAL:.0e} must be left; take fewer timesteps "
+                "or smaller betas."
+            )
 
     @property
     def betas(self) -> np.ndarray:
@@ -78,21 +96,22 @@ class FlowSchedule:
 
     def __post_init__(self) -> None:
         if self.data_time not in (0, 1):
-            raise Ptq4ditError(f"The data_time of a flow must be 0 or 1, not {self.data_time!r}.")
-        if not 0 <= self.steps <= _MAX_FLOW_STEPS:
-            raise Ptq4ditError(f"The steps of a flow must be 0 (any number) to {_MAX_FLOW_STEPS}, not {self.steps!r}.")
+            raise Ptq4ditError(f"The data_time of a flow must be 0 or 1, not {shown(self.data_time)}.")
+        if type(self.steps) is not int or not 0 <= self.steps <= _MAX_FLOW_STEPS:
+            raise Ptq4ditError(f"The steps of a flow must be 0 (any number) to {_MAX_FLOW_STEPS}, not {shown(self.steps)}.")
 
     def times(self, steps: int | str) -> np.ndarray:
         """The ends of ``steps`` equal steps from noise to data, (steps + 1,) float64."""
         text = str(steps).strip()
-        if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= _MAX_FLOW_STEPS:
-            raise Ptq4ditError(f"Sampler steps of a flow must be 1 to {_MAX_FLOW_STEPS}, not {steps!r}.")
-        if self.steps not in (0, int(text)):
+        count = whole_number(text)
+        if count is None or not 1 <= count <= _MAX_FLOW_STEPS:
+            raise Ptq4ditError(f"Sampler steps of a flow must be 1 to {_MAX_FLOW_STEPS}, not {shown(text, 40)!r}.")
+        if self.steps not in (0, count):
             raise Ptq4ditError(
                 f"This model was imported for {self.steps} steps and takes no other number; use {self.steps}, or import it "
                 f"again with flow_steps (ptq4dit convert --flow-steps) {text}."
             )
-        level = np.arange(int(text), -1, -1) / int(text)
+        level = np.arange(count, -1, -1) / count
         return np.abs(self.data_time - level)
 
     def add_noise(self, x0: jax.Array, t_B: jax.Array, noise: jax.Array) -> jax.Array:
@@ -124,10 +143,9 @@ def respace(num_timesteps: int, steps: int | str) -> np.ndarray:
     gives exactly N steps from 0. Both are Meta's rules.
     """
     spec = str(steps).strip()
-    count_text = spec.removeprefix("ddim")
-    if not (count_text.isascii() and count_text.isdigit()) or not 1 <= int(count_text) <= num_timesteps:
-        raise Ptq4ditError(f"Sampler steps must be 1 to {num_timesteps}, or 'ddimN' with such an N, not {steps!r}.")
-    count = int(count_text)
+    count = whole_number(spec.removeprefix("ddim"))
+    if count is None or not 1 <= count <= num_timesteps:
+        raise Ptq4ditError(f"Sampler steps must be 1 to {num_timesteps}, or 'ddimN' with such an N, not {shown(spec, 40)!r}.")
     if spec.startswith("ddim"):
         for hop in range(1, num_timesteps):
             kept = np.arange(0, num_timesteps, hop)

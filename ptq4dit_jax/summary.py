@@ -5,18 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ptq4dit_jax import checkpoints
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT
 from ptq4dit_jax.evaluation import num_bytes
 from ptq4dit_jax.terminal import megabytes
-
-
-def num_parameters(c: DiTConfig) -> int:
-    """Of the float network: weights, biases, the table of labels, and that of positions where it is a parameter."""
-    tables = (c.num_labels + c.num_tokens * c.position_table) * c.hidden_size
-    return tables + sum(
-        (k + 1) * n * (c.depth if name.startswith("blocks.") else 1) for name, (k, n) in c.linear_shapes.items()
-    )
 
 
 def summary_of(model: checkpoints.Model) -> dict[str, Any]:
@@ -30,7 +21,7 @@ def summary_of(model: checkpoints.Model) -> dict[str, Any]:
         "positions": "the model's own table" if c.position_table else "sine-cosine",
         "learned_sigma": c.learn_sigma,
         "predicts": model.schedule.describe(),
-        "parameters": num_parameters(c),
+        "parameters": c.num_parameters,
         "bytes": num_bytes(model),
     }
 

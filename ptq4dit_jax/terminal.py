@@ -10,8 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
-from zipfile import BadZipFile
-from zlib import error as ZlibError
 
 import jax
 import numpy as np
@@ -29,24 +27,33 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ptq4dit_jax import checkpoints, sharding
+from ptq4dit_jax import checkpoints, memory, sampling, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.checkpoints import foreign
 from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
 from ptq4dit_jax.devices import default_device, in_use
 from ptq4dit_jax.diffusion import Sampler
-from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.dit import LARGEST, DiTConfig
+from ptq4dit_jax.edges import edge, shown, whole_number
 from ptq4dit_jax.engine import QuantizedDiT, backends
-from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.errors import Ptq4ditError, printable
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
+from ptq4dit_jax.npz_file import read_npz
 from ptq4dit_jax.ptq import StageProgress
 from ptq4dit_jax.staging import staging
 from ptq4dit_jax.vae import VAEDecoder
 
-# Without markup and emoji: paths are printed as they are, whatever brackets and colons they hold.
-console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
-_MAX_LABEL = 10**6
+class _Console(Console):
+    """A console on which text that a file has chosen cannot act: control characters are shown as escapes."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+# Without markup and emoji: paths are printed as they are, whatever brackets and colons they hold.
+console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
 _Model = TypeVar("_Model", bound=checkpoints.Model)
 
 
@@ -71,7 +78,7 @@ def stages(console: Console = console) -> Iterator[StageProgress]:
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
     """A sign of life while something runs that has no parts to count."""
-    with console.status(Text(what)):
+    with console.status(Text(printable(what))):
         yield
 
 
@@ -183,27 +190,34 @@ def load_model(name: str) -> checkpoints.Model:
             raise Ptq4ditError(f"The model in {name} holds NaN or infinity in {', '.join(bad[:3])}, so it is of no use.")
         return model
     preset, _, size = name.removeprefix("random:").partition("@")
-    if size and not (size.isascii() and size.isdigit()):
-        raise Ptq4ditError(f"The latent size in {name!r} must be a number, for example random:DiT-S/2@32.")
-    config = DiTConfig.preset(preset, input_size=int(size or 32))
+    if (side := whole_number(size or "32")) is None:
+        raise Ptq4ditError(f"The latent size in {shown(name)!r} must be a number, for example random:DiT-S/2@32.")
+    config = DiTConfig.preset(preset, input_size=side)
+    memory.check_fits(
+        f"The model {name}", 4 * config.num_parameters, memory.free_bytes([jax.devices()[0]]), "choose a smaller preset"
+    )
     with working(f"Drawing {name}"):
         return FloatDiT.init(config, jax.random.key(0))
 
 
 def parse_labels(text: str, repeat: int = 1) -> np.ndarray:
     """``0-9``, ``3`` or ``0-4,7,7`` to (N,) int32, the whole list ``repeat`` times."""
-    labels: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
-            raise Ptq4ditError(f"Labels {text!r} must be numbers and ranges such as 0-9 or 1,3,5-7.")
-        if last > _MAX_LABEL:
-            raise Ptq4ditError(f"Label {last} is out of range; no model has so many classes.")
-        labels += range(first, last + 1)
     if repeat < 1:
         raise Ptq4ditError(f"--repeat must be positive, not {repeat}.")
-    return np.array(labels * repeat, np.int32)
+    ranges, count = [], 0
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
+        ends = [end for end in match.groups() if end] if match else []
+        for end in ends:
+            if (number := whole_number(end)) is None or number > LARGEST["num_classes"]:
+                raise Ptq4ditError(f"Label {shown(end, 40)} is out of range; no model has so many classes.")
+        first, last = (int(ends[0]), int(ends[-1])) if ends else (1, 0)
+        if last < first:
+            raise Ptq4ditError(f"Labels {shown(text)!r} must be numbers and ranges such as 0-9 or 1,3,5-7.")
+        ranges.append((first, last + 1))
+        count += last + 1 - first
+        sampling.check_count(count * repeat)
+    return np.tile(np.concatenate([np.arange(*ends, dtype=np.int32) for ends in ranges]), repeat)
 
 
 def wanted_labels(text: str | None, default: str, repeat: int, config: DiTConfig) -> np.ndarray:
@@ -227,7 +241,7 @@ def read_key(seed: int) -> jax.Array:
 def read_arrays(path: str | os.PathLike[str], required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """The named arrays of an npz file, which hold numbers, without ever unpickling; absent optional ones are left out."""
     _check_here(path)
-    arrays, present = _npz_arrays(path, (*required, *optional))
+    arrays, present = read_npz(path, (*required, *optional))
     return _checked_arrays(path, arrays, required, present)
 
 
@@ -249,7 +263,7 @@ def read_calibration(path: str | os.PathLike[str], *, labelled: bool = True) -> 
     _check_here(path)
     names = [name for both in _ROW_NAMES.values() for name in both]
     if Path(path).suffix == ".npz" or _is_npz(path):
-        found, present = _npz_arrays(path, names)
+        found, present = read_npz(path, names)
     else:
         try:
             file = foreign.open_tensors(path)
@@ -258,7 +272,8 @@ def read_calibration(path: str | os.PathLike[str], *, labelled: bool = True) -> 
             raise Ptq4ditError(
                 f"The file {os.fspath(path)} cannot be read as calibration rows, an .npz or a file of torch.save ({reason})."
             ) from error
-        found = {name: file[name].read() for name in names if name in file}
+        with edge(path):
+            found = {name: file[name].read() for name in names if name in file}
         present = ", ".join(list(file)[:8]) + (", and more" if len(file) > 8 else "")
     if both := [pair for pair in _ROW_NAMES.values() if all(name in found for name in pair)]:
         raise Ptq4ditError(
@@ -276,16 +291,6 @@ def _is_npz(path: str | os.PathLike[str]) -> bool:
     except (OSError, RuntimeError):
         return False
     return head.startswith(b"PK\x03\x04") and head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy")
-
-
-def _npz_arrays(path: str | os.PathLike[str], names: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
-    """Those of the named arrays that are there, and in words all that are."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names if name in file}, ", ".join(file) or "nothing"
-    except (OSError, EOFError, ValueError, BadZipFile, ZlibError, TypeError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition(". ")[0].rstrip(".")
-        raise Ptq4ditError(f"{os.fspath(path)} cannot be read as an .npz file of plain arrays ({reason}).") from error
 
 
 def _checked_arrays(
@@ -308,6 +313,8 @@ def check_target(path: Path | None, overwrite: bool, folder_with: str | None = N
         return
     if (address := address_of(path)) is not None:
         raise Ptq4ditError(f"{address} is an address, where nothing is written; write to this machine and copy it there.")
+    if path.name in ("", ".."):  # what is made beside an output, and then renamed, is named after it
+        raise Ptq4ditError(f"The output {path} has no name of its own; pass the name of a file or folder to make.")
     try:
         target = path.expanduser().absolute()
         if target.exists():

@@ -8,7 +8,6 @@ linear layers.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -18,11 +17,14 @@ from flax import struct
 from jax.typing import ArrayLike, DTypeLike
 
 from ptq4dit_jax.dit import asked_dtype, compute_dtype, softmax
+from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.numerics import along_last, at_least_float32, threefry
 
 _EPS = 1e-6
 _MAX_SIZE = 2**16
+#: Of what scales latents, either way; it is near 1 for every VAE.
+_MAX_SCALE = 1e6
 #: Queries attended to at once: 16 MiB of logits at 4096 positions, the latents of 512 px.
 _QUERIES = 1024
 
@@ -63,10 +65,13 @@ class VAEConfig:
             if type(getattr(self, name)) is not bool:
                 raise Ptq4ditError(f"VAE {name} must be true or false, not {getattr(self, name)!r}.")
         for name in ("scaling_factor", "shift_factor"):
-            if not _finite(getattr(self, name)):
-                raise Ptq4ditError(f"VAE {name} must be a finite number, not {getattr(self, name)!r}.")
+            if not _finite(value := getattr(self, name)):
+                limit = f"a finite number of at most {_MAX_SCALE:g} either way"
+                raise Ptq4ditError(f"VAE {name} must be {limit}, not {quoted(value)}.")
         if self.scaling_factor == 0:
             raise Ptq4ditError("VAE scaling_factor must not be 0.")
+        if abs(self.scaling_factor) < 1 / _MAX_SCALE:
+            raise Ptq4ditError(f"VAE scaling_factor must be at least {1 / _MAX_SCALE:g} either way, not {self.scaling_factor}.")
         for name in ("latents_mean", "latents_std"):
             values = getattr(self, name)
             if values is None:
@@ -89,7 +94,7 @@ def _size(value: Any) -> bool:
 
 
 def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -_MAX_SCALE <= value <= _MAX_SCALE
 
 
 class _Layer(nn.Module):

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ptq4dit_jax.dit import PRESETS, DiTConfig
+from ptq4dit_jax import dit
+from ptq4dit_jax.checkpoints.float_dit import expected_arrays
+from ptq4dit_jax.dit import LARGEST, MAX_POSITION_VALUES, MAX_TOKENS, PRESETS, DiTConfig
 from ptq4dit_jax.model import FloatDiT
 
 # Presets and custom shapes ---------------------------------------------------------------------------
@@ -108,3 +110,71 @@ def test_no_null_label_without_a_null_class(tiny_config, raises_sentence):
     config = DiTConfig(**{**tiny_config.to_dict(), "null_class": False})
     with raises_sentence("null class", "cfg_scale 1"):
         _ = config.null_label
+
+
+# Bounds ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"input_size": 128},  # 1024 px through a VAE of factor 8
+        {"input_size": 128, "num_classes": 100_000},
+        {"input_size": 1024, "patch_size": 16, "in_channels": 3},  # 1024 px themselves
+        {"input_size": 256, "num_classes": 0, "null_class": False, "position_table": True},
+        {"depth": 80, "hidden_size": 8192, "num_heads": 64},
+    ],
+)
+def test_what_people_train_is_far_from_the_bounds(shape):
+    config = DiTConfig.preset("DiT-XL/2", **shape)
+    for name, most in LARGEST.items():
+        assert 4 * getattr(config, name) <= most
+    assert 4 * config.num_tokens <= MAX_TOKENS
+    assert 4 * config.num_tokens * config.hidden_size <= MAX_POSITION_VALUES
+
+
+@pytest.mark.parametrize(
+    ("wrong", "parts"),
+    [
+        *(({name: most * 2}, (name, str(most), str(most * 2))) for name, most in LARGEST.items() if name != "mlp_ratio"),
+        ({"input_size": 10**30}, ("input_size", str(10**30))),
+        ({"depth": 10**1000}, ("depth", "a int")),
+        ({"input_size": 1024}, ("262,144 tokens", "65,536")),
+        ({"input_size": 512, "hidden_size": 4096}, ("65,536 tokens", "268,435,456 values", "134,217,728")),
+        ({"hidden_size": 2**16, "depth": 2**10, "input_size": 4}, ("parameters", "1,099,511,627,776")),
+        ({"mlp_ratio": float("inf")}, ("mlp_ratio", "inf")),
+        ({"mlp_ratio": float("nan")}, ("mlp_ratio", "nan")),
+        ({"mlp_ratio": -4.0}, ("mlp_ratio", "-4.0")),
+        ({"mlp_ratio": 1e300}, ("mlp_ratio", "1e+300")),
+        ({"mlp_ratio": 0.01}, ("mlp_ratio 0.01", "no width")),
+        ({"mlp_ratio": "4"}, ("mlp_ratio", "'4'")),
+        ({"freq_shift": 128.0}, ("freq_shift", "128.0")),
+        ({"freq_shift": float("nan")}, ("freq_shift", "nan")),
+        ({"mlp_norm_eps": -1e-6}, ("mlp_norm_eps", "-1e-06")),
+        ({"mlp_norm_eps": float("inf")}, ("mlp_norm_eps", "inf")),
+        ({"frequency_size": "256\x1b[2J"}, ("frequency_size", "even")),
+        ({"frequency_size": 256.0}, ("frequency_size", "256.0")),
+    ],
+)
+def test_sizes_that_no_network_has(tiny_config, wrong, parts, raises_sentence):
+    with raises_sentence(*parts):
+        DiTConfig(**{**tiny_config.to_dict(), **wrong})
+
+
+def test_the_count_of_parameters_is_that_of_the_network(tiny_config):
+    for change in ({}, {"position_table": True}, {"num_classes": 0, "null_class": False}, {"mlp_ratio": 2.5}):
+        config = DiTConfig(**{**tiny_config.to_dict(), **change})
+        model = jax.eval_shape(lambda c=config: FloatDiT.init(c, jax.random.key(0)))
+        assert config.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(model.params))
+
+
+def test_shapes_of_parameters_cost_no_table_of_positions(tiny_config, monkeypatch):
+    """They are read before anything tells whether a file's sizes are true."""
+    made, make = [], dit.position_embedding
+    monkeypatch.setattr(dit, "position_embedding", lambda config: made.append(config.num_tokens) or make(config))
+    for table in (False, True):
+        config = DiTConfig(**{**tiny_config.to_dict(), "input_size": 512, "position_table": table})
+        shapes = expected_arrays(config, "float32")
+        assert ("position_embed/embedding" in shapes) == table
+    assert shapes["position_embed/embedding"].shape == (65_536, 32)
+    assert set(made) == {1}

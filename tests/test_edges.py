@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from ptq4dit_jax.edges import edge, shown
+from ptq4dit_jax.edges import edge, shown, whole_number
 from ptq4dit_jax.errors import Ptq4ditError
 
 
@@ -68,3 +68,35 @@ def test_what_is_no_string_is_named_by_its_type():
             raise AssertionError("formatted")
 
     assert shown(Slow()) == "a Slow"
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J\x1b]0;owned\x07", "a\nError: b", "\u202egnp", "\ud800", "\x9b0m"])
+def test_no_message_carries_control_characters(name):
+    assert str(Ptq4ditError(f"The tensor {name} is odd.")).isprintable()
+    with pytest.raises(Ptq4ditError) as caught, edge(name):
+        raise KeyError
+    assert str(caught.value).isprintable()
+
+
+def test_a_message_keeps_its_beginning_and_its_remedy():
+    message = str(Ptq4ditError("The file " + "x" * 10**6 + " is odd; download it again."))
+    assert message.startswith("The file ")
+    assert message.endswith("; download it again.")
+    assert len(message) < 11_000
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("0", 0),
+        ("0042", 42),
+        (str(2**63 - 1), 2**63 - 1),
+        ("9" * 5000, None),
+        ("-1", None),
+        ("²", None),
+        ("٣", None),
+        ("", None),
+    ],
+)
+def test_whole_numbers(text, number):
+    assert whole_number(text) == number

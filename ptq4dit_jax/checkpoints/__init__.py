@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from ptq4dit_jax.checkpoints import float_dit, foreign, quantized_dit, store
+from ptq4dit_jax.edges import edge
 from ptq4dit_jax.engine import QuantizedDiT
-from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.errors import Ptq4ditError, printable
 from ptq4dit_jax.model import FloatDiT
 
 __all__ = ["Model", "load", "load_noted", "save"]
@@ -45,7 +46,7 @@ def load(path: str | os.PathLike[str]) -> Model:
     with foreign.local_copy(path) as where:
         model, notes = load_noted(where)
     if notes:
-        warnings.warn(f"{path}: {' '.join(notes)}", stacklevel=2)
+        warnings.warn(printable(f"{path}: {' '.join(notes)}"), stacklevel=2)
     return model
 
 
@@ -58,12 +59,13 @@ def load_noted(path: str | os.PathLike[str]) -> tuple[Model, tuple[str, ...]]:
         except foreign.NothingFound as error:
             what = f"there is no config.json of one in it, and no checkpoint either; what can be read: {foreign.KNOWN}"
             raise Ptq4ditError(f"The folder {path} holds no model: {what}.") from error
-    arrays, meta = store.read(path)
-    if meta["kind"] not in _KINDS:
-        raise Ptq4ditError(
-            f"{path} holds a model of kind {meta['kind']!r}; this version knows {', '.join(_KINDS)}: upgrade ptq4dit_jax."
-        )
-    return _KINDS[meta["kind"]].load(arrays, meta), ()
+    with edge(f"the model in {os.fspath(path)}", "it is damaged; copy, download or quantize it again"):
+        arrays, meta = store.read(path)
+        if meta["kind"] not in _KINDS:
+            raise Ptq4ditError(
+                f"{path} holds a model of kind {meta['kind']!r}; this version knows {', '.join(_KINDS)}: upgrade ptq4dit_jax."
+            )
+        return _KINDS[meta["kind"]].load(arrays, meta), ()
 
 
 def save(

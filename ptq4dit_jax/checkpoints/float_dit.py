@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from ptq4dit_jax.checkpoints import store
 from ptq4dit_jax.dit import DiTConfig, init_params
+from ptq4dit_jax.edges import quoted, shown
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
@@ -94,7 +95,7 @@ def read_model_meta(meta: Mapping[str, Any]) -> tuple[DiTConfig, Schedule]:
     objective, settings = values["objective"], {name: value for name, value in values.items() if name != "objective"}
     if objective != FlowSchedule.objective:
         raise Ptq4ditError(
-            f"The model's objective is {objective!r}, and this version knows noise and velocity: upgrade ptq4dit_jax."
+            f"The model's objective is {shown(objective)!r}, and this version knows noise and velocity: upgrade ptq4dit_jax."
         )
     return config, settings_from_json(FlowSchedule, settings)
 
@@ -102,7 +103,7 @@ def read_model_meta(meta: Mapping[str, Any]) -> tuple[DiTConfig, Schedule]:
 def settings_from_json(cls: type[_Settings], values: Any) -> _Settings:
     """A dataclass of plain fields (bool, int, float, str) from its JSON form; fields with a default may be left out."""
     if not isinstance(values, dict):
-        raise Ptq4ditError(f"The model's {cls.__name__} is missing or is no JSON object, but {values!r}.")
+        raise Ptq4ditError(f"The model's {cls.__name__} is missing or is no JSON object, but {shown(values)}.")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - set(fields)):
         raise Ptq4ditError(f"The model's {cls.__name__} has the unknown setting {', '.join(unknown)}; upgrade ptq4dit_jax.")
@@ -114,7 +115,7 @@ def settings_from_json(cls: type[_Settings], values: Any) -> _Settings:
         # To Python, bool is an int; JSON writes a whole float as an int where people edit it.
         accepted = (int, float) if types[name] is float else (types[name],)
         if type(value) not in accepted:
-            raise Ptq4ditError(f"The model's {cls.__name__} has {name} = {value!r}, which is no {types[name].__name__}.")
+            raise Ptq4ditError(f"The model's {cls.__name__} has {name} = {quoted(value)}, which is no {types[name].__name__}.")
     return cls(**{name: types[name](value) for name, value in values.items()})
 
 

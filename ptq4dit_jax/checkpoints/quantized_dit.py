@@ -14,6 +14,7 @@ import numpy as np
 from ptq4dit_jax.checkpoints import store
 from ptq4dit_jax.checkpoints.float_dit import FLOATS, check_arrays, model_meta, read_model_meta
 from ptq4dit_jax.dit import BLOCK_SITES, DiTConfig
+from ptq4dit_jax.edges import edge, shown
 from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.quantizers import ActQuantizer, QTensor, check_bits, pack_nibbles
@@ -67,7 +68,9 @@ def load_quantized(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) ->
     """
     skeleton = _expected(meta)
     if (packed := meta.get("packed", _COLUMNS)) not in (_ROWS, _COLUMNS):
-        raise Ptq4ditError(f"The model's 4-bit weights are packed by {packed!r}, which this version does not know: upgrade.")
+        raise Ptq4ditError(
+            f"The model's 4-bit weights are packed by {shown(packed)!r}, which this version does not know: upgrade."
+        )
     if packed == _COLUMNS:
         arrays = _packed_by_rows(arrays, skeleton)
     expected = _flatten(skeleton)
@@ -84,12 +87,17 @@ def _expected(meta: Mapping[str, Any]) -> QuantizedDiT:
         raise Ptq4ditError(f"The model's dtype is {dtype!r}; a quantized model computes in {', '.join(FLOATS)}.")
     num_groups = meta.get("num_groups")
     if type(num_groups) is not int or num_groups < 1:
-        raise Ptq4ditError(f"The model's num_groups is {num_groups!r}, not a positive integer; the folder is damaged.")
-    try:
-        skeleton = _skeleton(config, schedule, meta["linears"], meta["sites"], num_groups)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Ptq4ditError(f"This quantized model's config.json lacks or garbles {error}; the folder is damaged.") from error
+        raise Ptq4ditError(f"The model's num_groups is {shown(num_groups)}, not a positive integer; the folder is damaged.")
+    with edge("the layers of this quantized model", "its config.json lacks or garbles one; the folder is damaged"):
+        skeleton = _skeleton(config, schedule, _entry(meta, "linears"), _entry(meta, "sites"), num_groups)
     return skeleton.replace(dtype=dtype)  # type: ignore[attr-defined]
+
+
+def _entry(values: Any, key: str) -> Any:
+    """An entry of a description in JSON, which a damaged file may lack."""
+    if not isinstance(values, Mapping) or key not in values:
+        raise Ptq4ditError(f"This quantized model's config.json lacks or garbles {key!r}; the folder is damaged.")
+    return values[key]
 
 
 def _packed_by_rows(arrays: Mapping[str, np.ndarray], skeleton: QuantizedDiT) -> dict[str, Any]:
@@ -128,29 +136,29 @@ def _skeleton(
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
     def act(spec: Mapping[str, Any], lead: tuple[int, ...], K: int) -> ActQuantizer:
-        dynamic = bool(spec["dynamic"])
+        dynamic = bool(_entry(spec, "dynamic"))
         return ActQuantizer(
             scale=None if dynamic else leaf("float32", *lead, num_groups),
             zero_point=None if dynamic else leaf("int32", *lead, num_groups),
-            balance=leaf("float32", *lead, K) if spec["balanced"] else None,
-            bits=check_bits("act_bits", spec["bits"]),
+            balance=leaf("float32", *lead, K) if _entry(spec, "balanced") else None,
+            bits=check_bits("act_bits", _entry(spec, "bits")),
             dynamic=dynamic,
             nonnegative=bool(spec.get("nonnegative", False)),
         )
 
     def linear(name: str, spec: Mapping[str, Any]) -> QLinear:
         lead, (K, N) = _lead(config, name), config.linear_shapes[name]
-        bits = check_bits(f"The width of {name}", spec["weight_bits"])
+        bits = check_bits(f"The width of {name}", _entry(spec, "weight_bits"))
         packed = bits <= 4
         values = leaf("uint8", *lead, -(-N // 2), K) if packed else leaf("int8", *lead, N, K)
         weight = QTensor(values, leaf("float32", *lead, N), leaf("int8", *lead, N) if packed else None, bits)
-        quantizer = None if spec["act"] is None else act(spec["act"], lead, K)
+        quantizer = None if _entry(spec, "act") is None else act(spec["act"], lead, K)
         groups = 1 if quantizer is None or quantizer.dynamic else num_groups
         return QLinear(weight=weight, bias=leaf("float32", *lead, groups, N), act=quantizer)
 
     return QuantizedDiT(
-        linears={name: linear(name, linears[name]) for name in config.linear_shapes},
-        sites={name: act(sites[name], _lead(config, name), config.hidden_size) for name in (_SITES if sites else ())},
+        linears={name: linear(name, _entry(linears, name)) for name in config.linear_shapes},
+        sites={name: act(_entry(sites, name), _lead(config, name), config.hidden_size) for name in (_SITES if sites else ())},
         label_embed=leaf("float32", config.num_labels, config.hidden_size) if config.num_labels else None,
         position_embed=leaf("float32", config.num_tokens, config.hidden_size) if config.position_table else None,
         group_edges=leaf(schedule.time_dtype, num_groups - 1),

@@ -25,12 +25,12 @@ import orbax.checkpoint as ocp
 
 from ptq4dit_jax.checkpoints import orbax_arrays
 from ptq4dit_jax.checkpoints.addresses import address_of
+from ptq4dit_jax.documents import read_json
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.staging import staging
 
 FORMAT, VERSION = "ptq4dit_jax", 1
 _CONFIG, _ARRAYS = "config.json", "arrays"
-_MAX_CONFIG = 2**27
 _OWN_KEYS = ("format", "version", "arrays", "files", "content_sha256")
 
 #: What every supported Orbax stores bit by bit; narrower integers are packed into uint8 by whoever has them.
@@ -144,7 +144,7 @@ def is_model(path: Path) -> bool:
         return False
     try:
         source = folder / _CONFIG
-        if source.stat().st_size <= _MAX_CONFIG and json.loads(source.read_bytes())["format"] == FORMAT:
+        if read_json(source, "")["format"] == FORMAT:
             return True
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
@@ -163,13 +163,9 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise Ptq4ditError(f"{source} is a file and no model; {expected}.")
         if not (source / _CONFIG).is_file():
             raise Ptq4ditError(f"{source} holds no model: there is no {_CONFIG} in it, and {expected}.")
-        text = (source / _CONFIG).read_bytes()
     except OSError as error:
         raise Ptq4ditError(f"Cannot read {source} ({error.strerror}); check its permissions.") from error
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Ptq4ditError(f"{source / _CONFIG} is not valid JSON; copy, download or quantize the model again.") from error
+    config = read_json(source / _CONFIG, "copy, download or quantize the model again")
     found = config.get("format") if isinstance(config, dict) else None
     if found != FORMAT:
         raise Ptq4ditError(f"{source} holds no model of {FORMAT}: its {_CONFIG} names the format {found!r}.")

@@ -58,18 +58,19 @@ def write_report(
         if not target.is_dir() or (any(target.iterdir()) and not (target / "report.json").is_file()):
             raise Ptq4ditError(f"{target} is not a report, so it is not replaced; choose another folder for the report.")
 
+    learned = _whole_parts(reconstruction)
     everything = {**comparison.settings, **settings}
     document = {
         "title": title,
         **comparison.to_json(),
         "layers": plain(list(describe_rows or [])),
-        "reconstruction": plain(dict(reconstruction or {})),
+        "reconstruction": plain(learned),
         "settings": plain(everything),
         "provenance": _provenance(),
     }
     with staging(target) as staged:
         staged.mkdir()
-        pictures = _write_pictures(staged, comparison, reconstruction or {})
+        pictures = _write_pictures(staged, comparison, learned)
         (staged / "report.md").write_text(_page(comparison, document, pictures), encoding="utf-8")
         (staged / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         if target.exists():
@@ -91,6 +92,22 @@ def _provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         **versions,
     }
+
+
+def _whole_parts(reconstruction: Any) -> dict[str, Mapping[str, Any]]:
+    """The parts whose facts can be shown; a model's file may say anything, and its comparison does not depend on it."""
+
+    def number(value: Any, least: float) -> bool:
+        return type(value) in (int, float) and least <= value < float("inf")
+
+    def whole(part: Any) -> bool:
+        if not isinstance(part, Mapping) or not number(part.get("before"), 1e-300) or not number(part.get("after"), 0):
+            return False
+        curve = part.get("curve")
+        return isinstance(curve, (list, tuple)) and len(curve) > 0 and all(type(value) in (int, float) for value in curve)
+
+    parts = reconstruction.items() if isinstance(reconstruction, Mapping) else ()
+    return {str(name): part for name, part in parts if whole(part)}
 
 
 def _write_pictures(folder: Path, comparison: Comparison, reconstruction: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -165,3 +165,29 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, comparison, monkeypatch, er
     with pytest.raises(Ptq4ditError if isinstance(error, OSError) else KeyboardInterrupt):
         write_report(tmp_path / "new" / "report", comparison, **ARGUMENTS)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        5,
+        "x",
+        [1],
+        {"block 0": 3},
+        *(
+            {"block 0": {"before": 1.0, "after": 0.5, "curve": [1.0], **change}}
+            for change in (
+                {"before": 0},
+                {"before": "1"},
+                {"after": float("nan")},
+                {"curve": []},
+                {"curve": ["a"]},
+                {"curve": 1},
+            )
+        ),
+    ],
+)
+def test_what_a_models_file_says_of_its_reconstruction_cannot_lose_a_comparison(facts, tmp_path, comparison):
+    folder = write_report(tmp_path / "report", comparison, **ARGUMENTS, reconstruction=facts)
+    assert json.loads((folder / "report.json").read_text())["reconstruction"] == {}
+    assert not (folder / "reconstruction.png").exists()

@@ -149,7 +149,7 @@ def _read_scheduler(path: Path, evidence: Evidence, ignored: Ignored) -> NoiseSc
     if not values:
         return None
     found = values.get("_class_name", "DDPMScheduler")
-    if found not in SCHEDULERS:
+    if not isinstance(found, str) or found not in SCHEDULERS:
         raise _refused(path, "_class_name", found, "and only schedulers of DDPM's noise schedule are supported")
     for key, value in values.items():
         if key in _SCHEDULE_MUST and value not in _SCHEDULE_MUST[key]:

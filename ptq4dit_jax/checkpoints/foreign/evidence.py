@@ -1,25 +1,25 @@
 """What a checkpoint says about itself besides its tensors, collected from every place where training code writes it down.
 
 Sources are the arguments inside a file (``args`` of a training script, Lightning's ``hyper_parameters``, a ``ConfigDict`` in a
-pickle), the metadata of safetensors, and JSON or YAML files beside the weights. :mod:`~.keys` says what each key means;
-a key that it does not know is named, never passed over. Two sources that contradict each other are refused.
+pickle; also a command line or JSON as text), the metadata of safetensors, and JSON or YAML files beside the weights.
+:mod:`~.keys` says what each key means; a key that it does not know is named, never passed over. Two
+sources that contradict each other are refused.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ptq4dit_jax.checkpoints.foreign.arguments import spelled_out
 from ptq4dit_jax.checkpoints.foreign.keys import HARMLESS, IMAGE_KEYS, KEYS, MUST_BE, SUSPECT, ZERO_SNR, Unfit, Unread
-from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, Plain, TensorFile, flatten
+from ptq4dit_jax.checkpoints.foreign.lazy import Plain, TensorFile, flatten
 from ptq4dit_jax.checkpoints.foreign.names import is_optimizer, parts_of
 from ptq4dit_jax.checkpoints.foreign.pickle_machine import inert_children
+from ptq4dit_jax.documents import MAX_SETTINGS, read_json, read_yaml
 from ptq4dit_jax.errors import Ptq4ditError
 
 #: Files beside the weights that configurations are written to; a file of the same name as the weights' counts, too.
@@ -29,7 +29,6 @@ CONFIG_FILES = tuple(
 )  # fmt: skip
 #: Folders of checkpoints, whose run writes its configuration one level up.
 _STEPS = re.compile(r"(checkpoints?|ckpts?|models?|weights|(step|epoch|iter|checkpoint)[-_]?)?\d*")
-_MAX_CONFIG = 2**22
 #: Parts of names that libraries of configurations add: OmegaConf, ml_collections.
 _INNER = {"_content", "_val", "_fields", "_store", "_metadata"}
 #: Words in the name of a container of settings, and of sections that speak of something else than the network.
@@ -192,9 +191,10 @@ def _parts(name: str) -> tuple[list[str], str]:
 
 def _entries(file: TensorFile, ignored: Ignored, without: set[str]) -> Iterator[tuple[str, list[str], str, Plain]]:
     """Each plain value of a configuration: where it is, its sections, its key in lower case, and itself."""
-    for name, value in (*file.contents.facts.items(), *_scalars(file)):
+    facts = spelled_out(file.contents.facts, lambda name: _holds_settings(name.rpartition(".")[2]))
+    for name, value in (*facts.items(), *_scalars(file)):
         sections, key = _parts(name)
-        inside = [part for part in sections if set(re.findall(r"[a-z]+", part.lower())) & _SETTINGS]
+        inside = [part for part in sections if _holds_settings(part)]
         if inside and not (is_optimizer(".".join(sections)) and "param_groups" in sections):
             yield name, sections[sections.index(inside[0]) :], key, value
         elif not sections and (key in KEYS or key in MUST_BE):
@@ -209,6 +209,11 @@ def _entries(file: TensorFile, ignored: Ignored, without: set[str]) -> Iterator[
         for name, value in flatten(settings, inert_children).facts.items():
             sections, key = _parts(name)
             yield f"{path.name}: {name}", sections, key, value
+
+
+def _holds_settings(part: str) -> bool:
+    """Whether a part of a name is that of a container of settings."""
+    return not _SETTINGS.isdisjoint(re.findall(r"[a-z]+", part.lower()))
 
 
 def _another(settings: Mapping[str, Any]) -> str:
@@ -238,21 +243,6 @@ def config_files(file: TensorFile) -> list[Path]:
     return [path for path in dict.fromkeys(found) if path.is_file() and path != file.path and ".index." not in path.name]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, to which objects of Python are the plain values that they are written with."""
-
-
-def _plain_value(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return loader.construct_mapping(node, deep=True)
-    if isinstance(node, yaml.SequenceNode):
-        return loader.construct_sequence(node, deep=True)
-    return str(node.value)
-
-
-_Loader.add_multi_constructor("tag:yaml.org,2002:python/", _plain_value)
-
-
 def read_settings(path: Path) -> Mapping[str, Any]:
     """A JSON or YAML file of settings; no code in it is run.
 
@@ -260,17 +250,10 @@ def read_settings(path: Path) -> Mapping[str, Any]:
       Ptq4ditError: it is none, or far larger than one.
     """
     remedy = f"mend it, or leave it out with ignore (--ignore {path.name})"
-    try:
-        too_large = path.stat().st_size > _MAX_CONFIG
-        content = b"" if too_large else path.read_bytes()
-    except OSError as error:
-        raise Ptq4ditError(f"Cannot read {path} ({error.strerror}); check its permissions.") from error
-    if too_large:
-        raise Ptq4ditError(f"The file {path} is larger than any configuration; {remedy}.")
-    try:
-        values = json.loads(content or b"{}") if path.suffix == ".json" else yaml.load(content, _Loader)
-        flatten(values, inert_children)  # bounds what aliases of YAML can make of a small file
-    except (ValueError, TypeError, RecursionError, yaml.YAMLError, Damaged) as error:
-        kind = "JSON" if path.suffix == ".json" else "YAML of plain values"
-        raise Ptq4ditError(f"The file {path} is not valid {kind}; {remedy}.") from error
+    if path.suffix != ".json":
+        values = read_yaml(path, remedy)
+    elif path.stat().st_size:  # NaN and infinity are what scripts write; where they decide something they are refused
+        values = read_json(path, remedy, limit=MAX_SETTINGS, finite=False)
+    else:
+        values = {}
     return values if isinstance(values, dict) and values.get("format") != "ptq4dit_jax" else {}

@@ -24,7 +24,8 @@ from ptq4dit_jax.checkpoints.foreign.parameter_sets import ParameterSet, find_pa
 from ptq4dit_jax.checkpoints.foreign.shapes import Given, by_number, names_of, our_shapes, read_config
 from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile, open_tensors
 from ptq4dit_jax.dit import DiTConfig, position_embedding
-from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.edges import edge
+from ptq4dit_jax.errors import Ptq4ditError, printable
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
 
@@ -106,46 +107,47 @@ def import_checkpoint(
         tensors (all named at once); evidence that contradicts itself, the tensors or an option, or cannot be honoured; NaN or
         infinity; a size that has to be given; an option that does not fit.
     """
-    file = open_tensors(path)
-    chosen = find_parameters(file, ema=ema, wanted=weights)
-    layout, ignored = chosen.layout, Ignored(ignore)
-    is_diffusers = layout is DIFFUSERS
-    evidence = collect(file, ignored, without=("config.json",) if is_diffusers else ())
-    folder = file.files[0].parent
-    epsilon, told = (
-        read_folder(folder, evidence, ignored) if is_diffusers else (None, read_scheduler(folder, evidence, ignored))
-    )
-    _check_unread(file, chosen, folder, ema)
-    if words := file.contents.dropped_words().removeprefix("; not understood: "):
-        evidence.notes.append(f"Not read, as nothing here understands it: {words}.")
-    given = Given(num_heads, input_size, classes, null_class)
-    config, view = read_config(file, chosen.view, layout, evidence, given, epsilon if as_diffusers else None)
-    spoken = GivenSchedule(objective, flow_steps, data_time, timesteps, beta_start, beta_end)
-    schedule = find_schedule(file, view, layout, config, evidence, spoken, told)
-    _check_betas(view, schedule, evidence, ignored)
-    ignored.check(file.path)
-    table = _own_positions(view, layout, config, evidence)
-    params, dtype = _read(file, view, layout, config, progress)
-    if table is not None:
-        params["position_embed/embedding"] = jnp.asarray(table, dtype)
-        config = dataclasses.replace(config, position_table=True)
-    if isinstance(schedule, FlowSchedule):
-        params = fold_step_size(params, layout, config, schedule)
-        params, config = drop_variance(params, config)
-    model = FloatDiT(params=traverse_util.unflatten_dict(params, sep="/"), config=config, schedule=schedule)
-    name = "SiT" if layout is META and isinstance(schedule, FlowSchedule) else layout.name
-    decided = {what: str(said) for what, said in evidence.said.items()}
-    return model, Imported(
-        name,
-        chosen.averaged,
-        chosen.words,
-        model.num_params,
-        config,
-        file.files,
-        dtype,
-        decided,
-        (*file.notes, *evidence.notes),
-    )
+    with edge(f"the checkpoint {os.fspath(path)}"):
+        file = open_tensors(path)
+        chosen = find_parameters(file, ema=ema, wanted=weights)
+        layout, ignored = chosen.layout, Ignored(ignore)
+        is_diffusers = layout is DIFFUSERS
+        evidence = collect(file, ignored, without=("config.json",) if is_diffusers else ())
+        folder = file.files[0].parent
+        epsilon, told = (
+            read_folder(folder, evidence, ignored) if is_diffusers else (None, read_scheduler(folder, evidence, ignored))
+        )
+        _check_unread(file, chosen, folder, ema)
+        if words := file.contents.dropped_words().removeprefix("; not understood: "):
+            evidence.notes.append(f"Not read, as nothing here understands it: {words}.")
+        given = Given(num_heads, input_size, classes, null_class)
+        config, view = read_config(file, chosen.view, layout, evidence, given, epsilon if as_diffusers else None)
+        spoken = GivenSchedule(objective, flow_steps, data_time, timesteps, beta_start, beta_end)
+        schedule = find_schedule(file, view, layout, config, evidence, spoken, told)
+        _check_betas(view, schedule, evidence, ignored)
+        ignored.check(file.path)
+        table = _own_positions(view, layout, config, evidence)
+        params, dtype = _read(file, view, layout, config, progress)
+        if table is not None:
+            params["position_embed/embedding"] = jnp.asarray(table, dtype)
+            config = dataclasses.replace(config, position_table=True)
+        if isinstance(schedule, FlowSchedule):
+            params = fold_step_size(params, layout, config, schedule)
+            params, config = drop_variance(params, config)
+        model = FloatDiT(params=traverse_util.unflatten_dict(params, sep="/"), config=config, schedule=schedule)
+        name = "SiT" if layout is META and isinstance(schedule, FlowSchedule) else layout.name
+        decided = {what: printable(str(said)) for what, said in evidence.said.items()}
+        return model, Imported(
+            name,
+            chosen.averaged,
+            chosen.words,
+            model.num_params,
+            config,
+            file.files,
+            dtype,
+            decided,
+            tuple(map(printable, (*file.notes, *evidence.notes))),
+        )
 
 
 def _check_unread(file: TensorFile, chosen: ParameterSet, folder: Path, ema: bool) -> None:

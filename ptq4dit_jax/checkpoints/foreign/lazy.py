@@ -20,6 +20,8 @@ _MAX_DEPTH, _MAX_NODES = 64, 200_000
 _MAX_FACTS, _MAX_TEXT, _MAX_LIST = 20_000, 200, 32
 #: Tied weights are counted more than once, so tensors may add up to more than their file; not to this many times as much.
 _MAX_EXPANSION = 16
+#: Text that may be a JSON object of settings.
+_MAX_OBJECT = 2**16
 
 _INTEGERS = tuple(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64))
 _DTYPES = {name: np.dtype(name) for name in ("bool", "float16", "float32", "float64", *_INTEGERS)}
@@ -239,7 +241,7 @@ def _plain(node: Any) -> Any:
     if isinstance(node, tuple) and hasattr(node, "_fields"):  # a class or function that a pickle names
         return ".".join(map(str, node))[:_MAX_TEXT]
     if type(node) is str:
-        return node[:_MAX_TEXT]
+        return node[: _MAX_OBJECT if node[:1] == "{" else _MAX_TEXT]
     if type(node) in (list, tuple) and 0 < len(node) <= _MAX_LIST:
         items = tuple(item[:_MAX_TEXT] if type(item) is str else item for item in node)
         if all(type(item) in (str, bool, int, float) for item in items):

@@ -67,7 +67,7 @@ def find_schedule(
         raise Ptq4ditError(f"The objective must be noise or velocity, not {given.objective!r}.")
     if given.objective == "noise" and not layout.schedule_is_noise:
         raise Ptq4ditError(f"The checkpoint {file.path} is {layout.name}, which predicts velocity; leave the objective out.")
-    said = _said_objective(evidence, layout)
+    said = said_objective(evidence, layout)
     if given.objective is not None and said is not None and said.value != given.objective:
         raise evidence.contradiction(said, f"you say that it predicts {given.objective}")
     if not layout.schedule_is_noise and said is not None and said.value == "noise":
@@ -86,7 +86,7 @@ def find_schedule(
     return _noise(file, layout, evidence, given, told)
 
 
-def _said_objective(evidence: Evidence, layout: Layout) -> Said | None:
+def said_objective(evidence: Evidence, layout: Layout) -> Said | None:
     """What the evidence says of the objective: its own key, a flow's path, the interface of a training, or SiT's name."""
     prediction, path = evidence.said.get("objective"), evidence.said.get("path")
     flow = path or evidence.said.get("interface")

@@ -23,6 +23,7 @@ from ptq4dit_jax.checkpoints.addresses import address_of, copy_command, local_pa
 from ptq4dit_jax.checkpoints.foreign.kinds import HEAD
 from ptq4dit_jax.checkpoints.foreign.locate import locate
 from ptq4dit_jax.checkpoints.foreign.weight_sets import is_candidate
+from ptq4dit_jax.documents import MAX_JSON
 from ptq4dit_jax.errors import Ptq4ditError
 
 #: Megabytes done and their total.
@@ -30,7 +31,6 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 #: More than any checkpoint has; a listing takes a request per thousand files.
 _MAX_FILES, _MAX_HEADS = 50_000, 2_000
-_MAX_JSON = 2**25
 _BLOCK = 2**23
 _MEGABYTE = 10**6
 
@@ -182,7 +182,7 @@ def _place(name: str) -> str:
 
 
 def _is_json(name: str, sizes: dict[str, int]) -> bool:
-    return _place(name).endswith(".json") and sizes[name] <= _MAX_JSON
+    return _place(name).endswith(".json") and sizes[name] <= MAX_JSON
 
 
 def _lay_out(files: Any, sizes: dict[str, int], places: dict[str, Path]) -> None:

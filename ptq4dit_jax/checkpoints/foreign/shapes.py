@@ -14,6 +14,7 @@ from ptq4dit_jax.checkpoints.float_dit import FLOATS, expected_arrays
 from ptq4dit_jax.checkpoints.foreign.evidence import Evidence, Said
 from ptq4dit_jax.checkpoints.foreign.layouts import Entry, Layout, View
 from ptq4dit_jax.checkpoints.foreign.lazy import Tensor, TensorFile
+from ptq4dit_jax.checkpoints.foreign.objectives import said_objective
 from ptq4dit_jax.checkpoints.foreign.parameter_sets import listed
 from ptq4dit_jax.checkpoints.foreign.strangers import form_of, parts_of_another
 from ptq4dit_jax.dit import PRESETS, DiTConfig
@@ -208,6 +209,8 @@ def _config(
 
 def _check_sizes(evidence: Evidence, layout: Layout, told: Mapping[str, Any]) -> None:
     """Raises where a configuration says something else than the tensors."""
+    objective = said_objective(evidence, layout)
+    flow = objective is not None and objective.value == "velocity"
     for what, value in told.items():
         said = evidence.said.get(what)
         if said is None or said.value == value:
@@ -215,7 +218,7 @@ def _check_sizes(evidence: Evidence, layout: Layout, told: Mapping[str, Any]) ->
         if what == "MLP ratio" and abs(said.value - value) * told["width"] < 1:
             continue
         # A flow's variance half is dropped, and configurations of flows count channels without it.
-        if what in ("output channels", "learned variance") and (said_flow(evidence) or not layout.schedule_is_noise):
+        if what in ("output channels", "learned variance") and (flow or not layout.schedule_is_noise):
             continue
         raise evidence.contradiction(said, f"its tensors have the {what} {_short(value)}")
     name = evidence.said.get("published name")
@@ -234,13 +237,6 @@ def _check_sizes(evidence: Evidence, layout: Layout, told: Mapping[str, Any]) ->
 
 #: Networks of other names than DiT's whose tensors may look like a DiT's.
 _OTHER_FAMILIES = ("lightningdit", "uvit", "mdt", "mdtv2", "maskdit", "mmdit", "pixart", "dim", "dimr", "ditdh", "jit")
-
-
-def said_flow(evidence: Evidence) -> bool:
-    """Whether a configuration says that the network predicts the velocity of a flow."""
-    name = evidence.said.get("published name")
-    velocity = evidence.value("objective") in ("velocity", "v")
-    return velocity or "path" in evidence.said or (name is not None and name.value.family == "sit")
 
 
 def _short(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from ptq4dit_jax.checkpoints.foreign.lazy import TensorFile
+from ptq4dit_jax.documents import MAX_SETTINGS, read_json
+from ptq4dit_jax.edges import edge
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.vae import VAEConfig
 
@@ -23,7 +24,6 @@ _FIXED = {"act_fn": "silu", "up_block_types": "UpDecoderBlock2D"}
 #: The factor's name in diffusers and in latent-diffusion.
 _SCALES = ("scaling_factor", "scale_factor")
 _SHIFTS = ("shift_factor",)
-_MAX_JSON = 2**25
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,7 @@ def read_config(source: Path, told: float | None = None) -> VAEConfig:
     Raises:
       Ptq4ditError: it cannot be read, is that of another network, or names another scaling factor than the user.
     """
-    try:
-        if source.stat().st_size > _MAX_JSON:
-            raise Ptq4ditError(f"The file {source} is larger than any configuration; copy or download it again.")
-        values = json.loads(source.read_bytes())
-    except OSError as error:
-        raise Ptq4ditError(f"Cannot read {source} ({error.strerror}); check its permissions.") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, Ptq4ditError):
-            raise
-        raise Ptq4ditError(f"The file {source} is not valid JSON; copy or download it again.") from error
+    values = read_json(source, "copy or download it again", limit=MAX_SETTINGS)
     found = values.get("_class_name") if isinstance(values, dict) else None
     if found not in CLASSES:
         what = f"the class {found!r}" if found else "no class of diffusers"
@@ -106,7 +97,7 @@ def _evidence(file: TensorFile) -> Iterator[tuple[Path | str, Mapping[str, Any]]
         facts = {name: value for name, value in file.contents.facts.items() if name.startswith("metadata.")}
         yield "its metadata", {name.rpartition(".")[2]: value for name, value in facts.items()}
     for beside in dict.fromkeys((first.with_suffix(".json"), first.with_name(f"{first.name}.json"), first.with_name(CONFIG))):
-        values = read_json(beside)
+        values = read_beside(beside)
         for inner in (values, values.get("params"), (values.get("model") or {})):
             if isinstance(inner, dict):
                 yield beside, inner
@@ -114,20 +105,14 @@ def _evidence(file: TensorFile) -> Iterator[tuple[Path | str, Mapping[str, Any]]
                     yield beside, inner["params"]
 
 
-def read_json(source: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is none.
+def read_beside(source: Path) -> dict[str, Any]:
+    """The object in a JSON file beside the weights; an empty one where there is none.
 
     Raises:
       Ptq4ditError: the file is no JSON, or far larger than a configuration.
     """
-    try:
-        if not source.is_file():
-            return {}
-        values = json.loads(source.read_bytes()) if source.stat().st_size <= _MAX_JSON else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise Ptq4ditError(f"The file {source} is not valid JSON; copy it again, or remove it.") from error
-    if values is None:
-        raise Ptq4ditError(f"The file {source} is no configuration of a VAE; remove it, or mend it.")
+    with edge(source):
+        values = read_json(source, "mend it, or remove it", limit=MAX_SETTINGS, finite=False) if source.is_file() else None
     return values if isinstance(values, dict) else {}
 
 

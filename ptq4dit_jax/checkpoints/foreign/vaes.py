@@ -20,8 +20,9 @@ from ptq4dit_jax.checkpoints.foreign.remote import Progress, local_copy
 from ptq4dit_jax.checkpoints.foreign.shapes import by_number, listed
 from ptq4dit_jax.checkpoints.foreign.tensors import Tensor, TensorFile, local_path, open_tensors
 from ptq4dit_jax.checkpoints.foreign.vae_names import DECODER, arrange, find_decoder, read_sizes, spellings, stored_shapes
-from ptq4dit_jax.checkpoints.foreign.vae_settings import CLASSES, CONFIG, find_scale, read_config, read_json
-from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.checkpoints.foreign.vae_settings import CLASSES, CONFIG, find_scale, read_beside, read_config
+from ptq4dit_jax.edges import edge
+from ptq4dit_jax.errors import Ptq4ditError, printable
 from ptq4dit_jax.model import has_nonfinite
 from ptq4dit_jax.vae import VAEConfig, VAEDecoder, init_params
 
@@ -58,7 +59,7 @@ def load_vae(path: str | os.PathLike[str], *, scaling_factor: float | None = Non
     """
     vae, found = import_vae(path, scaling_factor=scaling_factor)
     for guess in found.guesses:
-        warnings.warn(f"The VAE {os.fspath(path)} does not tell its {guess}", stacklevel=2)
+        warnings.warn(printable(f"The VAE {os.fspath(path)} does not tell its {guess}"), stacklevel=2)
     return vae
 
 
@@ -82,7 +83,7 @@ def import_vae(
     """
     if scaling_factor is not None:
         VAEConfig(scaling_factor=scaling_factor)
-    with local_copy(path, "vae", progress) as where:
+    with local_copy(path, "vae", progress) as where, edge(f"the VAE {os.fspath(path)}"):
         return _import(local_path(where), scaling_factor)
 
 
@@ -129,7 +130,9 @@ def _import(where: Path, scaling_factor: float | None) -> tuple[VAEDecoder, Impo
         raise Ptq4ditError(f"The VAE in {file.path} holds NaN or infinity in {', '.join(bad[:3])}, so it is of no use.")
     if any(name.startswith(("model_ema.decoder", "state_dict.model_ema.decoder")) for name in file) and "ema" not in root:
         notes = (*notes, "its averaged weights (model_ema) are not read")
-    return VAEDecoder(params=params, config=config), ImportedVAE(family, file.files, (*file.notes, *notes), guesses)
+    return VAEDecoder(params=params, config=config), ImportedVAE(
+        family, file.files, tuple(map(printable, (*file.notes, *notes))), tuple(map(printable, guesses))
+    )  # fmt: skip
 
 
 def _read_off(
@@ -176,7 +179,7 @@ def _home(where: Path) -> Path | None:
 
 def _is_config(source: Path) -> bool:
     """Whether a file is the configuration of a VAE of diffusers; that of another network beside one tells nothing of it."""
-    return read_json(source).get("_class_name") in CLASSES
+    return read_beside(source).get("_class_name") in CLASSES
 
 
 def _root(path: Path, roots: Mapping[str, str]) -> str:

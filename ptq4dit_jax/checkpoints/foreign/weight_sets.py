@@ -6,7 +6,6 @@ in diffusers the one in full precision comes before a variant, and safetensors b
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptq4dit_jax.checkpoints.foreign.kinds import kind_of
+from ptq4dit_jax.documents import read_json
+from ptq4dit_jax.edges import shown
 from ptq4dit_jax.errors import Ptq4ditError
 
 _SHARD = re.compile(r"(?P<stem>.+?)-(?P<n>\d{1,6})-of-(?P<of>\d{1,6})(?P<variant>\.[^.]+)?(?P<ext>\.[^.]+)")
@@ -36,7 +37,6 @@ _NEVER = {
     ".bmp", ".cfg", ".csv", ".gif", ".html", ".ipynb", ".jpeg", ".jpg", ".json", ".jsonl", ".log", ".md", ".mp4", ".npy",
     ".npz", ".pdf", ".png", ".py", ".sh", ".svg", ".toml", ".txt", ".webp", ".yaml", ".yml",
 }  # fmt: skip
-_MAX_INDEX = 2**25
 _SHOWN = 8
 
 
@@ -84,20 +84,16 @@ def read_index(index: Path) -> dict[str, str]:
     Raises:
       Ptq4ditError: JSON of another form or of impossible size, or a file that is not beside the index.
     """
-    try:
-        if index.stat().st_size > _MAX_INDEX:
-            raise Ptq4ditError(f"The index {index} is larger than any index of shards ({_MAX_INDEX} bytes); download it again.")
-        content = json.loads(index.read_bytes())
-        places = {str(name): str(file) for name, file in content["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, Ptq4ditError):
-            raise
+    content = read_json(index, "copy or download it again", what="index of shards")
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or any(isinstance(file, (dict, list)) for file in places.values()):
         raise Ptq4ditError(
             f"The index {index} is no checkpoint: a JSON file must be an index with a weight_map of names to files."
-        ) from error
-    if odd := [file for file in places.values() if Path(file).name != file or file in (".", "..") or "\0" in file]:
+        )
+    places = {name: str(file) for name, file in places.items()}
+    if odd := [file for file in places.values() if Path(file).name != file or file in ("", ".", "..") or "\0" in file]:
         raise Ptq4ditError(
-            f"The index {index} names the file {odd[0][:80]!r}, which is not beside it; copy or download it again."
+            f"The index {index} names the file {shown(odd[0], 80)!r}, which is not beside it; copy or download it again."
         )
     return places
 

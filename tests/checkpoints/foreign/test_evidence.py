@@ -201,6 +201,41 @@ def test_settings_of_a_pickle_in_other_containers(meta, tmp_path):
         assert import_checkpoint(path)[0].config.num_heads == 3
 
 
+WORDS = [
+    "train.py",
+    "--num-heads",
+    "3",
+    "--num_classes=11",
+    "--class-names",
+    "a",
+    "b",
+    "model.hidden_size=24",
+    "--verbose",
+    "-x",
+    "-1",
+]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [WORDS, tuple(WORDS), [*WORDS, *(f"--lr{i}" for i in range(60))], json.dumps({"num_heads": 3, "num_classes": 11})],
+)
+def test_arguments_that_are_kept_as_text(arguments, meta, tmp_path, raises_sentence):
+    path = write_pickle(tmp_path / "x.pkl", {"ema": meta, "args": arguments})
+    config = import_checkpoint(path)[0].config
+    assert (config.num_heads, config.num_classes, config.null_class) == (3, 11, False)
+    with raises_sentence("args.num", "--ignore num_heads"):
+        import_checkpoint(write_pickle(path, {"ema": meta, "args": arguments, "config": {"num_heads": 4}}))
+
+
+def test_text_that_is_no_arguments(meta, tmp_path):
+    long = json.dumps({"num_heads": 3, "notes": "x" * 5000})
+    assert import_checkpoint(write_pickle(tmp_path / "x.pkl", {"ema": meta, "args": long}))[0].config.num_heads == 3
+    for text in ("{num_heads: 3", '{"num_heads": 3, "num_heads": 3}', "{" * 5000):
+        _, found = import_checkpoint(write_pickle(tmp_path / "x.pkl", {"ema": meta, "args": text}), num_heads=3)
+        assert any("Not understood: args.text" in note for note in found.notes)
+
+
 def test_two_sources_that_disagree(meta, tmp_path, raises_sentence):
     path = write_pickle(tmp_path / "x.pkl", {"ema": meta, "args": {"num_heads": 3}})
     (tmp_path / "config.json").write_text('{"num_heads": 4}')
@@ -214,6 +249,10 @@ def test_two_sources_that_disagree(meta, tmp_path, raises_sentence):
     [
         ("config.json", b"{", "no"),
         ("config.yaml", b"a: [1", "YAML of plain values"),
+        ("metadata.json", b'{"step": 1}\n{"step": 2}\n', "not valid JSON"),
+        ("options.json", b'{"lr": 1 // the rate\n}', "not valid JSON"),
+        ("hparams.yaml", b"a: &a [*a]", "nests"),
+        ("model_config.json", b'{"depth": 2, "depth": 3}', "'depth' is there twice"),
         ("args.json", b" " * (2**22 + 1), "larger than any configuration"),
     ],
 )

@@ -1,0 +1,177 @@
+"""Reading JSON and YAML that others wrote: one reader, within limits, so that a file can take neither memory nor time.
+
+What a document may hold is stated here; :func:`read_json` and :func:`read_yaml` refuse anything else in one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ptq4dit_jax.edges import edge, shown
+from ptq4dit_jax.errors import Ptq4ditError
+
+#: Bytes of a JSON document. What is made of it takes up to 31 times as many (``{"a":{}},...``): 0.3 GB. The index of a language
+#: model of 671 billion parameters has 9 MB, and the config.json of a DiT some 20 kB.
+MAX_JSON = 10_000_000
+#: Bytes of settings beside weights, which people read and write.
+MAX_SETTINGS = 2**22
+#: Bytes of a YAML document: PyYAML, written in Python, takes 5 s for a megabyte.
+MAX_YAML = 2**18
+#: Containers in containers.
+MAX_DEPTH = 64
+#: Values in all, those that aliases of YAML repeat among them.
+MAX_VALUES = 2**20
+#: Mappings that one of YAML may merge, and entries that it then may have.
+_MAX_MERGED, _MAX_ENTRIES = 100, 10_000
+#: Digits of a whole number; a seed of NumPy has 39. Python takes a number of thousands for an error of its own.
+MAX_DIGITS = 100
+
+_MERGE = "tag:yaml.org,2002:merge"
+_TOO_DEEP = f"it nests more than {MAX_DEPTH} deep"
+
+
+class _Refused(Exception):
+    """What is wrong with a document, in words that follow "is not valid JSON:"."""
+
+
+def read_json(path: Path, remedy: str, *, what: str = "configuration", limit: int = MAX_JSON, finite: bool = True) -> Any:
+    """The value in a JSON file.
+
+    Args:
+      path: the file.
+      remedy: what a user can do about a file that is refused.
+      what: the kind of file, for the sentence on one that is larger than any.
+      limit: bytes that it may have.
+      finite: refuse NaN and infinity, which are no JSON, although Python writes them.
+
+    Raises:
+      Ptq4ditError: it cannot be read, is larger than ``limit``, or is no JSON within the limits of this module.
+    """
+    return parse_json(_content(path, remedy, what, limit), f"The file {path}", remedy, finite=finite)
+
+
+def parse_json(text: str | bytes, subject: str, remedy: str, *, finite: bool = True) -> Any:
+    """The value of a JSON document in memory; ``subject`` names it, and starts the sentence of an error. Raises as above."""
+    constant = _no_constant if finite else float
+    number = _finite_number if finite else float
+    return _parsed(
+        lambda: json.loads(
+            text, object_pairs_hook=_no_duplicates, parse_constant=constant, parse_float=number, parse_int=_short_integer
+        ),
+        f"{subject} is not valid JSON",
+        remedy,
+    )
+
+
+def read_yaml(path: Path, remedy: str) -> Any:
+    """The value in a YAML file; tags of Python's objects are read as the plain values that they are written with.
+
+    Raises:
+      Ptq4ditError: it cannot be read, is larger than :data:`MAX_YAML`, or is no YAML of plain values within the limits.
+    """
+    content = _content(path, remedy, "configuration", MAX_YAML)
+    return _parsed(lambda: yaml.load(content, _Loader), f"The file {path} is not valid YAML of plain values", remedy)
+
+
+def _content(path: Path, remedy: str, what: str, limit: int) -> bytes:
+    with edge(path), path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise Ptq4ditError(f"The file {path} is larger than any {what}, which may have {limit:,} bytes; {remedy}.")
+    return content
+
+
+def _parsed(parse: Callable[[], Any], problem: str, remedy: str) -> Any:
+    try:
+        value = parse()
+        _check_size(value)
+    except MemoryError:
+        raise
+    except RecursionError as error:
+        raise Ptq4ditError(f"{problem}: {_TOO_DEEP}; {remedy}.") from error
+    except Exception as error:  # the parsers raise whatever they like
+        reason = f": {error}" if isinstance(error, _Refused) else ""
+        raise Ptq4ditError(f"{problem}{reason}; {remedy}.") from error
+    return value
+
+
+def _check_size(value: Any) -> None:
+    """Refuses what nests too deeply or has too many values, those that aliases of YAML repeat among them."""
+    left, waiting = MAX_VALUES, [(value, 0)]
+    while waiting:
+        node, depth = waiting.pop()
+        if isinstance(node, (dict, list, tuple, set)):
+            left -= len(node)
+            if left < 0:
+                raise _Refused(f"it holds more than {MAX_VALUES:,} values")
+            if depth == MAX_DEPTH:
+                raise _Refused(_TOO_DEEP)
+            waiting += [(child, depth + 1) for child in (node.values() if isinstance(node, dict) else node)]
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _check_once([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def _check_once(keys: list[str]) -> None:
+    if len(set(keys)) < len(keys):
+        twice = next(key for key, count in Counter(keys).items() if count > 1)
+        raise _Refused(f"the key {shown(twice, 60)!r} is there twice")
+
+
+def _no_constant(text: str) -> float:
+    raise _Refused(f"it holds the number {text}")
+
+
+def _finite_number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise _Refused(f"it holds the number {shown(text, 40)}, which is infinite")
+    return value
+
+
+def _short_integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise _Refused(f"it holds a number of {len(text)} digits, more than {MAX_DIGITS}")
+    return int(text)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader without duplicate keys and long numbers, to which objects of Python are plain values."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE]
+            _check_once(keys)
+        return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: Any) -> None:
+        if any(key.tag == _MERGE and len(value.value) > _MAX_MERGED for key, value in node.value):
+            raise _Refused(f"it merges more than {_MAX_MERGED} mappings into one")
+        super().flatten_mapping(node)
+        if len(node.value) > _MAX_ENTRIES:
+            raise _Refused(f"it has a mapping of more than {_MAX_ENTRIES:,} entries")
+
+    def construct_yaml_int(self, node: Any) -> int:
+        if len(node.value) > MAX_DIGITS:
+            raise _Refused(f"it holds a number of {len(node.value)} digits, more than {MAX_DIGITS}")
+        return super().construct_yaml_int(node)
+
+
+def _plain_value(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return str(node.value)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/", _plain_value)

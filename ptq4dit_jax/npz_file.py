@@ -1,0 +1,101 @@
+"""Reading arrays out of an .npz that others wrote.
+
+What a header declares is compared with the bytes that are there, and with the free memory, before anything is allocated.
+Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from ptq4dit_jax import memory
+from ptq4dit_jax.edges import edge, shown
+from ptq4dit_jax.errors import Ptq4ditError
+
+#: Members of an archive: a list of them takes ten times the bytes of its part of the file.
+MAX_MEMBERS = 10_000
+_METHODS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}  # and how many bytes one byte can become
+_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_ENDING = ".npy"
+
+
+def read_npz(path: str | os.PathLike[str], names: Iterable[str]) -> tuple[dict[str, np.ndarray], str]:
+    """Those of the named arrays that an .npz holds, and in words all that it holds.
+
+    Raises:
+      Ptq4ditError: it cannot be read, is no .npz or a damaged one (checksums are compared); an array holds anything but plain
+        values, declares another size than its bytes have, or does not fit into the free memory.
+    """
+    where = Path(path).expanduser()
+    with edge(f"{os.fspath(path)} as an .npz file of plain arrays", "it is none, or damaged; write it again with numpy.savez"):
+        with where.open("rb") as file:
+            _check_members(file)
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                present = {info.filename.removesuffix(_ENDING): info for info in members}
+                if len(present) < len(members):
+                    raise Ptq4ditError(f"The file {where} holds two arrays of one name; write it again with numpy.savez.")
+                arrays = {name: _read(archive, present[name], where) for name in names if name in present}
+        listed = ", ".join(shown(name, 60) for name in list(present)[:20]) + (", and more" if len(present) > 20 else "")
+        return arrays, listed or "nothing"
+
+
+def _check_members(file: IO[bytes]) -> None:
+    """Refuses an archive that says it has more members than any, before their list is made."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 2**16 - 22))
+    tail = file.read()
+    end = tail.rfind(b"PK\5\6")
+    if end < 0:
+        raise Ptq4ditError(f"The file {file.name} cannot be read as an .npz file of plain arrays: it is no zip archive.")
+    directory = int.from_bytes(tail[end + 12 : end + 16], "little")
+    if directory == 2**32 - 1 and (wide := tail.rfind(b"PK\6\6", 0, end)) >= 0:
+        directory = int.from_bytes(tail[wide + 40 : wide + 48], "little")
+    if directory > 100 * MAX_MEMBERS:
+        raise Ptq4ditError(
+            f"The file {file.name} cannot be read as an .npz: its list of members has {directory:,} bytes, and "
+            f"{100 * MAX_MEMBERS:,} are allowed."
+        )
+    file.seek(0)
+
+
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:
+    name = f"The array {shown(info.filename.removesuffix(_ENDING))} in {path}"
+    most = _METHODS.get(info.compress_type)
+    if most is None or info.flag_bits & 1:
+        what = "is encrypted" if info.flag_bits & 1 else f"is compressed by method {info.compress_type}"
+        raise Ptq4ditError(f"{name} {what}, which no .npz is; write it again with numpy.savez.")
+    if info.file_size > most * info.compress_size:
+        raise Ptq4ditError(
+            f"{name} says that its {info.compress_size:,} bytes become {info.file_size:,}, and they cannot; write it again."
+        )
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        shape, fortran, dtype = _READ_HEADER[version](member)
+        start = member.tell()
+        if dtype.hasobject or dtype.names or dtype.subdtype:
+            kind = "objects of Python" if dtype.hasobject else "records"
+            raise Ptq4ditError(f"{name} must hold numbers, not {kind}, which are never unpickled (allow_pickle=False).")
+        declared = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or declared != info.file_size - start:
+            raise Ptq4ditError(f"{name} declares {declared:,} bytes, and {info.file_size - start:,} are there; write it again.")
+        memory.check_fits(name, declared, memory.free_on_host(), "use fewer rows")
+        array = np.empty(math.prod(shape), dtype)
+        view = array.view(np.uint8) if declared else np.empty(0, np.uint8)
+        done = 0
+        while done < declared:
+            part = member.read(min(2**20, declared - done))
+            if not part:
+                raise Ptq4ditError(f"{name} ends after {done:,} of {declared:,} bytes; write it again.")
+            view[done : done + len(part)] = np.frombuffer(part, np.uint8)
+            done += len(part)
+        if member.read(1):  # the last read compares the checksum
+            raise Ptq4ditError(f"{name} goes on behind its {declared:,} bytes; write it again.")
+    return array.reshape(shape, order="F" if fortran else "C")
