@@ -24,15 +24,21 @@ from ptq4dit_jax.model import FloatDiT
 #: The files that take a minute or more, the longest first. One that came last would leave the other worker without work.
 LONG_FILES = (
     "reconstruction/test_pipeline.py",
-    "test_ptq.py",
+    "test_switches.py",
     "engine/test_quantized_dit.py",
-    "test_scale.py",
+    "test_ptq.py",
     "cli/test_commands.py",
+    "test_scale.py",
     "test_flow.py",
+    "test_tables.py",
+    "test_straight_through.py",
     "checkpoints/foreign/test_flows.py",
     "test_notebooks.py",
     "models/test_photos.py",
     "test_vae.py",
+    "engine/test_not_covered.py",
+    "engine/test_hopper_interpreted.py",
+    "engine/test_hopper_attention.py",
 )
 
 
@@ -56,6 +62,14 @@ def nan_on_purpose(request: pytest.FixtureRequest) -> Iterator[None]:
     """Lets a test marked ``makes_nan`` have them, whatever JAX_DEBUG_NANS says."""
     marked = request.node.get_closest_marker("makes_nan") is not None
     with jax.debug_nans(False) if marked else nullcontext():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def tracers_of_a_traceback(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Lets a test marked ``raises_in_trace`` see its error, though JAX_CHECK_TRACER_LEAKS finds tracers in its traceback."""
+    marked = request.node.get_closest_marker("raises_in_trace") is not None
+    with jax.check_tracer_leaks(False) if marked else nullcontext():
         yield
 
 

@@ -56,6 +56,7 @@ ASKED: dict[str, Callable[[Scalar, Any], Any]] = {
 }
 
 
+@pytest.mark.raises_in_trace
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("act", [ActQuantizer(jnp.float32(0.1), jnp.int32(3)), ActQuantizer(None, None, dynamic=True)])
 def test_a_quantizer_refuses_derivatives(asked: str, act: ActQuantizer, raises_sentence: Any) -> None:
@@ -63,6 +64,7 @@ def test_a_quantizer_refuses_derivatives(asked: str, act: ActQuantizer, raises_s
         ASKED[asked](lambda x: jnp.square(act(x)).sum(), jnp.linspace(-1, 1, 12).reshape(3, 4))
 
 
+@pytest.mark.raises_in_trace
 @pytest.mark.parametrize("asked", ["grad", "grad of jit", "jvp"])
 @pytest.mark.parametrize("twin", [False, True])
 def test_a_model_and_its_twin_refuse_derivatives(q: ptq.QuantizedDiT, asked: str, twin: bool, raises_sentence: Any) -> None:
@@ -70,6 +72,7 @@ def test_a_model_and_its_twin_refuse_derivatives(q: ptq.QuantizedDiT, asked: str
         ASKED[asked](loss(ptq.reference(q) if twin else q), random_inputs(q.config, 3)[0])
 
 
+@pytest.mark.raises_in_trace
 def test_so_do_scales_of_ranges_and_time(q: ptq.QuantizedDiT, raises_sentence: Any) -> None:
     x, y = random_inputs(q.config, 2)
     with raises_sentence(*WAY_OUT):
@@ -78,6 +81,7 @@ def test_so_do_scales_of_ranges_and_time(q: ptq.QuantizedDiT, raises_sentence: A
         jax.grad(lambda t: q.apply(x, t, y).sum())(jnp.array([500.0]))
 
 
+@pytest.mark.raises_in_trace
 @pytest.mark.parametrize("policy", ["edges8-float", "uniform,blocks.qkv=8:float", "edges8-float,blocks.adaLN=8:float"])
 def test_so_does_the_path_of_the_kernels(policy: str, raises_sentence: Any) -> None:
     """Traced, as it would be on Hopper; there JAX's own words for a kernel without a derivative would come first."""
@@ -90,6 +94,7 @@ def test_so_does_the_path_of_the_kernels(policy: str, raises_sentence: Any) -> N
         jax.eval_shape(jax.grad(lambda x: q.apply(x, jnp.array([5]), y).astype(jnp.float32).sum()), x)
 
 
+@pytest.mark.raises_in_trace
 def test_kernels_refuse_by_themselves(raises_sentence: Any) -> None:
     act = ActQuantizer(jnp.float32(0.1), jnp.int32(0))
     x, row = jnp.ones((2, 64, 128), jnp.bfloat16), jnp.ones((2, 128), jnp.bfloat16)

@@ -75,7 +75,7 @@ def test_models_of_one_shape_share_a_program(models: list[ptq.QuantizedDiT]) -> 
 
     @jax.jit
     def apply(model: Any, x: Any) -> Any:
-        traced.append(model)
+        traced.append(model.config)
         return model.apply(x, jnp.array([5]), y)
 
     outputs = [apply(model, x) for model in models]
