@@ -156,6 +156,9 @@ class _Loader(yaml.SafeLoader):
         if any(key.tag == _MERGE and len(value.value) > _MAX_MERGED for key, value in node.value):
             raise _Refused(f"it merges more than {_MAX_MERGED} mappings into one")
         super().flatten_mapping(node)
+        # Merging the same mapping over and over lists its keys as often; some versions of PyYAML keep them all.
+        last = {(key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key): (key, value) for key, value in node.value}
+        node.value = list(last.values())
         if len(node.value) > _MAX_ENTRIES:
             raise _Refused(f"it has a mapping of more than {_MAX_ENTRIES:,} entries")
 
