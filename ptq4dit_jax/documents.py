@@ -157,8 +157,8 @@ class _Loader(yaml.SafeLoader):
             raise _Refused(f"it merges more than {_MAX_MERGED} mappings into one")
         super().flatten_mapping(node)
         # Merging the same mapping over and over lists its keys as often; some versions of PyYAML keep them all.
-        last = {(key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key): (key, value) for key, value in node.value}
-        node.value = list(last.values())
+        name = lambda key: (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
+        node.value = list({name(key): (key, value) for key, value in node.value}.values())
         if len(node.value) > _MAX_ENTRIES:
             raise _Refused(f"it has a mapping of more than {_MAX_ENTRIES:,} entries")
 
