@@ -142,14 +142,18 @@ def is_model(path: Path) -> bool:
     folder = path.expanduser()
     if not folder.is_dir():
         return False
-    try:
-        source = folder / _CONFIG
-        if read_json(source, "")["format"] == FORMAT:
-            return True
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        pass
+    if _names_format(folder):
+        return True
     # Steps of Orbax may have an item of that name.
     return (folder / _ARRAYS).is_dir() and not (folder / "_CHECKPOINT_METADATA").is_file()
+
+
+def _names_format(folder: Path) -> bool:
+    """Whether a folder's ``config.json`` can be read and names this format."""
+    try:
+        return bool(read_json(folder / _CONFIG, "")["format"] == FORMAT)
+    except (Ptq4ditError, LookupError, TypeError):
+        return False
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -241,13 +245,8 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         raise Ptq4ditError(f"{target} exists already; choose another path, or ask for it to be overwritten.")
     if not target.is_dir():
         raise Ptq4ditError(f"{target} is a file, which is not overwritten by a model; choose another path.")
-    if any(target.iterdir()):
-        try:
-            ours = json.loads((target / _CONFIG).read_text(encoding="utf-8"))["format"] == FORMAT
-        except (OSError, ValueError, LookupError, TypeError):
-            ours = False
-        if not ours:
-            raise Ptq4ditError(f"{target} holds something else than a model, so it is not overwritten; choose another path.")
+    if any(target.iterdir()) and not _names_format(target):
+        raise Ptq4ditError(f"{target} holds something else than a model, so it is not overwritten; choose another path.")
 
 
 def _publish(staged: Path, target: Path) -> None:
