@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from ptq4dit_jax.diffusion import Sampler, SamplerName, check_guidance, resolve_guidance
 from ptq4dit_jax.dit import BLOCK_SITES, EDGE_SITES, DiTConfig, GuidedChannels
-from ptq4dit_jax.edges import shown, whole_number
+from ptq4dit_jax.edges import quoted, shown, whole_number
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.quantizers import check_bits
 from ptq4dit_jax.ranges import RangeSearch
@@ -85,7 +85,7 @@ def read_policy(policy: str, weight_bits: int) -> Rules:
             )
         width = whole_number(bits)
         if width is None or kind not in ("", "float"):
-            raise Ptq4ditError(f"Policy {shown(override)!r} must read layer=bits or layer=bits:float, for example final=8.")
+            raise Ptq4ditError(f"Policy {quoted(override)} must read layer=bits or layer=bits:float, for example final=8.")
         layers[layer] = LayerRule(check_bits(f"The width of {layer}", width), integer=kind != "float")
     return Rules(layers, integer)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ptq4dit_jax.edges import edge, shown
+from ptq4dit_jax.edges import edge, quoted, shown
 from ptq4dit_jax.errors import Ptq4ditError
 
 #: Bytes of a JSON document. What is made of it takes up to 31 times as many (``{"a":{}},...``): 0.3 GB. The index of a language
@@ -124,7 +124,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_once(keys: list[str]) -> None:
     if len(set(keys)) < len(keys):
         twice = next(key for key, count in Counter(keys).items() if count > 1)
-        raise _Refused(f"the key {shown(twice, 60)!r} is there twice")
+        raise _Refused(f"the key {quoted(twice, 60)} is there twice")
 
 
 def _no_constant(text: str) -> float:

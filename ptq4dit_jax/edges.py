@@ -53,7 +53,7 @@ def shown(value: object, limit: int = 120) -> str:
     return printable(head)
 
 
-def quoted(value: object, limit: int = 60) -> str:
+def quoted(value: object, limit: int = 120) -> str:
     """As :func:`shown`, with quotation marks around strings."""
     return repr(shown(value, limit)) if isinstance(value, str) else shown(value, limit)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptq4dit_jax.edges import shown, whole_number
+from ptq4dit_jax.edges import quoted, shown, whole_number
 from ptq4dit_jax.errors import Ptq4ditError
 
 _Time = TypeVar("_Time", jax.Array, np.ndarray)
@@ -105,7 +105,7 @@ class FlowSchedule:
         text = str(steps).strip()
         count = whole_number(text)
         if count is None or not 1 <= count <= _MAX_FLOW_STEPS:
-            raise Ptq4ditError(f"Sampler steps of a flow must be 1 to {_MAX_FLOW_STEPS}, not {shown(text, 40)!r}.")
+            raise Ptq4ditError(f"Sampler steps of a flow must be 1 to {_MAX_FLOW_STEPS}, not {quoted(text, 40)}.")
         if self.steps not in (0, count):
             raise Ptq4ditError(
                 f"This model was imported for {self.steps} steps and takes no other number; use {self.steps}, or import it "
@@ -145,7 +145,7 @@ def respace(num_timesteps: int, steps: int | str) -> np.ndarray:
     spec = str(steps).strip()
     count = whole_number(spec.removeprefix("ddim"))
     if count is None or not 1 <= count <= num_timesteps:
-        raise Ptq4ditError(f"Sampler steps must be 1 to {num_timesteps}, or 'ddimN' with such an N, not {shown(spec, 40)!r}.")
+        raise Ptq4ditError(f"Sampler steps must be 1 to {num_timesteps}, or 'ddimN' with such an N, not {quoted(spec, 40)}.")
     if spec.startswith("ddim"):
         for hop in range(1, num_timesteps):
             kept = np.arange(0, num_timesteps, hop)

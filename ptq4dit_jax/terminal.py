@@ -34,7 +34,7 @@ from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
 from ptq4dit_jax.devices import default_device, in_use
 from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import LARGEST, DiTConfig
-from ptq4dit_jax.edges import edge, shown, whole_number
+from ptq4dit_jax.edges import edge, quoted, shown, whole_number
 from ptq4dit_jax.engine import QuantizedDiT, backends
 from ptq4dit_jax.errors import Ptq4ditError, printable
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
@@ -191,7 +191,7 @@ def load_model(name: str) -> checkpoints.Model:
         return model
     preset, _, size = name.removeprefix("random:").partition("@")
     if (side := whole_number(size or "32")) is None:
-        raise Ptq4ditError(f"The latent size in {shown(name)!r} must be a number, for example random:DiT-S/2@32.")
+        raise Ptq4ditError(f"The latent size in {quoted(name)} must be a number, for example random:DiT-S/2@32.")
     config = DiTConfig.preset(preset, input_size=side)
     memory.check_fits(
         f"The model {name}", 4 * config.num_parameters, memory.free_bytes([jax.devices()[0]]), "choose a smaller preset"
@@ -213,7 +213,7 @@ def parse_labels(text: str, repeat: int = 1) -> np.ndarray:
                 raise Ptq4ditError(f"Label {shown(end, 40)} is out of range; no model has so many classes.")
         first, last = (int(ends[0]), int(ends[-1])) if ends else (1, 0)
         if last < first:
-            raise Ptq4ditError(f"Labels {shown(text)!r} must be numbers and ranges such as 0-9 or 1,3,5-7.")
+            raise Ptq4ditError(f"Labels {quoted(text)} must be numbers and ranges such as 0-9 or 1,3,5-7.")
         ranges.append((first, last + 1))
         count += last + 1 - first
         sampling.check_count(count * repeat)

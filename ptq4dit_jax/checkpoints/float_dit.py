@@ -95,7 +95,7 @@ def read_model_meta(meta: Mapping[str, Any]) -> tuple[DiTConfig, Schedule]:
     objective, settings = values["objective"], {name: value for name, value in values.items() if name != "objective"}
     if objective != FlowSchedule.objective:
         raise Ptq4ditError(
-            f"The model's objective is {shown(objective)!r}, and this version knows noise and velocity: upgrade ptq4dit_jax."
+            f"The model's objective is {quoted(objective)}, and this version knows noise and velocity: upgrade ptq4dit_jax."
         )
     return config, settings_from_json(FlowSchedule, settings)
 

@@ -14,7 +14,7 @@ import numpy as np
 from ptq4dit_jax.checkpoints import store
 from ptq4dit_jax.checkpoints.float_dit import FLOATS, check_arrays, model_meta, read_model_meta
 from ptq4dit_jax.dit import BLOCK_SITES, DiTConfig
-from ptq4dit_jax.edges import edge, shown
+from ptq4dit_jax.edges import edge, quoted, shown
 from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.quantizers import ActQuantizer, QTensor, check_bits, pack_nibbles
@@ -69,7 +69,7 @@ def load_quantized(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) ->
     skeleton = _expected(meta)
     if (packed := meta.get("packed", _COLUMNS)) not in (_ROWS, _COLUMNS):
         raise Ptq4ditError(
-            f"The model's 4-bit weights are packed by {shown(packed)!r}, which this version does not know: upgrade."
+            f"The model's 4-bit weights are packed by {quoted(packed)}, which this version does not know: upgrade."
         )
     if packed == _COLUMNS:
         arrays = _packed_by_rows(arrays, skeleton)

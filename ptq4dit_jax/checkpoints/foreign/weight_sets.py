@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ptq4dit_jax.checkpoints.foreign.kinds import kind_of
 from ptq4dit_jax.documents import read_json
-from ptq4dit_jax.edges import shown
+from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
 
 _SHARD = re.compile(r"(?P<stem>.+?)-(?P<n>\d{1,6})-of-(?P<of>\d{1,6})(?P<variant>\.[^.]+)?(?P<ext>\.[^.]+)")
@@ -93,7 +93,7 @@ def read_index(index: Path) -> dict[str, str]:
     places = {name: str(file) for name, file in places.items()}
     if odd := [file for file in places.values() if Path(file).name != file or file in ("", ".", "..") or "\0" in file]:
         raise Ptq4ditError(
-            f"The index {index} names the file {shown(odd[0], 80)!r}, which is not beside it; copy or download it again."
+            f"The index {index} names the file {quoted(odd[0], 80)}, which is not beside it; copy or download it again."
         )
     return places
 
