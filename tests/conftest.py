@@ -7,7 +7,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import helpers
@@ -57,19 +57,17 @@ def few_memory_maps() -> Iterator[None]:
         jax.clear_caches()
 
 
-@pytest.fixture(autouse=True)
-def nan_on_purpose(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Lets a test marked ``makes_nan`` have them, whatever JAX_DEBUG_NANS says."""
-    marked = request.node.get_closest_marker("makes_nan") is not None
-    with jax.debug_nans(False) if marked else nullcontext():
-        yield
+#: Markers, and the switch of JAX that is off in a test so marked; pyproject.toml says why.
+OFF = {"makes_nan": jax.debug_nans, "raises_in_trace": jax.check_tracer_leaks}
 
 
 @pytest.fixture(autouse=True)
-def tracers_of_a_traceback(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Lets a test marked ``raises_in_trace`` see its error, though JAX_CHECK_TRACER_LEAKS finds tracers in its traceback."""
-    marked = request.node.get_closest_marker("raises_in_trace") is not None
-    with jax.check_tracer_leaks(False) if marked else nullcontext():
+def switches_off(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Turns off what a test's markers ask for, however the process was started."""
+    with ExitStack() as stack:
+        for marker, switch in OFF.items():
+            if request.node.get_closest_marker(marker) is not None:
+                stack.enter_context(switch(False))
         yield
 
 

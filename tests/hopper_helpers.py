@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,7 +33,8 @@ def interpreter() -> Iterator[None]:
         states.append(original(**arguments))
         return states[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
+    # Its callbacks are not made for a process with 64-bit types, nor for one that looks for leaks.
+    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(False), jax.check_tracer_leaks(False):
         patch.setattr(gpu_callbacks, "GPURaceDetectionState", watched)
         with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
             yield

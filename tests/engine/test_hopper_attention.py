@@ -105,8 +105,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return made if init is None else init + made
 
     monkeypatch.setattr(kernel, "product", product)
-    # Its callbacks are not made for a process with 64-bit types, nor for one that looks for leaks.
-    with interpreter(), jax.enable_x64(False), jax.check_tracer_leaks(False):
+    with interpreter():
         yield
 
 

@@ -48,8 +48,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # The interpreter keeps the bytes and the words of the same memory apart; here words are made of bytes.
     monkeypatch.setattr(nibbles, "load_words", words_of_bytes)
     monkeypatch.setattr(nibbles, "store_words", bytes_of_words)
-    # Its callbacks are not made for a process with 64-bit types, nor for one that looks for leaks.
-    with interpreter(), jax.enable_x64(False), jax.check_tracer_leaks(False):
+    with interpreter():
         yield
 
 
