@@ -1,4 +1,4 @@
-"""Settings changed at random: what a damaged, edited or hostile JSON file may say."""
+"""Settings and bytes changed at random: what a damaged, edited or hostile file may say."""
 
 from __future__ import annotations
 
@@ -43,3 +43,21 @@ def mutated(config: Any, rng: np.random.Generator) -> Any:
             case _:
                 parent[key] = copy.deepcopy(VALUES[rng.integers(len(VALUES))])
     return new
+
+
+def mutated_bytes(content: bytes, rng: np.random.Generator) -> bytes:
+    """A copy that is cut, or has bytes removed, repeated or replaced."""
+    data = bytearray(content)
+    match rng.integers(5):
+        case 0:
+            del data[rng.integers(len(data)) :]
+        case 1:
+            start = rng.integers(len(data))
+            del data[start : start + rng.integers(1, 9)]
+        case 2:
+            start = rng.integers(len(data))
+            data[start:start] = data[rng.integers(len(data)) :][: rng.integers(1, 40)]
+        case _:
+            for _ in range(rng.integers(1, 5)):
+                data[rng.integers(len(data))] = rng.choice([0, 1, 127, 128, 255, rng.integers(256)])
+    return bytes(data)

@@ -7,6 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from mutations import mutated_bytes
 
 from ptq4dit_jax import memory, npz_file
 from ptq4dit_jax.errors import Ptq4ditError
@@ -151,17 +152,7 @@ def test_mutations(tmp_path):
         save(buffer := io.BytesIO(), **whole)
         contents.append(buffer.getvalue())
     for i in range(1500):
-        data = bytearray(contents[i % 2])
-        match rng.integers(4):
-            case 0:
-                del data[rng.integers(len(data)) :]
-            case 1:
-                start = rng.integers(len(data))
-                data[start:start] = data[rng.integers(len(data)) :][: rng.integers(1, 40)]
-            case _:
-                for _ in range(rng.integers(1, 4)):
-                    data[rng.integers(len(data))] = rng.choice([0, 1, 127, 128, 255, rng.integers(256)])
-        path.write_bytes(data)
+        path.write_bytes(mutated_bytes(contents[i % 2], rng))
         try:
             arrays, _ = read_npz(path, ["x", "t"])
         except Ptq4ditError as error:

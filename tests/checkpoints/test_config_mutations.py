@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mutations import mutated
+from mutations import mutated, mutated_bytes
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import checkpoints
@@ -74,10 +74,7 @@ def test_folders(kind, folders):
             if i % 4:
                 (where / "config.json").write_text(json.dumps(mutated(config, rng)))
             else:
-                content = bytearray(text.encode())
-                for _ in range(rng.integers(1, 4)):
-                    content[rng.integers(len(content))] = rng.integers(256)
-                (where / "config.json").write_bytes(content)
+                (where / "config.json").write_bytes(mutated_bytes(text.encode(), rng))
             loaded += ends_well(lambda: checkpoints.load(where), expected)
     finally:
         (where / "config.json").write_text(text)

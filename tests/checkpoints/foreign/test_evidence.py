@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from foreign_files import DIFFUSERS, META, save_safetensors, write_pickle
+from mutations import mutated_bytes
 
 from ptq4dit_jax.checkpoints.foreign import import_checkpoint, open_tensors
 from ptq4dit_jax.checkpoints.foreign.evidence import CONFIG_FILES
@@ -399,12 +400,12 @@ def test_training_steps_are_no_steps_of_a_mean_flow(tmp_path):
 
 
 def test_mutated_configurations_are_harmless(meta, tmp_path):
-    from test_mutations import mutate, survives
+    from test_mutations import survives
 
     path, rng = save_safetensors(tmp_path / "x.safetensors", meta), np.random.default_rng(0)
     content = yaml.safe_dump({**SAID, "a": [1, 2, {"b": "c"}], "objective": "noise"}).encode()
     for i in range(60):
-        (tmp_path / ("config.yaml" if i % 2 else "config.json")).write_bytes(mutate(content, rng))
+        (tmp_path / ("config.yaml" if i % 2 else "config.json")).write_bytes(mutated_bytes(content, rng))
         survives(path, lambda path: import_checkpoint(path, num_heads=3))
 
 

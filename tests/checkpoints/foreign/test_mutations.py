@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import serialization
 from foreign_files import META
+from mutations import mutated_bytes
 
 from ptq4dit_jax.checkpoints.foreign import import_checkpoint, load_vae, open_tensors
 from ptq4dit_jax.errors import Ptq4ditError
@@ -26,23 +27,6 @@ def small_files(folder):
     header = b'{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},"b":{"dtype":"I8","shape":[4],"data_offsets":[16,20]}}'
     kinds["safetensors"] = len(header).to_bytes(8, "little") + header + bytes(20)
     return kinds
-
-
-def mutate(content, rng):
-    data = bytearray(content)
-    match rng.integers(5):
-        case 0:
-            del data[rng.integers(len(data)) :]
-        case 1:
-            start = rng.integers(len(data))
-            del data[start : start + rng.integers(1, 9)]
-        case 2:
-            start = rng.integers(len(data))
-            data[start:start] = data[rng.integers(len(data)) :][: rng.integers(1, 40)]
-        case _:
-            for _ in range(rng.integers(1, 5)):
-                data[rng.integers(len(data))] = rng.choice([0, 1, 127, 128, 255, rng.integers(256)])
-    return bytes(data)
 
 
 def read_all(path):
@@ -65,7 +49,7 @@ def survives(path, act=read_all):
 def test_small_files(kind, tmp_path):
     content, rng, path, refused = small_files(tmp_path)[kind], np.random.default_rng(0), tmp_path / "x", 0
     for _ in range(1000):
-        path.write_bytes(mutate(content, rng))
+        path.write_bytes(mutated_bytes(content, rng))
         refused += not survives(path)
     assert refused > 100
 
@@ -99,7 +83,7 @@ def test_indices_and_links_of_caches(tmp_path):
     }
     for i in range(600):
         for file, content in files.items():
-            file.write_bytes(content if (file.name == "main") == bool(i % 4) else mutate(content, rng))
+            file.write_bytes(content if (file.name == "main") == bool(i % 4) else mutated_bytes(content, rng))
         refused += not survives(root)
     assert 100 < refused < 600
 
@@ -147,5 +131,5 @@ def test_an_orbax_folder(tmp_path):
     for i in range(60):
         folder = shutil.copytree(tmp_path / "x", tmp_path / f"x{i}")
         file = folder / files[i % len(files)].relative_to(tmp_path / "x")
-        file.write_bytes(mutate(file.read_bytes(), rng))
+        file.write_bytes(mutated_bytes(file.read_bytes(), rng))
         survives(folder)
