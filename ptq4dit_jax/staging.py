@@ -95,7 +95,9 @@ def claim(path: str | os.PathLike[str]) -> Iterator[None]:
             yield
         finally:
             if locked:
-                if outermost:
+                if outermost and lock.lock_counter == 1:
+                    with contextlib.suppress(OSError):
+                        _tidy(target)
                     with contextlib.suppress(OSError):
                         os.unlink(lock.lock_file)
                 lock.release()
@@ -150,12 +152,12 @@ def exchange(staged: Path, target: Path) -> None:
     """Flushes a staged folder and puts it in its place; a folder that is there moves aside first, and is removed at last."""
     flush(staged)
     aside = beside(target, _ASIDE)
-    if target.exists():
-        target.rename(aside)
     try:
+        if target.exists():
+            target.rename(aside)
         staged.rename(target)
     except BaseException:
-        if aside.exists():
+        if aside.exists() and not target.exists():
             aside.rename(target)
         raise
     flush_entries(target.parent)
@@ -173,9 +175,10 @@ def flush(path: Path) -> None:
 
 
 def flush_entries(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk."""
+    """Waits until the names in a folder are on the disk, where the system can tell: what has its name keeps it anyway."""
     if os.name == "posix":
-        _fsync(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            _fsync(folder, os.O_RDONLY)
 
 
 def remove_staged(folder: Path) -> None:

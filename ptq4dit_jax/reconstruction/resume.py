@@ -61,11 +61,11 @@ class Journal:
             self._claim.enter_context(claim(self.folder))
             if fresh:
                 remove_journal(self.folder)
-            if os.path.lexists(self.folder) and not (self.folder.is_dir() and not any(self.folder.iterdir())):
-                self._check_ours()
-                remove_staged(self.folder)
-            else:
+            if fresh or _is_empty(self.folder):
                 self._begin()
+            else:
+                self._check_ours()
+            remove_staged(self.folder)
             self.standing = self._standing()
         except BaseException:
             self.close()
@@ -91,8 +91,8 @@ class Journal:
         path = self.folder / _FINGERPRINT
         if not is_journal(self.folder):
             raise Ptq4ditError(
-                f"The folder {self.folder} should hold a reconstruction's state but has no {_FINGERPRINT} of one; name another "
-                "one."
+                f"The folder {self.folder} should hold a reconstruction's state but has no {_FINGERPRINT} of one; "
+                "move it elsewhere, or name another folder."
             )
         if not path.exists():
             raise Ptq4ditError(f"The reconstruction's state in {self.folder} has lost its {_FINGERPRINT}; {_OVER}.")
@@ -172,9 +172,11 @@ class Journal:
             ours = np.array_equal(head["fingerprint"], self._hash)
             there = int(head["position"])
         if not ours:
-            raise Ptq4ditError(f"{path} is of another run than {_FINGERPRINT} beside it; put the right file there, or {_OVER}.")
+            raise Ptq4ditError(
+                f"The file {path} is of another run than {_FINGERPRINT} beside it; put the right one there, or {_OVER}."
+            )
         if position is not None and there != position:
-            raise Ptq4ditError(f"{path} holds the part at position {there}; put the right file there, or {_OVER}.")
+            raise Ptq4ditError(f"The file {path} holds the part at position {there}; put the right one there, or {_OVER}.")
         return found
 
     def _tree(self, path: Path, found: Mapping[str, Any], like: Any) -> Any:
@@ -214,7 +216,7 @@ def remove_journal(folder: Path) -> bool:
     if not is_journal(folder):
         raise Ptq4ditError(
             f"The folder {folder} should hold a reconstruction's state but has no {_FINGERPRINT} of one, so it is not removed; "
-            "name another one."
+            "move it elsewhere, or name another folder."
         )
     names = os.listdir(folder)
     if not linked and all(map(_is_ours, names)):
@@ -238,6 +240,13 @@ def forget_journal(folder: Path) -> bool:
         return remove_journal(folder)
     except (Ptq4ditError, OSError):
         return False
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is there, or nothing but what a kill has left of a beginning."""
+    if not folder.is_dir():
+        return not os.path.lexists(folder)
+    return all(map(is_staged, os.listdir(folder)))
 
 
 def _is_ours(name: str) -> bool:
