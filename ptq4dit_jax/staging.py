@@ -208,6 +208,11 @@ def _lock(target: Path) -> filelock.BaseFileLock:
 def _acquired(lock: filelock.BaseFileLock, target: Path) -> bool:
     try:
         lock.acquire(timeout=0)
+        while not os.path.exists(lock.lock_file):  # its last holder removed it in between: it locks nothing
+            lock.release()
+            lock.acquire(timeout=0)
+    except NotImplementedError:
+        return False
     except filelock.Timeout:
         raise Ptq4ditError(
             f"Another run is writing {shown(target, 1000)} at this moment; wait until it has ended, or choose another path."

@@ -125,7 +125,11 @@ def as_read(meta: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       Ptq4ditError: JSON cannot hold it.
     """
-    restored: dict[str, Any] = json.loads(_to_json(meta))
+    text = _to_json(meta)
+    try:
+        restored: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Ptq4ditError(f"The model's description could not be read again as JSON: {error}.") from error
     return restored
 
 
@@ -332,7 +336,7 @@ def _to_json(config: Mapping[str, Any]) -> str:
 
     try:
         return "{\n  " + ",\n  ".join(field(*item) for item in config.items()) + "\n}\n"
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise Ptq4ditError(f"The model's description cannot be saved as JSON: {error}.") from error
 
 

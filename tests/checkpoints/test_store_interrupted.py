@@ -231,6 +231,23 @@ def test_what_cannot_be_read_is_not_published(saved, monkeypatch):
     assert listing(saved.parent) == before
 
 
+@pytest.mark.parametrize("depth", [300, 900, 980, 1000, 5000, 100_000])
+def test_a_description_of_any_depth_is_refused_or_can_be_read(depth, tmp_path):
+    deep = []
+    for _ in range(depth):
+        deep = [deep]
+    try:
+        store.write(tmp_path / "m", NEW, META | {"provenance": {"deep": deep}})
+    except Ptq4ditError as error:
+        refusal = str(error)
+    else:
+        assert_same(store.read(tmp_path / "m")[0], NEW)
+        return
+    assert "JSON" in refusal
+    assert depth > 300
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("name", ["back\\slash/m", "m\\", "not UTF-8 \udcff"])
 def test_paths_that_no_model_can_be_read_from(name, tmp_path):
     for use in (lambda: store.write(tmp_path / name, NEW, META), lambda: store.read(tmp_path / name)):
