@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -39,11 +38,13 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare, num_bytes, plain, write_report
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.outputs import check_picture, write_picture, write_samples
+from ptq4dit_jax.reconstruction import forget_journal, journal_beside
+from ptq4dit_jax.staging import claim
 from ptq4dit_jax.summary import in_words, summary_of
 from ptq4dit_jax.terminal import (
     all_devices_mesh,
     calibration_line,
-    check_target,
+    claim_target,
     console,
     copied,
     devices_line,
@@ -84,9 +85,9 @@ def _provenance(path: str | Path) -> dict[str, Any]:
 
 
 @app.command()
-def info(model: ModelArgument, json: Json = None) -> None:
+def info(context: typer.Context, model: ModelArgument, json: Json = None) -> None:
     """Shows what a model is: its shape, its size and, if quantized, what runs for each layer."""
-    check_target(json, overwrite=True)
+    claim_target(context, json, overwrite=True)
     with contextlib.ExitStack() as stack:
         where = model if model.startswith("random:") else stack.enter_context(copied(model))
         loaded = load_model(str(where))
@@ -113,6 +114,7 @@ app.command()(convert)
 
 @app.command()
 def quantize(
+    context: typer.Context,
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="Folder to write the quantized model to.", show_default=False)],
     weight_bits: Annotated[int, typer.Option(help="Width of the weights, 2 to 8.")] = 8,
@@ -184,11 +186,13 @@ def quantize(
     options |= {name: value for name, value in given.items() if value is not None}
     if reconstruct:
         options["reconstruction"] = Reconstruction(iterations=iterations)
+    state = journal_beside(out) if reconstruct else None
     config = (QuantConfig.paper if paper else QuantConfig)(**cast(Any, options))
     key = read_key(seed)
-    check_target(out, overwrite, "config.json")
-    check_target(json, overwrite=True)
-    state = out.with_name(f".{out.name}.reconstruction") if reconstruct else None
+    claim_target(context, out, overwrite, "config.json")
+    if state is not None:
+        context.with_resource(claim(state))
+    claim_target(context, json, overwrite=True)
     dit = load_model(model)
     if not isinstance(dit, FloatDiT):
         raise Ptq4ditError(f"{model} is quantized already; quantize the float model that it came from.")
@@ -229,8 +233,8 @@ def quantize(
     print_table("Layers", [{k: v for k, v in row.items() if k != "integer"} for row in describe(quantized)])
     with working(f"Writing {out}"):
         where = checkpoints.save(quantized, out, provenance={"source": model, "seed": seed}, overwrite=overwrite)
-    if state is not None:
-        shutil.rmtree(state)
+    if state is not None and not forget_journal(state):
+        console.print(f"The state of the reconstruction, which is of no more use, could not be removed: {state}")
     before, after = num_bytes(dit), num_bytes(quantized)
     console.print(f"{megabytes(before)} -> {megabytes(after)} ({before / after:.1f}x smaller) in {seconds:.1f} s")
     console.print(f"Model: {where}")
@@ -240,6 +244,7 @@ def quantize(
 
 @app.command()
 def sample(
+    context: typer.Context,
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="A .png grid, or an .npz in ADM's form (arr_0, uint8 NHWC).", show_default=False)],
     labels: Annotated[
@@ -275,8 +280,8 @@ def sample(
     if out.suffix not in (".png", ".npz"):
         raise Ptq4ditError(f"--out must end in .png or .npz, not {out.name!r}.")
     key = read_key(seed)
-    check_target(out, overwrite)
-    check_target(json, overwrite=True)
+    claim_target(context, out, overwrite)
+    claim_target(context, json, overwrite=True)
     parse_labels("0" if labels is None else labels, repeat)  # a mistake here costs no loading
     loaded = to_run(load_model(model), dtype, backend)
     wanted = wanted_labels(labels, "0", repeat, loaded.config)
@@ -313,9 +318,9 @@ def sample(
                 yield batch
 
         if out.suffix == ".png":
-            where = write_file(out, lambda file: write_picture(file, images(), columns))
+            where = write_file(out, lambda file: write_picture(file, images(), columns), overwrite=overwrite)
         else:
-            where = write_file(out, lambda file: write_samples(file, images(), len(wanted), named))
+            where = write_file(out, lambda file: write_samples(file, images(), len(wanted), named), overwrite=overwrite)
     seconds = time.perf_counter() - started
     console.print(f"{len(wanted)} images in {seconds:.1f} s, compilation included")
     console.print(f"Images: {where}")
@@ -330,6 +335,7 @@ def sample(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     model: ModelArgument,
     against: Annotated[str, typer.Option(help="The float model to compare with.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for the report: Markdown, plots, JSON.", show_default=False)] = Path(
@@ -353,8 +359,8 @@ def evaluate(
 ) -> None:
     """Measures a model against the float model on the same noise and writes a report with pictures."""
     key = read_key(seed)
-    check_target(out, overwrite, "report.json")
-    check_target(json, overwrite=True)
+    claim_target(context, out, overwrite, "report.json")
+    claim_target(context, json, overwrite=True)
     reference, other = load_model(against), load_model(model)
     if not isinstance(reference, FloatDiT):
         raise Ptq4ditError(f"--against must be a float model; {against} is quantized.")

@@ -12,10 +12,11 @@ from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.cli_options import Json, Overwrite
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.summary import in_words, summary_of
-from ptq4dit_jax.terminal import check_target, console, copied, load_model, print_table, stages, working, write_json
+from ptq4dit_jax.terminal import claim_target, console, copied, load_model, print_table, stages, working, write_json
 
 
 def convert(
+    context: typer.Context,
     src: Annotated[
         str, typer.Argument(help="A checkpoint file or folder, its address, or a model folder.", show_default=False)
     ],
@@ -68,8 +69,8 @@ def convert(
         raise Ptq4ditError(f"--to must be ptq4dit or meta, not {to!r}.")
     if to == "meta" and dst.suffix != ".safetensors":
         raise Ptq4ditError(f"With --to meta, DST must end in .safetensors, not {dst.name!r}.")
-    check_target(dst, overwrite, "config.json" if to == "ptq4dit" else None)
-    check_target(json, overwrite=True)
+    claim_target(context, dst, overwrite, "config.json" if to == "ptq4dit" else None)
+    claim_target(context, json, overwrite=True)
     facts: dict[str, Any] = {}
     model: checkpoints.Model
     with copied(src) as where:

@@ -26,55 +26,63 @@ _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.form
 _ENDING = ".npy"
 
 
-def read_npz(path: str | os.PathLike[str], names: Iterable[str]) -> tuple[dict[str, np.ndarray], str]:
+def read_npz(
+    path: str | os.PathLike[str], names: Iterable[str], remedy: str = "write it again with numpy.savez"
+) -> tuple[dict[str, np.ndarray], str]:
     """Those of the named arrays that an .npz holds, and in words all that it holds.
+
+    Args:
+      path: the file.
+      names: the wanted arrays.
+      remedy: what a user can do about a file that is refused.
 
     Raises:
       Ptq4ditError: it cannot be read, is no .npz or a damaged one (checksums are compared); an array holds anything but plain
         values, declares another size than its bytes have, or does not fit into the free memory.
     """
     where = Path(path).expanduser()
-    with edge(f"{os.fspath(path)} as an .npz file of plain arrays", "it is none, or damaged; write it again with numpy.savez"):
+    with edge(f"{os.fspath(path)} as an .npz file of plain arrays", f"it is none, or damaged; {remedy}"):
         with where.open("rb") as file:
-            _check_members(file)
+            _check_members(file, remedy)
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
                 present = {info.filename.removesuffix(_ENDING): info for info in members}
                 if len(present) < len(members):
-                    raise Ptq4ditError(f"The file {where} holds two arrays of one name; write it again with numpy.savez.")
-                arrays = {name: _read(archive, present[name], where) for name in names if name in present}
+                    raise Ptq4ditError(f"The file {where} holds two arrays of one name; {remedy}.")
+                arrays = {name: _read(archive, present[name], where, remedy) for name in names if name in present}
         listed = ", ".join(shown(name, 60) for name in list(present)[:20]) + (", and more" if len(present) > 20 else "")
         return arrays, listed or "nothing"
 
 
-def _check_members(file: IO[bytes]) -> None:
+def _check_members(file: IO[bytes], remedy: str) -> None:
     """Refuses an archive that says it has more members than any, before their list is made."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 2**16 - 22))
     tail = file.read()
     end = tail.rfind(b"PK\5\6")
     if end < 0:
-        raise Ptq4ditError(f"The file {file.name} cannot be read as an .npz file of plain arrays: it is no zip archive.")
+        what = f"The file {file.name} cannot be read as an .npz file of plain arrays"
+        raise Ptq4ditError(f"{what}: it is no zip archive; {remedy}.")
     directory = int.from_bytes(tail[end + 12 : end + 16], "little")
     if directory == 2**32 - 1 and (wide := tail.rfind(b"PK\6\6", 0, end)) >= 0:
         directory = int.from_bytes(tail[wide + 40 : wide + 48], "little")
     if directory > 100 * MAX_MEMBERS:
         raise Ptq4ditError(
             f"The file {file.name} cannot be read as an .npz: its list of members has {directory:,} bytes, and "
-            f"{100 * MAX_MEMBERS:,} are allowed."
+            f"{100 * MAX_MEMBERS:,} are allowed; {remedy}."
         )
     file.seek(0)
 
 
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.ndarray:
+def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, remedy: str) -> np.ndarray:
     name = f"The array {shown(info.filename.removesuffix(_ENDING))} in {path}"
     most = _METHODS.get(info.compress_type)
     if most is None or info.flag_bits & 1:
         what = "is encrypted" if info.flag_bits & 1 else f"is compressed by method {info.compress_type}"
-        raise Ptq4ditError(f"{name} {what}, which no .npz is; write it again with numpy.savez.")
+        raise Ptq4ditError(f"{name} {what}, which no .npz is; {remedy}.")
     if info.file_size > most * info.compress_size:
         raise Ptq4ditError(
-            f"{name} says that its {info.compress_size:,} bytes become {info.file_size:,}, and they cannot; write it again."
+            f"{name} says that its {info.compress_size:,} bytes become {info.file_size:,}, and they cannot; {remedy}."
         )
     with archive.open(info) as member:
         version = np.lib.format.read_magic(member)
@@ -85,7 +93,7 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.nda
             raise Ptq4ditError(f"{name} must hold numbers, not {kind}, which are never unpickled (allow_pickle=False).")
         declared = math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or declared != info.file_size - start:
-            raise Ptq4ditError(f"{name} declares {declared:,} bytes, and {info.file_size - start:,} are there; write it again.")
+            raise Ptq4ditError(f"{name} declares {declared:,} bytes, and {info.file_size - start:,} are there; {remedy}.")
         memory.check_fits(name, declared, memory.free_on_host(), "use fewer rows")
         array = np.empty(math.prod(shape), dtype)
         view = array.view(np.uint8) if declared else np.empty(0, np.uint8)
@@ -93,9 +101,9 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.nda
         while done < declared:
             part = member.read(min(2**20, declared - done))
             if not part:
-                raise Ptq4ditError(f"{name} ends after {done:,} of {declared:,} bytes; write it again.")
+                raise Ptq4ditError(f"{name} ends after {done:,} of {declared:,} bytes; {remedy}.")
             view[done : done + len(part)] = np.frombuffer(part, np.uint8)
             done += len(part)
         if member.read(1):  # the last read compares the checksum
-            raise Ptq4ditError(f"{name} goes on behind its {declared:,} bytes; write it again.")
+            raise Ptq4ditError(f"{name} goes on behind its {declared:,} bytes; {remedy}.")
     return array.reshape(shape, order="F" if fortran else "C")

@@ -3,7 +3,9 @@ before."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -25,9 +27,10 @@ from ptq4dit_jax.calibration import (
     histograms,
     sample_trajectories,
 )
-from ptq4dit_jax.checkpoints.float_dit import source_hash
+from ptq4dit_jax.checkpoints.float_dit import model_meta, source_hash
 from ptq4dit_jax.checkpoints.store import content_hash
 from ptq4dit_jax.config import QuantConfig
+from ptq4dit_jax.devices import default
 from ptq4dit_jax.dit import BLOCK_SITES, SITE_OF_LAYER, nest_sites
 from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
@@ -36,7 +39,7 @@ from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.numerics import CALIBRATION, threefry
 from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 from ptq4dit_jax.ranges import RangeSearch, activation_parameters, quantize_weight
-from ptq4dit_jax.reconstruction import Journal, check_mesh, reconstruct
+from ptq4dit_jax.reconstruction import Journal, check_mesh, reconstruct, units
 
 
 class StageProgress(Protocol):
@@ -109,7 +112,17 @@ def quantize(
     if config.reconstruction is not None:
         check_mesh(config.reconstruction, mesh)
     source_sha256 = source_hash(model.params)
-    journal = _journal(config, source_sha256, key, calibration, state, fresh)
+    with _journal(config, model, source_sha256, key, calibration, state, fresh) as journal:
+        if journal is not None:
+            _report_resumed(journal, model, report)
+        return _quantized(model, config, key, calibration, row_batch, mesh, journal, source_sha256, report)
+
+
+def _quantized(
+    model: FloatDiT, config: QuantConfig, key: jax.Array, calibration: CalibrationData | None, row_batch: int | None,
+    mesh: Mesh | None, journal: Journal | None, source_sha256: str, report: StageProgress,
+) -> QuantizedDiT:  # fmt: skip
+    """:func:`quantize` with arguments that were checked and the journal open."""
     model = dataclasses.replace(sharding.replicate(mesh, model.astype(jnp.float32)), precision=CALIBRATION)
     source = "given" if calibration is not None else f"sampled, key {jax.random.key_data(key).tolist()}"
     if calibration is None:
@@ -185,18 +198,41 @@ def _check_result(quantized: QuantizedDiT) -> None:
 
 
 def _journal(
-    config: QuantConfig, source_sha256: str, key: jax.Array, calibration: CalibrationData | None,
+    config: QuantConfig, model: FloatDiT, source_sha256: str, key: jax.Array, calibration: CalibrationData | None,
     state: str | os.PathLike[str] | None, fresh: bool,
-) -> Journal | None:  # fmt: skip
-    """Opened before any long work, so that a run that does not match is refused at once."""
+) -> contextlib.AbstractContextManager[Journal | None]:  # fmt: skip
+    """Opened before any long work, so that a run that does not match is refused at once.
+
+    The number of devices is no part of the fingerprint, for no integer depends on it.
+    """
     if config.reconstruction is None or state is None:
-        return None
+        return contextlib.nullcontext()
     given = None if calibration is None else content_hash({name: getattr(calibration, name) for name in ("x", "t", "y")})
     fingerprint = {
-        "weights": source_sha256, "settings": config.to_dict(), "key": jax.random.key_data(key).tolist(),
-        "calibration rows": given, "format": 1,
+        "weights": source_sha256, "network": model_meta(model.config, model.schedule), "settings": config.to_dict(),
+        "key": jax.random.key_data(key).tolist(), "calibration rows": given or "sampled by these settings and key",
+        "software": {name: _version(name) for name in ("ptq4dit-jax", "jax", "jaxlib")},
+        "device": {"platform": default().platform, "kind": default().device_kind},
     }  # fmt: skip
     return Journal(Path(state), fingerprint, fresh=fresh)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _report_resumed(journal: Journal, model: FloatDiT, report: StageProgress) -> None:
+    """Says what an interrupted run has left to go on from."""
+    names, (finished, current) = [unit.name for unit in units(model.config)], journal.standing
+    if not finished and current is None:
+        return
+    note = f"parts done: {len(finished)} of {len(names)}" + (f", up to {names[max(finished)]}" if finished else "")
+    if current is not None:
+        note += f"; {names[current[0]]} goes on from iteration {current[1]}"
+    report("resume reconstruction", len(finished), len(names), note)
 
 
 def _row_batch(num_rows: int, wanted: int | None, parts: int) -> int:

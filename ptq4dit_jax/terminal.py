@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
+import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
@@ -29,7 +30,7 @@ from rich.text import Text
 
 from ptq4dit_jax import checkpoints, memory, sampling, sharding
 from ptq4dit_jax.calibration import CalibrationData
-from ptq4dit_jax.checkpoints import foreign
+from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
 from ptq4dit_jax.devices import default_device, in_use
 from ptq4dit_jax.diffusion import Sampler
@@ -40,7 +41,7 @@ from ptq4dit_jax.errors import Ptq4ditError, printable
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.npz_file import read_npz
 from ptq4dit_jax.ptq import StageProgress
-from ptq4dit_jax.staging import staging
+from ptq4dit_jax.staging import claim, place, publish, staging
 from ptq4dit_jax.vae import VAEDecoder
 
 
@@ -305,7 +306,7 @@ def _checked_arrays(
 
 
 def check_target(path: Path | None, overwrite: bool, folder_with: str | None = None) -> None:
-    """Refuses an output that exists (unless ``overwrite``) or cannot be made, before any long work.
+    """Refuses an output that exists (unless ``overwrite``) or cannot be made: before any long work, and after it once more.
 
     An output is a file, or a folder known by the file ``folder_with`` in it; a folder of anything else is never replaced.
     """
@@ -315,32 +316,50 @@ def check_target(path: Path | None, overwrite: bool, folder_with: str | None = N
         raise Ptq4ditError(f"{address} is an address, where nothing is written; write to this machine and copy it there.")
     if path.name in ("", ".."):  # what is made beside an output, and then renamed, is named after it
         raise Ptq4ditError(f"The output {path} has no name of its own; pass the name of a file or folder to make.")
+    target = place(path)
+    if folder_with == "config.json":
+        store.resolve(target)
     try:
-        target = path.expanduser().absolute()
         if target.exists():
             if not overwrite:
                 raise Ptq4ditError(f"{path} exists; choose another path, or pass --overwrite to replace it.")
             if folder_with is None and target.is_dir():
                 raise Ptq4ditError(f"{path} is a folder, which a file cannot replace; choose another path.")
+            if folder_with is None and not target.is_file():
+                raise Ptq4ditError(f"{path} is a device or the like, which a file does not replace; choose another path.")
             if folder_with and not (target / folder_with).is_file() and not (target.is_dir() and not any(target.iterdir())):
                 raise Ptq4ditError(f"{path} holds something else, so it is not overwritten; choose another path.")
         parent = next(folder for folder in target.parents if folder.exists())
-        writable = parent.is_dir() and os.access(parent, os.W_OK)
+        changed = [folder for folder in (parent, target) if folder.is_dir() or folder == parent]
+        locked = [folder for folder in changed if not (folder.is_dir() and os.access(folder, os.W_OK))]
     except (OSError, RuntimeError) as error:
         raise Ptq4ditError(
             f"Cannot write {path} ({getattr(error, 'strerror', None) or error}); choose another path."
         ) from error
-    if not writable:
-        raise Ptq4ditError(f"Cannot write {path}: {parent} is not a folder that you may write to.")
+    if locked:
+        raise Ptq4ditError(f"Cannot write {path}: {locked[0]} is not a folder that you may write to.")
 
 
-def write_file(path: Path, write: Callable[[Any], None]) -> Path:
-    """Writes a file beside its place and moves it there when complete; returns the absolute path."""
+def claim_target(context: typer.Context, path: Path | None, overwrite: bool, folder_with: str | None = None) -> None:
+    """:func:`check_target`, and no other process writes the output until the command, whose ``context`` it is, has ended."""
+    check_target(path, overwrite, folder_with)
+    if path is not None:
+        context.with_resource(claim(path))
+        check_target(path, overwrite, folder_with)  # another run may have written it, or this one put an old report back
+
+
+def write_file(path: Path, write: Callable[[Any], None], *, overwrite: bool = False) -> Path:
+    """Writes a file beside its place and moves it there when complete; returns the absolute path.
+
+    Raises:
+      Ptq4ditError: it cannot be written, or there is a file (without ``overwrite``) or a folder when it is complete.
+    """
     target = path.expanduser().absolute()
     with staging(target) as staged:
         with staged.open("wb") as file:
             write(file)
-        staged.replace(target)
+        check_target(target, overwrite)
+        publish(staged, target)
     return target
 
 
@@ -348,4 +367,4 @@ def write_json(path: Path | None, figures: Mapping[str, Any]) -> None:
     """Writes a command's figures as JSON, if a path was asked for."""
     if path is not None:
         text = json.dumps(figures, indent=2) + "\n"
-        console.print(f"Figures: {write_file(path, lambda file: file.write(text.encode()))}")
+        console.print(f"Figures: {write_file(path, lambda file: file.write(text.encode()), overwrite=True)}")

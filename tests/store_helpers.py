@@ -50,4 +50,9 @@ def assert_refused(path, *words):
 def edit_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     config = {key: value for key, value in (config | changes).items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(config))
+    seal(folder, config)
+
+
+def seal(folder, config):
+    """Writes config.json with the hash of its fields, as if the program had written them so."""
+    (folder / "config.json").write_text(json.dumps(config | {"config_sha256": store.config_hash(config)}))

@@ -72,3 +72,14 @@ def restore(folder: Path) -> dict[str, np.ndarray]:
     with _handler() as handler:
         tree = handler.restore(folder, args=ocp.args.PyTreeRestore())
         return {str(name): np.asarray(array) for name, array in tree.items()}
+
+
+def describe(folder: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and dtype of every array of a folder, by its name, as :func:`restore` will find them; nothing else is read.
+
+    Raises:
+      OSError: for whatever reason they cannot be told.
+    """
+    with _handler() as handler:
+        found = handler.metadata(folder)
+        return {str(name): (tuple(array.shape), np.dtype(array.dtype)) for name, array in getattr(found, "tree", found).items()}

@@ -1,11 +1,16 @@
 """The folder that holds a model: JSON to read beside an Orbax checkpoint, written whole or not at all. Knows no model.
 
-    config.json   {"format": "ptq4dit_jax", "version": 1, "kind": ..., <meta>, "provenance": {...},
-                   "arrays": {name: {"shape": [...], "dtype": ...}}, "files": {path: bytes}, "content_sha256": ...}
+    config.json   {"format": "ptq4dit_jax", "version": 2, "kind": ..., <meta>, "provenance": {...},
+                   "arrays": {name: {"shape": [...], "dtype": ...}}, "files": {path: bytes}, "content_sha256": ...,
+                   "config_sha256": ...}
     arrays/       an Orbax PyTree checkpoint of the flat dict name -> array, uncompressed, one chunk per array
 
-Orbax checks no content, hence the sizes and the hash in ``config.json``. The whole folder is staged beside its target and then
-renamed. Arrays without elements, which Orbax refuses, live in ``config.json`` alone.
+Orbax checks no content, hence the sizes and the hash in ``config.json``, whose own fields have a second hash (since version 2).
+Arrays without elements, which Orbax refuses, live in ``config.json`` alone.
+
+The whole folder is staged beside its target and then renamed. Inside a folder that is there, the new arrays come as
+``arrays-<first digits of config_sha256>/``, one renaming of ``config.json`` decides, and then they get their usual name. A
+reader looks for that folder first, so that it finds the old model or the new one at every moment.
 """
 
 from __future__ import annotations
@@ -14,6 +19,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,13 +32,18 @@ import orbax.checkpoint as ocp
 
 from ptq4dit_jax.checkpoints import orbax_arrays
 from ptq4dit_jax.checkpoints.addresses import address_of
-from ptq4dit_jax.documents import read_json
+from ptq4dit_jax.documents import parse_json, read_json
+from ptq4dit_jax.edges import shown
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.staging import staging
+from ptq4dit_jax.staging import flush, flush_entries, remove, staging
 
-FORMAT, VERSION = "ptq4dit_jax", 1
+FORMAT, VERSION = "ptq4dit_jax", 2
 _CONFIG, _ARRAYS = "config.json", "arrays"
-_OWN_KEYS = ("format", "version", "arrays", "files", "content_sha256")
+_OWN_KEYS = ("format", "version", "arrays", "files", "content_sha256", "config_sha256")
+#: How often a folder is read again that was exchanged meanwhile.
+_ATTEMPTS = 10
+#: The first version with ``config_sha256``.
+_HASHED = 2
 
 #: What every supported Orbax stores bit by bit; narrower integers are packed into uint8 by whoever has them.
 _DTYPES = frozenset(
@@ -75,7 +87,7 @@ def write(path: str | os.PathLike[str], arrays: Arrays, meta: Mapping[str, Any],
         raise ValueError(f"meta needs a string 'kind' and none of {_OWN_KEYS}; it has {sorted(meta)}")
     if not arrays:
         raise Ptq4ditError("A model without arrays cannot be saved.")
-    target = _resolve(path)
+    target = resolve(path)
     host = {name: _to_host(name, array) for name, array in arrays.items()}
     provenance = {**meta.get("provenance", {}), "versions": _software_versions()}
     config = {"format": FORMAT, "version": VERSION, **meta, "provenance": provenance}
@@ -89,52 +101,114 @@ def write(path: str | os.PathLike[str], arrays: Arrays, meta: Mapping[str, Any],
             orbax_arrays.save(staged / _ARRAYS, stored)
         files = sorted(file for file in staged.rglob("*") if file.is_file())
         config["files"] = {file.relative_to(staged).as_posix(): file.stat().st_size for file in files}
+        config["config_sha256"] = config_hash(as_read(config))
         (staged / _CONFIG).write_text(_to_json(config), encoding="utf-8")
-        _publish(staged, target)
+        _check_readable(staged)
+        _check_replaceable(target, overwrite)
+        _publish(staged, target, config["config_sha256"])
     return target
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 (hexadecimal) over all fields of a ``config.json`` but the hash itself, as the shortest JSON with sorted keys.
+
+    Raises:
+      ValueError: a number is NaN or infinite, which JSON has not.
+    """
+    fields = {key: value for key, value in config.items() if key != "config_sha256"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 
 def as_read(meta: Mapping[str, Any]) -> dict[str, Any]:
     """What :func:`read` will return of ``meta`` once it has been written.
 
     Raises:
-      Ptq4ditError: JSON cannot hold it.
+      Ptq4ditError: JSON cannot hold it, or a reader would refuse it.
     """
-    restored: dict[str, Any] = json.loads(_to_json(meta))
+    restored: dict[str, Any] = parse_json(_to_json(meta), "The model's description", "save it with less provenance")
     return restored
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays of a model folder, in host memory, and its ``meta``, both as :func:`write` was given them.
 
+    A model that is exchanged at this moment is read as it was before or as it is afterwards.
+
     Raises:
       Ptq4ditError: ``path`` is missing, is no model, was written in a newer format, or is incomplete or damaged in any byte
-        of its arrays.
+        of its arrays or any field of its ``config.json``.
     """
-    source = _resolve(path)
+    source = resolve(path)
+    for _ in range(_ATTEMPTS):
+        before = _state(source)
+        try:
+            return _read(source)
+        except Ptq4ditError:
+            if _state(source) == before:
+                raise
+    raise Ptq4ditError(f"The model in {source} changes faster than it can be read; load it when nobody writes to it.")
+
+
+def _read(source: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     config = read_config(source)
-    damaged = f"The model in {source} is damaged; copy, download or quantize it again"
+    damaged = _damaged(source)
+    listed, folder = _listed(source, config), _arrays_of(source, config)
     try:
-        listed = {str(name): (tuple(map(int, a["shape"])), np.dtype(a["dtype"])) for name, a in config["arrays"].items()}
-        files = {str(file): int(size) for file, size in config["files"].items()}
-        sha256 = str(config["content_sha256"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Ptq4ditError(f"{damaged}: its {_CONFIG} lacks a valid list of arrays and files.") from error
-    try:
-        for file, size in files.items():
-            found = (source / file).stat().st_size if (source / file).is_file() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-                raise Ptq4ditError(f"{damaged}: {file} {state}.")
-        arrays = orbax_arrays.restore(source / _ARRAYS) if any(0 not in shape for shape, _ in listed.values()) else {}
+        arrays = orbax_arrays.restore(folder) if any(0 not in shape for shape, _ in listed.values()) else {}
     except OSError as error:
         raise Ptq4ditError(f"{damaged}: its arrays cannot be read.") from error
     arrays |= {name: np.empty(shape, dtype) for name, (shape, dtype) in listed.items() if 0 in shape}
     if {name: (array.shape, array.dtype) for name, array in arrays.items()} != listed:
         raise Ptq4ditError(f"{damaged}: its arrays are not those that its {_CONFIG} lists.")
-    if content_hash(arrays) != sha256:
+    if content_hash(arrays) != config["content_sha256"]:
         raise Ptq4ditError(f"{damaged}: the content of its arrays does not match the hash in its {_CONFIG}.")
     return arrays, {key: value for key, value in config.items() if key not in _OWN_KEYS}
+
+
+def _damaged(source: Path) -> str:
+    return f"The model in {source} is damaged; copy, download or quantize it again"
+
+
+def _listed(source: Path, config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and dtype of each array, by its name, as ``config`` lists them; raises where a file is not as it says."""
+    damaged = _damaged(source)
+    try:
+        listed = {str(name): (tuple(map(int, a["shape"])), np.dtype(a["dtype"])) for name, a in config["arrays"].items()}
+        files = {str(file): int(size) for file, size in config["files"].items()}
+        str(config["content_sha256"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Ptq4ditError(f"{damaged}: its {_CONFIG} lacks a valid list of arrays and files.") from error
+    folder = _arrays_of(source, config)
+    for file, size in files.items():
+        where = folder / file.removeprefix(f"{_ARRAYS}/") if file.startswith(f"{_ARRAYS}/") else source / file
+        try:
+            found = where.stat().st_size if where.is_file() else None
+        except OSError as error:
+            raise Ptq4ditError(f"{damaged}: its arrays cannot be read.") from error
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise Ptq4ditError(f"{damaged}: {file} {state}.")
+    return listed
+
+
+def _arrays_of(source: Path, config: Mapping[str, Any]) -> Path:
+    """Where the arrays are; during an exchange, and after a kill in it, the new ones have the name that says whose they are."""
+    moved = source / _incoming(str(config.get("config_sha256")))
+    return moved if moved.is_dir() else source / _ARRAYS
+
+
+def _incoming(config_sha256: str) -> str:
+    return f"{_ARRAYS}-{config_sha256[:16]}"
+
+
+def _state(source: Path) -> Any:
+    """What differs if a model was exchanged between two looks at its folder."""
+    try:
+        config = (source / _CONFIG).stat()
+        folders = sorted((entry.name, entry.inode()) for entry in os.scandir(source) if entry.name.startswith(_ARRAYS))
+        return config.st_ino, config.st_mtime_ns, config.st_size, folders
+    except OSError:
+        return None
 
 
 def is_model(path: Path) -> bool:
@@ -158,7 +232,7 @@ def _names_format(folder: Path) -> bool:
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """All of ``config.json``, without reading the arrays; raises as :func:`read` does."""
-    source = _resolve(path)
+    source = resolve(path)
     expected = f"a model is a folder with {_CONFIG} and {_ARRAYS}/"
     try:
         if not source.exists():
@@ -179,6 +253,11 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if version > VERSION:
         newer = f"{source} was written by a newer ptq4dit_jax (format {version})"
         raise Ptq4ditError(f"{newer}; this one reads up to {VERSION}: upgrade ptq4dit_jax.")
+    if version >= _HASHED and not _is_unchanged(config):
+        raise Ptq4ditError(
+            f"{source / _CONFIG} is damaged or was edited: its fields do not match their hash; copy, download or quantize the "
+            "model again."
+        )
     if not isinstance(config.get("kind"), str):
         raise Ptq4ditError(f"{source / _CONFIG} does not say what kind of model this is; copy, download or quantize it again.")
     if not isinstance(config.get("provenance", {}), dict):
@@ -186,15 +265,34 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def _resolve(path: str | os.PathLike[str]) -> Path:
+def _is_unchanged(config: Mapping[str, Any]) -> bool:
+    try:
+        return config_hash(config) == config.get("config_sha256")
+    except (ValueError, RecursionError):  # NaN, for one, is no JSON
+        return False
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """The absolute path of a model folder, links followed.
+
+    Raises:
+      Ptq4ditError: it is an address, no path at all, or one that Orbax's arrays cannot be read from.
+    """
     if (address := address_of(path)) is not None:
         raise Ptq4ditError(
             f"{address} is an address, where no model is read or written in place; use a folder of this machine."
         )
     try:
-        return Path(path).expanduser().resolve()
+        target = Path(path).expanduser().resolve()
+        str(target).encode()
     except (OSError, RuntimeError, ValueError) as error:
-        raise Ptq4ditError(f"{os.fspath(path)!r} is not a usable path: {error}.") from error
+        raise Ptq4ditError(f"{os.fspath(path)!r} is not a usable path: {shown(str(error))}.") from error
+    # TensorStore writes to one folder and reads from another where a name holds a backslash.
+    if os.sep == "/" and "\\" in str(target):
+        raise Ptq4ditError(
+            f"{shown(target, 1000)} is not a usable path: no model can be read from below a backslash; choose another one."
+        )
+    return target
 
 
 def _native(array: np.ndarray | jax.Array) -> np.ndarray:
@@ -234,7 +332,7 @@ def _to_json(config: Mapping[str, Any]) -> str:
 
     try:
         return "{\n  " + ",\n  ".join(field(*item) for item in config.items()) + "\n}\n"
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise Ptq4ditError(f"The model's description cannot be saved as JSON: {error}.") from error
 
 
@@ -249,22 +347,67 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         raise Ptq4ditError(f"{target} holds something else than a model, so it is not overwritten; choose another path.")
 
 
-def _publish(staged: Path, target: Path) -> None:
+def _check_readable(staged: Path) -> None:
+    """Raises where :func:`read` would refuse what was just written; the bytes of the arrays are not read again."""
+    try:
+        listed = _listed(staged, read_config(staged))
+        wanted = {name: spec for name, spec in listed.items() if 0 not in spec[0]}
+        found = orbax_arrays.describe(staged / _ARRAYS) if wanted else {}
+    except Ptq4ditError as error:
+        raise OSError(f"what was written cannot be read: {error}") from error
+    if found != wanted:
+        raise OSError("what was written cannot be read: its arrays are others")
+
+
+def _publish(staged: Path, target: Path, config_sha256: str) -> None:
+    flush(staged)
     if not target.exists():
         staged.rename(target)
+        flush_entries(target.parent)
         return
-    # Inside an existing folder only the model is exchanged: a card or a recipe beside it belongs to the user. Without a
-    # config.json the folder counts as no model, so that one goes first and comes last.
-    replaced = staged / "replaced"
+    # Inside an existing folder only the model is exchanged: a card or a recipe beside it belongs to the user.
+    _settle(target)
+    replaced, incoming = staged / "replaced", target / _incoming(config_sha256)
     replaced.mkdir()
-    moves = [(target / name, replaced / name) for name in (_CONFIG, _ARRAYS) if (target / name).exists()]
-    moves += [(staged / name, target / name) for name in (_ARRAYS, _CONFIG) if (staged / name).exists()]
-    done: list[tuple[Path, Path]] = []
-    try:
-        for source, destination in moves:
+    old, arrays, config = target / _ARRAYS, staged / _ARRAYS, target / _CONFIG
+    undo: list[tuple[Path, Path]] = []
+
+    def move(source: Path, destination: Path) -> None:
+        if source.exists():
+            undo.append((destination, source))
             source.rename(destination)
-            done.append((source, destination))
+
+    try:
+        move(arrays, incoming)
+        flush_entries(target)
+        if config.exists():
+            shutil.copy2(config, replaced / _CONFIG)
+            flush(replaced / _CONFIG)
+            undo.append((replaced / _CONFIG, config))
+        else:
+            undo.append((config, staged / _CONFIG))
+        (staged / _CONFIG).replace(config)  # from here on it is the new model
+        flush_entries(target)
+        move(old, replaced / _ARRAYS)
+        move(incoming, old)
+        flush_entries(target)
     except BaseException:
-        for source, destination in reversed(done):
-            destination.rename(source)
+        for source, destination in reversed(undo):
+            if source.exists():
+                source.replace(destination)
         raise
+
+
+def _settle(target: Path) -> None:
+    """Ends an exchange that a kill has broken off: arrays that the model there does not use are removed."""
+    try:
+        config = read_json(target / _CONFIG, "")
+    except Ptq4ditError:
+        return
+    arrays, usual = _arrays_of(target, config), target / _ARRAYS
+    for entry in list(target.iterdir()):
+        if re.fullmatch(_ARRAYS + "-[0-9a-f]{16}", entry.name) and entry != arrays:
+            remove(entry)
+    if arrays != usual:
+        remove(usual)
+        arrays.rename(usual)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +17,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import plots
 from ptq4dit_jax.evaluation.compare import NOISE_FLOOR, REFERENCE, Comparison, ModelFigures, plain
 from ptq4dit_jax.evaluation.metrics import SQNR_MEAN, SQNR_POOLED, Interval
-from ptq4dit_jax.staging import staging
+from ptq4dit_jax.staging import exchange, staging
 
 _DPI = 120
 _PACKAGES = ("ptq4dit-jax", "jax", "jaxlib", "flax", "numpy")
@@ -52,13 +51,8 @@ def write_report(
       Ptq4ditError: the folder exists and must not be replaced, or cannot be written.
     """
     target = Path(folder).expanduser().resolve()
-    if target.exists():
-        if not overwrite:
-            raise Ptq4ditError(f"{target} exists; choose another folder for the report, or allow overwriting it.")
-        if not target.is_dir() or (any(target.iterdir()) and not (target / "report.json").is_file()):
-            raise Ptq4ditError(f"{target} is not a report, so it is not replaced; choose another folder for the report.")
-
     learned = _whole_parts(reconstruction)
+    _check_replaceable(target, overwrite)
     everything = {**comparison.settings, **settings}
     document = {
         "title": title,
@@ -73,10 +67,17 @@ def write_report(
         pictures = _write_pictures(staged, comparison, learned)
         (staged / "report.md").write_text(_page(comparison, document, pictures), encoding="utf-8")
         (staged / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        staged.rename(target)
+        _check_replaceable(target, overwrite)
+        exchange(staged, target)
     return target
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    if target.exists():
+        if not overwrite:
+            raise Ptq4ditError(f"{target} exists; choose another folder for the report, or allow overwriting it.")
+        if not target.is_dir() or (any(target.iterdir()) and not (target / "report.json").is_file()):
+            raise Ptq4ditError(f"{target} is not a report, so it is not replaced; choose another folder for the report.")
 
 
 def _provenance() -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Block reconstruction: the rounding of the weights and the scales of the activations, learned part after part."""
 
 from ptq4dit_jax.reconstruction.pipeline import UnitProgress, reconstruct
-from ptq4dit_jax.reconstruction.resume import Journal
+from ptq4dit_jax.reconstruction.resume import Journal, forget_journal, journal_beside
+from ptq4dit_jax.reconstruction.units import units
 from ptq4dit_jax.reconstruction.walk import MemoryPlan, check_mesh
 
-__all__ = ["Journal", "MemoryPlan", "UnitProgress", "check_mesh", "reconstruct"]
+__all__ = [
+    "Journal", "MemoryPlan", "UnitProgress", "check_mesh", "forget_journal", "journal_beside", "reconstruct", "units",
+]  # fmt: skip

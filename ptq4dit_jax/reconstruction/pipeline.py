@@ -137,7 +137,7 @@ def _optimize(
         state = walk.train(unit, state, task, rows, before, key, stop)
         done = stop
         if journal is not None and done < settings.iterations and done % save_every == 0:
-            journal.save_current(position, state)
+            journal.save_current(position, state, done)
         if progress is not None and done < settings.iterations:
             progress(unit.name, done, settings.iterations, float(state.errors[max(0, done - _REPORT_EVERY) : done].mean()))
     return state

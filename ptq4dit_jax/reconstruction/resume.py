@@ -2,89 +2,258 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-import shutil
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from ptq4dit_jax.documents import read_json
+from ptq4dit_jax.edges import edge, shown
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.staging import staging
+from ptq4dit_jax.npz_file import read_npz
+from ptq4dit_jax.staging import beside, claim, is_staged, place, publish, remove, remove_staged, staging
 
 _FINGERPRINT, _CURRENT = "fingerprint.json", "current.npz"
+_PART = re.compile(r"part-(\d{3,})\.npz")
+_FORMAT, _VERSION = "ptq4dit_jax reconstruction", 2
+#: In front of the names of what each file says about itself.
+_HEAD = "journal/"
+_OVER = "start over with --fresh (fresh=True)"
+
+
+class Standing(NamedTuple):
+    """How far a run has come: the positions of its finished parts; of the part at work, if saved, and its next iteration."""
+
+    finished: tuple[int, ...]
+    current: tuple[int, int] | None
 
 
 class Journal:
     """A folder with ``fingerprint.json``, one ``part-NNN.npz`` for each finished part and ``current.npz`` for the one at work.
 
-    Every file is renamed into place when complete, so whatever moment a run dies at, what is there is whole.
+    Every file is renamed into place when complete, so whatever moment a run dies at, what is there is whole. Each says which
+    run and which part it belongs to. The folder is this process's own until :meth:`close`, or until the process ends.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any], *, fresh: bool = False) -> None:
         """Opens the folder of this very run, or makes it.
 
         Args:
-          folder: where; its parents are made.
+          folder: where; its parents are made, and a link is followed.
           fingerprint: what the result depends on, as JSON.
           fresh: forget what is there.
 
         Raises:
-          Ptq4ditError: the folder belongs to another run (the sentence says what differs), or to something else.
+          Ptq4ditError: the folder belongs to another run (the sentence says what differs), to one that works at this moment, or
+            to something else; a file in it is damaged or of another run or part.
         """
-        self.folder = folder.expanduser().absolute()
-        if self.folder.exists():
-            self._check_ours(json.loads(json.dumps(fingerprint)), fresh)
-        if fresh:
-            self.remove()
-        if not self.folder.exists():
-            with staging(self.folder) as staged:
-                staged.mkdir()
-                (staged / _FINGERPRINT).write_text(json.dumps(fingerprint, indent=1) + "\n")
-                staged.rename(self.folder)
-
-    def _check_ours(self, wanted: dict[str, Any], fresh: bool) -> None:
+        self.folder = place(folder).resolve()
+        self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
+        self._hash = np.frombuffer(hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).digest(), np.uint8)
+        self._claim = contextlib.ExitStack()
         try:
-            found = json.loads((self.folder / _FINGERPRINT).read_text())
-        except (OSError, ValueError) as error:
+            self._claim.enter_context(claim(self.folder))
+            if fresh:
+                remove_journal(self.folder)
+            if fresh or _is_empty(self.folder):
+                self._begin()
+            else:
+                self._check_ours()
+            remove_staged(self.folder)
+            self.standing = self._standing()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets other processes have the folder."""
+        self._claim.close()
+
+    def _begin(self) -> None:
+        document = {"format": _FORMAT, "version": _VERSION, "fingerprint": self._fingerprint}
+        with staging(self.folder / _FINGERPRINT) as staged:
+            staged.write_text(json.dumps(document, indent=1) + "\n")
+            publish(staged, self.folder / _FINGERPRINT)
+
+    def _check_ours(self) -> None:
+        path = self.folder / _FINGERPRINT
+        if not is_journal(self.folder):
             raise Ptq4ditError(
-                f"The folder {self.folder} should hold a reconstruction's state but has no {_FINGERPRINT}; name another one."
-            ) from error
-        if not fresh and (differing := list(_differences(found, wanted))):
+                f"The folder {self.folder} should hold a reconstruction's state but has no {_FINGERPRINT} of one; "
+                "move it elsewhere, or name another folder."
+            )
+        if not path.exists():
+            raise Ptq4ditError(f"The reconstruction's state in {self.folder} has lost its {_FINGERPRINT}; {_OVER}.")
+        with edge(path, f"{_FINGERPRINT} is damaged; {_OVER}"):
+            document = read_json(path, _OVER, what="fingerprint of a reconstruction")
+            version = document.get("version", 1)
+            found = document["fingerprint"] if version == _VERSION else None
+        if version != _VERSION:
+            raise Ptq4ditError(
+                f"The reconstruction in {self.folder} was begun by another version of this program (format {shown(version)}, "
+                f"not {_VERSION}); go on with that one, or {_OVER}."
+            )
+        if differing := list(_differences(found, self._fingerprint)):
             raise Ptq4ditError(
                 f"The reconstruction begun in {self.folder} is another one, different in {', '.join(differing[:4])}; "
-                "run it with its own settings, or start over with --fresh (fresh=True)."
+                f"run it as it was begun, or {_OVER}."
             )
+
+    def _standing(self) -> Standing:
+        """Raises where a file is not of this run."""
+        finished = sorted(int(match[1]) for name in os.listdir(self.folder) if (match := _PART.fullmatch(name)))
+        for position in finished:
+            self._read(self._part(position), [], position)
+        if (found := self._read(self.folder / _CURRENT, [], None)) is None or found["position"] in finished:
+            return Standing(tuple(finished), None)
+        return Standing(tuple(finished), (found["position"], found["iteration"]))
 
     def finished(self, position: int, like: Any) -> Any | None:
         """The result of the part at ``position``, a tree of arrays like ``like``, or None."""
-        return _read(self._part(position), like)
+        found = self._read(self._part(position), _names(like), position)
+        return None if found is None else self._tree(self._part(position), found, like)
 
     def finish(self, position: int, result: Any) -> None:
         """Stores the result of a part."""
-        _write(self._part(position), result)
+        self._write(self._part(position), result, position)
         (self.folder / _CURRENT).unlink(missing_ok=True)
 
     def current(self, position: int, like: Any) -> Any | None:
         """The state of the part at ``position`` if it was interrupted, a tree of arrays like ``like``, or None."""
         path = self.folder / _CURRENT
         # The position first: a run that died just after finishing a part leaves that part's state, of other shapes, behind.
-        found = _read(path, {"position": np.zeros((), np.int64)})
-        return None if found is None or found["position"] != position else _read(path, {"state": like})["state"]  # type: ignore[index]
+        head = self._read(path, [], None)
+        if head is None or head["position"] != position:
+            return None
+        found = self._read(path, _names(like), position)
+        return None if found is None else self._tree(path, found, like)
 
-    def save_current(self, position: int, state: Any) -> None:
-        """Stores the state of the part at work."""
-        _write(self.folder / _CURRENT, {"position": np.int64(position), "state": state})
+    def save_current(self, position: int, state: Any, iteration: int = 0) -> None:
+        """Stores the state of the part at work, which has its next ``iteration`` before it."""
+        self._write(self.folder / _CURRENT, state, position, iteration)
 
     def remove(self) -> None:
         """Deletes the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_journal(self.folder)
 
     def _part(self, position: int) -> Path:
         return self.folder / f"part-{position:03d}.npz"
+
+    def _write(self, path: Path, tree: Any, position: int, iteration: int = 0) -> None:
+        head = {"fingerprint": self._hash, "position": np.int64(position), "iteration": np.int64(iteration)}
+        arrays = {f"{_HEAD}{name}": value for name, value in head.items()}
+        arrays |= zip(_names(tree), map(np.asarray, jax.tree.leaves(jax.device_get(tree))), strict=True)
+        if not (self.folder / _FINGERPRINT).exists():  # somebody has removed it: what is left to do is kept all the same
+            self._begin()
+        with staging(path) as staged:
+            with staged.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            publish(staged, path)
+
+    def _read(self, path: Path, names: list[str], position: int | None) -> dict[str, Any] | None:
+        """The named arrays and the head of a file of this run and, unless None, of the part at ``position``."""
+        if not path.exists():
+            return None
+        head = [_HEAD + name for name in ("fingerprint", "position", "iteration")]
+        arrays, _ = read_npz(path, [*head, *names], _OVER)
+        with edge(path, f"{path.name} is damaged; {_OVER}"):
+            ours = np.array_equal(arrays[head[0]], self._hash)
+            there, iteration = int(arrays[head[1]]), int(arrays[head[2]])
+            found = {name: arrays[name] for name in names} | {"position": there, "iteration": iteration}
+        if not ours:
+            raise Ptq4ditError(
+                f"The file {path} is of another run than {_FINGERPRINT} beside it; put the right one there, or {_OVER}."
+            )
+        if position is not None and there != position:
+            raise Ptq4ditError(f"The file {path} holds the part at position {there}; put the right one there, or {_OVER}.")
+        return found
+
+    def _tree(self, path: Path, found: Mapping[str, Any], like: Any) -> Any:
+        leaves, expected = [found[name] for name in _names(like)], jax.tree.leaves(like)
+        if any(leaf.shape != other.shape or leaf.dtype != other.dtype for leaf, other in zip(leaves, expected, strict=True)):
+            raise Ptq4ditError(f"The state in {path} is damaged; {_OVER}.")
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def journal_beside(out: Path) -> Path:
+    """Where the command keeps the journal of an output."""
+    target = place(out)
+    return target.with_name(f".{target.name}.reconstruction")
+
+
+def is_journal(folder: Path) -> bool:
+    """Whether a folder holds nothing but a journal's files, or a journal's fingerprint; an empty one counts."""
+    if not folder.is_dir():
+        return False
+    if all(map(_is_ours, os.listdir(folder))):
+        return True
+    try:
+        return bool(read_json(folder / _FINGERPRINT, "")["format"] == _FORMAT)
+    except Exception:
+        return False
+
+
+def remove_journal(folder: Path) -> bool:
+    """Deletes a journal, but neither what else is in its folder, nor the link that leads there; whether it is gone.
+
+    Raises:
+      Ptq4ditError: what is there is no journal.
+    """
+    linked, folder = folder.is_symlink(), folder.resolve()
+    if not os.path.lexists(folder):
+        return True
+    if not is_journal(folder):
+        raise Ptq4ditError(
+            f"The folder {folder} should hold a reconstruction's state but has no {_FINGERPRINT} of one, so it is not removed; "
+            "move it elsewhere, or name another folder."
+        )
+    names = os.listdir(folder)
+    if not linked and all(map(_is_ours, names)):
+        away = beside(folder)
+        with contextlib.suppress(OSError):  # a folder that something is mounted on stays
+            folder.rename(away)
+            remove(away)
+            return not away.exists()
+    # The fingerprint last: what a kill leaves is a journal.
+    for name in sorted(filter(_is_ours, names), key=lambda name: name == _FINGERPRINT):
+        remove(folder / name)
+    if not linked:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+    return not folder.exists() or not any(map(_is_ours, os.listdir(folder)))
+
+
+def forget_journal(folder: Path) -> bool:
+    """:func:`remove_journal` of what is of no more use: never an error, and whether it is gone."""
+    try:
+        return remove_journal(folder)
+    except (Ptq4ditError, OSError):
+        return False
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is there, or nothing but what a kill has left of a beginning."""
+    if not folder.is_dir():
+        return not os.path.lexists(folder)
+    return all(map(is_staged, os.listdir(folder)))
+
+
+def _is_ours(name: str) -> bool:
+    return name in (_FINGERPRINT, _CURRENT) or _PART.fullmatch(name) is not None or is_staged(name)
 
 
 def _differences(found: Any, wanted: Any, name: str = "") -> Any:
@@ -96,32 +265,9 @@ def _differences(found: Any, wanted: Any, name: str = "") -> Any:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = shown(value if isinstance(value, str) else json.dumps(value), 1000)
     return text if len(text) <= 40 else text[:12] + "..."
 
 
 def _names(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _write(path: Path, tree: Any) -> None:
-    arrays = dict(zip(_names(tree), map(np.asarray, jax.tree.leaves(jax.device_get(tree))), strict=True))
-    with staging(path) as staged:
-        with staged.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        staged.replace(path)
-
-
-def _read(path: Path, like: Any) -> Any | None:
-    if not path.exists():
-        return None
-    damaged = Ptq4ditError(f"The state in {path} is damaged; start over with --fresh (fresh=True).")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            leaves = [file[name] for name in _names(like)]
-    except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
-        raise damaged from error
-    expected = jax.tree.leaves(like)
-    if any(leaf.shape != other.shape or leaf.dtype != other.dtype for leaf, other in zip(leaves, expected, strict=True)):
-        raise damaged
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)

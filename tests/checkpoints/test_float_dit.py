@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from store_helpers import seal
 
 from ptq4dit_jax import checkpoints
 from ptq4dit_jax.checkpoints import float_dit, store
@@ -49,7 +50,7 @@ def edit_config(folder, key, value):
     for name in outer:
         inner = inner[name]
     inner.pop(last, None) if value is None else inner.update({last: value})
-    (folder / "config.json").write_text(json.dumps(config))
+    seal(folder, config)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

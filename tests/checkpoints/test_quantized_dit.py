@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from store_helpers import seal
 
 from ptq4dit_jax import chain, checkpoints, sampling
 from ptq4dit_jax.checkpoints import quantized_dit, store
@@ -76,7 +77,7 @@ def edit_config(folder, path, value):
     for name in path[:-1]:
         inner = inner[name]
     inner.pop(path[-1]) if value is None else inner.update({path[-1]: value})
-    (folder / "config.json").write_text(json.dumps(config))
+    seal(folder, config)
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def test_given_provenance_is_kept_beside_the_versions(tmp_path):
 def test_config_is_readable_and_says_what_is_inside(saved):
     config = json.loads((saved / "config.json").read_text())
     assert list(config)[:3] == ["format", "version", "kind"]
-    assert (config["format"], config["version"]) == ("ptq4dit_jax", 1)
+    assert (config["format"], config["version"]) == ("ptq4dit_jax", 2)
     assert config["arrays"]["blocks/qkv/weight/values"] == {"shape": [3, 20, 30], "dtype": "int8"}
     assert config["content_sha256"] == store.content_hash(example_arrays())
     assert store.read_config(saved) == config
@@ -263,15 +263,19 @@ def broken_orbax(monkeypatch, error):
 
 def broken_publication(monkeypatch, error, number):
     """Makes the ``number``-th renaming fail."""
-    rename, calls = Path.rename, []
+    calls = []
 
-    def failing(self, target):
-        calls.append(target)
-        if len(calls) == number:
-            raise error
-        return rename(self, target)
+    def failing(rename):
+        def renamed(self, target):
+            calls.append(target)
+            if len(calls) == number:
+                raise error
+            return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", failing)
+        return renamed
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
 
 
 @pytest.mark.parametrize("error", [ValueError("a\nb"), RuntimeError("x [source=y]"), OSError(errno.ENOSPC, "No space left")])

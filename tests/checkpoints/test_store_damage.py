@@ -27,7 +27,7 @@ def test_a_foreign_or_broken_config(text, saved):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": 2}, "newer ptq4dit_jax (format 2); this one reads up to 1: upgrade"),
+        ({"version": 3}, "newer ptq4dit_jax (format 3); this one reads up to 2: upgrade"),
         ({"version": "1"}, "version '1'"),
         ({"version": 0}, "version 0"),
         ({"version": True}, "version True"),

@@ -48,7 +48,7 @@ def inputs(tmp_path_factory):
     checkpoints.save(model, folder / "tiny")
     checkpoints.save(model.replace(params={**model.params, "final": {**model.params["final"], "bias": bias}}), folder / "nan")
     checkpoints.save(helpers.tiny_model(in_channels=4), folder / "latent")
-    newer = json.loads((folder / "tiny/config.json").read_text()) | {"version": 2}
+    newer = json.loads((folder / "tiny/config.json").read_text()) | {"version": 3}
     (folder / "newer").mkdir()
     (folder / "newer/config.json").write_text(json.dumps(newer))
     (folder / "empty.npz").touch()

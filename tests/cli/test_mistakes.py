@@ -17,7 +17,7 @@ MODELS = {
     "missing": ("missing", "does not exist"),
     "file": ("no checkpoint of a known kind", "torch.save"),
     "foreign": ("holds no model", "config.json"),
-    "newer": ("newer ptq4dit_jax (format 2)", "upgrade"),
+    "newer": ("newer ptq4dit_jax (format 3)", "upgrade"),
     "nan": ("nan", "NaN or infinity", "final/bias"),
 }
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_inputs, relative_error, tiny_model
+from store_helpers import seal
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import terminal
@@ -123,7 +124,7 @@ def test_it_is_saved_and_damage_is_seen(w4: ptq.QuantizedDiT, tmp_path: Path, ra
     settings = json.loads((tmp_path / "q/config.json").read_text())
     assert settings["sites"] == {}, "which a version that needs them calls damaged"
     settings["sites"] = {"blocks.q": {"bits": 8, "dynamic": True, "balanced": False}}
-    (tmp_path / "q/config.json").write_text(json.dumps(settings))
+    seal(tmp_path / "q", settings)
     with raises_sentence("damaged"):
         ptq.load(tmp_path / "q")
 

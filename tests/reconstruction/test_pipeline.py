@@ -270,7 +270,9 @@ def test_fresh_starts_over(model, rows, tmp_path):
             quantize(
                 model, rows, state=state, key=jax.random.key(seed), fresh=seed == 7, progress=stop_at("embed condition", 100)
             )
-    assert _journal(dataclasses.replace(CONFIG), ptq_hash(model), threefry(jax.random.key(7)), rows, state, False) is not None
+    key = threefry(jax.random.key(7))
+    with _journal(dataclasses.replace(CONFIG), model, ptq_hash(model), key, rows, state, False) as journal:
+        assert journal is not None
 
 
 def ptq_hash(model: ptq.FloatDiT) -> str:

@@ -21,7 +21,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.quantizers import ActQuantizer, Balance
 from ptq4dit_jax.schedules import FlowSchedule
-from ptq4dit_jax.staging import staging
+from ptq4dit_jax.staging import publish, staging
 
 
 def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -52,10 +52,7 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
             f"{flow.describe()}; save it as a model folder instead."
         )
     target = Path(path).expanduser().absolute()
-    if target.is_dir():
-        raise Ptq4ditError(f"The path {target} is a folder, which a file cannot replace; choose another path.")
-    if target.exists() and not overwrite:
-        raise Ptq4ditError(f"The path {target} exists already; choose another path, or ask for it to be overwritten.")
+    _check_replaceable(target, overwrite)
     params = _plain_params(model)
     dtype = np.dtype(params["final/kernel"].dtype)
     check_arrays(params, expected_arrays(config, dtype.name), "This model cannot be exported")
@@ -88,8 +85,16 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
     with staging(target) as staged:
         with staged.open("wb") as file:
             write_safetensors(file.write, tensors, shapes)
-        staged.replace(target)
+        _check_replaceable(target, overwrite)
+        publish(staged, target)
     return target
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    if target.is_dir():
+        raise Ptq4ditError(f"The path {target} is a folder, which a file cannot replace; choose another path.")
+    if target.exists() and not overwrite:
+        raise Ptq4ditError(f"The path {target} exists already; choose another path, or ask for it to be overwritten.")
 
 
 def _plain_params(model: FloatDiT | QuantizedDiT) -> dict[str, jax.Array]:
