@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 #: The share of the free memory that a batch may take. The rest is for what is not counted, such as the host's copies.
 SHARE = 0.8
@@ -69,6 +70,15 @@ def _free_in_container() -> int | None:
         return max(0, limit - used + int(stat.get("inactive_file", 0)))
     except (OSError, ValueError):  # not there, or "max"
         return None
+
+
+def ensure(needed: int) -> None:
+    """Raises ``MemoryError`` if this process cannot have ``needed`` bytes more, as within ``ulimit -v``.
+
+    For what is about to run in threads of C++, where too little memory ends the process. Nothing stays allocated, and no page
+    is touched.
+    """
+    np.empty(needed, np.uint8)
 
 
 def largest_batch(total: int, parts: int, most: int, free: int | None, needed: Callable[[int], int]) -> int:
