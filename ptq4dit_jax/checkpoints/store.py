@@ -23,8 +23,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ptq4dit_jax import memory
 from ptq4dit_jax.checkpoints import orbax_arrays
 from ptq4dit_jax.checkpoints.addresses import address_of
+from ptq4dit_jax.edges import edge
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.staging import staging
 
@@ -126,6 +128,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
             if found != size:
                 state = "is missing" if found is None else f"has {found} bytes instead of {size}"
                 raise Ptq4ditError(f"{damaged}: {file} {state}.")
+        with edge(source):  # where memory fails later, it is in threads of C++
+            memory.ensure_start(2 * sum(files.values()))
         arrays = orbax_arrays.restore(source / _ARRAYS) if any(0 not in shape for shape, _ in listed.values()) else {}
     except OSError as error:
         raise Ptq4ditError(f"{damaged}: its arrays cannot be read.") from error

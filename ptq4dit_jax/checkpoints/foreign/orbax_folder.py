@@ -35,6 +35,7 @@ def read_orbax(folder: Path) -> dict[str, Tensor]:
     base: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
     if is_database := (folder / _OCDBT).is_file():
         base = {"driver": "ocdbt", "base": base}
+    memory.ensure_start(0)
     files = [Snapshot.of(file) for file in folder.rglob("*") if file.is_file()]
     size = sum(file.size for file in files)
     try:
