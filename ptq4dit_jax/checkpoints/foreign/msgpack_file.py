@@ -106,15 +106,13 @@ class _Walker:
 
     def extension(self, count: int) -> Any:
         kind = self.number(">b")
-        span = self.source.span(count)
         if kind not in (_ARRAY, _SCALAR):
+            self.source.span(count)
             return None
-        inner = _Walker(Cursor(span.file, span.offset, span.size))
-        inner.count = self.count
-        shape, dtype, values = inner.value()
-        self.count = inner.count
-        if not isinstance(values, Span):
-            raise Damaged("an array has no bytes")
+        end = self.source.position + count
+        shape, dtype, values = self.value()
+        if not isinstance(values, Span) or self.source.position != end:
+            raise Damaged(f"the array that ends at byte {end} does not fill its place")
         return tensor_of(values, checked_shape(shape), dtype_named(dtype))
 
 
