@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from ptq4dit_jax.errors import Ptq4ditError
 
 #: The share of the free memory that a batch may take. The rest is for what is not counted, such as the host's copies.
 SHARE = 0.8
+#: Address space of the threads of JAX, Orbax and TensorStore: with two cores 1,000 MB suffice, 750 MB end the process.
+_START, _START_PER_CORE = 2**30, 2**26
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -78,6 +81,28 @@ def _free_in_container() -> int | None:
         return max(0, limit - used + int(stat.get("inactive_file", 0)))
     except (OSError, ValueError):  # not there, or "max"
         return None
+
+
+def ensure(needed: int) -> None:
+    """Raises ``MemoryError`` if this process cannot have ``needed`` bytes more, as within ``ulimit -v``.
+
+    For what is about to run in threads of C++, where too little memory ends the process. Nothing stays allocated, and no page
+    is touched.
+    """
+    np.empty(needed, np.uint8)
+
+
+def ensure_start(needed: int) -> None:
+    """As :func:`ensure`, for libraries that have yet to start their threads: JAX, Orbax, TensorStore.
+
+    Where address space is limited (``ulimit -v``), that takes about a gigabyte, and one that does not suffice ends the process.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return ensure(needed)
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    ensure(needed + (_START + _START_PER_CORE * (os.cpu_count() or 1) if limited else 0))
 
 
 def largest_batch(total: int, parts: int, most: int, free: int | None, needed: Callable[[int], int]) -> int:

@@ -30,10 +30,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ptq4dit_jax import memory
 from ptq4dit_jax.checkpoints import orbax_arrays
 from ptq4dit_jax.checkpoints.addresses import address_of
 from ptq4dit_jax.documents import parse_json, read_json
-from ptq4dit_jax.edges import shown
+from ptq4dit_jax.edges import edge, shown
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.staging import flush, flush_entries, remove, staging
 
@@ -154,6 +155,8 @@ def _read(source: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     damaged = _damaged(source)
     listed, folder = _listed(source, config), _arrays_of(source, config)
     try:
+        with edge(source):  # where memory fails later, it is in threads of C++
+            memory.ensure_start(2 * sum(map(int, config["files"].values())))
         arrays = orbax_arrays.restore(folder) if any(0 not in shape for shape, _ in listed.values()) else {}
     except OSError as error:
         raise Ptq4ditError(f"{damaged}: its arrays cannot be read.") from error

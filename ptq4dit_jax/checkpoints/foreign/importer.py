@@ -152,8 +152,9 @@ def import_checkpoint(
 
 def _check_unread(file: TensorFile, chosen: ParameterSet, folder: Path, ema: bool) -> None:
     """Raises where something among the chosen weights was not understood, or averages lie in a folder beside theirs."""
-    root = f"{chosen.name}." if chosen.name else ""
-    lost = [name for name in file.contents.unread if root and normal_name(name).startswith(root)]
+    # At the top level what a script saves lies beside the weights; what is below a part of theirs is among them.
+    roots = (f"{chosen.name}.",) if chosen.name else tuple({f"{name.partition('.')[0]}." for name in chosen.view})
+    lost = [name for name in file.contents.unread if normal_name(name).startswith(roots)]
     if lost:
         what = f"{listed(lost)} ({file.contents.dropped_words().removeprefix('; ')})"
         raise Ptq4ditError(f"The checkpoint {file.path} holds something among its weights that cannot be read: {what}.")

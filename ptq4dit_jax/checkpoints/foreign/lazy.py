@@ -12,14 +12,23 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
+from ptq4dit_jax.edges import edge, quoted, shown
 from ptq4dit_jax.errors import Ptq4ditError
 
 #: No checkpoint nests deeper or holds more tensors and containers; a file that claims to is an attack.
-_MAX_DEPTH, _MAX_NODES = 64, 200_000
+MAX_DEPTH, MAX_NODES = 64, 200_000
+#: Nor does one hold more values of any kind, a container counted wherever it occurs, or longer names, dots included.
+MAX_ENTRIES, MAX_NAME = 1_000_000, 1000
+#: Characters of all names together.
+_MAX_NAMES = 50_000_000
 #: Plain values are kept up to this many, this long, and as lists of this many: more than any training script writes.
 _MAX_FACTS, _MAX_TEXT, _MAX_LIST = 20_000, 200, 32
+#: Kinds of what was not understood that are told apart.
+_MAX_KINDS = 100
 #: Tied weights are counted more than once, so tensors may add up to more than their file; not to this many times as much.
-_MAX_EXPANSION = 16
+MAX_EXPANSION = 16
+#: Values of a tensor, an axis of zero counted as one.
+_MAX_SIZE = 2**40
 #: Text that may be a JSON object of settings.
 _MAX_OBJECT = 2**16
 
@@ -57,15 +66,17 @@ class Tensor:
         """The values, in a new array of ``shape`` and ``dtype``.
 
         Raises:
-          Ptq4ditError: the file has gone, shrunk or become unreadable since it was opened.
+          Ptq4ditError: the file has gone, changed or become unreadable since it was opened, its checksum does not fit, or
+            memory does not suffice.
         """
-        try:
-            return self.load()
-        except (OSError, Damaged) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise Ptq4ditError(
-                f"A tensor of shape {self.shape} cannot be read any more ({reason}); open the file again."
-            ) from error
+        what = f"a tensor of shape {self.shape} and type {self.dtype}"
+        with edge(what):
+            try:
+                return self.load()
+            except Damaged as error:
+                raise Ptq4ditError(
+                    f"Cannot read {what} ({error}); open the file again, or copy or download it again."
+                ) from error
 
 
 #: A value in a file that is no tensor.
@@ -90,7 +101,7 @@ class Contents:
 
     def dropped_words(self) -> str:
         """``; not understood: 2 x torch.Foo``, or nothing."""
-        kinds = [f"{count} x {kind[:80]}" for kind, count in self.dropped.most_common(4)]
+        kinds = [f"{count} x {shown(kind, 80)}" for kind, count in self.dropped.most_common(4)]
         return "; not understood: " + ", ".join(kinds) if kinds else ""
 
 
@@ -126,54 +137,52 @@ class TensorFile(Mapping[str, Tensor]):
 def dtype_named(name: Any) -> np.dtype:
     """The dtype of a plain name such as ``float32`` or ``bfloat16``."""
     if not isinstance(name, str) or name not in _DTYPES:
-        raise Damaged(f"its tensors are of the unknown type {str(name)[:40]!r}")
+        raise Damaged(f"its tensors are of the unknown type {quoted(name, 40)}")
     return _DTYPES[name]
 
 
 def checked_shape(shape: Any) -> tuple[int, ...]:
-    """A shape from a file: a few whole numbers whose product some machine could address."""
-    if not isinstance(shape, (tuple, list)) or len(shape) > 16 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
-        raise Damaged(f"a tensor has the impossible shape {str(shape)[:60]}")
-    if math.prod(shape) >= 2**48:
-        raise Damaged(f"a tensor has the impossible shape {tuple(shape)}")
+    """A shape from a file: a few whole numbers whose product, zeros left out, some machine could address."""
+    if not isinstance(shape, (tuple, list)):
+        raise Damaged(f"a tensor has {shown(shape, 40)} for a shape")
+    fits = len(shape) <= 16 and all(type(n) is int and 0 <= n <= _MAX_SIZE for n in shape)
+    if not fits or math.prod(n or 1 for n in shape) > _MAX_SIZE:
+        axes = ", ".join(shown(n, 24) for n in shape[:17])
+        raise Damaged(f"a tensor has the impossible shape ({axes})")
     return tuple(shape)
 
 
 def check_total(tensors: Mapping[str, Tensor], size: int) -> None:
     """Refuses tensors that together are far larger than the ``size`` bytes on the disk that they are read from."""
     total = sum(tensor.nbytes for tensor in tensors.values())
-    if total > _MAX_EXPANSION * size + 2**20:
+    if total > MAX_EXPANSION * size + 2**20:
         raise Damaged(f"it declares {total / 1e6:.1f} MB of tensors in {size / 1e6:.1f} MB")
 
 
-def span_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-    """A tensor that lies in a file as little-endian values in C order, from byte ``offset`` on."""
+@dataclass(frozen=True)
+class OtherKey:
+    """What stands for a key that is no name: neither compared nor hashed, it could take any time. ``kind`` names its type."""
 
-    def load() -> np.ndarray:
-        return read_span(path, offset, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+    kind: str
 
-    return Tensor(shape, dtype, load)
+    __hash__ = object.__hash__
 
-
-def read_span(path: Path, offset: int, size: int) -> np.ndarray:
-    """``size`` bytes of a file, (size,) uint8."""
-    data = np.fromfile(path, np.uint8, size, offset=offset)
-    if data.size != size:
-        raise Damaged(f"{path.name} ends before byte {offset + size}")
-    return data
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
-def buffer_tensor(data: Any, shape: tuple[int, ...], dtype: np.dtype, order: str = "C") -> Tensor:
-    """A tensor whose values lie in ``data``, such as a slice of a memory map; ``dtype`` may be of either byte order."""
-    if memoryview(data).nbytes != math.prod(shape) * dtype.itemsize:
-        raise Damaged(f"a tensor of shape {shape} and type {dtype} has {memoryview(data).nbytes} bytes")
-    native = dtype.newbyteorder("=")
+def plain_key(key: Any) -> Any:
+    """A key as a container may have it: text, a tuple of texts, or an :class:`OtherKey`.
 
-    def load() -> np.ndarray:
-        array = np.frombuffer(data, dtype) if math.prod(shape) else np.empty(0, dtype)
-        return np.array(array.reshape(shape, order=order), native, order="C")  # type: ignore[call-overload]
-
-    return Tensor(shape, native, load)
+    Numbers become text, whose hashes no file can foresee: a dict of integers with equal hashes takes hours to fill.
+    """
+    if type(key) is str:
+        return key
+    if type(key) in (int, bool):
+        return str(key)
+    if type(key) is tuple and 0 < len(key) <= MAX_DEPTH and all(type(part) is str for part in map(plain_key, key)):
+        return tuple(map(plain_key, key))
+    return OtherKey(type(key).__name__)
 
 
 def flatten(
@@ -188,30 +197,42 @@ def flatten(
       children: gives a container's entries, and None for anything else. Keys that are tuples of names are paths.
       unread: names the kind of an object that stands for something that was not built. It is counted where nothing of use is
         found in it, or where it is a function that rebuilds a tensor from parts, which are no tensors of their own.
+
+    Raises:
+      Damaged: there are more values, longer names or deeper levels than in any checkpoint.
     """
     found = Contents({})
-    nodes = 0
+    nodes = entries_seen = characters = 0
 
     def drop(kind: str, name: str) -> None:
-        found.dropped[kind] += 1
+        known = kind in found.dropped or len(found.dropped) < _MAX_KINDS
+        found.dropped[kind if known else "objects of other kinds"] += 1
         if len(found.unread) < _MAX_FACTS:
+            keep(name)
             found.unread.append(name)
 
-    def walk(node: Any, path: tuple[str, ...]) -> None:
-        nonlocal nodes
-        entries = None if isinstance(node, Tensor) else children(node)
-        nodes += entries is not None or isinstance(node, Tensor)
-        if nodes > _MAX_NODES or len(path) > _MAX_DEPTH:
-            raise Damaged("its values are nested without end")
-        name = ".".join(path)
-        if isinstance(node, Tensor):
-            if name in found.tensors:
-                raise Damaged(f"the name {name[:80]!r} stands for two tensors")
-            found.tensors[name] = node
-            return
+    def keep(name: str) -> None:
+        nonlocal characters
+        characters += len(name)
+        if characters > _MAX_NAMES:
+            raise Damaged("its names are longer than those of any checkpoint")
+
+    def walk(node: Any, name: str, depth: int) -> None:
+        nonlocal nodes, entries_seen
         if (plain := _plain(node)) is not _NOT_PLAIN:
             if len(found.facts) < _MAX_FACTS:
+                keep(name)
                 found.facts[name] = plain
+            return
+        entries = None if isinstance(node, Tensor) else children(node)
+        nodes += entries is not None or isinstance(node, Tensor)
+        if nodes > MAX_NODES or depth > MAX_DEPTH:
+            raise Damaged("its values are nested without end")
+        if isinstance(node, Tensor):
+            if name in found.tensors:
+                raise Damaged(f"the name {quoted(name)} stands for two tensors")
+            keep(name)
+            found.tensors[name] = node
             return
         kind = unread(node)
         if kind is not None and "rebuild" in kind:
@@ -219,15 +240,21 @@ def flatten(
             return
         before = len(found.tensors) + len(found.facts)
         for key, value in (entries or {}).items():
+            entries_seen += 1
+            if entries_seen > MAX_ENTRIES:
+                raise Damaged("it holds more values than any checkpoint")
             parts = key if isinstance(key, tuple) else (key,)
-            if all(isinstance(part, (str, int)) for part in parts):
-                walk(value, (*path, *map(str, parts)))
-            else:
-                drop(f"entry under a key of type {type(key).__name__}", name)
+            if not all(isinstance(part, (str, int)) for part in parts):
+                drop(f"entry under a key of type {getattr(key, 'kind', type(key).__name__)}", name)
+                continue
+            inner = ".".join(map(str, parts)) if depth == 0 else ".".join((name, *map(str, parts)))
+            if len(inner) > MAX_NAME:
+                raise Damaged(f"its names are longer than those of any checkpoint: {quoted(inner)}")
+            walk(value, inner, depth + len(parts))
         if kind is not None and len(found.tensors) + len(found.facts) == before:
             drop(kind, name)
 
-    walk(tree, ())
+    walk(tree, "", 0)
     return found
 
 

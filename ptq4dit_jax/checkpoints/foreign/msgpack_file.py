@@ -1,4 +1,9 @@
-"""Flax's msgpack files (``flax.serialization``), walked without loading them: arrays stay there until they are read."""
+"""Flax's msgpack files (``flax.serialization``), walked without loading them: arrays stay there until they are read.
+
+Why not the msgpack package: its ``Unpacker`` hands an array over only after it has copied it, and its buffer must hold the
+largest one. A file of 1.07 GB takes 1.2 GB there before the first tensor is asked for, and less than 1 MB here. Its maps also
+take the last of two entries of one name without a word.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Contents, Damaged, Tensor, buffer_tensor, checked_shape, dtype_named, flatten
+from ptq4dit_jax.checkpoints.foreign.lazy import (
+    MAX_DEPTH,
+    MAX_ENTRIES,
+    Contents,
+    Damaged,
+    Tensor,
+    checked_shape,
+    dtype_named,
+    flatten,
+    plain_key,
+)
 from ptq4dit_jax.checkpoints.foreign.pickle_machine import inert_children
-from ptq4dit_jax.checkpoints.foreign.pickles import map_file
+from ptq4dit_jax.checkpoints.foreign.snapshot import Cursor, Snapshot, Span, tensor_of
+from ptq4dit_jax.edges import quoted
 
 _ARRAY, _SCALAR = 1, 3  # Flax's extension types; 2 is a complex number
 _CHUNKED = "__msgpack_chunked_array__"
-_MAX_DEPTH, _MAX_VALUES = 64, 10_000_000
+#: Bytes of a text that is kept; a longer one is passed over.
+_MAX_TEXT = 2**16
 
 
 def looks_like_msgpack(head: bytes) -> bool:
@@ -25,29 +42,21 @@ def looks_like_msgpack(head: bytes) -> bool:
 
 
 class _Walker:
-    """Reads values one after another from a buffer."""
+    """Reads values one after another from a file."""
 
-    def __init__(self, buffer: memoryview) -> None:
-        self.buffer, self.position, self.depth, self.count = buffer, 0, 0, 0
-
-    def take(self, count: int) -> memoryview:
-        end = self.position + count
-        if end > len(self.buffer):
-            raise Damaged("it is cut off")
-        data, self.position = self.buffer[self.position : end], end
-        return data
+    def __init__(self, source: Cursor) -> None:
+        self.source, self.take, self.depth, self.count = source, source.take, 0, 0
 
     def number(self, code: str) -> Any:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
     def value(self) -> Any:
         self.depth, self.count = self.depth + 1, self.count + 1
-        if self.count > _MAX_VALUES:
+        if self.count > MAX_ENTRIES:
             raise Damaged("it holds more values than any checkpoint")
-        if self.depth > _MAX_DEPTH:
+        if self.depth > MAX_DEPTH:
             raise Damaged("its values are nested without end")
-        code = self.number(">B")
-        value = self.of_code(code)
+        value = self.of_code(self.take(1)[0])
         self.depth -= 1
         return value
 
@@ -71,33 +80,40 @@ class _Walker:
         raise Damaged(f"it holds the value type {code:#04x}, which does not exist")
 
     def map(self, count: int) -> dict[Any, Any]:
-        return {self.key(): self.value() for _ in range(count)}
-
-    def key(self) -> Any:
-        key = self.value()
-        if not isinstance(key, (str, int)):
-            raise Damaged("its maps have keys that are no names")
-        return key
+        entries: dict[Any, Any] = {}
+        for _ in range(count):
+            key = self.value()
+            if type(key) not in (str, int):
+                raise Damaged("its maps have keys that are no names")
+            if (name := plain_key(key)) in entries:
+                raise Damaged(f"it has two entries {quoted(key)} in one place")
+            entries[name] = self.value()
+        return entries
 
     def list(self, count: int) -> list[Any]:
         return [self.value() for _ in range(count)]
 
-    def text(self, count: int) -> str:
+    def text(self, count: int) -> str | Span:
+        if count > _MAX_TEXT:
+            return self.source.span(count)
         try:
-            return bytes(self.take(count)).decode()
+            return self.take(count).decode()
         except UnicodeDecodeError as error:
             raise Damaged("one of its names is no text") from error
 
-    def bytes(self, count: int) -> memoryview:
-        return self.take(count)
+    def bytes(self, count: int) -> Span:
+        return self.source.span(count)
 
     def extension(self, count: int) -> Any:
         kind = self.number(">b")
-        data = self.take(count)
         if kind not in (_ARRAY, _SCALAR):
+            self.source.span(count)
             return None
-        shape, dtype, values = _Walker(data).value()
-        return buffer_tensor(values, checked_shape(shape), dtype_named(dtype))
+        end = self.source.position + count
+        shape, dtype, values = self.value()
+        if not isinstance(values, Span) or self.source.position != end:
+            raise Damaged(f"the array that ends at byte {end} does not fill its place")
+        return tensor_of(values, checked_shape(shape), dtype_named(dtype))
 
 
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
@@ -130,13 +146,15 @@ def _joined(node: dict[str, Any]) -> Tensor:
 
 def read_msgpack(path: Path) -> Contents:
     """What a file holds, by dotted name; raises :class:`Damaged` or ``OSError``."""
-    walker = _Walker(map_file(path))
+    source = Cursor(Snapshot.of(path))
     try:
-        tree = walker.value()
-        if walker.position != len(walker.buffer):
+        tree = _Walker(source).value()
+        if source.position != source.end:
             raise Damaged("something follows after its end")
         found = flatten(tree, _children)
-        tensors = {name.removesuffix("."): tensor for name, tensor in found.tensors.items()}
-        return Contents(tensors, found.facts, found.dropped)
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise Damaged(f"it makes no sense at byte {walker.position}") from error
+    except (Damaged, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise Damaged(f"it makes no sense at byte {source.position}") from error
+    tensors = {name.removesuffix("."): tensor for name, tensor in found.tensors.items()}
+    return Contents(tensors, found.facts, found.dropped)

@@ -6,15 +6,22 @@ and whatever Python classes wrote them.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, Tensor, checked_shape
+from ptq4dit_jax import memory
+from ptq4dit_jax.checkpoints.foreign.lazy import MAX_EXPANSION, MAX_NAME, MAX_NODES, Damaged, Tensor, checked_shape
+from ptq4dit_jax.checkpoints.foreign.snapshot import Snapshot
+from ptq4dit_jax.edges import shown
 
 _OCDBT, _DESCRIPTIONS = "manifest.ocdbt", {".zarray": "zarr", "zarr.json": "zarr3"}
+#: Bytes of the description of one array, which is JSON of some hundred.
+_MAX_DESCRIPTION = 2**20
 
 
 def is_orbax(folder: Path) -> bool:
@@ -26,16 +33,31 @@ def read_orbax(folder: Path) -> dict[str, Tensor]:
     """The tensors of a folder by dotted name; raises :class:`Damaged` or ``OSError``."""
     # Not as an address, in which a "%" or "#" of a folder's name would mean something.
     base: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
-    if (folder / _OCDBT).is_file():
+    if is_database := (folder / _OCDBT).is_file():
         base = {"driver": "ocdbt", "base": base}
+    memory.ensure_start(0)
+    files = [Snapshot.of(file) for file in folder.rglob("*") if file.is_file()]
+    size = sum(file.size for file in files)
     try:
         keys = [key.decode() for key in ts.KvStore.open(base).result().list().result()]
         kinds = dict(key.rpartition("/")[::2] for key in keys if key.rpartition("/")[2] in _DESCRIPTIONS)
+        if len(kinds) > MAX_NODES or any(len(name) > MAX_NAME for name in kinds):
+            raise Damaged("it holds more arrays or longer names than any checkpoint")
+        if any(file.size > _MAX_DESCRIPTION for file in files if file.path.name in _DESCRIPTIONS):
+            raise Damaged("the description of an array is too large to be one")
         specs = {name: _spec(base, name, _DESCRIPTIONS[kind]) for name, kind in kinds.items()}
         opened = {name: ts.open(spec, open=True, read=True) for name, spec in specs.items()}
-        return {name: _tensor(store.result()) for name, store in sorted(opened.items()) if _is_array(store.result())}
-    except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
+        stores = {name: store.result() for name, store in sorted(opened.items())}
+    except (Damaged, OSError, MemoryError):
+        raise
+    except Exception as error:
         raise Damaged("its arrays cannot be opened") from error
+    own = {name: files if is_database else _below(folder / name, files) for name in stores}
+    return {name: _tensor(store, size, own[name]) for name, store in stores.items() if _is_array(store)}
+
+
+def _below(folder: Path, files: Sequence[Snapshot]) -> list[Snapshot]:
+    return [file for file in files if file.path.is_relative_to(folder)]
 
 
 def _spec(base: dict[str, Any], name: str, driver: str) -> dict[str, Any]:
@@ -47,11 +69,22 @@ def _is_array(store: Any) -> bool:
     return store.dtype.name not in ("string", "json", "ustring")
 
 
-def _tensor(store: Any) -> Tensor:
-    def load() -> np.ndarray:
-        try:
-            return np.asarray(store.read().result())
-        except (ValueError, RuntimeError, NotImplementedError) as error:
-            raise Damaged("its bytes do not decode") from error
+def _tensor(store: Any, size: int, files: Sequence[Snapshot]) -> Tensor:
+    """An array of a folder whose files have ``size`` bytes; ``files`` are those that it may lie in."""
+    shape, dtype = checked_shape(store.shape), np.dtype(store.dtype.numpy_dtype)
+    # Made whole, however little of it is wanted; None for a single value.
+    chunk = math.prod(store.chunk_layout.write_chunk.shape or ()) * dtype.itemsize
+    if chunk > MAX_EXPANSION * size + 2**20:
+        raise Damaged(f"an array comes in pieces of {chunk / 1e6:.1f} MB in {size / 1e6:.1f} MB")
 
-    return Tensor(checked_shape(store.shape), np.dtype(store.dtype.numpy_dtype), load)
+    def load() -> np.ndarray:
+        memory.ensure(math.prod(shape) * dtype.itemsize + chunk)  # its threads end the process where that fails
+        try:
+            array = np.asarray(store.read().result())
+        except Exception as error:
+            raise Damaged(f"its bytes do not decode: {shown(str(error).partition(' [')[0], 100)}") from error
+        for file in files:
+            file.check()
+        return array
+
+    return Tensor(shape, dtype, load)

@@ -7,15 +7,16 @@ objects whose fields are walked for arrays. Nothing in the file is run (:mod:`pt
 
 from __future__ import annotations
 
-import mmap
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Contents, buffer_tensor, checked_shape, dtype_named, flatten
+from ptq4dit_jax.checkpoints.foreign.lazy import Contents, checked_shape, dtype_named, flatten, plain_key
 from ptq4dit_jax.checkpoints.foreign.pickle_machine import Inert, Name, Rebuild, inert_children, run, unread_kind
+from ptq4dit_jax.checkpoints.foreign.snapshot import Cursor, LatinSpan, Snapshot, Span, tensor_of
 
 #: NumPy's short names of plain types: kind and bytes.
 _PLAIN = re.compile(r"b1|[iu][1248]|f[248]")
@@ -33,16 +34,29 @@ def _dtype(name: Any, *_: Any) -> Any:
     return Inert(Name("numpy", "dtype"), (name,))
 
 
-def _bytes(text: Any, *_: Any) -> Any:
-    return text.encode("latin-1") if isinstance(text, str) else b""
+@dataclass(frozen=True)
+class _Latin:
+    """Bytes that are held as text, one character per byte. They are not copied, however often the file asks for them."""
+
+    text: str
+
+    @property
+    def size(self) -> int:
+        return len(self.text)
+
+    def read(self) -> np.ndarray:
+        return np.frombuffer(self.text.encode("latin-1"), np.uint8)
+
+
+def _bytes(text: Any = "", *_: Any) -> Any:
+    return _Latin(text) if isinstance(text, str) else text
 
 
 def _array(data: Any, dtype: Any, shape: Any, order: str) -> Any:
-    if isinstance(data, str):  # written by Python 2
-        data = data.encode("latin-1")
-    if not isinstance(dtype, np.dtype) or not isinstance(data, (bytes, memoryview)):
+    data = _bytes(data)  # text where Python 2 wrote it
+    if not isinstance(dtype, np.dtype) or not isinstance(data, (_Latin, LatinSpan, Span)):
         return Inert(Name("numpy", "ndarray"))  # of objects or records: no tensor
-    return buffer_tensor(data, checked_shape(shape), dtype, order)
+    return tensor_of(data, checked_shape(shape), dtype, order)
 
 
 def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> Any:
@@ -66,24 +80,22 @@ def _reconstruct_jax(function: Any, args: Any, state: Any, *_: Any) -> Any:
     return _build(_UnfilledArray(), state)
 
 
-def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
-    return dict(pairs if isinstance(pairs, dict) else (tuple(pair) for pair in pairs))
-
-
-def _frozen_dict(entries: Any = None) -> Any:
-    return dict(entries or {})
+def _mapping(entries: Any = ()) -> dict[Any, Any]:
+    """A dict of a dict or of pairs."""
+    return dict(entries) if isinstance(entries, dict) else {plain_key(key): value for key, value in entries}
 
 
 #: Names of plain containers, which every kind of file has.
 CONTAINERS: Rebuild = {
-    ("collections", "OrderedDict"): _ordered_dict,
+    ("collections", "OrderedDict"): _mapping,
     ("collections", "defaultdict"): lambda *_: {},
-    ("builtins", "dict"): _ordered_dict,
+    ("builtins", "dict"): _mapping,
 }
 _NUMPY = ("numpy.core", "numpy._core")
 ARRAYS: Rebuild = {
     **CONTAINERS,
     ("_codecs", "encode"): _bytes,
+    **{(module, "bytes"): _bytes for module in ("builtins", "__builtin__")},  # none, of an empty array
     ("numpy", "dtype"): _dtype,
     **{(f"{root}.multiarray", "_reconstruct"): lambda *_: _UnfilledArray() for root in _NUMPY},
     **{(f"{root}.multiarray", "scalar"): _scalar for root in _NUMPY},
@@ -91,17 +103,10 @@ ARRAYS: Rebuild = {
     ("jax._src.array", "_reconstruct_array"): _reconstruct_jax,
     ("jax._src.device_array", "reconstruct_device_array"): _reconstruct_jax,
     ("jax.interpreters.xla", "reconstruct_device_array"): _reconstruct_jax,
-    ("flax.core.frozen_dict", "FrozenDict"): _frozen_dict,
+    ("flax.core.frozen_dict", "FrozenDict"): _mapping,
 }
-
-
-def map_file(path: Path) -> memoryview:
-    """The bytes of a file, of any size, as they are needed."""
-    with path.open("rb") as file:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def read_pickle(path: Path) -> Contents:
     """What a pickle holds, by dotted name; raises :class:`Damaged` or ``OSError``."""
-    tree, _ = run(map_file(path), ARRAYS, build=_build)
-    return flatten(tree, inert_children, unread_kind)
+    return flatten(run(Cursor(Snapshot.of(path)), ARRAYS, build=_build), inert_children, unread_kind)

@@ -1,18 +1,27 @@
-"""The safetensors format: eight bytes of header size, a JSON header of names, types, shapes and offsets, then raw values."""
+"""The safetensors format: eight bytes of header size, a JSON header of names, types, shapes and offsets, then raw values.
+
+The ``safetensors`` package reads and checks the header: types, shapes against places, and places that leave no gap, overlap
+nothing and end with the file. The values are read here: the package maps the file, so that one that is cut short while it is
+open ends the process with SIGBUS, and it gives no float8 to NumPy. One thing is checked besides, because the package takes the
+last of two tensors of one name at one place. Files are written here, since the package wants all tensors in memory.
+"""
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Contents, Damaged, Plain, checked_shape, dtype_named, flatten, span_tensor
+from ptq4dit_jax.checkpoints.foreign.lazy import MAX_NODES, Contents, Damaged, Plain, checked_shape, dtype_named, flatten
 from ptq4dit_jax.checkpoints.foreign.pickle_machine import inert_children
+from ptq4dit_jax.checkpoints.foreign.snapshot import Snapshot, Span, tensor_of
+from ptq4dit_jax.edges import quoted, shown
 
 _TYPES = {
     f"{kind}{bits}": f"{name}{bits}" for kind, name in (("F", "float"), ("I", "int"), ("U", "uint")) for bits in (16, 32, 64)
@@ -26,51 +35,49 @@ _TYPES |= {
     "F8_E5M2": "float8_e5m2",
 }
 _NAMES = {name: short for short, name in _TYPES.items()}
-#: The format's own limit.
-_MAX_HEADER = 100_000_000
+#: The format allows 100 MB; as JSON these take many times their size in memory, and 200,000 tensors need no more than this.
+MAX_HEADER = 2**24
 
 
 def looks_like_safetensors(head: bytes, size: int) -> bool:
     """Whether a file of ``size`` bytes that starts with ``head`` can be one."""
-    return len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _MAX_HEADER
+    return len(head) > 8 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= MAX_HEADER
 
 
 def read_safetensors(path: Path) -> Contents:
     """The tensors of a file by name, and its metadata; raises :class:`Damaged` or ``OSError``."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if 8 + length > size:
-            raise Damaged("its header is cut off")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise Damaged("its header is no JSON") from error
-    if not isinstance(header, dict):
-        raise Damaged("its header is no JSON object")
-    start, tensors, spans = 8 + length, {}, []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape, (begin, end) = (
-                dtype_named(_TYPES.get(entry["dtype"])),
-                checked_shape(entry["shape"]),
-                entry["data_offsets"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise Damaged(f"its entry {name[:60]!r} is incomplete") from error
-        tensor = span_tensor(path, start + begin, shape, dtype) if type(begin) is int and type(end) is int else None
-        if tensor is None or begin < 0 or end - begin != tensor.nbytes:
-            raise Damaged(f"its tensor {name[:60]!r} has a shape and a place that do not fit")
-        if start + end > size:
-            raise Damaged(f"it is cut off in the tensor {name[:60]!r}")
-        tensors[name] = tensor
-        spans.append((begin, end))
-    spans.sort()
-    if any(end > begin for (_, end), (begin, _) in itertools.pairwise(spans)):
-        raise Damaged("its tensors overlap")
-    return Contents(tensors, _metadata(header.get("__metadata__")))
+    file = Snapshot.of(path)
+    length = int.from_bytes(file.read(0, 8).tobytes(), "little")
+    if 8 + length > file.size:
+        raise Damaged("its header is cut off")
+    try:
+        with safe_open(path, framework="numpy") as header:
+            names = header.offset_keys()
+            if len(names) > MAX_NODES:
+                raise Damaged("it holds more tensors than any checkpoint")
+            entries = [(name, header.get_slice(name)) for name in names]
+            described = [(name, entry.get_dtype(), entry.get_shape()) for name, entry in entries]
+            metadata = header.metadata()
+    except SafetensorError as error:
+        said = str(error).rpartition("deserializing header: ")[2]
+        raise Damaged(f"it is cut off or damaged, as safetensors says: {shown(said, 200)}") from error
+    json.loads(file.read(8, length).tobytes(), object_pairs_hook=_check_once)
+    tensors, start = {}, 8 + length
+    for name, kind, shape in described:  # one lies behind the other without a gap: the package has checked that
+        dtype, shape = dtype_named(_TYPES.get(kind, kind)), checked_shape(shape)
+        span = Span(file, start, math.prod(shape) * dtype.itemsize)
+        tensors[name], start = tensor_of(span, shape, dtype), start + span.size
+    file.check()
+    return Contents(tensors, _metadata(metadata))
+
+
+def _check_once(pairs: list[tuple[str, Any]]) -> None:
+    """Refuses a JSON object with two entries of one name; nothing is kept of it."""
+    names = set()
+    for name, _ in pairs:
+        if name in names:
+            raise Damaged(f"its header has two entries {quoted(name, 60)}")
+        names.add(name)
 
 
 def _metadata(values: Any) -> dict[str, Plain]:

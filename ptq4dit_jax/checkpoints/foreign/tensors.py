@@ -27,6 +27,7 @@ from ptq4dit_jax.checkpoints.foreign.remote import Progress, fetch
 from ptq4dit_jax.checkpoints.foreign.safetensors_file import read_safetensors
 from ptq4dit_jax.checkpoints.foreign.torch_zip import read_torch
 from ptq4dit_jax.checkpoints.foreign.weight_sets import read_index
+from ptq4dit_jax.edges import edge, quoted, shown
 from ptq4dit_jax.errors import Ptq4ditError
 
 __all__ = ["Tensor", "TensorFile", "find_tensors", "is_foreign", "local_path", "open_tensors"]
@@ -81,16 +82,11 @@ def is_foreign(path: str | os.PathLike[str]) -> bool:
 
 def _guarded(where: Path, act: Callable[[], _Found]) -> _Found:
     """The result of ``act``, whose exceptions become sentences about the file."""
-    try:
-        return act()
-    except Damaged as error:
-        raise _damaged(where, error) from error
-    except OSError as error:
-        raise Ptq4ditError(f"Cannot read {where} ({error.strerror or type(error).__name__}); check its permissions.") from error
-    except (ValueError, TypeError, LookupError, MemoryError, RecursionError, OverflowError) as error:
-        if isinstance(error, Ptq4ditError):
-            raise
-        raise _damaged(where, Damaged("it makes no sense")) from error
+    with edge(where, "it makes no sense; copy or download it again if it should be a checkpoint"):
+        try:
+            return act()
+        except Damaged as error:
+            raise _damaged(where, error) from error
 
 
 def _damaged(path: Path, error: Damaged) -> Ptq4ditError:
@@ -151,7 +147,8 @@ def _read_index(index: Path, files: Iterable[Path]) -> Contents:
     places, shards = read_index(index), {file.name: _shard(file) for file in files}
     if absent := [name for name, file in places.items() if name not in shards[file]]:
         raise Ptq4ditError(
-            f"The index {index} places {absent[0][:80]!r} in {places[absent[0]]}, where it is not; download the shards again."
+            f"The index {index} places {quoted(absent[0])} in {shown(places[absent[0]])}, where it is not; download the "
+            "shards again."
         )
     return _joined({name: shards[file][name] for name, file in places.items()}, shards.values())
 
@@ -178,6 +175,6 @@ def _read_shards(files: tuple[Path, ...]) -> Contents:
     shards = [_shard(file) for file in files]
     for file, shard in zip(files, shards, strict=True):
         if twice := sorted(tensors.keys() & shard.keys()):
-            raise Ptq4ditError(f"The shard {file} holds {twice[0][:80]!r}, which another one holds too; download them again.")
+            raise Ptq4ditError(f"The shard {file} holds {quoted(twice[0])}, which another one holds too; download them again.")
         tensors |= shard
     return _joined(tensors, shards)

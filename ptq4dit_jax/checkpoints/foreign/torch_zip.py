@@ -1,39 +1,82 @@
 """What ``torch.save`` writes, read without torch: a zip of a pickle with names and shapes, and the raw bytes of each storage.
 
 The pickle is read by :mod:`ptq4dit_jax.checkpoints.foreign.pickle_machine`, which runs nothing. torch never compresses its
-zips, so a compressed member is refused, and with it every zip bomb.
+zips, so a compressed member is refused, and with it every zip bomb. The standard library reads the directory of a zip; members
+are read here, in pieces, and compared with their checksums.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
+import os
 import zipfile
+import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Contents, Damaged, Tensor, checked_shape, dtype_named, flatten, read_span
+from ptq4dit_jax.checkpoints.foreign.lazy import Contents, Damaged, Tensor, checked_shape, dtype_named, flatten
 from ptq4dit_jax.checkpoints.foreign.pickle_machine import Inert, Name, Rebuild, inert_children, run, unread_kind
 from ptq4dit_jax.checkpoints.foreign.pickles import ARRAYS
+from ptq4dit_jax.checkpoints.foreign.snapshot import Cursor, Snapshot, Span
+from ptq4dit_jax.edges import quoted, shown
 
 _STORAGES = {
     "FloatStorage": "float32", "DoubleStorage": "float64", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }  # fmt: skip
-_MAX_PICKLE = 2**27
+#: Bytes of a zip's directory, which takes some ten times as much when it is read: 80,000 members or more.
+MAX_DIRECTORY = 2**23
+_CHUNK = 2**20
 #: The first number in files of torch before 1.6.
 LEGACY_MAGIC = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
 
 
 @dataclass(frozen=True)
-class _Storage:
-    """``count`` values of a type from byte ``offset`` of the file on."""
+class _Member:
+    """A member of a zip. ``crc`` is None where the zip was written without checksums."""
 
-    path: Path
-    offset: int
+    name: str
+    span: Span
+    crc: int | None
+
+    def read(self, first: int, size: int) -> np.ndarray:
+        """``size`` of its bytes, (size,) uint8, of a member whose checksum is right."""
+        if size == self.span.size:
+            data = self.span.read()
+            self._compare(zlib.crc32(data.data))
+            return data
+        self.verify()
+        return self.span.file.read(self.span.offset + first, size)
+
+    def verify(self) -> None:
+        """Raises :class:`Damaged` if its checksum is wrong; the bytes are read for that once."""
+        if self.crc is not None:
+            self._compare(self._checksum)
+
+    @cached_property
+    def _checksum(self) -> int:
+        value = 0
+        for at in range(0, self.span.size, _CHUNK):
+            value = zlib.crc32(self.span.file.read(self.span.offset + at, min(_CHUNK, self.span.size - at)).data, value)
+        return value
+
+    def _compare(self, found: int) -> None:
+        if self.crc is not None and found != self.crc:
+            raise Damaged(f"its member {quoted(self.name, 60)} does not match its checksum")
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """``count`` values of a type, all that a member of the zip holds."""
+
+    member: _Member
     count: int
     dtype: np.dtype
 
@@ -44,10 +87,10 @@ class _Storage:
         extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if size else 0
         if type(first) is not int or first < 0 or first + extent > self.count or size > self.count:
             raise Damaged(f"a tensor of shape {shape} lies outside of its storage")
-        offset, item = self.offset + first * self.dtype.itemsize, self.dtype.itemsize
+        item = self.dtype.itemsize
 
         def load() -> np.ndarray:
-            data = read_span(self.path, offset, extent * item).view(self.dtype)
+            data = self.member.read(first * item, extent * item).view(self.dtype)
             if extent == size and strides == _c_strides(shape):
                 return data.reshape(shape)
             steps = tuple(stride * item for stride in strides)
@@ -66,9 +109,9 @@ def _rebuild_tensor(storage: Any, first: Any, shape: Any, strides: Any, *_: Any)
 
 def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any = None, *_: Any) -> Any:
     """A tensor with attributes, or of a subclass: the tensor itself. A subclass that wraps others keeps them as its state."""
-    if function in _TORCH and isinstance(args, tuple):
+    if isinstance(function, Name) and function in _TORCH and isinstance(args, tuple):
         return _TORCH[function](*args)
-    return Inert(kind, (), state)
+    return Inert(kind if isinstance(kind, Name) else Name("torch", "Tensor"), (), state)
 
 
 _TORCH: Rebuild = {
@@ -88,51 +131,74 @@ _TORCH: Rebuild = {
 }  # fmt: skip
 
 
-def _members(path: Path) -> dict[str, tuple[int, int]]:
-    """Offset and size of every file in the zip, by its name inside the one folder that torch makes."""
-    size = path.stat().st_size
-    members = {}
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
-                raise Damaged(f"its member {entry.filename[:60]!r} is compressed or encrypted, which torch never does")
-            file.seek(entry.header_offset)
-            header = file.read(30)
-            if len(header) < 30 or header[:4] != b"PK\3\4":
-                raise Damaged(f"its member {entry.filename[:60]!r} is not where the zip says")
-            offset = (
-                entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            )
-            if offset + entry.file_size > size:
-                raise Damaged(f"its member {entry.filename[:60]!r} reaches beyond the end of the file")
-            members[entry.filename.partition("/")[2]] = (offset, entry.file_size)
+class _Directory(io.FileIO):
+    """A zip that is asked for its directory alone, whose size is bounded."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            size = os.fstat(self.fileno()).st_size - self.tell()
+        if size > MAX_DIRECTORY:
+            raise Damaged(f"its zip directory has {size} bytes, more than the {MAX_DIRECTORY} of any checkpoint's")
+        return super().read(size) or b""
+
+
+def _members(file: Snapshot) -> dict[str, _Member]:
+    """Every file in the zip, by its name inside the one folder that torch makes."""
+    with _Directory(file.path) as raw, zipfile.ZipFile(raw) as archive:
+        entries = archive.infolist()
+    has_checksums = any(entry.CRC for entry in entries)  # else set_crc32_options(False) was in force
+    roots = {entry.filename.partition("/")[0] for entry in entries}
+    if len(roots) > 1:
+        raise Damaged(f"its members lie in {len(roots)} folders instead of one, such as {quoted(min(roots), 40)}")
+    members, places = {}, []
+    for entry in entries:
+        name = shown(entry.filename, 60)
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
+            raise Damaged(f"its member {name!r} is compressed or encrypted, which torch never does")
+        header = file.read(entry.header_offset, 30).tobytes()
+        if header[:4] != b"PK\3\4":
+            raise Damaged(f"its member {name!r} is not where the zip says")
+        start = entry.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        if start + entry.file_size > file.size:
+            raise Damaged(f"its member {name!r} reaches beyond the end of the file")
+        short = entry.filename.partition("/")[2]
+        if short in members:
+            raise Damaged(f"it has two members {name!r}")
+        places.append((entry.header_offset, start + entry.file_size, name))
+        members[short] = _Member(entry.filename, Span(file, start, entry.file_size), entry.CRC if has_checksums else None)
+    for (_, end, one), (begin, _, other) in itertools.pairwise(sorted(places)):
+        if end > begin:
+            raise Damaged(f"its members {one!r} and {other!r} overlap")
     return members
 
 
 def read_torch(path: Path) -> Contents:
     """What a zip holds, by dotted name, as nested as it was saved; raises :class:`Damaged` or ``OSError``."""
+    file = Snapshot.of(path)
     try:
-        members = _members(path)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, LookupError) as error:
+        members = _members(file)
+    except (Damaged, OSError, MemoryError):
+        raise
+    except Exception as error:
         raise Damaged("its zip directory is missing or cut off") from error
-    if "data.pkl" not in members:
+    if (table := members.get("data.pkl")) is None:
         raise Damaged("it is a zip, but not one that torch.save wrote")
-    if "byteorder" in members and read_span(path, *members["byteorder"]).tobytes() != b"little":
+    order = members.get("byteorder")
+    if order is not None and (order.span.size != 6 or order.read(0, 6).tobytes() != b"little"):
         raise Damaged("it was written on a big-endian machine")
-    if members["data.pkl"][1] > _MAX_PICKLE:
-        raise Damaged("its table of tensors is too large to be one")
 
     def persistent(reference: Any) -> Any:
         kind, storage, key, _, count = reference
         if kind != "storage" or not isinstance(storage, Name) or storage.name not in _STORAGES:
             return Inert(Name("torch", "Storage"))
         dtype = dtype_named(_STORAGES[storage.name])
-        if (member := members.get(f"data/{key}")) is None:
-            raise Damaged(f"the storage {str(key)[:20]!r} is missing")
-        offset, size = member
-        if type(count) is not int or count * dtype.itemsize != size:
-            raise Damaged(f"a storage declares {count} values of {dtype} and has {size} bytes")
-        return _Storage(path, offset, count, dtype)
+        member = members.get(f"data/{key}") if type(key) in (str, int) else None
+        if member is None:
+            raise Damaged(f"the storage {quoted(key, 20)} is missing")
+        if type(count) is not int or count * dtype.itemsize != member.span.size:
+            raise Damaged(f"a storage declares {shown(count, 24)} values of {dtype} and has {member.span.size} bytes")
+        return _Storage(member, count, dtype)
 
-    tree, _ = run(memoryview(read_span(path, *members["data.pkl"]).tobytes()), _TORCH, persistent)
-    return flatten(tree, inert_children, unread_kind)
+    table.verify()
+    cursor = Cursor(file, table.span.offset, table.span.size)
+    return flatten(run(cursor, _TORCH, persistent), inert_children, unread_kind)

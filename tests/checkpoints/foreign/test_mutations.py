@@ -45,6 +45,33 @@ def survives(path, act=read_all):
     return True
 
 
+class Caller:
+    """Wants ``open(mark, "w")`` to be called where it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+def test_files_that_want_code_to_run(tmp_path):
+    """Mutated as well: whatever becomes of the call, it does not happen."""
+    mark, rng = tmp_path / "mark", np.random.default_rng(6)
+    for protocol in (2, 4, 5):
+        table = pickle.dumps({"w": np.ones(3, np.float32), "call": Caller(mark), "again": [Caller(mark)]}, protocol)
+        pickle.loads(table)
+        assert mark.exists(), "the file does what it wants where it is let"
+        mark.unlink()
+        for number in range(200):
+            content = mutated_bytes(table, rng) if number else table
+            (tmp_path / "x").write_bytes(content)
+            survives(tmp_path / "x")
+            foreign_files.write_torch(tmp_path / "y", {}, table=content)
+            survives(tmp_path / "y")
+            assert not mark.exists(), content
+
+
 @pytest.mark.parametrize("kind", ["pickle-2", "pickle-4", "pickle-5", "msgpack", "torch", "safetensors"])
 def test_small_files(kind, tmp_path):
     content, rng, path, refused = small_files(tmp_path)[kind], np.random.default_rng(0), tmp_path / "x", 0

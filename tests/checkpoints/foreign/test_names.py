@@ -177,6 +177,24 @@ def test_copies_on_every_device(kind, tmp_path, raises_sentence):
         kvfrans(tmp_path, replicated)
 
 
+def test_a_table_of_labels_that_is_a_parameter_of_its_own(meta, tmp_path):
+    changed = {name.removesuffix(".weight") if "embedding_table" in name else name: array for name, array in meta.items()}
+    assert "y_embedder.embedding_table" in changed
+    model, _ = import_checkpoint(foreign_files.write_torch(tmp_path / "x.pt", changed), num_heads=3)
+    expected, _ = import_checkpoint(foreign_files.write_torch(tmp_path / "y.pt", meta), num_heads=3)
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), model.params, expected.params))
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.bias", "final_layer.extra"])
+def test_what_is_unread_among_weights_at_the_top_level(name, meta, tmp_path, raises_sentence):
+    odd = np.array([None, "an array of objects"], object)
+    path = foreign_files.write_pickle(tmp_path / "x", {**meta, name: odd})
+    with raises_sentence("among its weights", name, "numpy.ndarray"):
+        import_checkpoint(path, num_heads=3)
+    _, found = import_checkpoint(foreign_files.write_pickle(path, {**meta, "history": odd}), num_heads=3)
+    assert any("numpy.ndarray" in note for note in found.notes)
+
+
 def test_repa_names_its_later_blocks_otherwise(meta, tmp_path):
     arrays = {name.replace("blocks.1.", "decoder_blocks.0."): array for name, array in meta.items()}
     arrays |= {"projectors.0.0.weight": np.zeros((8, 24), np.float32)}

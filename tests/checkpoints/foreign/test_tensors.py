@@ -238,8 +238,8 @@ def test_containers_that_hold_each_other(tmp_path, raises_sentence):
     "content", [b"\x80\x04" + b"}" * 10**6, b"\x81\xa1w\xdd" + (10**6).to_bytes(4, "big") + b"\x80" * 10**6]
 )
 def test_more_values_than_any_checkpoint(content, tmp_path, raises_sentence, monkeypatch):
-    monkeypatch.setattr("ptq4dit_jax.checkpoints.foreign.pickle_machine._MAX_STEPS", 10**5)
-    monkeypatch.setattr("ptq4dit_jax.checkpoints.foreign.msgpack_file._MAX_VALUES", 10**5)
+    monkeypatch.setattr("ptq4dit_jax.checkpoints.foreign.pickle_machine.MAX_STEPS", 10**5)
+    monkeypatch.setattr("ptq4dit_jax.checkpoints.foreign.msgpack_file.MAX_ENTRIES", 10**5)
     (tmp_path / "x").write_bytes(content)
     with raises_sentence("more values than any checkpoint"):
         open_tensors(tmp_path / "x")
@@ -265,11 +265,11 @@ def header(entries):
         (b"\x80\x04P0\n.", "instruction"),
         (b"\x80\x04(((((" + b"2" * 100 + b".", "no tensors"),
         (b"\x80\x04" + b"]\x94h\x00" * 3 + b"u.", "mark"),
-        (header({"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 17]}}), "do not fit"),
-        (header({"w": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}), "cut off in the tensor 'w'"),
-        (header({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}), "impossible shape"),
-        (header({"w": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}), "unknown type"),
-        (header({n: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for n in "ab"}), "overlap"),
+        (header({"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 17]}}), "invalid shape"),
+        (header({"w": {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}}), "file not fully covered"),
+        (header({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}), "integer `-1`"),
+        (header({"w": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 4]}}), "unknown variant `Q4`"),
+        (header({n: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for n in "ab"}), "invalid offset"),
         ((100).to_bytes(8, "little") + b"{", "header is cut off"),
         (b"\x81\xa1w" + b"\x81\xa1w" * 80 + b"\xc0", "nested without end"),
         (b"\x82\xa1w\xc1", "value type"),

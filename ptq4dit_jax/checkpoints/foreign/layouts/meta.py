@@ -11,6 +11,8 @@ from ptq4dit_jax.checkpoints.foreign.layouts.table import PATCH_OIHW, Entry, Lay
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.schedules import FlowSchedule, Schedule
 
+_LABELS = "y_embedder.embedding_table.weight"
+
 
 def _told_by_content(view: View, config: DiTConfig) -> Schedule | None:
     """SiT has the same names and shapes. It throws the variance half of the output away, so that in training this half of the
@@ -25,10 +27,17 @@ def _told_by_content(view: View, config: DiTConfig) -> Schedule | None:
 
 
 def _renamed(names: Collection[str]) -> dict[str, str]:
-    """REPA's first files have the blocks behind the projectors as ``decoder_blocks``, counted from 0."""
+    """Other names of the same parameters.
+
+    REPA's first files have the blocks behind the projectors as ``decoder_blocks``, counted from 0. The table of labels may be a
+    parameter of its own, not that of an ``nn.Embedding``.
+    """
     blocks = [int(match[1]) for name in names if (match := re.match(r"blocks\.(\d{1,6})\.", name))]
     later = [(name, match) for name in names if (match := re.match(r"decoder_blocks\.(\d{1,6})\.", name))]
-    return {name: f"blocks.{1 + max(blocks) + int(match[1])}.{name[match.end() :]}" for name, match in later} if blocks else {}
+    renamed = {name: f"blocks.{1 + max(blocks) + int(match[1])}.{name[match.end() :]}" for name, match in later if blocks}
+    if _LABELS not in names and (bare := _LABELS.removesuffix(".weight")) in names:
+        renamed[bare] = _LABELS
+    return renamed
 
 
 META = Layout(
@@ -40,7 +49,7 @@ META = Layout(
         Entry("patch_embed/bias", ("x_embedder.proj.bias",)),
         *torch_linear("time_fc1", "t_embedder.mlp.0"),
         *torch_linear("time_fc2", "t_embedder.mlp.2"),
-        Entry("label_embed/embedding", ("y_embedder.embedding_table.weight",)),
+        Entry("label_embed/embedding", (_LABELS,)),
         *torch_linear("blocks/adaLN", "blocks.{i}.adaLN_modulation.1"),
         *torch_linear("blocks/qkv", "blocks.{i}.attn.qkv"),
         *torch_linear("blocks/proj", "blocks.{i}.attn.proj"),
@@ -52,7 +61,7 @@ META = Layout(
     sizes={
         "hidden": ("x_embedder.proj.weight", 0), "channels": ("x_embedder.proj.weight", 1),
         "patch": ("x_embedder.proj.weight", 2),
-        "rows": ("y_embedder.embedding_table.weight", 0), "mlp": ("blocks.0.mlp.fc1.weight", 0),
+        "rows": (_LABELS, 0), "mlp": ("blocks.0.mlp.fc1.weight", 0),
         "frequencies": ("t_embedder.mlp.0.weight", 1), "outputs": ("final_layer.linear.weight", 0), "tokens": ("pos_embed", 1),
     },
     pos_embed="pos_embed",
