@@ -86,7 +86,7 @@ class _Walker:
             if type(key) not in (str, int):
                 raise Damaged("its maps have keys that are no names")
             if (name := plain_key(key)) in entries:
-                raise Damaged(f"it has two entries {quoted(key)} in one place")
+                raise Damaged(f"it has two entries {quoted(str(key))} in one place")
             entries[name] = self.value()
         return entries
 

@@ -226,7 +226,7 @@ class _Machine:
             raise Damaged("its pickle fills something that is no dict")
         for key, value in zip(map(plain_key, pairs[::2]), pairs[1::2], strict=True):
             if key in into:
-                raise Damaged(f"its pickle has two entries {quoted(key)} in one place")
+                raise Damaged(f"its pickle has two entries {quoted(str(key))} in one place")
             into[key] = value
 
     def new_dict(self) -> None:
