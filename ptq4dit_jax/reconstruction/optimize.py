@@ -180,12 +180,12 @@ def train(
         # A barrier, so that what follows is one program wherever the rows come from.
         batch = jax.lax.optimization_barrier(batch)
         gradient = partial(error_gradient, jax.lax.optimization_barrier(state.variables))
-        if settings.parts == 1:
+        if settings.gradient_parts == 1:
             error, grads = gradient(batch)
             if devices > 1:
                 error, grads = jax.lax.pmean((error, grads), "data")
         else:
-            stacked = in_parts(gradient, batch, settings.parts // devices)
+            stacked = in_parts(gradient, batch, settings.gradient_parts // devices)
             if devices > 1:
                 stacked = jax.lax.all_gather(stacked, "data", tiled=True)
             error, grads = jax.tree.map(_mean_in_order, stacked)
