@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def cases() -> list[Case]:
         }  # fmt: skip
         settings: dict[str, Any] = {
             "weight_bits": (8, 4)[i % 2], "calib_steps": 2 + i % 3, "steps": 5,
-            "calib_rows": (16, 24, 12, 4, 20, 10)[(i // 2) % 6], "policy": ("edges8-float", "uniform")[(i // 4) % 2],
+            "calib_rows": (16, 24, 12, 4, 20, 22)[(i // 2) % 6], "policy": ("edges8-float", "uniform")[(i // 4) % 2],
         }  # fmt: skip
         if i % 3 == 1:
             settings["ssc"] = "rows"
@@ -74,8 +75,8 @@ def cases() -> list[Case]:
     return made
 
 
-def outcome(case: Case, row_batch: int | None) -> dict[str, np.ndarray]:
-    """Every leaf of the quantized model on all devices of this process, and samples of both models."""
+def outcome(case: Case, row_batch: int | None, samples: bool = True) -> dict[str, np.ndarray]:
+    """Every leaf of the quantized model on all devices of this process, and ``samples`` of both models."""
     model = ptq.FloatDiT.init(DiTConfig(**case.shape), jax.random.key(100 + case.seed))
     mesh = sharding.data_mesh() if jax.device_count() > 1 else None
     key = jax.random.key(case.seed)
@@ -83,18 +84,21 @@ def outcome(case: Case, row_batch: int | None) -> dict[str, np.ndarray]:
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(quantized))
     found = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
     labels = np.arange(11) % case.shape["num_classes"] if case.shape["num_classes"] else 11
-    for name, sampled in (("float", model), ("quantized", quantized)):
+    for name, sampled in (("float", model), ("quantized", quantized)) if samples else ():
         found[f"samples/{name}"] = ptq.sample(sampled, labels, key, steps=5, mesh=mesh)
     return found
 
 
-def in_a_process(devices: int, row_batch: int | None, chosen: list[int], folder: Path) -> list[dict[str, np.ndarray]]:
+def in_a_process(
+    devices: int, row_batch: int | None, chosen: list[int], folder: Path, *, samples: bool = True
+) -> list[dict[str, np.ndarray]]:
     """:func:`outcome` of the chosen cases on so many virtual devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     path = folder / f"{devices}-{row_batch}"
     path.mkdir()
     command = [sys.executable, "-m", "benchmarks.device_independence", "--worker", str(path), "--cases", *map(str, chosen)]
     command += [] if row_batch is None else ["--row-batch", str(row_batch)]
+    command += [] if samples else ["--no-samples"]
     subprocess.run(command, check=True, cwd=common.ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags})
     return [dict(np.load(path / f"{index}.npz")) for index in chosen]
 
@@ -114,18 +118,21 @@ def main() -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=[2, 4, 8], help="compared with one device")
     parser.add_argument("--row-batch", type=int, nargs="*", default=[], help="compared with the default, on one device")
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(18)), help="by number, 0 to 17")
+    parser.add_argument("--no-samples", action="store_true", help="do not sample from the models")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     chosen = cases()
     if arguments.worker is not None:
         for index in arguments.cases:
-            np.savez(arguments.worker / f"{index}.npz", **outcome(chosen[index], next(iter(arguments.row_batch), None)))  # type: ignore[arg-type]
+            leaves = outcome(chosen[index], next(iter(arguments.row_batch), None), not arguments.no_samples)
+            np.savez(arguments.worker / f"{index}.npz", **leaves)  # type: ignore[arg-type]
         return
     wanted: list[tuple[int, int | None]] = [(devices, None) for devices in arguments.devices]
     wanted += [(1, rows) for rows in arguments.row_batch]
     with tempfile.TemporaryDirectory() as folder:
-        one = in_a_process(1, None, arguments.cases, Path(folder))
-        others = {run: in_a_process(*run, arguments.cases, Path(folder)) for run in wanted}
+        started = partial(in_a_process, chosen=arguments.cases, folder=Path(folder), samples=not arguments.no_samples)
+        one = started(1, None)
+        others = {run: started(*run) for run in wanted}
     bad = 0
     for place, index in enumerate(arguments.cases):
         print(f"{index:2} {chosen[index].name}")
