@@ -1,12 +1,14 @@
 """Calibration: which rows the float model is watched on, and what is remembered of them.
 
-Statistics are gathered by one ``lax.scan`` over the steps (and over micro-batches of rows inside a step). Nothing of size
-(tokens, channels) leaves the scan: only per-channel extremes and histograms.
+Statistics are gathered by one ``lax.scan`` over the steps for each micro-batch of rows. Nothing of size (tokens, channels)
+leaves the scan: only per-channel extremes and histograms. Micro-batches are programs of one device, whichever that is, and what
+they found is put together in their order, so the devices change no number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
+from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration_rows import ImageLayout, flat_rows, order_by_steps, whole_numbers
 from ptq4dit_jax.config import calibration_steps
 from ptq4dit_jax.diffusion import Sampler, resolve_guidance
@@ -24,10 +27,12 @@ from ptq4dit_jax.dit import DiTConfig, GuidedChannels, flatten_sites, nest_sites
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.numerics import at_least_float32
-from ptq4dit_jax.sampling import Progress, check_labels, run_chain
+from ptq4dit_jax.sampling import Progress, check_labels, kept_inputs
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 
 HISTOGRAM_BINS = 2048
+#: Rows that the network is shown at once while calibrating. Eight devices share the default of 64.
+MICRO_BATCH = 8
 
 
 @struct.dataclass
@@ -50,36 +55,21 @@ class CalibrationData:
     def num_rows(self) -> int:
         return self.x.shape[1]
 
-    def batched(self, rows: int, parts: int = 1) -> CalibrationData:
-        """The same rows cut into micro-batches of ``rows``: leading axis S * (R / rows).
-
-        With rows that lie on several devices, ``parts`` blocks one after another, every micro-batch takes as many rows of each
-        block, so that each device keeps its own and computes its share; :func:`in_row_order` undoes that order.
-
-        Raises:
-          Ptq4ditError: sizes that do not divide.
-        """
-        if rows < 1 or self.num_rows % rows or rows % parts:
-            divisor = "a divisor" if parts == 1 else f"a divisor that is a multiple of the {parts} devices"
-            raise Ptq4ditError(
-                f"The {self.num_rows} calibration rows cannot be cut into micro-batches of {rows}; use {divisor}."
-            )
-        count = self.num_rows // rows
-
-        def cut(a: Any) -> Any:
-            blocks = a.reshape(self.num_steps, parts, count, rows // parts, *a.shape[2:])
-            return jnp.swapaxes(blocks, 1, 2).reshape(self.num_steps * count, rows, *a.shape[2:])
-
-        t = jnp.repeat(self.t, count) if self.t.ndim == 1 else cut(self.t)
-        return CalibrationData(x=cut(self.x), t=t, y=cut(self.y))
+    def rows(self, chosen: slice) -> CalibrationData:
+        """The ``chosen`` rows of every step, on the host."""
+        cut = lambda a: np.asarray(a)[:, chosen]
+        return CalibrationData(x=cut(self.x), t=np.asarray(self.t) if np.ndim(self.t) == 1 else cut(self.t), y=cut(self.y))
 
 
-def in_row_order(batched: jax.Array, axis: int, parts: int) -> jax.Array:
-    """Joins the micro-batches of :meth:`CalibrationData.batched`: axes ``axis`` (C micro-batches) and ``axis + 1`` (their rows)
-    become one of all R rows, in the order that they had."""
-    count, rows = batched.shape[axis : axis + 2]
-    blocks = batched.reshape(*batched.shape[:axis], count, parts, rows // parts, *batched.shape[axis + 2 :])
-    return jnp.swapaxes(blocks, axis, axis + 1).reshape(*batched.shape[:axis], count * rows, *batched.shape[axis + 2 :])
+def micro_batches(num_rows: int) -> list[slice]:
+    """The rows of each micro-batch: equally many, :data:`MICRO_BATCH` at most, where half as many or more divide ``num_rows``,
+    and otherwise a rest in the last.
+
+    The unit that statistics are gathered in. It is decided by the number of rows alone, so that no sum hangs on the devices or
+    on what is done at once.
+    """
+    rows = next((r for r in range(MICRO_BATCH, MICRO_BATCH // 2 - 1, -1) if num_rows % r == 0), MICRO_BATCH)
+    return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 
 def sample_trajectories(
@@ -91,7 +81,7 @@ def sample_trajectories(
     rows: int = 64,
     cfg_scale: float | None = None,
     cfg_channels: GuidedChannels = "first3",
-    batch_size: int | None = None,
+    row_batch: int | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> CalibrationData:
@@ -99,8 +89,9 @@ def sample_trajectories(
 
     Keeps the network's inputs at ``steps`` evenly spaced steps of the chain, by default 25 or all of a shorter chain. Labels
     spread evenly over all classes. With guidance half of the ``rows`` are conditional and the other half their twins with the
-    null class; without it all are conditional. ``batch_size`` and the defaults of the sampler's steps and of ``cfg_scale`` are
-    those of :func:`ptq4dit_jax.sampling.sample`.
+    null class; without it all are conditional. The defaults of the sampler's steps and of ``cfg_scale`` are those of
+    :func:`ptq4dit_jax.sampling.sample`. The network sees :data:`MICRO_BATCH` rows at once, and the devices of ``mesh`` share
+    such batches, so that they do not change the rows; ``row_batch`` is that of :func:`channel_extremes`.
 
     Raises:
       Ptq4ditError: numbers of steps or rows that cannot be, or rows that hold NaN or infinity.
@@ -114,9 +105,10 @@ def sample_trajectories(
     count = rows // 2 if guided else rows
     labels = spread_labels(count, model.config.num_classes)
     positions = np.round(np.linspace(0, len(chain) - 1, steps)).astype(int)
-    _, x = run_chain(
-        model, labels, key, walk, cfg_scale=cfg_scale, cfg_channels=cfg_channels, batch_size=batch_size,
-        mesh=mesh, progress=progress, keep_steps=positions, what="Calibration row",
+    x = kept_inputs(
+        model, labels, key, walk, positions, batch_size=min(count, MICRO_BATCH // 2 if guided else MICRO_BATCH),
+        cfg_scale=cfg_scale, cfg_channels=cfg_channels, mesh=mesh, ahead=_ahead(row_batch), progress=progress,
+        what="Calibration row",
     )  # fmt: skip
     y = np.tile(labels, (steps, 1))
     if guided:
@@ -240,26 +232,116 @@ def _leading(config: DiTConfig, name: str) -> tuple[int, ...]:
     return (config.depth,) if name.startswith("blocks.") else ()
 
 
-@partial(jax.jit, static_argnames=("sites", "per_row", "row_batch", "parts"))
 def channel_extremes(
     model: FloatDiT, data: CalibrationData, *, sites: tuple[str, ...], per_row: bool = False, row_batch: int | None = None,
-    parts: int = 1,
+    mesh: Mesh | None = None,
 ) -> dict[str, ChannelExtremes]:  # fmt: skip
-    """Per-channel extremes at every step, by one scan.
+    """Per-channel extremes at every step, by one scan for each micro-batch of rows.
 
     Args:
-      model: the float model, (partly) folded or not.
+      model: the float model, (partly) folded or not, on one device.
       data: S steps of R rows.
       sites: names as in ``config.site_features``.
       per_row: keep the rows apart (the official code's SSC weighs rows).
-      row_batch: rows per pass, a divisor of R and a multiple of ``parts``, to bound memory.
-      parts: devices that the rows are sharded over.
+      row_batch: rows begun at once on each device, to bound memory, but at least a micro-batch; by default two micro-batches.
+        It changes no number.
+      mesh: whose devices share the micro-batches, which changes no number either.
 
     Returns:
-      For each site, leaves (S, [L,] *features), or (S, [L,] R, *features) with ``per_row``.
+      For each site, leaves (S, [L,] *features), or (S, [L,] R, *features) with ``per_row``; where the model is.
     """
+    cuts, found = micro_batches(data.num_rows), list[dict[str, ChannelExtremes]]()
+    program = partial(extremes_of_rows, sites=sites, per_row=per_row)
+    for cut, seen in zip(cuts, _of_micro_batches(program, model, data, row_batch, mesh), strict=True):
+        if per_row:
+            found.append(seen)
+        else:
+            seen = _weighted(seen, np.float32((cut.stop - cut.start) / data.num_rows))
+            found = [_merged_extremes(found[0], seen) if found else seen]
+    if not per_row:
+        return found[0]
+    row_axis = lambda name: 1 + len(_leading(model.config, name))
+    join = lambda name: jax.tree.map(lambda *parts: jnp.concatenate(parts, row_axis(name)), *[part[name] for part in found])
+    return {name: join(name) for name in sites}
+
+
+def histograms(
+    model: FloatDiT,
+    data: CalibrationData,
+    groups: ArrayLike,
+    ranges: Mapping[str, tuple[jax.Array, jax.Array]],
+    *,
+    num_groups: int,
+    row_batch: int | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, Histogram]:
+    """Histograms of the values at each site, per group of steps, by one scan for each micro-batch of rows.
+
+    Args:
+      model: the folded float model, on one device.
+      data: S steps of R rows.
+      groups: (S,) int32, the group of each step.
+      ranges: by site, outer edges (low, high), each (G, [L]).
+      num_groups: G.
+      row_batch, mesh: as for :func:`channel_extremes`.
+
+    Returns:
+      For each site a :class:`Histogram` with leaves (G, [L]) and counts (G, [L,] bins).
+    """
+    shared = (model, np.asarray(groups, np.int32), dict(ranges))
+    program = lambda shared, rows: histograms_of_rows(shared[0], rows, *shared[1:], num_groups=num_groups)
+    total: dict[str, Histogram] = {}
+    for seen in _of_micro_batches(program, shared, data, row_batch, mesh):
+        total = _merged_histograms(total, seen) if total else seen
+    return total
+
+
+def _ahead(row_batch: int | None) -> int:
+    """Micro-batches that a device may have begun: two, so that none waits for the host, or what ``row_batch`` allows."""
+    return 2 if row_batch is None else max(1, row_batch // MICRO_BATCH)
+
+
+def _of_micro_batches(
+    program: Any, shared: Any, data: CalibrationData, row_batch: int | None, mesh: Mesh | None
+) -> Iterator[Any]:
+    """``program(shared, rows)`` of each micro-batch, in order, where ``shared`` is."""
+    cuts = micro_batches(data.num_rows)
+    devices = sharding.devices_of(mesh)[: len(cuts)]
+    home = devices[0]
+    placed = {device: jax.device_put(shared, device) for device in devices}
+    run = lambda item, device: program(placed[device], jax.device_put(data.rows(cuts[item]), device))
+    for seen in sharding.deal_out(run, len(cuts), mesh, ahead=_ahead(row_batch)):
+        yield jax.device_put(seen, home)
+
+
+# One program on one device for each, with whole arrays: the same bits whatever made them.
+@partial(jax.jit, donate_argnums=0)
+def _weighted(seen: dict[str, ChannelExtremes], share: jax.Array) -> dict[str, ChannelExtremes]:
+    share = share.astype(jax.tree.leaves(seen)[0].dtype)
+    return {name: dataclasses.replace(part, power=part.power * share) for name, part in seen.items()}
+
+
+@partial(jax.jit, donate_argnums=0)
+def _merged_extremes(total: dict[str, ChannelExtremes], seen: dict[str, ChannelExtremes]) -> dict[str, ChannelExtremes]:
+    def merge(a: ChannelExtremes, b: ChannelExtremes) -> ChannelExtremes:
+        low, high = jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high)
+        return ChannelExtremes(low=low, high=high, power=a.power + b.power, per_row=a.per_row)
+
+    return {name: merge(total[name], seen[name]) for name in total}
+
+
+@partial(jax.jit, donate_argnums=0)
+def _merged_histograms(total: dict[str, Histogram], seen: dict[str, Histogram]) -> dict[str, Histogram]:
+    return {name: dataclasses.replace(part, counts=part.counts + seen[name].counts) for name, part in total.items()}
+
+
+@partial(jax.jit, static_argnames=("sites", "per_row"))
+def extremes_of_rows(
+    model: FloatDiT, data: CalibrationData, *, sites: tuple[str, ...], per_row: bool = False
+) -> dict[str, ChannelExtremes]:
+    """:func:`channel_extremes` of one micro-batch: one program, with one scan over the steps."""
     config = model.config
-    rows = row_batch or data.num_rows
+    rows = data.num_rows
 
     def start(name: str) -> ChannelExtremes:
         shape = _leading(config, name) + ((rows,) if per_row else ()) + config.site_features[name]
@@ -273,44 +355,19 @@ def channel_extremes(
         _, seen = model.observe(observers, batch.x, _timestep(batch, rows if per_row else 1), batch.y)
         return carry, seen
 
-    _, gathered = jax.lax.scan(step, None, data.batched(rows, parts))
-
-    def merge(name: str, stat: ChannelExtremes) -> ChannelExtremes:
-        """Joins the micro-batches of a step: (S * C, ...) to (S, ...)."""
-        split = jax.tree.map(lambda a: a.reshape(data.num_steps, -1, *a.shape[1:]), stat)
-        if not per_row:
-            return split.replace(low=split.low.min(1), high=split.high.max(1), power=split.power.mean(1))
-        row_axis = 1 + len(_leading(config, name))
-        return jax.tree.map(lambda a: in_row_order(jnp.moveaxis(a, 1, row_axis), row_axis, parts), split)
-
-    return {name: merge(name, stat) for name, stat in flatten_sites(gathered).items()}
+    return flatten_sites(jax.lax.scan(step, None, data)[1])
 
 
-@partial(jax.jit, static_argnames=("num_groups", "row_batch", "parts"))
-def histograms(
+@partial(jax.jit, static_argnames=("num_groups",))
+def histograms_of_rows(
     model: FloatDiT,
     data: CalibrationData,
     groups: jax.Array,
     ranges: Mapping[str, tuple[jax.Array, jax.Array]],
     *,
     num_groups: int,
-    row_batch: int | None = None,
-    parts: int = 1,
 ) -> dict[str, Histogram]:
-    """Histograms of the values at each site, per group of steps, by one scan that carries the counts.
-
-    Args:
-      model: the folded float model.
-      data: S steps of R rows.
-      groups: (S,) int32, the group of each step.
-      ranges: by site, outer edges (low, high), each (G, [L]).
-      num_groups: G.
-      row_batch, parts: as for :func:`channel_extremes`.
-
-    Returns:
-      For each site a :class:`Histogram` with leaves (G, [L]) and counts (G, [L,] bins).
-    """
-    rows = row_batch or data.num_rows
+    """:func:`histograms` of one micro-batch: one program, with one scan over the steps that carries the counts."""
     start = {
         name: Histogram(low, high, jnp.zeros((*low.shape, HISTOGRAM_BINS), jnp.float32)) for name, (low, high) in ranges.items()
     }
@@ -321,8 +378,7 @@ def histograms(
         _, seen = model.observe(current, part.x, _timestep(part, 1), part.y)
         return jax.tree.map(lambda a, new: a.at[group].set(new), carry, seen), None
 
-    batches = (data.batched(rows, parts), jnp.repeat(groups, data.num_rows // rows))
-    carry, _ = jax.lax.scan(step, nest_sites(start), batches)
+    carry, _ = jax.lax.scan(step, nest_sites(start), (data, groups))
     return flatten_sites(carry)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any
@@ -194,14 +194,17 @@ class Request:
             "guided": self.guidance != 1.0, "channels": self.channels, "num_kept": num_kept, "mesh": mesh,
         }  # fmt: skip
 
-    def run(self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True) -> tuple[Any, Any]:
-        """Samples ``rows`` (B,): images (B, H, W, C) and kept inputs (num_kept, B, H, W, C), float32 on the host."""
+    def begin(self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True) -> tuple[Any, Any]:
+        """What :meth:`run` returns, still on the device and perhaps not computed yet."""
         # Those transfers are meant, should a caller forbid others.
         placing = partial(jax.transfer_guard_host_to_device, "allow") if self.mesh is None else nullcontext
         arguments, static = self.call(rows, keep_steps, decode=decode)
         with placing():
-            outputs = sample_batch(*arguments, **static)
-        images, inputs = jax.device_get(outputs)
+            return sample_batch(*arguments, **static)
+
+    def run(self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True) -> tuple[Any, Any]:
+        """Samples ``rows`` (B,): images (B, H, W, C) and kept inputs (num_kept, B, H, W, C), float32 on the host."""
+        images, inputs = jax.device_get(self.begin(rows, keep_steps, decode=decode))
         return np.asarray(images, np.float32), np.asarray(inputs, np.float32)
 
     def batches(self, batch: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -209,10 +212,16 @@ class Request:
 
         The last batch repeats the last sample, so that every batch has one shape.
         """
-        for start in range(0, self.total, batch):
+        return self._checked(batch, map(self.run, self._cut(batch)))
+
+    def _cut(self, batch: int) -> list[np.ndarray]:
+        """The samples of each batch (B,), all of one size."""
+        return [np.minimum(np.arange(start, start + batch), self.total - 1) for start in range(0, self.total, batch)]
+
+    def _checked(self, batch: int, outputs: Iterable[Any]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        for start, (images, kept) in zip(range(0, self.total, batch), outputs, strict=True):
             count = min(batch, self.total - start)
-            images, kept = self.run(np.minimum(np.arange(start, start + batch), self.total - 1))
-            images, kept = images[:count], kept[:, :count]
+            images, kept = np.asarray(images, np.float32)[:count], np.asarray(kept, np.float32)[:, :count]
             finite = np.isfinite(images).all((1, 2, 3)) & np.isfinite(kept).all((0, 2, 3, 4))
             if not finite.all():
                 raise self.fault(start + int(np.argmin(finite)))
@@ -220,9 +229,30 @@ class Request:
 
     def collect(self, batch: int, progress: Progress | None) -> tuple[np.ndarray, np.ndarray]:
         """All images and kept inputs."""
+        return self._collected(self.batches(batch), progress)
+
+    def collect_from_devices(
+        self, batch: int, mesh: Mesh | None, ahead: int, progress: Progress | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same by a request without a mesh, whose batches the devices of ``mesh`` share: see :func:`sharding.deal_out`."""
+        cuts = self._cut(batch)
+        placed = {
+            device: dataclasses.replace(
+                self, model=jax.device_put(self.model, device), key=jax.device_put(self.key, device),
+                decoder=jax.device_put(self.decoder, device),
+            )
+            for device in sharding.devices_of(mesh)[: len(cuts)]
+        }  # fmt: skip
+        begin = lambda item, device: placed[device].begin(cuts[item])
+        outputs = map(jax.device_get, sharding.deal_out(begin, len(cuts), mesh, ahead=ahead))
+        return self._collected(self._checked(batch, outputs), progress)
+
+    def _collected(
+        self, batches: Iterable[tuple[int, np.ndarray, np.ndarray]], progress: Progress | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         self._check_results()
         images, kept = np.zeros(0), np.zeros(0)
-        for start, some, inputs in self.batches(batch):
+        for start, some, inputs in batches:
             stop = start + len(some)
             if not start:  # allocated once, so that the peak is the result and a batch
                 images = np.empty((self.total, *some.shape[1:]), np.float32)

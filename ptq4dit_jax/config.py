@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal, NamedTuple, get_args
 
 from ptq4dit_jax.diffusion import Sampler, SamplerName, check_guidance, resolve_guidance
@@ -122,6 +123,10 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise Ptq4ditError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
 
 
+#: Parts of a reconstruction's batch where nothing is said: as many as a host has devices.
+_PARTS = 8
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reconstruction:
     """How block reconstruction learns roundings and activation scales (:mod:`ptq4dit_jax.reconstruction`).
@@ -138,8 +143,8 @@ class Reconstruction:
       warmup: part of the iterations without regularizer.
       row_weights: ``plain``, or ``steps``: rows count inversely to the float part's mean square change at their step.
       dtype: compute type; ``auto`` is bfloat16 on GPU and TPU and float32 on CPU.
-      parts: into how many parts a batch is cut whose gradients are added up one after another. 1 is the fastest. With another
-        number every number of devices that divides it gives the same integers.
+      parts: into how many parts a batch is cut, whose gradients are added up in order. Every number of devices that divides it
+        gives the same integers. None is 8, or the largest divisor of 8 that divides ``batch_size``.
       rows_on: where hidden states are kept: ``device``, ``host`` (streamed batch by batch), or ``auto``, the device if they
         fit.
     """
@@ -155,18 +160,18 @@ class Reconstruction:
     warmup: float = 0.2
     row_weights: Literal["plain", "steps"] = "plain"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    parts: int = 1
+    parts: int | None = None
     rows_on: Literal["auto", "device", "host"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "parts"):
-            value = getattr(self, name)
-            most = MAX_ITERATIONS if name == "iterations" else MAX_ROWS
+        for name in ("iterations", "batch_size", "gradient_parts"):
+            value, most = getattr(self, name), MAX_ITERATIONS if name == "iterations" else MAX_ROWS
+            name = name.removeprefix("gradient_")
             if not isinstance(value, int) or value < 1:
                 raise Ptq4ditError(f"Reconstruction {name} must be a positive integer, not {shown(value)}.")
             if value > most:
                 raise Ptq4ditError(f"Reconstruction {name} must be at most {most}, not {shown(value)}.")
-        if self.batch_size % self.parts:
+        if self.batch_size % self.gradient_parts:
             raise Ptq4ditError(f"A reconstruction batch of {self.batch_size} rows cannot be cut into {self.parts} equal parts.")
         for name in ("rounding_rate", "scale_rate", "regularizer"):
             if not 0 <= getattr(self, name) <= _MAX_RATE:
@@ -184,6 +189,11 @@ class Reconstruction:
         _check_choice("Reconstruction row_weights", self.row_weights, ("plain", "steps"))
         _check_choice("Reconstruction dtype", self.dtype, ("auto", "bfloat16", "float32"))
         _check_choice("Reconstruction rows_on", self.rows_on, ("auto", "device", "host"))
+
+    @property
+    def gradient_parts(self) -> int:
+        """``parts``, or what stands for None."""
+        return math.gcd(self.batch_size, _PARTS) if self.parts is None else self.parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -86,9 +86,10 @@ def quantize(
       config: settings; ``QuantConfig()`` is W8A8 by our best measured settings, ``QuantConfig.paper()`` the paper's.
       key: seed of the calibration noise; not used where ``calibration`` is given.
       calibration: stored rows (:func:`ptq4dit_jax.calibration.stored_rows`) instead of sampling them.
-      row_batch: rows per calibration pass, to bound memory; the largest divisor of the row count up to it is used, but at least
-        one row per device of the mesh.
-      mesh: shards the calibration rows over ``data``.
+      row_batch: calibration rows begun at once on each device, to bound memory, but at least
+        :data:`~ptq4dit_jax.calibration.MICRO_BATCH`. It changes no number.
+      mesh: whose devices share the calibration rows, and the rows of each batch of a reconstruction. How many there are changes
+        no number.
       state: a folder for what a reconstruction has learned so far. Where it holds an interrupted run of the same model,
         settings, key and rows, that run goes on. It is left there; delete it when the result is safe.
       fresh: start over, whatever ``state`` holds.
@@ -123,35 +124,29 @@ def _quantized(
     mesh: Mesh | None, journal: Journal | None, source_sha256: str, report: StageProgress,
 ) -> QuantizedDiT:  # fmt: skip
     """:func:`quantize` with arguments that were checked and the journal open."""
-    model = dataclasses.replace(sharding.replicate(mesh, model.astype(jnp.float32)), precision=CALIBRATION)
+    # On one device, as is all that is made of it: what several run is a program of each (:func:`sharding.deal_out`), and the
+    # rest is the program of one.
+    model = jax.device_put(model.astype(jnp.float32), sharding.devices_of(mesh)[0])
+    model = dataclasses.replace(model, precision=CALIBRATION)
     source = "given" if calibration is not None else f"sampled, key {jax.random.key_data(key).tolist()}"
     if calibration is None:
         report("sample calibration rows", 0, config.calib_rows)
         calibration = sample_trajectories(
             model, key, config.walk, steps=config.calib_steps, rows=config.calib_rows, cfg_scale=config.cfg_scale,
-            cfg_channels=config.cfg_channels, batch_size=row_batch, mesh=mesh,
+            cfg_channels=config.cfg_channels, row_batch=row_batch, mesh=mesh,
             progress=lambda done, total: report("sample calibration rows", done, total),
         )  # fmt: skip
-    parts = sharding.data_size(mesh)
-    if calibration.num_rows % parts == 0:
-        x, y = sharding.shard(mesh, (calibration.x, calibration.y), axis=1)
-        t = calibration.t if np.ndim(calibration.t) == 1 else sharding.shard(mesh, calibration.t, axis=1)
-        calibration = CalibrationData(x=x, t=t, y=y)
-    else:
-        parts = 1
-    rows = _row_batch(calibration.num_rows, row_batch, parts)
+    calibration = CalibrationData(x=np.asarray(calibration.x), t=np.asarray(calibration.t), y=np.asarray(calibration.y))
 
     report("gather channel statistics", 0, 1)
-    extremes = channel_extremes(
-        model, calibration, sites=tuple(model.config.site_features), row_batch=rows, parts=parts
-    )  # fmt: skip
+    extremes = channel_extremes(model, calibration, sites=tuple(model.config.site_features), row_batch=row_batch, mesh=mesh)
     check_finite(extremes, calibration.t)
-    balancing = balance(model, config, extremes, calibration, rows, parts)
+    balancing = balance(model, config, extremes, calibration, row_batch, mesh)
     report("gather channel statistics", 1, 1)
     folded, residual = apply_balancing(model, balancing.factors)
 
     report("choose activation ranges", 0, 1)
-    acts, edges = activation_quantizers(folded, config, calibration, extremes, balancing.factors, residual, rows, parts)
+    acts, edges = activation_quantizers(folded, config, calibration, extremes, balancing.factors, residual, row_batch, mesh)
     report("choose activation ranges", 1, 1)
     layers = list(SITE_OF_LAYER)
     linears = {}
@@ -186,7 +181,8 @@ def _quantized(
         )  # fmt: skip
         facts["reconstruction"] = {row.pop("part"): row for row in learned}
         _check_result(quantized)
-    return quantized.replace(provenance=Provenance(facts))  # type: ignore[attr-defined]
+    quantized = sharding.replicate(mesh, quantized)
+    return quantized.replace(provenance=Provenance(facts))
 
 
 def _check_result(quantized: QuantizedDiT) -> None:
@@ -235,14 +231,6 @@ def _report_resumed(journal: Journal, model: FloatDiT, report: StageProgress) ->
     report("resume reconstruction", len(finished), len(names), note)
 
 
-def _row_batch(num_rows: int, wanted: int | None, parts: int) -> int:
-    """The largest divisor of ``num_rows`` that is a multiple of ``parts`` and at most ``wanted``, or else ``parts`` itself: one
-    row per device."""
-    share = num_rows // parts
-    bound = share if wanted is None else max(1, wanted // parts)
-    return parts * max(d for d in range(1, share + 1) if share % d == 0 and d <= bound)
-
-
 def _static_sites(config: QuantConfig) -> tuple[str, ...]:
     """Sites that need calibrated ranges; balanced sites need channel extremes in any case."""
     integer = [site for layer, site in SITE_OF_LAYER.items() if config.rules[layer].integer]
@@ -265,18 +253,18 @@ def balance(
     extremes: Mapping[str, ChannelExtremes],
     calibration: CalibrationData,
     row_batch: int | None = None,
-    parts: int = 1,
+    mesh: Mesh | None = None,
 ) -> Balancing:
     """Balancing factors from channel extremes (S, L, K) at every calibration step (PTQ4DiT eqs. 4-11).
 
-    ``row_batch`` and ``parts`` are those of :func:`ptq4dit_jax.calibration.channel_extremes`.
+    ``row_batch`` and ``mesh`` are those of :func:`ptq4dit_jax.calibration.channel_extremes`.
     """
     names = _balanced(config)
     out = Balancing(factors={}, activation_salience={}, weight_salience={}, eta={}, rho={})
     by_row: dict[str, ChannelExtremes] = {}
     if names and config.balance == "csb+ssc" and config.ssc == "rows":
         sites = tuple(f"blocks.{name}" for name in names)
-        by_row = channel_extremes(model, calibration, sites=sites, per_row=True, row_batch=row_batch, parts=parts)
+        by_row = channel_extremes(model, calibration, sites=sites, per_row=True, row_batch=row_batch, mesh=mesh)
     for name in names:
         site, layer = f"blocks.{name}", name.removesuffix("_in")
         s_x = extremes[site].salience
@@ -314,11 +302,11 @@ def activation_quantizers(
     factors: Mapping[str, jax.Array],
     residual: Mapping[str, jax.Array],
     row_batch: int | None = None,
-    parts: int = 1,
+    mesh: Mesh | None = None,
 ) -> tuple[dict[str, ActQuantizer], jax.Array]:
     """Quantizers of all sites, ranges chosen on the folded model; and the noise levels that part the groups of steps (G - 1,).
 
-    Leaves are ([L,] G) for scale and zero point. ``row_batch`` and ``parts`` are those of
+    Leaves are ([L,] G) for scale and zero point. ``row_batch`` and ``mesh`` are those of
     :func:`ptq4dit_jax.calibration.histograms`.
     """
     # Steps of one noise level, of which Heun's method has pairs, must share a group.
@@ -351,7 +339,7 @@ def activation_quantizers(
         )
     if ranges:
         counted = histograms(
-            folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch, parts=parts
+            folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch, mesh=mesh
         )  # fmt: skip
     else:  # nothing is parted by steps
         counted, edges = {}, edges[:0]

@@ -189,6 +189,30 @@ def run_chain(
     return request.collect(request.batch_size(batch_size), progress)
 
 
+def kept_inputs(
+    model: Network,
+    labels: ArrayLike,
+    key: jax.Array,
+    walk: Sampler,
+    keep_steps: np.ndarray,
+    *,
+    batch_size: int,
+    cfg_scale: float | None = None,
+    cfg_channels: GuidedChannels = "first3",
+    mesh: Mesh | None = None,
+    ahead: int = 2,
+    progress: Progress | None = None,
+    what: str = "Image",
+) -> np.ndarray:
+    """The inputs of the steps ``keep_steps`` that :func:`run_chain` returns, in bytes that do not depend on the devices.
+
+    Every batch has ``batch_size`` rows, the last padded, and is one device's; the devices of ``mesh`` share batches, each of
+    which has ``ahead`` at most begun.
+    """
+    request = _prepare(model, labels, key, walk, cfg_scale, cfg_channels, None, None, None, None, keep_steps, what)
+    return request.collect_from_devices(batch_size, mesh, ahead, progress)[1]
+
+
 def _prepare(
     model: Network, labels: ArrayLike | None, key: jax.Array, walk: Sampler, cfg_scale: float | None, channels: GuidedChannels,
     noise: ArrayLike | None, step_noise: ArrayLike | None, decoder: VAEDecoder | None, mesh: Mesh | None,

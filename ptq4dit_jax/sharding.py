@@ -1,15 +1,20 @@
-"""Placing batches and models on a mesh: batches over ``data``, parameters replicated."""
+"""Placing batches and models on a mesh: batches over ``data``, parameters replicated; or work dealt out to its devices in
+pieces, each of which is a program of one device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ptq4dit_jax.errors import Ptq4ditError
+
+_Result = TypeVar("_Result")
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -36,3 +41,39 @@ def replicate(mesh: Mesh | None, tree: Any) -> Any:
 def shard(mesh: Mesh | None, tree: Any, axis: int = 0) -> Any:
     """The tree with axis ``axis`` of every leaf cut over ``data``, or without a mesh on the default device."""
     return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec(*[None] * axis, "data")))
+
+
+def devices_of(mesh: Mesh | None) -> list[jax.Device | None]:
+    """The devices that share a batch. Without a mesh it is one None, which leaves arrays where they are."""
+    data_size(mesh)  # raises on a mesh that cannot be used
+    return [None] if mesh is None else list(mesh.devices.ravel())
+
+
+def deal_out(
+    run: Callable[[int, jax.Device | None], _Result], count: int, mesh: Mesh | None, *, ahead: int = 2
+) -> Iterator[_Result]:
+    """``run(item, device)`` of the items 0 to ``count``, dealt out to the devices of the mesh in turn; results in order.
+
+    What runs must be a program of one device. Then the device that an item falls to cannot change its result, whereas the
+    program of one partition of several is compiled otherwise, and its last bits differ.
+
+    Args:
+      run: begins the work on an item, and returns arrays that need not be ready.
+      count: items.
+      mesh: whose devices share them.
+      ahead: items that each device may have begun before the first of them is taken.
+    """
+    devices = devices_of(mesh)[:count]
+    one = lambda item: run(item, devices[item % len(devices)])
+    # The first compiles alone, so that what XLA finds out by measuring is found out once; then all others at once.
+    begun = deque([one(0)])
+    if len(devices) > 1:
+        with ThreadPoolExecutor(len(devices) - 1) as threads:
+            begun.extend(threads.map(one, range(1, len(devices))))
+    following = len(begun)
+    while begun or following < count:
+        if following < count and len(begun) < ahead * len(devices):
+            begun.append(one(following))
+            following += 1
+        else:
+            yield jax.block_until_ready(begun.popleft())

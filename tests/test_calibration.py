@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -17,12 +16,15 @@ from helpers import relative_error, tiny_config, tiny_model
 from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration import (
     HISTOGRAM_BINS,
+    MICRO_BATCH,
     CalibrationData,
     ChannelExtremes,
     Histogram,
     channel_extremes,
+    extremes_of_rows,
     histograms,
-    in_row_order,
+    histograms_of_rows,
+    micro_batches,
     sample_trajectories,
     spread_labels,
     stored_rows,
@@ -121,7 +123,7 @@ def test_the_loop_tells_steps_and_rows_apart(activations: list[dict[str, np.ndar
 
 
 def test_only_the_sites_asked_for_are_observed(model: FloatDiT, data: CalibrationData) -> None:
-    shapes = jax.eval_shape(partial(channel_extremes, sites=("blocks.v", "final_in")), model, data)
+    shapes = jax.eval_shape(partial(extremes_of_rows, sites=("blocks.v", "final_in")), model, data)
     assert set(shapes) == {"blocks.v", "final_in"}
 
 
@@ -201,9 +203,8 @@ def test_histograms_equal_numpy_per_group(
                 index = (group, layer) if low.ndim == 2 else (group,)
                 clipped = np.clip(values, low[index], high[index])
                 expected, _ = np.histogram(clipped, HISTOGRAM_BINS, (low[index], high[index]))
-                passes = ROWS // (row_batch or ROWS)
-                # All rows share the timestep, so the sites that see nothing else run on one row a pass.
-                share = passes / ROWS if name in ("time_in", "time_hidden") else 1
+                # All rows share the timestep, so the sites that see nothing else run on one row of a micro-batch.
+                share = 1 / ROWS if name in ("time_in", "time_hidden") else 1
                 assert counts[index].sum() == share * values.size
                 expected = expected * share
                 difference = np.abs(np.cumsum(counts[index]) - np.cumsum(expected))
@@ -250,7 +251,7 @@ def test_the_check_for_a_token_axis_can_fail(model: FloatDiT, data: CalibrationD
 
 @pytest.mark.parametrize("per_row", [False, True])
 def test_no_token_axis_leaves_the_scan_over_steps(model: FloatDiT, data: CalibrationData, per_row: bool) -> None:
-    program = jax.make_jaxpr(partial(channel_extremes, sites=CHANNEL_SITES, per_row=per_row, row_batch=2))(model, data)
+    program = jax.make_jaxpr(partial(extremes_of_rows, sites=CHANNEL_SITES, per_row=per_row))(model, data)
     shapes = list(scan_outputs(program.jaxpr))
     assert len(shapes) == 3 * len(CHANNEL_SITES)
     assert all(CONFIG.num_tokens not in shape for shape in shapes)
@@ -258,7 +259,7 @@ def test_no_token_axis_leaves_the_scan_over_steps(model: FloatDiT, data: Calibra
 
 
 def test_no_token_axis_leaves_the_scan_of_histograms(model: FloatDiT, data: CalibrationData) -> None:
-    program = jax.make_jaxpr(partial(histograms, num_groups=2))(model, data, np.array([0, 0, 1]), group_ranges(2))
+    program = jax.make_jaxpr(partial(histograms_of_rows, num_groups=2))(model, data, np.array([0, 0, 1]), group_ranges(2))
     shapes = list(scan_outputs(program.jaxpr))
     assert len(shapes) == 3 * len(SITES)
     assert all(CONFIG.num_tokens not in shape for shape in shapes)
@@ -267,7 +268,7 @@ def test_no_token_axis_leaves_the_scan_of_histograms(model: FloatDiT, data: Cali
 def test_one_scan_walks_the_steps(model: FloatDiT, data: CalibrationData) -> None:
     """One compiled pass whatever the number of steps: the program for 3 steps is as long as the program for 2."""
     shorter = CalibrationData(x=data.x[:2], t=data.t[:2], y=data.y[:2])
-    programs = [jax.make_jaxpr(partial(channel_extremes, sites=("blocks.v",)))(model, rows) for rows in (data, shorter)]
+    programs = [jax.make_jaxpr(partial(extremes_of_rows, sites=("blocks.v",)))(model, rows) for rows in (data, shorter)]
     lengths = [str(program).count("\n") for program in programs]
     assert lengths[0] == lengths[1]
 
@@ -278,105 +279,99 @@ def sizes(tree: Any) -> int:
 
 def test_statistics_do_not_grow_with_the_rows(model: FloatDiT, data: CalibrationData) -> None:
     few, many = rows_like(data, 4), rows_like(data, 64)
-    extremes = lambda rows, **how: sizes(jax.eval_shape(partial(channel_extremes, sites=SITES, **how), model, rows))
-    assert extremes(few) == extremes(many) == extremes(many, row_batch=8)
+    extremes = lambda rows, **how: sizes(jax.eval_shape(partial(extremes_of_rows, sites=SITES, **how), model, rows))
+    assert extremes(few) == extremes(many)
     assert extremes(many, per_row=True) == 64 * extremes(many)
 
     ranges, groups = group_ranges(2), np.array([0, 0, 1])
-    counted = [jax.eval_shape(partial(histograms, num_groups=2), model, rows, groups, ranges) for rows in (few, many)]
+    counted = [jax.eval_shape(partial(histograms_of_rows, num_groups=2), model, rows, groups, ranges) for rows in (few, many)]
     assert sizes(counted[0]) == sizes(counted[1])
     layers = sum(CONFIG.depth if name.startswith("blocks.") else 1 for name in SITES)
     assert sizes(counted[0]) == 2 * layers * (HISTOGRAM_BINS + 2)
 
 
+# --- micro-batches, and devices that share them
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [(1, [1]), (3, [3]), (8, [8]), (64, [8] * 8), (12, [6, 6]), (30, [6] * 5), (20, [5] * 4), (28, [7] * 4), (44, [4] * 11),
+     (13, [8, 5]), (26, [8, 8, 8, 2]), (9, [8, 1])],
+)  # fmt: skip
+def test_micro_batches_are_decided_by_the_number_of_rows(rows: int, sizes: list[int]) -> None:
+    cuts = micro_batches(rows)
+    assert [cut.stop - cut.start for cut in cuts] == sizes
+    assert max(sizes) <= MICRO_BATCH
+    assert np.concatenate([np.arange(rows)[cut] for cut in cuts]).tolist() == list(range(rows))
+
+
 def test_micro_batches_keep_rows_and_steps_together(data: CalibrationData) -> None:
-    batched = data.batched(2)
-    assert batched.x.shape == (STEPS * 2, 2, *CONFIG.image_shape)
-    for step in range(STEPS):
-        for part in range(2):
-            index = 2 * step + part
-            assert batched.t[index] == data.t[step]
-            np.testing.assert_array_equal(batched.x[index], data.x[step, 2 * part : 2 * part + 2])
-            np.testing.assert_array_equal(batched.y[index], data.y[step, 2 * part : 2 * part + 2])
+    own_times = CalibrationData(x=data.x, t=np.arange(STEPS * ROWS).reshape(STEPS, ROWS), y=data.y)
+    for given in (data, own_times):
+        part = given.rows(slice(1, 3))
+        np.testing.assert_array_equal(part.x, given.x[:, 1:3])
+        np.testing.assert_array_equal(part.y, given.y[:, 1:3])
+        np.testing.assert_array_equal(part.t, given.t if given is data else given.t[:, 1:3])
 
 
-# --- rows on several devices
-
-
-def sharded_rows(mesh: Any, rows: int) -> CalibrationData:
-    """Rows that all differ, cut over the mesh; more steps and rows than any other axis is long."""
+def many_rows(rows: int) -> CalibrationData:
+    """Rows that all differ, more than any micro-batch holds."""
     rng = np.random.default_rng(7)
-    x = rng.normal(size=(STEPS, rows, *CONFIG.image_shape)).astype(np.float32) * np.linspace(1, 4, rows).reshape(1, -1, 1, 1, 1)
+    x = rng.normal(size=(STEPS, rows, *CONFIG.image_shape)) * np.linspace(1, 4, rows).reshape(1, -1, 1, 1, 1)
     y = rng.integers(0, CONFIG.num_classes, (STEPS, rows)).astype(np.int32)
-    x, y = sharding.shard(mesh, (x.astype(np.float32), y), axis=1)
-    return CalibrationData(x=x, t=np.array([999, 500, 20], np.int32), y=y)
+    return CalibrationData(x=x.astype(np.float32), t=np.array([999, 500, 20], np.int32), y=y)
 
 
-@pytest.mark.parametrize(("rows", "row_batch", "per_row"), [(48, 16, False), (48, 16, True), (32, 8, True)])
-def test_devices_keep_their_rows(model: FloatDiT, mesh8: Any, rows: int, row_batch: int, per_row: bool) -> None:
-    """No device gathers another's rows, and statistics, those of single rows in their order, are those of one device."""
-    data = sharded_rows(mesh8, rows)
-    how = {"sites": ("blocks.qkv_in", "blocks.v", "final_in"), "per_row": per_row, "row_batch": row_batch}
-    placed = sharding.replicate(mesh8, model)
-    program = channel_extremes.lower(placed, data, parts=8, **how).compile()
-    assert_rows_stay(program.as_text(), rows, row_batch)
-    alone = jax.device_get(data)
-    expected = channel_extremes(model, alone, sites=how["sites"], per_row=per_row)
-    for name, seen in program(placed, data).items():
+@pytest.mark.parametrize(("rows", "per_row"), [(30, False), (13, False), (13, True)])
+def test_extremes_of_several_micro_batches_equal_those_of_one(model: FloatDiT, rows: int, per_row: bool) -> None:
+    """A rest counts by its rows, and rows that are kept apart keep their order."""
+    data, sites = many_rows(rows), ("blocks.qkv_in", "blocks.v", "blocks.probs", "final_in")
+    seen, whole = (watch(model, data, sites=sites, per_row=per_row) for watch in (channel_extremes, extremes_of_rows))
+    for name in sites:
         for part in ("low", "high", "power"):
-            np.testing.assert_allclose(
-                np.asarray(getattr(seen, part)), getattr(expected[name], part), rtol=1e-4, atol=2e-5, err_msg=f"{name} {part}"
-            )
+            ours, expected = (np.asarray(getattr(found[name], part)) for found in (seen, whole))
+            np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=2e-5, err_msg=f"{name} {part}")
 
 
-def test_histograms_keep_rows_too(model: FloatDiT, mesh8: Any) -> None:
-    data, groups = sharded_rows(mesh8, 16), np.array([0, 0, 1], np.int32)
-    sites = ("blocks.v", "blocks.qkv_in")
+def same_bytes(a: Any, b: Any) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 8])
+def test_devices_and_row_batches_change_no_statistic(model: FloatDiT, mesh8: Any, devices: int) -> None:
+    """More micro-batches than devices, or fewer; one at a time, two or three."""
+    data, mesh = many_rows(30), sharding.data_mesh(mesh8.devices.ravel()[:devices])
+    groups, sites = np.array([0, 0, 1], np.int32), ("blocks.v", "blocks.qkv_in")
     ranges = {name: (np.full((2, CONFIG.depth), -3, np.float32), np.full((2, CONFIG.depth), 3, np.float32)) for name in sites}
-    placed = sharding.replicate(mesh8, model)
-    program = histograms.lower(placed, data, groups, ranges, num_groups=2, row_batch=8, parts=8).compile()
-    assert_rows_stay(program.as_text(), 16, 8)
-    expected = histograms(model, jax.device_get(data), groups, ranges, num_groups=2)
-    for name, seen in program(placed, data, groups, ranges).items():
-        moved = np.abs(np.cumsum(seen.counts - expected[name].counts, axis=-1))  # an ulp moves a value to the next bin
-        assert moved.max() <= 2e-3 * np.asarray(expected[name].counts).sum(-1).max()
-        np.testing.assert_array_equal(np.asarray(seen.counts).sum(-1), np.asarray(expected[name].counts).sum(-1))
+    for watch in (
+        partial(channel_extremes, model, data, sites=SITES),
+        partial(channel_extremes, model, data, sites=("blocks.v", "final_in"), per_row=True),
+        partial(histograms, model, data, groups, ranges, num_groups=2),
+    ):
+        alone = watch()
+        assert same_bytes(watch(mesh=mesh), alone)
+        assert same_bytes(watch(row_batch=3), alone)
+        assert same_bytes(watch(row_batch=24, mesh=mesh), alone)
 
 
-def assert_rows_stay(hlo: str, rows: int, row_batch: int) -> None:
-    """No collective moves images: what is exchanged has no axes of an image, whole or cut into tokens; nor does any device
-    hold activations of more rows than its share of a micro-batch."""
-    moved = [line for line in hlo.splitlines() if re.search(r"= .*(all-gather|all-to-all|collective-permute)(-start)?\(", line)]
-    height, width, channels = CONFIG.image_shape
-    assert not [line for line in moved if f"{height},{width},{channels}]" in line], moved
-    assert not [line for line in moved if f",{CONFIG.num_tokens}," in line], moved
-    hidden = re.findall(rf"f32\[(\d+),{CONFIG.num_tokens},{CONFIG.hidden_size}\]", hlo)
-    assert hidden
-    assert max(map(int, hidden)) <= row_batch // 8
+def test_the_devices_share_the_rows(mesh8: Any) -> None:
+    """In turn, each in a program of one device, and no more begun than asked for."""
+    begun: list[tuple[int, Any]] = []
 
+    def run(item: int, device: Any) -> jax.Array:
+        begun.append((item, device))
+        return jax.device_put(np.float32(item), device)
 
-def test_the_check_for_gathered_rows_can_fail(model: FloatDiT, mesh8: Any) -> None:
-    """Cut as if they lay on one device, the rows are gathered."""
-    data = sharded_rows(mesh8, 48)
-    program = channel_extremes.lower(sharding.replicate(mesh8, model), data, sites=("blocks.v",), row_batch=16).compile()
-    with pytest.raises(AssertionError):
-        assert_rows_stay(program.as_text(), 48, 16)
-
-
-@pytest.mark.parametrize(("rows", "parts"), [(4, 1), (8, 2), (16, 8), (24, 4)])
-def test_the_order_of_rows_is_restored(rows: int, parts: int) -> None:
-    data = CalibrationData(x=np.zeros((2, 48, 1, 1, 1)), t=np.array([5, 3]), y=np.arange(96).reshape(2, 48))
-    batched = np.asarray(data.batched(rows, parts).y)
-    for batch in batched.reshape(2, 48 // rows, parts, rows // parts):
-        block = 48 // parts
-        assert (batch[:, :] % 48 // block == np.arange(parts)[:, None]).all(), "each device's rows are of its own block"
-    restored = in_row_order(batched.reshape(2, 48 // rows, rows), 1, parts)
-    np.testing.assert_array_equal(restored, data.y)
-
-
-def test_micro_batches_that_devices_cannot_share(data: CalibrationData, raises_sentence: Any) -> None:
-    with raises_sentence("micro-batches of 1", "multiple of the 2 devices"):
-        data.batched(1, 2)
+    mesh = sharding.data_mesh(mesh8.devices.ravel()[:3])
+    results = sharding.deal_out(run, 8, mesh, ahead=2)
+    assert float(next(results)) == 0
+    assert len(begun) == 6
+    assert [float(result) for result in results] == [1, 2, 3, 4, 5, 6, 7]
+    assert sorted(begun, key=lambda pair: pair[0]) == [(item, mesh.devices[item % 3]) for item in range(8)]
+    alone = list(sharding.deal_out(lambda item, device: (item, device), 3, None))
+    assert alone == [(0, None), (1, None), (2, None)]
 
 
 # --- trajectories
@@ -405,22 +400,27 @@ def test_trajectories_are_the_inputs_of_the_samplers_steps(model: FloatDiT) -> N
 
 
 def test_trajectories_without_guidance_are_all_conditional(model: FloatDiT) -> None:
-    """Every step of the chain this time, and in micro-batches, which change nothing."""
+    """Every step of the chain this time."""
     walk, key = Sampler(name="ddim", steps=4), jax.random.key(0)
     reported: list[tuple[int, int]] = []
-    whole, parts = (
-        sample_trajectories(
-            model, key, walk, steps=4, rows=5, cfg_scale=1.0, batch_size=size, progress=lambda *done: reported.append(done)
-        )
-        for size in (None, 2)
-    )
-    np.testing.assert_array_equal(whole.t, [750, 500, 250, 0])
-    assert whole.x.shape == (4, 5, *CONFIG.image_shape)
-    np.testing.assert_array_equal(whole.y, [[0, 1, 2, 3, 4]] * 4)
-    assert np.abs(whole.x[:, 0] - whole.x[:, 1]).max() > 0.1, "every row has noise of its own"
-    assert relative_error(parts.x, whole.x) < 1e-4
-    np.testing.assert_array_equal(parts.y, whole.y)
-    assert reported == [(5, 5), (2, 5), (4, 5), (5, 5)]
+    data = sample_trajectories(
+        model, key, walk, steps=4, rows=11, cfg_scale=1.0, progress=lambda *done: reported.append(done)
+    )  # fmt: skip
+    np.testing.assert_array_equal(data.t, [750, 500, 250, 0])
+    assert data.x.shape == (4, 11, *CONFIG.image_shape)
+    np.testing.assert_array_equal(data.y, [[0, 1, 2, 3, 4] * 2 + [0]] * 4)
+    assert np.abs(data.x[:, 0] - data.x[:, 1]).max() > 0.1, "every row has noise of its own"
+    _, every = run_chain(model, data.y[0], key, walk, cfg_scale=1.0, keep_steps=np.arange(4))
+    assert relative_error(data.x, every) < 1e-4
+    assert reported == [(8, 11), (11, 11)]
+
+
+@pytest.mark.slow
+def test_devices_and_row_batches_change_no_trajectory(model: FloatDiT, mesh8: Any) -> None:
+    how = {"steps": 2, "rows": 22, "cfg_scale": 1.5}
+    alone = sample_trajectories(model, jax.random.key(0), Sampler(steps=3), **how)
+    for other in ({"mesh": mesh8}, {"mesh": sharding.data_mesh(mesh8.devices.ravel()[:2])}, {"row_batch": 1}):
+        assert same_bytes(sample_trajectories(model, jax.random.key(0), Sampler(steps=3), **how, **other), alone)
 
 
 @pytest.mark.parametrize(("count", "classes"), [(1, 10), (4, 10), (10, 10), (25, 10), (32, 1000), (7, 1)])

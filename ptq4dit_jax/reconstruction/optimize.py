@@ -161,13 +161,13 @@ def train(
     first = state.iteration
     count = sum(kernel.base.size for kernel in task.kernels.values())
 
-    def error_gradient(variables: Variables, batch: Rows) -> tuple[jax.Array, Variables]:
-        def error(variables: Variables) -> jax.Array:
-            kernels = {name: kernel.soft(variables.rounding[name]) for name, kernel in task.kernels.items()}
-            output = predict(task, kernels, variables.log_scale, batch.inputs, batch.group, config, kind, dtype)
-            return squared_error(output, batch) / nearest_error
+    def soft_kernels(rounding: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: kernel.soft(rounding[name]) for name, kernel in task.kernels.items()}
 
-        return jax.value_and_grad(error)(variables)
+    def error(learned: tuple[dict[str, jax.Array], dict[str, jax.Array]], batch: Rows) -> jax.Array:
+        kernels, log_scale = learned
+        output = predict(task, kernels, log_scale, batch.inputs, batch.group, config, kind, dtype)
+        return squared_error(output, batch) / nearest_error
 
     def regularizer(rounding: dict[str, jax.Array], progress: jax.Array) -> jax.Array:
         strength = jnp.where(progress < settings.warmup, jnp.float32(0), jnp.float32(settings.regularizer)) / count
@@ -179,21 +179,25 @@ def train(
         batch = jax.tree.map(lambda leaf: leaf[position], rows) if drawn else draw(rows, key, state.iteration, devices)
         # A barrier, so that what follows is one program wherever the rows come from.
         batch = jax.lax.optimization_barrier(batch)
-        gradient = partial(error_gradient, jax.lax.optimization_barrier(state.variables))
-        if settings.parts == 1:
-            error, grads = gradient(batch)
+        variables = jax.lax.optimization_barrier(state.variables)
+        # All that does not depend on the rows is done once, not for each part.
+        kernels, through_kernels = jax.vjp(soft_kernels, variables.rounding)
+        gradient = partial(jax.value_and_grad(error), jax.lax.optimization_barrier((kernels, variables.log_scale)))
+        if settings.gradient_parts == 1:
+            loss, grads = gradient(batch)
             if devices > 1:
-                error, grads = jax.lax.pmean((error, grads), "data")
+                loss, grads = jax.lax.pmean((loss, grads), "data")
         else:
-            stacked = in_parts(gradient, batch, settings.parts // devices)
+            stacked = in_parts(gradient, batch, settings.gradient_parts // devices)
             if devices > 1:
                 stacked = jax.lax.all_gather(stacked, "data", tiled=True)
-            error, grads = jax.tree.map(_mean_in_order, stacked)
+            loss, grads = jax.tree.map(_mean_in_order, stacked)
         progress = state.iteration.astype(jnp.float32) / settings.iterations
+        [rounding_grads] = through_kernels(grads[0])
         undecided = jax.grad(regularizer)(state.variables.rounding, progress)
-        total = jax.tree.map(lambda a, b: count * (a + b), grads.rounding, undecided)
+        total = jax.tree.map(lambda a, b: count * (a + b), rounding_grads, undecided)
         rounding, rounding_state = for_rounding.update(total, state.optimizer[0])
-        log_scale, scale_state = for_scales.update(jax.tree.map(lambda a: count * a, grads.log_scale), state.optimizer[1])
+        log_scale, scale_state = for_scales.update(jax.tree.map(lambda a: count * a, grads[1]), state.optimizer[1])
         log_scale = jax.tree.map(_on_grid, log_scale)
         return TrainState(
             variables=Variables(
@@ -202,7 +206,7 @@ def train(
             ),
             optimizer=(rounding_state, scale_state),
             iteration=state.iteration + 1,
-            errors=state.errors.at[state.iteration].set(error),
+            errors=state.errors.at[state.iteration].set(loss),
         )
 
     return jax.lax.while_loop(lambda state: state.iteration < stop, iterate, state)

@@ -81,8 +81,10 @@ def check_mesh(settings: Reconstruction, mesh: Mesh | None) -> None:
         raise Ptq4ditError(
             f"A reconstruction batch of {settings.batch_size} rows cannot be spread over {devices} devices; use a multiple."
         )
-    if settings.parts > 1 and settings.parts % devices:
-        raise Ptq4ditError(f"The {settings.parts} parts of a batch cannot be spread over {devices} devices; use a multiple.")
+    if settings.gradient_parts > 1 and settings.gradient_parts % devices:
+        raise Ptq4ditError(
+            f"The {settings.gradient_parts} parts of a batch cannot be spread over {devices} devices; use a multiple."
+        )
 
 
 class Walk:
@@ -184,7 +186,7 @@ class Walk:
         """A function of :mod:`optimize` over rows (M, B, ...), batch by batch where they are on the host."""
         run = partial(
             optimize.over_rows, function, shared, config=self.config, kind=unit.kind, dtype=self.dtype,
-            parts=self.settings.parts, mesh=self.mesh,
+            parts=self.settings.gradient_parts, mesh=self.mesh,
         )  # fmt: skip
         if not self.plan.on_host:
             return run(rows)
@@ -207,7 +209,7 @@ class Walk:
         params = {layer: self._params(unit, layer) for layer in unit.layers} | self._tables(unit)
         balanced = {site: name for site, name in unit.sites.items() if name in self.balances}
         balances = {site: unit.of_depth(name, self.balances[name]) for site, name in balanced.items()}
-        target, _ = self._over_rows(optimize.float_outputs, (params, balances), unit, exact)
+        target, _ = self._over_rows(optimize.float_outputs, sharding.replicate(self.mesh, (params, balances)), unit, exact)
         weight = self._place(np.ones(self.group.shape, np.float32))
         if self.settings.row_weights == "steps" and unit.kind == "block":
             weight = self._place(np.asarray(_step_weights(self.float_x, target, self.step, self.num_steps)))
