@@ -26,6 +26,7 @@ from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.numerics import at_least_float32
 from ptq4dit_jax.sampling import Progress, check_labels, run_chain
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
+from ptq4dit_jax.waiting import ready
 
 HISTOGRAM_BINS = 2048
 
@@ -224,7 +225,7 @@ def check_finite(statistics: Mapping[str, ChannelExtremes], t: ArrayLike) -> Non
     The mean square of values beyond 1.8e19 is infinite in float32 although the values are not.
     """
     times = np.asarray(t)
-    found = jax.device_get(_finite_steps(dict(statistics)))
+    found = jax.device_get(ready(_finite_steps(dict(statistics))))
     bad = {name: int(np.argmin(finite)) for name, finite in found.items() if not finite.all()}
     if bad:
         name = min(bad, key=lambda site: bad[site])

@@ -17,6 +17,7 @@ from ptq4dit_jax.diffusion import Sampler, StepTables, denoise, guided_apply, sa
 from ptq4dit_jax.dit import GuidedChannels
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.vae import VAEDecoder
+from ptq4dit_jax.waiting import ready
 
 #: Called with (samples done, samples in all).
 Progress = Callable[[int, int], None]
@@ -172,7 +173,7 @@ class Request:
         arguments, static = self.call(rows, keep_steps, decode=decode)
         with placing():
             outputs = sample_batch(*arguments, **static)
-        images, inputs = jax.device_get(outputs)
+        images, inputs = jax.device_get(ready(outputs))
         return np.asarray(images, np.float32), np.asarray(inputs, np.float32)
 
     def batches(self, batch: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

@@ -8,12 +8,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NoReturn, cast
 
 import numpy as np
 import typer
 
-from ptq4dit_jax import checkpoints, ptq, sampling
+from ptq4dit_jax import checkpoints, ending, ptq, sampling
 from ptq4dit_jax.calibration import stored_rows
 from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.cli_convert import convert
@@ -64,6 +64,7 @@ from ptq4dit_jax.terminal import (
     write_file,
     write_json,
 )  # fmt: skip
+from ptq4dit_jax.unfinished import expect
 
 app = typer.Typer(
     name="ptq4dit",
@@ -87,6 +88,7 @@ def _provenance(path: str | Path) -> dict[str, Any]:
 def info(model: ModelArgument, json: Json = None) -> None:
     """Shows what a model is: its shape, its size and, if quantized, what runs for each layer."""
     check_target(json, overwrite=True)
+    expect(json)
     with contextlib.ExitStack() as stack:
         where = model if model.startswith("random:") else stack.enter_context(copied(model))
         loaded = load_model(str(where))
@@ -189,6 +191,7 @@ def quantize(
     key = read_key(seed)
     check_target(out, overwrite, "config.json")
     check_target(json, overwrite=True)
+    expect(out, json, journal=state, fresh=fresh)
     dit = load_model(model)
     if not isinstance(dit, FloatDiT):
         raise Ptq4ditError(f"{model} is quantized already; quantize the float model that it came from.")
@@ -277,6 +280,7 @@ def sample(
     key = read_key(seed)
     check_target(out, overwrite)
     check_target(json, overwrite=True)
+    expect(out, json)
     parse_labels("0" if labels is None else labels, repeat)  # a mistake here costs no loading
     loaded = to_run(load_model(model), dtype, backend)
     wanted = wanted_labels(labels, "0", repeat, loaded.config)
@@ -355,6 +359,7 @@ def evaluate(
     key = read_key(seed)
     check_target(out, overwrite, "report.json")
     check_target(json, overwrite=True)
+    expect(out, json)
     reference, other = load_model(against), load_model(model)
     if not isinstance(reference, FloatDiT):
         raise Ptq4ditError(f"--against must be a float model; {against} is quantized.")
@@ -393,20 +398,13 @@ def evaluate(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the program; a user's mistake becomes one sentence on stderr and exit status 1."""
-    try:
-        app(args=arguments, prog_name="ptq4dit", standalone_mode=True)
-    except Ptq4ditError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    """Runs the program and returns its exit status; a user's mistake becomes one sentence on stderr and 1."""
+    return ending.status_of(lambda: app(args=arguments, prog_name="ptq4dit", standalone_mode=True))
 
 
-def entry() -> None:
-    """The console script."""
-    sys.exit(main())
+def entry() -> NoReturn:
+    """The console script, which ends the process."""
+    ending.run(lambda: sys.exit(main()))
 
 
 if __name__ == "__main__":

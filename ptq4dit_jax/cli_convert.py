@@ -13,6 +13,7 @@ from ptq4dit_jax.cli_options import Json, Overwrite
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.summary import in_words, summary_of
 from ptq4dit_jax.terminal import check_target, console, copied, load_model, print_table, stages, working, write_json
+from ptq4dit_jax.unfinished import expect
 
 
 def convert(
@@ -70,6 +71,7 @@ def convert(
         raise Ptq4ditError(f"With --to meta, DST must end in .safetensors, not {dst.name!r}.")
     check_target(dst, overwrite, "config.json" if to == "ptq4dit" else None)
     check_target(json, overwrite=True)
+    expect(dst, json)
     facts: dict[str, Any] = {}
     model: checkpoints.Model
     with copied(src) as where:

@@ -13,6 +13,18 @@ import jax
 #: The share of the free memory that a batch may take. The rest is for what is not counted, such as the host's copies.
 SHARE = 0.8
 _CGROUP = Path("/sys/fs/cgroup")
+#: What to say where memory runs out, however that shows.
+SHORT = (
+    "There is too little free memory; take a smaller batch (--batch-size of sample and evaluate, --row-batch and --calib-rows"
+    " of quantize), or a machine with more"
+)
+
+
+def is_short(error: BaseException) -> bool:
+    """Whether an exception says that memory does not suffice: Python's own, or the error of a device."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    )
 
 
 def device_limit() -> int | None:

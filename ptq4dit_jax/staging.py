@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.unfinished import staged
 
 
 @contextlib.contextmanager
@@ -27,7 +28,8 @@ def staging(target: Path) -> Iterator[Path]:
     path = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield path
+        with staged(path):
+            yield path
     except BaseException as error:
         _remove(path)
         for parent in made:

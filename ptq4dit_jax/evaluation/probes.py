@@ -16,6 +16,7 @@ from ptq4dit_jax.dit import PROBE_SITES, GuidedChannels
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.sampling import check_labels
+from ptq4dit_jax.waiting import ready
 
 #: Block sites whose float value balancing leaves unchanged, so that they can be compared between models.
 LAYER_SITES = ("q", "k", *PROBE_SITES)
@@ -68,7 +69,7 @@ def _deviation(
 def _layer_powers(reference: FloatDiT, other: FloatDiT, x: ArrayLike, t: ArrayLike, y: ArrayLike | None) -> dict[str, _Powers]:
     # Two programs, so that the reference's is compiled once whatever it is compared with.
     batch = jnp.asarray(x), jnp.asarray(t), None if y is None else jnp.asarray(y)
-    return _deviation(other, _captured(reference, *batch), *batch)
+    return ready(_deviation(other, _captured(reference, *batch), *batch))
 
 
 def _with_sites(model: Any) -> FloatDiT:
@@ -157,7 +158,7 @@ def predicted_noise(
     out = _predict_steps(
         model, jnp.asarray(inputs), jnp.asarray(t), y_B, jnp.float32(cfg_scale), guided=cfg_scale != 1.0, channels=cfg_channels
     )
-    return np.asarray(out)
+    return np.asarray(ready(out))
 
 
 def step_sqnr(
