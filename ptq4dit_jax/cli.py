@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
@@ -39,6 +40,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare, num_bytes, plain, write_report
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.outputs import check_picture, write_picture, write_samples
+from ptq4dit_jax.quality import REFUSE_BELOW, WARN_BELOW, PoorQuality, Quality
 from ptq4dit_jax.summary import in_words, summary_of
 from ptq4dit_jax.terminal import (
     all_devices_mesh,
@@ -171,6 +173,10 @@ def quantize(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start --reconstruct over instead of going on where an earlier run stopped.")
     ] = False,
+    keep_poor: Annotated[
+        bool,
+        typer.Option("--keep-poor", help=f"Write a model that predicts below {REFUSE_BELOW:g} dB of SQNR, too."),
+    ] = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     json: Json = None,
@@ -216,7 +222,8 @@ def quantize(
     else:
         console.print(calibration_line(rows, arrays["x"].size // int(np.prod(dit.config.image_shape))))
     started = time.perf_counter()
-    with stages() as report:
+    with stages() as report, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PoorQuality)  # it is said below
         quantized = ptq.quantize(
             dit,
             config,
@@ -226,6 +233,7 @@ def quantize(
             mesh=all_devices_mesh(),
             state=state,
             fresh=fresh,
+            keep_poor=keep_poor,
             progress=report,
         )
     seconds = time.perf_counter() - started
@@ -236,8 +244,19 @@ def quantize(
         shutil.rmtree(state)
     before, after = num_bytes(dit), num_bytes(quantized)
     console.print(f"{megabytes(before)} -> {megabytes(after)} ({before / after:.1f}x smaller) in {seconds:.1f} s")
+    quality = Quality.from_dict(quantized.provenance.facts["quality"])
+    console.print(
+        f"Quality: {quality}, of the predicted {dit.schedule.objective} on {quality.steps} x {quality.rows} calibration rows"
+    )
+    if quality.is_poor:
+        console.print(
+            f"Warning: below {WARN_BELOW:g} dB samples are visibly worse; use more bits, another policy or more rows."
+        )
     console.print(f"Model: {where}")
-    figures = {"float_bytes": before, "bytes": after, "seconds": seconds, "settings": quantized.provenance.facts["settings"]}
+    figures = {
+        "float_bytes": before, "bytes": after, "seconds": seconds, "quality": quality.to_dict(),
+        "settings": quantized.provenance.facts["settings"],
+    }  # fmt: skip
     write_json(json, {**figures, "layers": describe(quantized), "out": str(out)})
 
 

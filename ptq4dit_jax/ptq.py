@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.numerics import CALIBRATION, threefry
+from ptq4dit_jax.quality import REFUSE_BELOW, PoorQuality, Quality, measure, some_rows
 from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 from ptq4dit_jax.ranges import RangeSearch, activation_parameters, quantize_weight
 from ptq4dit_jax.reconstruction import Journal, check_mesh, reconstruct
@@ -74,6 +76,7 @@ def quantize(
     mesh: Mesh | None = None,
     state: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    keep_poor: bool = False,
     progress: StageProgress | None = None,
 ) -> QuantizedDiT:
     """Quantizes a float DiT after training with PTQ4DiT.
@@ -89,14 +92,18 @@ def quantize(
       state: a folder for what a reconstruction has learned so far. Where it holds an interrupted run of the same model,
         settings, key and rows, that run goes on. It is left there; delete it when the result is safe.
       fresh: start over, whatever ``state`` holds.
+      keep_poor: return a model that predicts worse than :data:`ptq4dit_jax.quality.REFUSE_BELOW`, too.
       progress: called as stages advance.
 
     Returns:
-      The integer model, self-contained.
+      The integer model, self-contained. Its provenance holds its quality, measured on a few of the calibration rows.
+
+    Warns:
+      PoorQuality: that quality is below :data:`ptq4dit_jax.quality.WARN_BELOW`.
 
     Raises:
       Ptq4ditError: an argument that makes no sense; NaN or infinity in the weights, the calibration rows, what is observed of
-        them, or the result.
+        them, or the result; a result of too poor quality, unless ``keep_poor``.
     """
     config, key = config or QuantConfig(), threefry(key)
     if row_batch is not None and row_batch < 1:
@@ -119,6 +126,7 @@ def quantize(
             cfg_channels=config.cfg_channels, batch_size=row_batch, mesh=mesh,
             progress=lambda done, total: report("sample calibration rows", done, total),
         )  # fmt: skip
+    some = some_rows(calibration)
     parts = sharding.data_size(mesh)
     if calibration.num_rows % parts == 0:
         x, y = sharding.shard(mesh, (calibration.x, calibration.y), axis=1)
@@ -173,7 +181,28 @@ def quantize(
         )  # fmt: skip
         facts["reconstruction"] = {row.pop("part"): row for row in learned}
         _check_result(quantized)
+    report("measure the result", 0, 1)
+    quality = measure(model, folded, quantized, some, mesh)
+    report("measure the result", 1, 1, f"{quality}" if not quality.is_poor else f"SQNR {quality.sqnr_mean_db:.1f} dB")
+    _check_quality(quality, model.schedule.objective, keep_poor, None if journal is None else journal.folder)
+    facts["quality"] = quality.to_dict()
     return quantized.replace(provenance=Provenance(facts))  # type: ignore[attr-defined]
+
+
+def _check_quality(quality: Quality, objective: str, keep_poor: bool, learned: Path | None) -> None:
+    """Refuses a model that is of no use, and warns of one that may be of little; ``learned`` is where the journal is."""
+    if not quality.is_poor:
+        return
+    words = f"The quantized model's predicted {objective} has an SQNR of {quality.sqnr_mean_db:.1f} dB"
+    words += f", worst in {', '.join(map(str, quality.worst))}"
+    remedy = "use more bits, another policy or more calibration rows"
+    if quality.sqnr_mean_db < REFUSE_BELOW and not keep_poor:
+        again = "" if learned is None else f"; what was learned is in {learned}, so that takes no learning again"
+        raise Ptq4ditError(
+            f"{words}, and below {REFUSE_BELOW:g} dB a model is refused; {remedy}, or keep it with --keep-poor "
+            f"(keep_poor=True){again}."
+        )
+    warnings.warn(f"{words}; {remedy}.", PoorQuality, stacklevel=3)
 
 
 def _check_result(quantized: QuantizedDiT) -> None:
