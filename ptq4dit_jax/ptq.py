@@ -34,7 +34,7 @@ from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
-from ptq4dit_jax.numerics import CALIBRATION, threefry
+from ptq4dit_jax.numerics import CALIBRATION, threefry, unit_exponent
 from ptq4dit_jax.quality import REFUSE_BELOW, PoorQuality, Quality, measure, some_rows
 from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 from ptq4dit_jax.ranges import RangeSearch, activation_parameters, quantize_weight
@@ -182,7 +182,7 @@ def quantize(
         facts["reconstruction"] = {row.pop("part"): row for row in learned}
         _check_result(quantized)
     report("measure the result", 0, 1)
-    quality = measure(model, folded, quantized, some, mesh)
+    quality = measure(model, folded, quantized, some)
     report("measure the result", 1, 1, f"{quality}" if not quality.is_poor else f"SQNR {quality.sqnr_mean_db:.1f} dB")
     _check_quality(quality, model.schedule.objective, keep_poor, None if journal is None else journal.folder)
     facts["quality"] = quality.to_dict()
@@ -398,6 +398,6 @@ _pack = jax.jit(QLinear.pack)
 
 
 def _input_power(statistics: ChannelExtremes, site: str, factors: Mapping[str, jax.Array]) -> jax.Array:
-    """Mean square of each balanced input channel over all steps, ([L,] K)."""
+    """Mean square of each balanced input channel over all steps, ([L,] K); of a balanced site up to a power of two by block."""
     power, factor = statistics.power.mean(0), factors.get(site.removeprefix("blocks."))
-    return power if factor is None else power * jnp.square(factor)
+    return power if factor is None else power * jnp.square(jnp.ldexp(factor, -unit_exponent(factor)))

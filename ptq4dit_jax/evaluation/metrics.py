@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.numerics import EXACT, at_least_float32
+from ptq4dit_jax.numerics import EXACT, at_least_float32, unit_exponent
 
 #: Images in [-1, 1] span this range.
 DATA_RANGE = 2.0
@@ -57,9 +57,7 @@ def powers(reference: ArrayLike, approximation: ArrayLike, axis: int | Sequence[
     """Powers of ``reference`` and of what ``approximation`` misses of it, reduced over ``axis``, in float32 at least."""
     reference, approximation = _pair(reference, approximation)
     axes = axis if axis is None or isinstance(axis, int) else tuple(axis)
-    largest = jnp.maximum(jnp.abs(reference).max(axes, keepdims=True), jnp.abs(approximation).max(axes, keepdims=True))
-    # A power of two, by which nothing is rounded. That of NaN and infinity is 0.
-    exponent = jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0)
+    exponent = jnp.maximum(unit_exponent(reference, axes), unit_exponent(approximation, axes))
     signal, error = jnp.ldexp(reference, -exponent), jnp.ldexp(approximation, -exponent)
     error = jnp.square(signal - error).sum(axes)
     return Powers(jnp.square(signal).sum(axes), error, exponent.reshape(error.shape))
