@@ -5,6 +5,11 @@ make demo        (or: python -m models.digits.demo --out out/demo)
 
 from __future__ import annotations
 
+import ptq4dit_start
+
+if __name__ == "__main__":
+    ptq4dit_start.take_signals()
+
 import argparse
 import dataclasses
 import time
