@@ -29,10 +29,13 @@ from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.numerics import at_least_float32
 from ptq4dit_jax.sampling import Progress, check_labels, kept_inputs
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
+from ptq4dit_jax.waiting import ready
 
 HISTOGRAM_BINS = 2048
 #: Rows that the network is shown at once while calibrating. Eight devices share the default of 64.
 MICRO_BATCH = 8
+#: A mean square beyond which channels count alike, those of values beyond 1e16: sums over steps of it must not leave float32.
+MOST_POWER = 2.0**107
 
 
 @struct.dataclass
@@ -163,7 +166,7 @@ def stored_rows(
 class ChannelExtremes:
     """Observer of the least and greatest value and the mean square per channel; each is (*features), or (R, *features).
 
-    ``power`` is that of the last batch seen; the extremes are those of all.
+    ``power`` is that of the last batch seen, at most :data:`MOST_POWER`; the extremes are those of all.
     """
 
     low: Any
@@ -176,7 +179,9 @@ class ChannelExtremes:
         axes = tuple(range(first, x.ndim - (self.low.ndim - first)))
         x = x.astype(self.low.dtype)
         low, high = jnp.minimum(self.low, x.min(axes)), jnp.maximum(self.high, x.max(axes))
-        return ChannelExtremes(low=low, high=high, power=jnp.square(x).mean(axes), per_row=self.per_row)
+        return ChannelExtremes(
+            low=low, high=high, power=jnp.minimum(jnp.square(x).mean(axes), MOST_POWER), per_row=self.per_row
+        )
 
     @property
     def salience(self) -> jax.Array:
@@ -211,12 +216,9 @@ def _finite_steps(statistics: dict[str, ChannelExtremes]) -> dict[str, jax.Array
 
 
 def check_finite(statistics: Mapping[str, ChannelExtremes], t: ArrayLike) -> None:
-    """Raises where channel statistics hold NaN or infinity, with the site and the step; ``t`` (S,) are the steps' times.
-
-    The mean square of values beyond 1.8e19 is infinite in float32 although the values are not.
-    """
+    """Raises where channel statistics hold NaN or infinity, with the site and the step; ``t`` (S,) are the steps' times."""
     times = np.asarray(t)
-    found = jax.device_get(_finite_steps(dict(statistics)))
+    found = jax.device_get(ready(_finite_steps(dict(statistics))))
     bad = {name: int(np.argmin(finite)) for name, finite in found.items() if not finite.all()}
     if bad:
         name = min(bad, key=lambda site: bad[site])

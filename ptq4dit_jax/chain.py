@@ -17,6 +17,7 @@ from ptq4dit_jax.diffusion import Sampler, StepTables, denoise, guided_apply, sa
 from ptq4dit_jax.dit import GuidedChannels
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.vae import VAEDecoder
+from ptq4dit_jax.waiting import ready
 
 #: Called with (samples done, samples in all).
 Progress = Callable[[int, int], None]
@@ -204,7 +205,7 @@ class Request:
 
     def run(self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True) -> tuple[Any, Any]:
         """Samples ``rows`` (B,): images (B, H, W, C) and kept inputs (num_kept, B, H, W, C), float32 on the host."""
-        images, inputs = jax.device_get(self.begin(rows, keep_steps, decode=decode))
+        images, inputs = jax.device_get(ready(self.begin(rows, keep_steps, decode=decode)))
         return np.asarray(images, np.float32), np.asarray(inputs, np.float32)
 
     def batches(self, batch: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -244,7 +245,8 @@ class Request:
             for device in sharding.devices_of(mesh)[: len(cuts)]
         }  # fmt: skip
         begin = lambda item, device: placed[device].begin(cuts[item])
-        outputs = map(jax.device_get, sharding.deal_out(begin, len(cuts), mesh, ahead=ahead))
+        dealt = sharding.deal_out(begin, len(cuts), mesh, ahead=ahead)
+        outputs = (jax.device_get(ready(output)) for output in dealt)
         return self._collected(self._checked(batch, outputs), progress)
 
     def _collected(

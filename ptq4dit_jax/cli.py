@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NoReturn, cast
 
 import numpy as np
 import typer
 
-from ptq4dit_jax import checkpoints, ptq, sampling
+from ptq4dit_jax import checkpoints, ending, ptq, sampling
 from ptq4dit_jax.calibration import stored_rows
 from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.cli_convert import convert
@@ -38,6 +39,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare, num_bytes, plain, write_report
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.outputs import check_picture, write_picture, write_samples
+from ptq4dit_jax.quality import REFUSE_BELOW, WARN_BELOW, PoorQuality, Quality
 from ptq4dit_jax.reconstruction import forget_journal, journal_beside
 from ptq4dit_jax.staging import claim
 from ptq4dit_jax.summary import in_words, summary_of
@@ -65,6 +67,7 @@ from ptq4dit_jax.terminal import (
     write_file,
     write_json,
 )  # fmt: skip
+from ptq4dit_jax.unfinished import expect_journal
 
 app = typer.Typer(
     name="ptq4dit",
@@ -171,6 +174,10 @@ def quantize(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start --reconstruct over instead of going on where an earlier run stopped.")
     ] = False,
+    keep_poor: Annotated[
+        bool,
+        typer.Option("--keep-poor", help=f"Write a model that predicts below {REFUSE_BELOW:g} dB of SQNR, too."),
+    ] = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     json: Json = None,
@@ -192,6 +199,7 @@ def quantize(
     claim_target(context, out, overwrite, "config.json")
     if state is not None:
         context.with_resource(claim(state))
+        expect_journal(state, fresh=fresh)
     claim_target(context, json, overwrite=True)
     dit = load_model(model)
     if not isinstance(dit, FloatDiT):
@@ -217,7 +225,8 @@ def quantize(
     else:
         console.print(calibration_line(rows, arrays["x"].size // int(np.prod(dit.config.image_shape))))
     started = time.perf_counter()
-    with stages() as report:
+    with stages() as report, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PoorQuality)  # it is said below
         quantized = ptq.quantize(
             dit,
             config,
@@ -227,6 +236,7 @@ def quantize(
             mesh=all_devices_mesh(),
             state=state,
             fresh=fresh,
+            keep_poor=keep_poor,
             progress=report,
         )
     seconds = time.perf_counter() - started
@@ -237,8 +247,19 @@ def quantize(
         console.print(f"The state of the reconstruction, which is of no more use, could not be removed: {state}")
     before, after = num_bytes(dit), num_bytes(quantized)
     console.print(f"{megabytes(before)} -> {megabytes(after)} ({before / after:.1f}x smaller) in {seconds:.1f} s")
+    quality = Quality.from_dict(quantized.provenance.facts["quality"])
+    console.print(
+        f"Quality: {quality}, of the predicted {dit.schedule.objective} on {quality.steps} x {quality.rows} calibration rows"
+    )
+    if quality.is_poor:
+        console.print(
+            f"Warning: below {WARN_BELOW:g} dB samples are visibly worse; use more bits, another policy or more rows."
+        )
     console.print(f"Model: {where}")
-    figures = {"float_bytes": before, "bytes": after, "seconds": seconds, "settings": quantized.provenance.facts["settings"]}
+    figures = {
+        "float_bytes": before, "bytes": after, "seconds": seconds, "quality": quality.to_dict(),
+        "settings": quantized.provenance.facts["settings"],
+    }  # fmt: skip
     write_json(json, {**figures, "layers": describe(quantized), "out": str(out)})
 
 
@@ -399,20 +420,13 @@ def evaluate(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the program; a user's mistake becomes one sentence on stderr and exit status 1."""
-    try:
-        app(args=arguments, prog_name="ptq4dit", standalone_mode=True)
-    except Ptq4ditError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+    """Runs the program and returns its exit status; a user's mistake becomes one sentence on stderr and 1."""
+    return ending.status_of(lambda: app(args=arguments, prog_name="ptq4dit", standalone_mode=True))
 
 
-def entry() -> None:
-    """The console script."""
-    sys.exit(main())
+def entry() -> NoReturn:
+    """The console script, which ends the process."""
+    ending.run(lambda: sys.exit(main()))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,18 @@ SHARE = 0.8
 #: Address space of the threads of JAX, Orbax and TensorStore: with two cores 1,000 MB suffice, 750 MB end the process.
 _START, _START_PER_CORE = 2**30, 2**26
 _CGROUP = Path("/sys/fs/cgroup")
+#: What to say where memory runs out, however that shows.
+SHORT = (
+    "There is too little free memory; take a smaller batch (--batch-size of sample and evaluate, --row-batch and --calib-rows"
+    " of quantize), or a machine with more"
+)
+
+
+def is_short(error: BaseException) -> bool:
+    """Whether an exception says that memory does not suffice: Python's own, or the error of a device."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    )
 
 
 def device_limit() -> int | None:

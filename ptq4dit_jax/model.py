@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from ptq4dit_jax.dit import DiT, DiTConfig, asked_dtype, compute_dtype, flatten_sites, init_params, nest_sites
 from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
+from ptq4dit_jax.waiting import ready
 
 
 @struct.dataclass
@@ -108,5 +109,5 @@ _nonfinite = jax.jit(lambda tree: jax.tree.map(lambda a: ~jnp.isfinite(a).all(),
 
 def has_nonfinite(tree: Any) -> list[str]:
     """Paths of leaves that hold NaN or infinity."""
-    flags = jax.tree_util.tree_leaves_with_path(jax.device_get(_nonfinite(tree)))
+    flags = jax.tree_util.tree_leaves_with_path(jax.device_get(ready(_nonfinite(tree))))
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, flag in flags if bool(flag)]

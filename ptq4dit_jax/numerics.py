@@ -34,6 +34,16 @@ def product_precision(dtype: DTypeLike, precision: jax.lax.Precision = EXACT) ->
     return precision if jnp.dtype(dtype).itemsize >= 4 else INTEGER
 
 
+def unit_exponent(x: jax.Array, axis: int | tuple[int, ...] | None = -1) -> jax.Array:
+    """The power of two (int32) just above the largest magnitude along ``axis``, which is kept with size 1; 0 where that is 0.
+
+    ``jnp.ldexp(x, -exponent)`` lies within +-1 and has the digits of ``x``: squares of values beyond 1.8e19, or of those below
+    1e-19, are none of float32's. An exponent of values that are not finite is 0.
+    """
+    largest = jnp.abs(x).max(axis, keepdims=True)
+    return jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0)
+
+
 def along_last(vector: jax.Array, ndim: int) -> jax.Array:
     """An array with axes of size 1 in front, so that it lies along the last axes of one of ``ndim`` axes; scalars stay."""
     return jnp.expand_dims(vector, range(ndim - vector.ndim)) if vector.ndim else vector

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import os
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,8 @@ from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
-from ptq4dit_jax.numerics import CALIBRATION, threefry
+from ptq4dit_jax.numerics import CALIBRATION, threefry, unit_exponent
+from ptq4dit_jax.quality import REFUSE_BELOW, PoorQuality, Quality, measure, some_rows
 from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 from ptq4dit_jax.ranges import RangeSearch, activation_parameters, quantize_weight
 from ptq4dit_jax.reconstruction import Journal, check_mesh, reconstruct, units
@@ -77,6 +79,7 @@ def quantize(
     mesh: Mesh | None = None,
     state: str | os.PathLike[str] | None = None,
     fresh: bool = False,
+    keep_poor: bool = False,
     progress: StageProgress | None = None,
 ) -> QuantizedDiT:
     """Quantizes a float DiT after training with PTQ4DiT.
@@ -93,14 +96,18 @@ def quantize(
       state: a folder for what a reconstruction has learned so far. Where it holds an interrupted run of the same model,
         settings, key and rows, that run goes on. It is left there; delete it when the result is safe.
       fresh: start over, whatever ``state`` holds.
+      keep_poor: return a model that predicts worse than :data:`ptq4dit_jax.quality.REFUSE_BELOW`, too.
       progress: called as stages advance.
 
     Returns:
-      The integer model, self-contained.
+      The integer model, self-contained. Its provenance holds its quality, measured on a few of the calibration rows.
+
+    Warns:
+      PoorQuality: that quality is below :data:`ptq4dit_jax.quality.WARN_BELOW`.
 
     Raises:
       Ptq4ditError: an argument that makes no sense; NaN or infinity in the weights, the calibration rows, what is observed of
-        them, or the result.
+        them, or the result; a result of too poor quality, unless ``keep_poor``.
     """
     config, key = config or QuantConfig(), threefry(key)
     if row_batch is not None and row_batch < 1:
@@ -116,12 +123,12 @@ def quantize(
     with _journal(config, model, source_sha256, key, calibration, state, fresh) as journal:
         if journal is not None:
             _report_resumed(journal, model, report)
-        return _quantized(model, config, key, calibration, row_batch, mesh, journal, source_sha256, report)
+        return _quantized(model, config, key, calibration, row_batch, mesh, journal, source_sha256, keep_poor, report)
 
 
 def _quantized(
     model: FloatDiT, config: QuantConfig, key: jax.Array, calibration: CalibrationData | None, row_batch: int | None,
-    mesh: Mesh | None, journal: Journal | None, source_sha256: str, report: StageProgress,
+    mesh: Mesh | None, journal: Journal | None, source_sha256: str, keep_poor: bool, report: StageProgress,
 ) -> QuantizedDiT:  # fmt: skip
     """:func:`quantize` with arguments that were checked and the journal open."""
     # On one device, as is all that is made of it: what several run is a program of each (:func:`sharding.deal_out`), and the
@@ -137,6 +144,7 @@ def _quantized(
             progress=lambda done, total: report("sample calibration rows", done, total),
         )  # fmt: skip
     calibration = CalibrationData(x=np.asarray(calibration.x), t=np.asarray(calibration.t), y=np.asarray(calibration.y))
+    some = some_rows(calibration)
 
     report("gather channel statistics", 0, 1)
     extremes = channel_extremes(model, calibration, sites=tuple(model.config.site_features), row_batch=row_batch, mesh=mesh)
@@ -181,8 +189,29 @@ def _quantized(
         )  # fmt: skip
         facts["reconstruction"] = {row.pop("part"): row for row in learned}
         _check_result(quantized)
+    report("measure the result", 0, 1)
+    quality = measure(model, folded, quantized, some)
+    report("measure the result", 1, 1, f"{quality}" if not quality.is_poor else f"SQNR {quality.sqnr_mean_db:.1f} dB")
+    _check_quality(quality, model.schedule.objective, keep_poor, None if journal is None else journal.folder)
+    facts["quality"] = quality.to_dict()
     quantized = sharding.replicate(mesh, quantized)
     return quantized.replace(provenance=Provenance(facts))
+
+
+def _check_quality(quality: Quality, objective: str, keep_poor: bool, learned: Path | None) -> None:
+    """Refuses a model that is of no use, and warns of one that may be of little; ``learned`` is where the journal is."""
+    if not quality.is_poor:
+        return
+    words = f"The quantized model's predicted {objective} has an SQNR of {quality.sqnr_mean_db:.1f} dB"
+    words += f", worst in {', '.join(map(str, quality.worst))}"
+    remedy = "use more bits, another policy or more calibration rows"
+    if quality.sqnr_mean_db < REFUSE_BELOW and not keep_poor:
+        again = "" if learned is None else f"; what was learned is in {learned}, so that takes no learning again"
+        raise Ptq4ditError(
+            f"{words}, and below {REFUSE_BELOW:g} dB a model is refused; {remedy}, or keep it with --keep-poor "
+            f"(keep_poor=True){again}."
+        )
+    warnings.warn(f"{words}; {remedy}.", PoorQuality, stacklevel=4)
 
 
 def _check_result(quantized: QuantizedDiT) -> None:
@@ -393,6 +422,6 @@ _pack = jax.jit(QLinear.pack)
 
 
 def _input_power(statistics: ChannelExtremes, site: str, factors: Mapping[str, jax.Array]) -> jax.Array:
-    """Mean square of each balanced input channel over all steps, ([L,] K)."""
+    """Mean square of each balanced input channel over all steps, ([L,] K); of a balanced site up to a power of two by block."""
     power, factor = statistics.power.mean(0), factors.get(site.removeprefix("blocks."))
-    return power if factor is None else power * jnp.square(factor)
+    return power if factor is None else power * jnp.square(jnp.ldexp(factor, -unit_exponent(factor)))

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptq4dit_jax.quantizers import QTensor, act_code_range, affine_parameters, encode_weight, weight_code_range
+from ptq4dit_jax.numerics import unit_exponent
+from ptq4dit_jax.quantizers import EMPTY_RANGE, QTensor, act_code_range, affine_parameters, encode_weight, weight_code_range
 
 RangeSearch = Literal["mse", "percentile", "minmax"]
 
@@ -71,8 +72,13 @@ def quantize_weight(w: jax.Array, bits: int, search: RangeSearch = "mse", import
     square of the input channels, makes that the expected output error under uncorrelated inputs; without it all inputs
     count alike. ``percentile`` tries the official code's three, ``minmax`` takes the extremes.
     """
+    w = jnp.where(jnp.abs(w).max(-1, keepdims=True) > EMPTY_RANGE, w, 0.0)
+    # Powers of two change no code. With the largest weight of a channel and importance near 1, squares stay within float32.
+    exponent = unit_exponent(w)
+    w = jnp.ldexp(w, -exponent)
     low, high = jnp.minimum(w.min(-1), 0.0), jnp.maximum(w.max(-1), 0.0)
     importance = jnp.ones(w.shape[-1:], w.dtype) if importance is None else importance.astype(w.dtype)
+    importance = jnp.ldexp(importance, -unit_exponent(importance))
 
     def total(x: jax.Array) -> jax.Array:
         """``sum_k importance_k x_nk``, as a product of matrices, which a CPU computes faster than a sum."""
@@ -108,7 +114,8 @@ def quantize_weight(w: jax.Array, bits: int, search: RangeSearch = "mse", import
     if search == "mse":
         scale = jax.lax.fori_loop(0, _REFINEMENTS, refine, scale)
     codes = encode_weight(w, scale, zero_point, bits)
-    return QTensor.from_codes(codes, scale, zero_point, bits)
+    # An empty channel keeps its scale of 1.
+    return QTensor.from_codes(codes, jnp.ldexp(scale, exponent[..., 0]), zero_point, bits)
 
 
 def _histogram_error(centers: jax.Array, counts: jax.Array, low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
@@ -123,9 +130,19 @@ def _histogram_error(centers: jax.Array, counts: jax.Array, low: jax.Array, high
 def _search_one(
     low: jax.Array, high: jax.Array, counts: jax.Array, bits: int, search: RangeSearch
 ) -> tuple[jax.Array, jax.Array]:
+    # As for weights, the errors must not leave float32.
+    exponent = unit_exponent(jnp.stack([low, high]))[0]
+    low, high = jnp.ldexp(low, -exponent), jnp.ldexp(high, -exponent)
+    low, high = _search_units(low, high, counts / jnp.maximum(counts.sum(), 1.0), bits, search)
+    return jnp.ldexp(low, exponent), jnp.ldexp(high, exponent)
+
+
+def _search_units(
+    low: jax.Array, high: jax.Array, counts: jax.Array, bits: int, search: RangeSearch
+) -> tuple[jax.Array, jax.Array]:
+    """The range of a histogram whose edges lie within +-1; ``counts`` (bins,) are shares."""
     bins = counts.shape[-1]
     centers = low + (jnp.arange(bins, dtype=low.dtype) + 0.5) * (high - low) / bins
-    counts = counts / jnp.maximum(counts.sum(), 1.0)
 
     def best(lows: jax.Array, highs: jax.Array) -> tuple[jax.Array, jax.Array]:
         errors = jax.vmap(lambda a, b: _histogram_error(centers, counts, a, b, bits))(lows, highs)

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.waiting import ready
 
 _Result = TypeVar("_Result")
 
@@ -76,4 +77,4 @@ def deal_out(
             begun.append(one(following))
             following += 1
         else:
-            yield jax.block_until_ready(begun.popleft())
+            yield ready(begun.popleft())

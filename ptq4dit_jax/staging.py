@@ -22,6 +22,7 @@ from pathlib import Path
 
 import filelock
 
+from ptq4dit_jax import unfinished
 from ptq4dit_jax.edges import shown
 from ptq4dit_jax.errors import Ptq4ditError
 
@@ -92,7 +93,8 @@ def claim(path: str | os.PathLike[str]) -> Iterator[None]:
                     _tidy(target)
             except OSError as error:
                 raise _cannot_write(target, error) from error
-            yield
+            with unfinished.staged(Path(lock.lock_file)) if locked else contextlib.nullcontext():
+                yield
         finally:
             if locked:
                 if outermost and lock.lock_counter == 1:
@@ -117,7 +119,8 @@ def staging(target: Path) -> Iterator[Path]:
     with claim(target), _parents(target):
         path = beside(target)
         try:
-            yield path
+            with unfinished.staged(path):
+                yield path
         except OSError as error:
             raise _cannot_write(target, error) from error
         finally:

@@ -42,6 +42,7 @@ from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.npz_file import read_npz
 from ptq4dit_jax.ptq import StageProgress
 from ptq4dit_jax.staging import claim, place, publish, staging
+from ptq4dit_jax.unfinished import expect
 from ptq4dit_jax.vae import VAEDecoder
 
 
@@ -346,6 +347,7 @@ def claim_target(context: typer.Context, path: Path | None, overwrite: bool, fol
     if path is not None:
         context.with_resource(claim(path))
         check_target(path, overwrite, folder_with)  # another run may have written it, or this one put an old report back
+        expect(path)
 
 
 def write_file(path: Path, write: Callable[[Any], None], *, overwrite: bool = False) -> Path:

@@ -198,6 +198,7 @@ def test_progress_tells_each_stage_to_its_end(model: FloatDiT) -> None:
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
     assert stages == [
         "sample calibration rows", "gather channel statistics", "choose activation ranges", "choose weight ranges",
+        "measure the result",
     ]  # fmt: skip
     for stage in stages:
         counts = [(done, total) for name, done, total in seen if name == stage]

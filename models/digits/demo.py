@@ -5,6 +5,11 @@ make demo        (or: python -m models.digits.demo --out out/demo)
 
 from __future__ import annotations
 
+import ptq4dit_start
+
+if __name__ == "__main__":
+    ptq4dit_start.take_signals()
+
 import argparse
 import dataclasses
 import time
@@ -17,10 +22,12 @@ import numpy as np
 
 import ptq4dit_jax as ptq
 from models.digits.classifier import train_classifier
+from ptq4dit_jax import ending
 from ptq4dit_jax.engine import describe
 from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare, sample_grid, write_report
 from ptq4dit_jax.ptq import StageProgress
 from ptq4dit_jax.terminal import console, devices_line, megabytes, print_table, stages
+from ptq4dit_jax.unfinished import expect
 
 MODEL = Path(__file__).parent
 SAMPLES_PER_CLASS = 10
@@ -34,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for models, picture and report")
     out = parser.parse_args().out
+    expect(out / "digits-w8a8", out / "digits-w4a8", out / "samples.png", out / "report")
     started = time.perf_counter()
     key = jax.random.key(0)
 
@@ -100,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ending.run(main)

@@ -28,6 +28,7 @@ from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.sampling import Progress, check_labels, run_chain
 from ptq4dit_jax.schedules import Schedule
 from ptq4dit_jax.vae import VAEDecoder
+from ptq4dit_jax.waiting import ready
 
 REFERENCE, NOISE_FLOOR = "float32", "bfloat16"
 _LAYER_STEPS, _LAYER_ROWS = 5, 16
@@ -188,7 +189,7 @@ def _per_image(metric: Callable[..., jax.Array], reference: np.ndarray, images: 
     rows = max(1, _VALUES_PER_CALL // math.prod(images.shape[1:]))
     starts = range(0, len(images), rows)
     pairs = ((array[start : start + rows] for array in (reference, images)) for start in starts)
-    return np.concatenate([np.asarray(metric(*pair, data_range)) for pair in pairs])
+    return np.concatenate([np.asarray(ready(metric(*pair, data_range))) for pair in pairs])
 
 
 def compare(

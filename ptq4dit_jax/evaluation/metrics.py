@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.numerics import EXACT, at_least_float32
+from ptq4dit_jax.numerics import EXACT, at_least_float32, unit_exponent
 
 #: Images in [-1, 1] span this range.
 DATA_RANGE = 2.0
@@ -44,6 +44,33 @@ def power_ratio_db(signal: ArrayLike, error: ArrayLike) -> jax.Array:
     return jnp.where(exact & ~jnp.isnan(signal), jnp.inf, ratio_db)
 
 
+class Powers(NamedTuple):
+    """Sums of squares of a reference and of an error, in units of ``4**exponent``: where values are beyond 1.8e19 or below
+    1e-19, their squares are none of float32's."""
+
+    signal: jax.Array
+    error: jax.Array
+    exponent: jax.Array
+
+
+def powers(reference: ArrayLike, approximation: ArrayLike, axis: int | Sequence[int] | None = None) -> Powers:
+    """Powers of ``reference`` and of what ``approximation`` misses of it, reduced over ``axis``, in float32 at least."""
+    reference, approximation = _pair(reference, approximation)
+    axes = axis if axis is None or isinstance(axis, int) else tuple(axis)
+    exponent = jnp.maximum(unit_exponent(reference, axes), unit_exponent(approximation, axes))
+    signal, error = jnp.ldexp(reference, -exponent), jnp.ldexp(approximation, -exponent)
+    error = jnp.square(signal - error).sum(axes)
+    return Powers(jnp.square(signal).sum(axes), error, exponent.reshape(error.shape))
+
+
+def pooled_db(parts: Sequence[Powers]) -> np.ndarray:
+    """SQNR in dB of powers summed over ``parts``, on the host: the shape of their leaves."""
+    exponents = np.stack([part.exponent for part in parts])
+    scale = np.ldexp(np.float64(1), 2 * (exponents - exponents.max(0)))
+    signal, error = ((scale * np.stack(leaves)).sum(0) for leaves in zip(*(part[:2] for part in parts), strict=True))
+    return np.asarray(power_ratio_db(np.float32(signal), np.float32(error)))
+
+
 def sqnr_db(reference: ArrayLike, approximation: ArrayLike, axis: int | Sequence[int] | None = None) -> jax.Array:
     """Signal-to-quantization-noise ratio in dB: power of ``reference`` over power of the error, reduced over ``axis``.
 
@@ -55,10 +82,8 @@ def sqnr_db(reference: ArrayLike, approximation: ArrayLike, axis: int | Sequence
     Returns:
       Float array of the axes that are left. Identical inputs give +inf.
     """
-    reference, approximation = _pair(reference, approximation)
-    axes = axis if axis is None or isinstance(axis, int) else tuple(axis)
-    error = jnp.square(reference - approximation).sum(axes)
-    return power_ratio_db(jnp.square(reference).sum(axes), error)
+    found = powers(reference, approximation, axis)
+    return power_ratio_db(found.signal, found.error)
 
 
 class StepsSQNR(NamedTuple):

@@ -16,6 +16,7 @@ from ptq4dit_jax.dit import PROBE_SITES, GuidedChannels
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.sampling import check_labels
+from ptq4dit_jax.waiting import ready
 
 #: Block sites whose float value balancing leaves unchanged, so that they can be compared between models.
 LAYER_SITES = ("q", "k", *PROBE_SITES)
@@ -32,22 +33,13 @@ class _Capture:
 
 
 @struct.dataclass
-class _Powers:
-    """Sums of squares of a reference and of what another value misses of it."""
-
-    signal: jax.Array
-    error: jax.Array
-
-
-@struct.dataclass
 class _Against:
     """Observer that reduces the deviation from a captured reference, so that one model's activations are held, not both."""
 
     reference: jax.Array
 
-    def observe(self, x: jax.Array) -> _Powers:
-        reference = self.reference.astype(jnp.float32)
-        return _Powers(jnp.square(reference).sum(), jnp.square(x.astype(jnp.float32) - reference).sum())
+    def observe(self, x: jax.Array) -> metrics.Powers:
+        return metrics.powers(self.reference, x)
 
 
 @jax.jit
@@ -60,15 +52,17 @@ def _captured(reference: FloatDiT, x: jax.Array, t: jax.Array, y: jax.Array | No
 @jax.jit
 def _deviation(
     other: FloatDiT, against: dict[str, _Against], x: jax.Array, t: jax.Array, y: jax.Array | None
-) -> dict[str, _Powers]:
+) -> dict[str, metrics.Powers]:
     _, powers = other.observe({"blocks": against}, x, t, y)
     return powers["blocks"]
 
 
-def _layer_powers(reference: FloatDiT, other: FloatDiT, x: ArrayLike, t: ArrayLike, y: ArrayLike | None) -> dict[str, _Powers]:
+def _layer_powers(
+    reference: FloatDiT, other: FloatDiT, x: ArrayLike, t: ArrayLike, y: ArrayLike | None
+) -> dict[str, metrics.Powers]:
     # Two programs, so that the reference's is compiled once whatever it is compared with.
     batch = jnp.asarray(x), jnp.asarray(t), None if y is None else jnp.asarray(y)
-    return _deviation(other, _captured(reference, *batch), *batch)
+    return ready(_deviation(other, _captured(reference, *batch), *batch))
 
 
 def _with_sites(model: Any) -> FloatDiT:
@@ -111,9 +105,8 @@ def layer_sqnr_along(
     )
 
 
-def _layer_decibels(batches: list[dict[str, _Powers]]) -> dict[str, np.ndarray]:
-    sums: dict[str, _Powers] = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *batches)
-    return {name: np.asarray(metrics.power_ratio_db(sums[name].signal, sums[name].error)) for name in LAYER_SITES}
+def _layer_decibels(batches: list[dict[str, metrics.Powers]]) -> dict[str, np.ndarray]:
+    return {name: metrics.pooled_db([batch[name] for batch in batches]) for name in LAYER_SITES}
 
 
 @partial(jax.jit, static_argnames=("guided", "channels"))
@@ -157,7 +150,7 @@ def predicted_noise(
     out = _predict_steps(
         model, jnp.asarray(inputs), jnp.asarray(t), y_B, jnp.float32(cfg_scale), guided=cfg_scale != 1.0, channels=cfg_channels
     )
-    return np.asarray(out)
+    return np.asarray(ready(out))
 
 
 def step_sqnr(

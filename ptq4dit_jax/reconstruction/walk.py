@@ -24,6 +24,7 @@ from ptq4dit_jax.reconstruction import optimize
 from ptq4dit_jax.reconstruction.optimize import Rows, Task, TrainState, Variables
 from ptq4dit_jax.reconstruction.rounding import RoundedKernel
 from ptq4dit_jax.reconstruction.units import Kind, Unit
+from ptq4dit_jax.waiting import ready
 
 #: Iterations whose batches are sent to the device at once where rows stay on the host.
 _BATCHES_SENT = 20
@@ -193,7 +194,7 @@ class Walk:
 
         def one(m: int) -> Any:
             batch = jax.tree.map(lambda leaf: leaf[m : m + 1], rows)
-            return jax.device_get(run(sharding.shard(self.mesh, batch, axis=1)))
+            return jax.device_get(ready(run(sharding.shard(self.mesh, batch, axis=1))))
 
         outputs, errors = zip(*(one(m) for m in range(self.group.shape[0])), strict=True)
         return np.concatenate(outputs), np.concatenate(errors)
@@ -218,7 +219,7 @@ class Walk:
     def outputs(self, unit: Unit, variables: Variables, task: Task, rows: Rows) -> tuple[Any, jax.Array]:
         """With decided roundings: the part's outputs (M, B, ...), and the mean squared error ()."""
         outputs, errors = self._over_rows(optimize.quantized_outputs, (variables, task), unit, rows)
-        return outputs, jnp.maximum(np.asarray(errors).mean(dtype=np.float64).astype(np.float32), _TINY)
+        return outputs, jnp.maximum(np.asarray(ready(errors)).mean(dtype=np.float64).astype(np.float32), _TINY)
 
     def train(
         self, unit: Unit, state: TrainState, task: Task, rows: Rows, before: jax.Array, key: jax.Array, stop: int
@@ -232,7 +233,7 @@ class Walk:
             given = self._drawn(rows, key, done) if on_host else rows
             arguments = (state, task, given, before, key, sharding.replicate(self.mesh, jnp.int32(until)))
             state, done = self._program(unit.kind, on_host, *arguments)(*arguments), until
-        return state
+        return ready(state)
 
     def _drawn(self, rows: Rows, key: jax.Array, first: int) -> Rows:
         """The batches (n, B, ...) of the next iterations, on the device."""

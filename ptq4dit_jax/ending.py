@@ -1,0 +1,192 @@
+"""How a program ends: by a signal within two seconds, quietly where nobody reads its output, and with a sentence otherwise.
+
+Importing this installs nothing. :func:`run` is for a program's entry, which owns the process.
+
+The exit statuses are those of shells: 128 + N for the signal N (130 for Ctrl-C, 143 for SIGTERM), and 141 (SIGPIPE) where the
+reader of the output has gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from ptq4dit_jax import memory, unfinished
+from ptq4dit_jax.errors import Ptq4ditError
+
+_SAID = {"SIGINT": "Interrupted", "SIGTERM": "Terminated", "SIGHUP": "Hung up"}
+#: By number. Windows has no SIGHUP.
+_SIGNALS = {int(getattr(signal, name)): word for name, word in _SAID.items() if hasattr(signal, name)}
+#: Seconds that the program has to end by itself once a signal came; then the process is left as it is.
+_GRACE = 1.2
+_CLOSED = 128 + 13  # SIGPIPE, which Windows does not name
+
+
+def status_of(program: Callable[[], object]) -> int:
+    """Runs a program and returns its exit status; a user's mistake, or too little memory, is one sentence on stderr and 1."""
+    try:
+        program()
+    except Ptq4ditError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        if not memory.is_short(error):
+            raise
+        print(f"Error: {memory.SHORT}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(program: Callable[[], object]) -> NoReturn:
+    """Runs a program in the main thread and ends the process.
+
+    SIGINT, SIGTERM and SIGHUP raise ``SystemExit`` in the program, which so has the time to clean up. Where that does not
+    happen within 1.2 s, because the main thread waits in a library, or when a second signal comes, a thread removes what is
+    staged and ends the process. Either way stderr gets one sentence on what was written and what the same command would do. A
+    signal that the process was told to ignore stays ignored.
+    """
+    with unfinished.work() as work, _outputs() as outputs:
+        ending = _Ending(work)
+        with ending.watched():
+            status = status_of(program)
+            with contextlib.suppress(SystemExit):
+                outputs.flush()
+            if ending.number is not None:
+                ending.leave(ending.number)
+            if outputs.failed is not None:
+                outputs.leave()
+    sys.exit(status)
+
+
+class _Ending:
+    """What happens once a signal came: the program has its grace, and one thread says how things stand and leaves."""
+
+    def __init__(self, work: unfinished.Work) -> None:
+        self.work = work
+        self.number: int | None = None
+        self._leaving = threading.Lock()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Takes the signals for the block. The bytes that Python's own handler sends reach the thread at once, whatever the
+        main thread is doing."""
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._raise) for number in taken}
+        old = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True, name="ptq4dit-signals").start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(old)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            writer.close()
+
+    def _raise(self, number: int, frame: Any) -> None:
+        if self.number is None:
+            self.number = number
+            raise SystemExit(128 + number)
+
+    def _watch(self, reader: socket.socket) -> None:
+        with reader:
+            while (number := _received(reader)) not in _SIGNALS:
+                if number is None:
+                    return
+            if select.select([reader], [], [], _GRACE)[0] and _received(reader) is None:
+                return
+        self.leave(number)
+
+    def leave(self, number: int) -> NoReturn:
+        """Says how things stand, unless the other thread is at it, and ends the process."""
+        if self._leaving.acquire(blocking=False):
+            self.work.clean()
+            if sys.stdout is not None and sys.stdout.isatty():
+                _write(1, "\x1b[?25h")  # the cursor, which a progress bar may have hidden
+            _write(2, f"{_SIGNALS[number]}: {self.work.standing()}.\n")
+        else:
+            time.sleep(0.3)
+        os._exit(128 + number)
+
+
+def _received(reader: socket.socket) -> int | None:
+    """The next signal's number; None once the other end is closed."""
+    byte = reader.recv(1)
+    return byte[0] if byte else None
+
+
+def _write(descriptor: int, text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(descriptor, text.encode(errors="backslashreplace"))
+
+
+class _Outputs:
+    """The standard output and error, whose failures end the program at once."""
+
+    def __init__(self) -> None:
+        self.failed: tuple[str, OSError] | None = None
+
+    @contextlib.contextmanager
+    def watch(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failed = self.failed or (name, error)
+            raise SystemExit(1) from None
+
+    def flush(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+
+    def leave(self) -> NoReturn:
+        """Ends the process without a further attempt to write what is left: 141 where the reader has gone, else a sentence."""
+        assert self.failed is not None
+        name, error = self.failed
+        if isinstance(error, BrokenPipeError):
+            os._exit(_CLOSED)
+        _write(2, f"Error: Cannot write to the {name} ({error.strerror or error}); what was printed is incomplete.\n")
+        os._exit(1)
+
+
+class _Stream:
+    """A text stream that ends the program where it cannot be written to; all else is the stream's own."""
+
+    def __init__(self, stream: Any, name: str, outputs: _Outputs) -> None:
+        self._stream, self._name, self._outputs = stream, name, outputs
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._stream, attribute)
+
+    def write(self, text: str) -> int:
+        with self._outputs.watch(self._name):
+            return int(self._stream.write(text))
+        return 0
+
+    def flush(self) -> None:
+        with self._outputs.watch(self._name):
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def _outputs() -> Iterator[_Outputs]:
+    """Watches the standard streams for the block."""
+    outputs, before = _Outputs(), (sys.stdout, sys.stderr)
+    for attribute, name in (("stdout", "standard output"), ("stderr", "standard error")):
+        if getattr(sys, attribute) is not None:
+            setattr(sys, attribute, _Stream(getattr(sys, attribute), name, outputs))
+    try:
+        yield outputs
+    finally:
+        sys.stdout, sys.stderr = before

@@ -1,0 +1,99 @@
+"""What a command has in hand: the outputs it owes, what it has staged, and what to say of them if it is ended early.
+
+A program's entry (:mod:`ptq4dit_jax.ending`) opens a :class:`Work` for its run. Without one, as in a notebook, nothing here
+remembers anything. Standard library only, so that whatever writes files may say so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+_work: ContextVar[Work | None] = ContextVar("ptq4dit_work", default=None)
+#: What tells one state of an output from another: its inode and when it was changed; None where nothing is there.
+_State = tuple[int, int] | None
+
+
+@dataclasses.dataclass
+class Work:
+    """``outputs`` with what was there before, ``staged`` files and folders that have no name of their own yet, and the
+    ``journal`` that the same command goes on from, unless it is told to begin afresh."""
+
+    outputs: dict[Path, _State] = dataclasses.field(default_factory=dict)
+    staged: set[Path] = dataclasses.field(default_factory=set)
+    journal: Path | None = None
+    fresh: bool = False
+
+    def clean(self) -> None:
+        """Removes what is staged. It may be called while another thread is still writing, so it may leave something."""
+        for path in tuple(self.staged):
+            with contextlib.suppress(OSError):
+                path.unlink()
+            shutil.rmtree(path, ignore_errors=True)
+
+    def standing(self) -> str:
+        """What was written so far, and what the same command would do; the rest of a sentence."""
+        written = [str(path) for path, before in self.outputs.items() if _state(path) not in (None, before)]
+        owed = [str(path) for path in self.outputs if str(path) not in written]
+        if written and not owed:
+            return f"{_listed(written)} written, and nothing is left to do"
+        if written:
+            return f"{_listed(written)} written, {_listed(owed)} not, and the same command with --overwrite starts over"
+        if self.journal is not None and self.journal.exists():
+            again = "the same command without --fresh" if self.fresh else "the same command"
+            return f"no model was written, but the reconstruction so far is in {self.journal}, and {again} goes on from there"
+        return "nothing was written, and the same command starts over"
+
+
+@contextlib.contextmanager
+def work() -> Iterator[Work]:
+    """Opens a :class:`Work` for what the block does."""
+    opened = Work()
+    token = _work.set(opened)
+    try:
+        yield opened
+    finally:
+        _work.reset(token)
+
+
+def expect(*outputs: str | os.PathLike[str]) -> None:
+    """Says what a command is going to write."""
+    if (current := _work.get()) is not None:
+        current.outputs |= {Path(path): _state(Path(path)) for path in outputs}
+
+
+def expect_journal(journal: Path, *, fresh: bool) -> None:
+    """Says what a command goes on from, unless it is to begin ``fresh``."""
+    if (current := _work.get()) is not None:
+        current.journal, current.fresh = journal, fresh
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[None]:
+    """What is at ``path`` during the block is of no use if the block does not end."""
+    current = _work.get()
+    if current is None:
+        yield
+        return
+    current.staged.add(path)
+    try:
+        yield
+    finally:
+        current.staged.discard(path)
+
+
+def _state(path: Path) -> _State:
+    try:
+        found = path.expanduser().stat()
+    except (OSError, RuntimeError, ValueError):
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _listed(names: list[str]) -> str:
+    return f"{' and '.join(names)} {'was' if len(names) == 1 else 'were'}"
