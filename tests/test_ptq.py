@@ -132,6 +132,7 @@ def test_dynamic_sites_keep_no_ranges(model: FloatDiT, rows: CalibrationData) ->
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ptq4dit_jax.quality.PoorQuality")
 def test_every_width_runs_and_fewer_bits_cost_more() -> None:
     """Weights from 2 to 8 bits with 8-bit activations, then the other way round.
 
@@ -143,7 +144,7 @@ def test_every_width_runs_and_fewer_bits_cost_more() -> None:
 
     def errors(setting: str) -> list[float]:
         configs = [ptq.QuantConfig(policy="uniform", step_groups=1, **{setting: bits}) for bits in range(2, 9)]
-        return [error(model, ptq.quantize(model, config, key=KEY, calibration=rows)) for config in configs]
+        return [error(model, ptq.quantize(model, config, key=KEY, calibration=rows, keep_poor=True)) for config in configs]
 
     for setting in ("weight_bits", "act_bits"):
         found = errors(setting)
@@ -194,7 +195,7 @@ def test_calibration_over_eight_devices_gives_the_same_bytes(
 def test_progress_tells_each_stage_to_its_end(model: FloatDiT) -> None:
     seen: list[tuple[str, int, int]] = []
     config = ptq.QuantConfig(calib_steps=2, calib_rows=4, steps=4, sampler="ddim")
-    ptq.quantize(model, config, key=KEY, progress=lambda *report: seen.append(report))
+    ptq.quantize(model, config, key=KEY, progress=lambda stage, done, total, note="": seen.append((stage, done, total)))
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
     assert stages == [
         "sample calibration rows", "gather channel statistics", "choose activation ranges", "choose weight ranges",

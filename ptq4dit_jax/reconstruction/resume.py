@@ -36,6 +36,14 @@ class Standing(NamedTuple):
     current: tuple[int, int] | None
 
 
+class _File(NamedTuple):
+    """What one file of a journal holds: arrays by name, the part that they belong to, and its next iteration."""
+
+    arrays: dict[str, np.ndarray]
+    position: int
+    iteration: int
+
+
 class Journal:
     """A folder with ``fingerprint.json``, one ``part-NNN.npz`` for each finished part and ``current.npz`` for the one at work.
 
@@ -118,14 +126,14 @@ class Journal:
         finished = sorted(int(match[1]) for name in os.listdir(self.folder) if (match := _PART.fullmatch(name)))
         for position in finished:
             self._read(self._part(position), [], position)
-        if (found := self._read(self.folder / _CURRENT, [], None)) is None or found["position"] in finished:
+        if (found := self._read(self.folder / _CURRENT, [], None)) is None or found.position in finished:
             return Standing(tuple(finished), None)
-        return Standing(tuple(finished), (found["position"], found["iteration"]))
+        return Standing(tuple(finished), (found.position, found.iteration))
 
     def finished(self, position: int, like: Any) -> Any | None:
         """The result of the part at ``position``, a tree of arrays like ``like``, or None."""
         found = self._read(self._part(position), _names(like), position)
-        return None if found is None else self._tree(self._part(position), found, like)
+        return None if found is None else self._tree(self._part(position), found.arrays, like)
 
     def finish(self, position: int, result: Any) -> None:
         """Stores the result of a part."""
@@ -137,10 +145,10 @@ class Journal:
         path = self.folder / _CURRENT
         # The position first: a run that died just after finishing a part leaves that part's state, of other shapes, behind.
         head = self._read(path, [], None)
-        if head is None or head["position"] != position:
+        if head is None or head.position != position:
             return None
         found = self._read(path, _names(like), position)
-        return None if found is None else self._tree(path, found, like)
+        return None if found is None else self._tree(path, found.arrays, like)
 
     def save_current(self, position: int, state: Any, iteration: int = 0) -> None:
         """Stores the state of the part at work, which has its next ``iteration`` before it."""
@@ -164,7 +172,7 @@ class Journal:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
             publish(staged, path)
 
-    def _read(self, path: Path, names: list[str], position: int | None) -> dict[str, Any] | None:
+    def _read(self, path: Path, names: list[str], position: int | None) -> _File | None:
         """The named arrays and the head of a file of this run and, unless None, of the part at ``position``."""
         if not path.exists():
             return None
@@ -172,14 +180,15 @@ class Journal:
         arrays, _ = read_npz(path, [*head, *names], _OVER)
         with edge(path, f"{path.name} is damaged; {_OVER}"):
             ours = np.array_equal(arrays[head[0]], self._hash)
-            there, iteration = int(arrays[head[1]]), int(arrays[head[2]])
-            found = {name: arrays[name] for name in names} | {"position": there, "iteration": iteration}
+            found = _File({name: arrays[name] for name in names}, int(arrays[head[1]]), int(arrays[head[2]]))
         if not ours:
             raise Ptq4ditError(
                 f"The file {path} is of another run than {_FINGERPRINT} beside it; put the right one there, or {_OVER}."
             )
-        if position is not None and there != position:
-            raise Ptq4ditError(f"The file {path} holds the part at position {there}; put the right one there, or {_OVER}.")
+        if position is not None and found.position != position:
+            raise Ptq4ditError(
+                f"The file {path} holds the part at position {found.position}; put the right one there, or {_OVER}."
+            )
         return found
 
     def _tree(self, path: Path, found: Mapping[str, Any], like: Any) -> Any:

@@ -123,7 +123,7 @@ def test_an_interrupted_reconstruction_goes_on(folder: Path) -> None:
             time.sleep(0.05)
         said = ended(process, signal.SIGINT)
     assert said == (
-        "no model was written, but the reconstruction so far is in .out.reconstruction, and the same command goes on from there"
+        f"no model was written, but the reconstruction so far is in {journal}, and the same command goes on from there"
     )
     first = (journal / "part-000.npz").stat().st_mtime_ns
     with start(folder, "-m", "ptq4dit_start", *command, "--json", "figures.json") as process:

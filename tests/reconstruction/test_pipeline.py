@@ -298,7 +298,7 @@ def test_a_damaged_state_is_noticed(model, rows, tmp_path, raises_sentence):
         quantize(model, rows, state=state, progress=stop_at("embed condition", 100))
     part = state / "part-000.npz"
     part.write_bytes(part.read_bytes()[:100])
-    with raises_sentence("part-000.npz is damaged", "--fresh"):
+    with raises_sentence("part-000.npz", "damaged", "--fresh"):
         quantize(model, rows, state=state)
 
 
