@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=[2, 4, 8], help="compared with one device")
     parser.add_argument("--row-batch", type=int, nargs="*", default=[], help="compared with the default, on one device")
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(18)), help="by number, 0 to 17")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--no-samples", action="store_true", help="do not sample from the models")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -129,10 +131,11 @@ def main() -> None:
         return
     wanted: list[tuple[int, int | None]] = [(devices, None) for devices in arguments.devices]
     wanted += [(1, rows) for rows in arguments.row_batch]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as jobs:
         started = partial(in_a_process, chosen=arguments.cases, folder=Path(folder), samples=not arguments.no_samples)
-        one = started(1, None)
-        others = {run: started(*run) for run in wanted}
+        runs = [(1, None), *wanted]
+        one, *rest = jobs.map(lambda run: started(*run), runs)
+        others = dict(zip(wanted, rest, strict=True))
     bad = 0
     for place, index in enumerate(arguments.cases):
         print(f"{index:2} {chosen[index].name}")

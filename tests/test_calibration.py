@@ -20,6 +20,7 @@ from ptq4dit_jax.calibration import (
     CalibrationData,
     ChannelExtremes,
     Histogram,
+    _occurrences,
     channel_extremes,
     extremes_of_rows,
     histograms,
@@ -529,3 +530,12 @@ def test_a_label_out_of_range(label: int) -> None:
         Ptq4ditError, match=rf"Label {label} is out of range; this model has classes 0 to 4 \(5 is the null class\)\."
     ):
         stored_rows(x, t, y, CONFIG)
+
+
+@pytest.mark.parametrize("copies", [1, 7, 256])
+def test_counting_in_copies_changes_no_count(copies: int) -> None:
+    index = np.random.default_rng(3).integers(0, 10, 1000).astype(np.int32) ** 2
+    for count in (partial(_occurrences, 100, copies), jax.jit(partial(_occurrences, 100, copies))):
+        assert (np.asarray(count(index)) == np.bincount(index, minlength=100)).all()
+        assert count(index).dtype == jnp.int32
+        assert (np.asarray(count(index[:3])) == np.bincount(index[:3], minlength=100)).all()
