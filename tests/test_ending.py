@@ -18,6 +18,7 @@ from ptq4dit_jax import ending, unfinished
 from ptq4dit_jax.errors import Ptq4ditError
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("heeded_signals")
 #: Of a process that is expected to end at once.
 PATIENCE = 120
 
@@ -56,11 +57,14 @@ def signalled(body: str, *numbers: signal.Signals, after: str = "ready", **more:
     """Exit status and stderr of a program that is sent signals, each once it has said the next word."""
     with start(program(body), **more) as process:
         assert process.stdout is not None
-        for number, word in zip(numbers, (after, "cleaning"), strict=False):
-            while process.stdout.readline().strip() != word:
-                assert process.poll() is None
-            process.send_signal(number)
-        return process.wait(PATIENCE), process.stderr.read() if process.stderr else ""
+        try:
+            for number, word in zip(numbers, (after, "cleaning"), strict=False):
+                while process.stdout.readline().strip() != word:
+                    assert process.poll() is None
+                process.send_signal(number)
+            return process.wait(PATIENCE), process.stderr.read() if process.stderr else ""
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

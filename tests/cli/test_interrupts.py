@@ -18,6 +18,7 @@ from cli_helpers import ROOT, figures
 import ptq4dit_jax as ptq
 from ptq4dit_jax import checkpoints
 
+pytestmark = pytest.mark.usefixtures("heeded_signals")
 #: A process has this long to end. On an idle machine it takes less than two seconds (benchmarks/interrupt_campaign.py).
 PATIENCE = 60
 #: Long enough for any moment below, were they not interrupted.
@@ -45,7 +46,10 @@ def start(folder: Path, *program: str) -> subprocess.Popen[str]:
 def ended(process: subprocess.Popen[str], number: signal.Signals) -> str:
     """Sends the signal; the sentence that the process ends with, but for its first word."""
     process.send_signal(number)
-    out, error = process.communicate(timeout=PATIENCE)
+    try:
+        out, error = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
     assert process.returncode == 128 + number, error
     word = "Interrupted" if number == signal.SIGINT else "Terminated"
     match = re.fullmatch(rf"{word}: ([^\n]+)\.\n", error)
