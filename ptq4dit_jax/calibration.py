@@ -22,7 +22,6 @@ from jax.typing import ArrayLike
 from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration_rows import ImageLayout, flat_rows, order_by_steps, whole_numbers
 from ptq4dit_jax.config import calibration_steps
-from ptq4dit_jax.devices import untuned
 from ptq4dit_jax.diffusion import Sampler, resolve_guidance
 from ptq4dit_jax.dit import DiTConfig, GuidedChannels, flatten_sites, nest_sites
 from ptq4dit_jax.errors import Ptq4ditError
@@ -348,7 +347,7 @@ def _merged_histograms(total: dict[str, Histogram], seen: dict[str, Histogram]) 
     return {name: dataclasses.replace(part, counts=part.counts + seen[name].counts) for name, part in total.items()}
 
 
-@partial(untuned, static_argnames=("sites", "per_row"))
+@partial(jax.jit, static_argnames=("sites", "per_row"))
 def extremes_of_rows(
     model: FloatDiT, data: CalibrationData, *, sites: tuple[str, ...], per_row: bool = False
 ) -> dict[str, ChannelExtremes]:
@@ -371,7 +370,7 @@ def extremes_of_rows(
     return flatten_sites(jax.lax.scan(step, None, data)[1])
 
 
-@partial(untuned, static_argnames=("num_groups",))
+@partial(jax.jit, static_argnames=("num_groups",))
 def histograms_of_rows(
     model: FloatDiT,
     data: CalibrationData,

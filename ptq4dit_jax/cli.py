@@ -193,10 +193,10 @@ def quantize(
     options |= {name: value for name, value in given.items() if value is not None}
     if reconstruct:
         options["reconstruction"] = Reconstruction(iterations=iterations)
-    state = journal_beside(out) if reconstruct else None
     config = (QuantConfig.paper if paper else QuantConfig)(**cast(Any, options))
     key = read_key(seed)
     claim_target(context, out, overwrite, "config.json")
+    state = journal_beside(out) if reconstruct else None
     if state is not None:
         context.with_resource(claim(state))
         expect_journal(state, fresh=fresh)

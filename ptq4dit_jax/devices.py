@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -35,19 +33,3 @@ def default_device() -> DeviceKind:
         return DeviceKind(device.platform)
     major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
     return DeviceKind("gpu", (int(major), int(minor or 0)))
-
-
-def untuned(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """``jax.jit`` for a program that runs a few times only, with its ``options``.
-
-    For a GPU, XLA times variants of every product while it compiles. That takes more than a minute for DiT-XL/2, and which one
-    wins, and with it the last bits of a result, is left to chance. Here XLA takes the variants that it knows to be good.
-    """
-    tuned = jax.jit(function, **options)
-    plain = jax.jit(function, **options, compiler_options={"xla_gpu_autotune_level": 0})
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (plain if default_device().platform == "gpu" else tuned)(*args, **kwargs)
-
-    return call

@@ -12,7 +12,6 @@ import numpy as np
 from flax import struct
 
 from ptq4dit_jax.calibration import CalibrationData
-from ptq4dit_jax.devices import untuned
 from ptq4dit_jax.dit import SITE_OF_LAYER, flatten_sites, nest_sites
 from ptq4dit_jax.engine import QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
@@ -122,7 +121,7 @@ def measure(reference: FloatDiT, folded: FloatDiT, quantized: QuantizedDiT, some
     return Quality(mean_db, some.num_steps, some.num_rows, worst)
 
 
-@untuned
+@jax.jit
 def _predictions(model: Any, rows: CalibrationData) -> jax.Array:
     """(S, R, H, W, C) float32, without variance channels."""
     channels = model.config.in_channels
@@ -154,7 +153,7 @@ class _Costs:
         return metrics.powers(product(x, self.kernel), product(fed, jnp.swapaxes(self.layer.weight.dequantize(), -1, -2)))
 
 
-@untuned
+@jax.jit
 def _costs(folded: FloatDiT, quantized: QuantizedDiT, step: CalibrationData) -> dict[str, metrics.Powers]:
     """By site, leaves ([L])."""
     group = step_group(quantized.group_edges, quantized.schedule.noise_level(step.t))

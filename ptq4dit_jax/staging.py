@@ -54,6 +54,8 @@ def place(path: str | os.PathLike[str]) -> Path:
         raise Ptq4ditError(f"Nothing can be written to {shown(path)}; choose a path below it.") from None
     except Exception as error:
         reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            reason = "Name or path too long"
         raise Ptq4ditError(
             f"Cannot write {shown(path)}, which is not a usable path ({shown(str(reason))}); choose another one."
         ) from error

@@ -161,7 +161,7 @@ def test_results_larger_than_the_memory(tiny_model, monkeypatch, raises_sentence
         sampling.sample(tiny_model, np.zeros(2_000_000, np.int32), KEY, batch_size=8)
     with raises_sentence("1,000,000 samples", "26.6 GB of memory"):
         walk = ptq.Sampler(steps=50).resolve(tiny_model.schedule)
-        ptq.sample_trajectories(tiny_model, KEY, walk, steps=25, rows=2_000_000, batch_size=8)
+        ptq.sample_trajectories(tiny_model, KEY, walk, steps=25, rows=2_000_000)
 
 
 def test_the_number_of_images_of_a_model_without_classes(raises_sentence):

@@ -11,6 +11,7 @@ from cli_helpers import ROOT, run
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import checkpoints, cli
+from ptq4dit_jax.checkpoints import store
 from ptq4dit_jax.checkpoints.foreign import open_tensors
 from ptq4dit_jax.checkpoints.foreign.safetensors_file import write_safetensors
 from ptq4dit_jax.terminal import console, print_table
@@ -37,6 +38,7 @@ def test_provenance(facts, here, capsys):
     checkpoints.save(helpers.tiny_model(in_channels=1), "model")
     config = json.loads((here / "model/config.json").read_text())
     config["provenance"] = facts
+    config["config_sha256"] = store.config_hash(config)
     (here / "model/config.json").write_text(json.dumps(config))
     run("info", "model")
     assert_harmless(capsys.readouterr().out)

@@ -21,7 +21,7 @@ from ptq4dit_jax.engine.hopper.attention import Round
 #: Images, tokens, heads and their width: strangers among the columns or none, one or several rounds of the ring, tiles that
 #: share keys and tiles that do not.
 CASES = [(3, 256, 4, 72), (1, 128, 4, 72), (1, 256, 2, 64), (1, 512, 2, 72), (1, 128, 2, 40), (1, 128, 4, 56)]
-ROUND = Round(jnp.asarray([99, -3]), jnp.asarray([1], jnp.int32), -128, 127)
+ROUND = Round(jnp.asarray([99, -3], jnp.int32), jnp.asarray([1], jnp.int32), -128, 127)
 
 
 def drawn(images: int, tokens: int, heads: int, d: int, size: float = 1.0) -> list[jax.Array]:
