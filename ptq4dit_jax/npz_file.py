@@ -43,10 +43,12 @@ def read_npz(
     where = Path(path).expanduser()
     with edge(f"{os.fspath(path)} as an .npz file of plain arrays", f"it is none, or damaged; {remedy}"):
         with where.open("rb") as file:
-            _check_members(file, remedy)
+            said = _check_members(file, remedy)
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
                 present = {info.filename.removesuffix(_ENDING): info for info in members}
+                if len(members) != said:
+                    raise Ptq4ditError(f"The file {where} lists {len(members)} arrays and says it has {said}; {remedy}.")
                 if len(present) < len(members):
                     raise Ptq4ditError(f"The file {where} holds two arrays of one name; {remedy}.")
                 arrays = {name: _read(archive, present[name], where, remedy) for name in names if name in present}
@@ -58,8 +60,8 @@ def read_npz(
         return arrays, listed or "nothing"
 
 
-def _check_members(file: IO[bytes], remedy: str) -> None:
-    """Refuses an archive that says it has more members than any, before their list is made."""
+def _check_members(file: IO[bytes], remedy: str) -> int:
+    """How many members an archive says it has; refuses one with more than any before their list is made."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 2**16 - 22))
     tail = file.read()
@@ -67,15 +69,17 @@ def _check_members(file: IO[bytes], remedy: str) -> None:
     if end < 0:
         what = f"The file {file.name} cannot be read as an .npz file of plain arrays"
         raise Ptq4ditError(f"{what}: it is no zip archive; {remedy}.")
-    directory = int.from_bytes(tail[end + 12 : end + 16], "little")
-    if directory == 2**32 - 1 and (wide := tail.rfind(b"PK\6\6", 0, end)) >= 0:
-        directory = int.from_bytes(tail[wide + 40 : wide + 48], "little")
+    number = lambda start, size: int.from_bytes(tail[start : start + size], "little")
+    members, directory = number(end + 10, 2), number(end + 12, 4)
+    if (members == 2**16 - 1 or directory == 2**32 - 1) and (wide := tail.rfind(b"PK\6\6", 0, end)) >= 0:
+        members, directory = number(wide + 32, 8), number(wide + 40, 8)
     if directory > 100 * MAX_MEMBERS:
         raise Ptq4ditError(
             f"The file {file.name} cannot be read as an .npz: its list of members has {directory:,} bytes, and "
             f"{100 * MAX_MEMBERS:,} are allowed; {remedy}."
         )
     file.seek(0)
+    return members
 
 
 def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, remedy: str) -> np.ndarray:

@@ -163,3 +163,17 @@ def test_mutations(tmp_path):
             assert array.tobytes() == whole[name].tobytes()
     assert kept > 100
     assert refused > 100
+
+
+def test_a_list_of_members_that_hides_one(tmp_path, raises_sentence):
+    """It has no checksum: another name there, and an entry that takes the next one for its comment."""
+    np.savez(tmp_path / "a.npz", x=np.ones(3), y=np.ones(3))
+    content = (tmp_path / "a.npz").read_bytes()
+    directory = content.index(b"PK\1\2")
+    renamed, swallowed = bytearray(content), bytearray(content)
+    renamed[content.index(b"y.npy", directory)] = ord("z")
+    swallowed[directory + 32 : directory + 34] = (len(content[directory:]) - 22 - 51).to_bytes(2, "little")
+    for damaged in (renamed, swallowed):
+        (tmp_path / "b.npz").write_bytes(damaged)
+        with raises_sentence("b.npz"):
+            read_npz(tmp_path / "b.npz", ["x"])
