@@ -247,17 +247,15 @@ def quantize(
         console.print(f"The state of the reconstruction, which is of no more use, could not be removed: {state}")
     before, after = num_bytes(dit), num_bytes(quantized)
     console.print(f"{megabytes(before)} -> {megabytes(after)} ({before / after:.1f}x smaller) in {seconds:.1f} s")
-    quality = Quality.from_dict(quantized.provenance.facts["quality"])
-    console.print(
-        f"Quality: {quality}, of the predicted {dit.schedule.objective} on {quality.steps} x {quality.rows} calibration rows"
-    )
-    if quality.is_poor:
-        console.print(
-            f"Warning: below {WARN_BELOW:g} dB samples are visibly worse; use more bits, another policy or more rows."
-        )
+    if (quality := Quality.of(quantized)) is not None:
+        of = f"the predicted {dit.schedule.objective} on {quality.steps} x {quality.rows} calibration rows"
+        console.print(f"Quality: {quality}, of {of}")
+        if quality.is_poor:
+            remedy = "use more bits, another policy or more rows"
+            console.print(f"Warning: below {WARN_BELOW:g} dB samples are visibly worse; {remedy}.")
     console.print(f"Model: {where}")
     figures = {
-        "float_bytes": before, "bytes": after, "seconds": seconds, "quality": quality.to_dict(),
+        "float_bytes": before, "bytes": after, "seconds": seconds, "quality": quality and quality.to_dict(),
         "settings": quantized.provenance.facts["settings"],
     }  # fmt: skip
     write_json(json, {**figures, "layers": describe(quantized), "out": str(out)})

@@ -80,6 +80,12 @@ class Quality:
         worst = tuple(LayerQuality(**layer | {"sqnr_db": number(layer["sqnr_db"])}) for layer in stored.get("worst_layers", ()))
         return cls(number(stored["sqnr_mean_db"]), stored["steps"], stored["rows"], worst)
 
+    @classmethod
+    def of(cls, model: QuantizedDiT) -> Quality | None:
+        """What was measured when a model was quantized; None for one that has no such record."""
+        stored = model.provenance.facts.get("quality")
+        return None if stored is None else cls.from_dict(stored)
+
 
 def some_rows(calibration: CalibrationData) -> CalibrationData:
     """A few steps from all over the chain and a few of their rows, on the host."""
