@@ -8,6 +8,7 @@ reader of the output has gone.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import select
@@ -27,6 +28,8 @@ _SAID = {"SIGINT": "Interrupted", "SIGTERM": "Terminated", "SIGHUP": "Hung up"}
 _SIGNALS = {int(getattr(signal, name)): word for name, word in _SAID.items() if hasattr(signal, name)}
 #: Seconds that the program has to end by itself once a signal came; then the process is left as it is.
 _GRACE = 1.2
+#: A byte that is no signal's number, and the seconds that a callback of the garbage collector takes at most.
+_AGAIN, _SHORT = 0, 0.02
 _CLOSED = 128 + 13  # SIGPIPE, which Windows does not name
 
 
@@ -74,38 +77,60 @@ class _Ending:
     def __init__(self, work: unfinished.Work) -> None:
         self.work = work
         self.number: int | None = None
+        self._lost = False
         self._leaving = threading.Lock()
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Takes the signals for the block. The bytes that Python's own handler sends reach the thread at once, whatever the
-        main thread is doing."""
-        reader, writer = socket.socketpair()
-        writer.setblocking(False)
+        main thread is doing. After the block all is done and said, and signals are ignored while Python shuts down."""
         taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, self._raise) for number in taken}
-        old = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(reader,), daemon=True, name="ptq4dit-signals").start()
+        for number in taken:
+            signal.signal(number, self._raise)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        sys.unraisablehook = self._unraisable
+        threading.Thread(target=self._watch, daemon=True, name="ptq4dit-signals").start()
         try:
             yield
         finally:
-            signal.set_wakeup_fd(old)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            writer.close()
+            for number in taken:
+                signal.signal(number, signal.SIG_IGN)
+            signal.set_wakeup_fd(-1)
+            self._writer.close()
 
     def _raise(self, number: int, frame: Any) -> None:
-        if self.number is None:
-            self.number = number
-            raise SystemExit(128 + number)
+        if self.number is None or self._lost:
+            self.number, self._lost = self.number or number, False
+            raise SystemExit(128 + self.number)
 
-    def _watch(self, reader: socket.socket) -> None:
-        with reader:
+    def _unraisable(self, lost: Any) -> None:
+        """Where a signal comes in a destructor or a weak reference's callback, Python drops what is raised there."""
+        if self.number is not None and isinstance(lost.exc_value, SystemExit):
+            self._lost = True
+            self._writer.send(bytes([_AGAIN]))
+        else:
+            sys.__unraisablehook__(lost)
+
+    def _watch(self) -> None:
+        with self._reader as reader:
             while (number := _received(reader)) not in _SIGNALS:
                 if number is None:
                     return
-            if select.select([reader], [], [], _GRACE)[0] and _received(reader) is None:
-                return
+            left, simulated = time.monotonic() + _GRACE, 0
+            while select.select([reader], [], [], max(0.0, left - time.monotonic()))[0]:
+                match _received(reader):
+                    case None:
+                        return
+                    case byte if byte == _AGAIN:
+                        time.sleep(_SHORT)  # until that callback has returned
+                        simulated += 1
+                        _send_again(signal.Signals(number))
+                    case _ if simulated:
+                        simulated -= 1
+                    case _:
+                        break
         self.leave(number)
 
     def leave(self, number: int) -> NoReturn:
@@ -118,6 +143,14 @@ class _Ending:
         else:
             time.sleep(0.3)
         os._exit(128 + number)
+
+
+def _send_again(number: signal.Signals) -> None:
+    """Sends the main thread a signal, which also ends what it waits for, if the system can."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        _thread.interrupt_main(number)
 
 
 def _received(reader: socket.socket) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,6 +79,34 @@ def test_a_signal_ends_a_main_thread_that_is_stuck_in_c(number: signal.Signals, 
     assert status == 128 + number
     assert error == f"{word}: nothing was written, and the same command starts over.\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_destructor_is_not_lost(number: signal.Signals, tmp_path: Path) -> None:
+    """Python drops what is raised there; the program has its time to clean up all the same."""
+    body = f"""
+class Slow:
+    def __del__(self):
+        print("ready", flush=True)
+        until = time.monotonic() + 0.4
+        while time.monotonic() < until:
+            pass
+try:
+    slow = Slow()
+    del slow
+    time.sleep(600)
+finally:
+    Path({str(tmp_path)!r}, "cleaned").touch()
+"""
+    status, error = signalled(body, number)
+    assert status == 128 + number
+    assert re.fullmatch(r"\w+: nothing was written, and the same command starts over\.\n", error)
+    assert (tmp_path / "cleaned").exists()
+
+
+def test_a_signal_after_the_end_changes_nothing() -> None:
+    body = "import atexit\natexit.register(lambda: (print('ready', flush=True), time.sleep(0.5)))"
+    assert signalled(body, signal.SIGTERM) == (0, "")
 
 
 @pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)])
