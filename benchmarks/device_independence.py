@@ -128,6 +128,7 @@ def main() -> None:
         for index in arguments.cases:
             leaves = outcome(chosen[index], next(iter(arguments.row_batch), None), not arguments.no_samples)
             np.savez(arguments.worker / f"{index}.npz", **leaves)  # type: ignore[arg-type]
+            jax.clear_caches()  # compiled programs hold memory maps, of which a process may have 65,530
         return
     wanted: list[tuple[int, int | None]] = [(devices, None) for devices in arguments.devices]
     wanted += [(1, rows) for rows in arguments.row_batch]
@@ -144,9 +145,10 @@ def main() -> None:
             bad += bool(told)
             what = f"{devices} devices" if rows is None else f"row batch {rows}"
             apart = [
-                float(np.abs(one[place][name] - found[place][name]).max()) for name in ("samples/float", "samples/quantized")
-            ]
-            print(f"   {what:12} samples apart {apart[0]:.1e} float, {apart[1]:.1e} quantized; {', '.join(told) or 'the same'}")
+                f"{name.removeprefix('samples/')} samples {np.abs(one[place][name] - found[place][name]).max():.1e} apart"
+                for name in one[place] if name.startswith("samples/")
+            ]  # fmt: skip
+            print(f"   {what:12} {'; '.join([', '.join(told) or 'the same', *apart])}")
     total = len(arguments.cases) * len(others)
     print(f"{total - bad} of {total} the same")
     sys.exit(bool(bad))
