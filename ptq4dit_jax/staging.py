@@ -55,7 +55,7 @@ def place(path: str | os.PathLike[str]) -> Path:
     except Exception as error:
         reason = getattr(error, "strerror", None) or error
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:
-            reason = "Name or path too long"
+            reason = f"{reason}, or path too long"
         raise Ptq4ditError(
             f"Cannot write {shown(path)}, which is not a usable path ({shown(str(reason))}); choose another one."
         ) from error

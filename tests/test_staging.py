@@ -127,7 +127,7 @@ def test_a_read_only_place_is_refused_at_once(tmp_path, monkeypatch, raises_sent
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("x" * 300, "too long"),
+        ("x" * 300, "name too long"),
         ("x" * 238, "256 bytes"),
         ("ä" * 119 + ".png", "260 bytes"),
         ("/".join(["d" * 200] * 20), "path too long"),
