@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -44,6 +45,20 @@ class Damaged(Exception):
 
 class WantsCode(Damaged):
     """The name of what a file wants to have called."""
+
+
+@contextmanager
+def decoding(words: Callable[[], str]) -> Iterator[None]:
+    """Turns whatever a decoder raises into :class:`Damaged`, in the ``words`` that hold by then.
+
+    ``OSError`` and ``MemoryError`` say nothing of the file's content, so they stay.
+    """
+    try:
+        yield
+    except (Damaged, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise Damaged(words()) from error
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ptq4dit_jax.checkpoints.foreign.lazy import (
     Damaged,
     Tensor,
     checked_shape,
+    decoding,
     dtype_named,
     flatten,
     plain_key,
@@ -147,14 +148,10 @@ def _joined(node: dict[str, Any]) -> Tensor:
 def read_msgpack(path: Path) -> Contents:
     """What a file holds, by dotted name; raises :class:`Damaged` or ``OSError``."""
     source = Cursor(Snapshot.of(path))
-    try:
+    with decoding(lambda: f"it makes no sense at byte {source.position}"):
         tree = _Walker(source).value()
         if source.position != source.end:
             raise Damaged("something follows after its end")
         found = flatten(tree, _children)
-    except (Damaged, OSError, MemoryError):
-        raise
-    except Exception as error:
-        raise Damaged(f"it makes no sense at byte {source.position}") from error
     tensors = {name.removesuffix("."): tensor for name, tensor in found.tensors.items()}
     return Contents(tensors, found.facts, found.dropped)

@@ -15,7 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 from ptq4dit_jax import memory
-from ptq4dit_jax.checkpoints.foreign.lazy import MAX_EXPANSION, MAX_NAME, MAX_NODES, Damaged, Tensor, checked_shape
+from ptq4dit_jax.checkpoints.foreign.lazy import MAX_EXPANSION, MAX_NAME, MAX_NODES, Damaged, Tensor, checked_shape, decoding
 from ptq4dit_jax.checkpoints.foreign.snapshot import Snapshot
 from ptq4dit_jax.edges import shown
 
@@ -38,7 +38,7 @@ def read_orbax(folder: Path) -> dict[str, Tensor]:
     memory.ensure_start(0)
     files = [Snapshot.of(file) for file in folder.rglob("*") if file.is_file()]
     size = sum(file.size for file in files)
-    try:
+    with decoding(lambda: "its arrays cannot be opened"):
         keys = [key.decode() for key in ts.KvStore.open(base).result().list().result()]
         kinds = dict(key.rpartition("/")[::2] for key in keys if key.rpartition("/")[2] in _DESCRIPTIONS)
         if len(kinds) > MAX_NODES or any(len(name) > MAX_NAME for name in kinds):
@@ -48,10 +48,6 @@ def read_orbax(folder: Path) -> dict[str, Tensor]:
         specs = {name: _spec(base, name, _DESCRIPTIONS[kind]) for name, kind in kinds.items()}
         opened = {name: ts.open(spec, open=True, read=True) for name, spec in specs.items()}
         stores = {name: store.result() for name, store in sorted(opened.items())}
-    except (Damaged, OSError, MemoryError):
-        raise
-    except Exception as error:
-        raise Damaged("its arrays cannot be opened") from error
     own = {name: files if is_database else _below(folder / name, files) for name in stores}
     return {name: _tensor(store, size, own[name]) for name, store in stores.items() if _is_array(store)}
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, WantsCode, plain_key
+from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, WantsCode, decoding, plain_key
 from ptq4dit_jax.checkpoints.foreign.snapshot import Cursor, LatinSpan, Span
 from ptq4dit_jax.edges import quoted, shown
 
@@ -120,12 +120,8 @@ def run(
       Damaged: it is cut off, is no pickle, holds or calls more than any checkpoint, or calls a name of the standard library
         that no checkpoint needs.
     """
-    try:
+    with decoding(lambda: f"its pickle makes no sense at byte {source.position}"):
         return _Machine(source, rebuild, persistent, build).run()
-    except (Damaged, OSError, MemoryError):
-        raise
-    except Exception as error:
-        raise Damaged(f"its pickle makes no sense at byte {source.position}") from error
 
 
 class _Machine:

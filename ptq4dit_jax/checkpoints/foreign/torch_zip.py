@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Contents, Damaged, Tensor, checked_shape, dtype_named, flatten
+from ptq4dit_jax.checkpoints.foreign.lazy import Contents, Damaged, Tensor, checked_shape, decoding, dtype_named, flatten
 from ptq4dit_jax.checkpoints.foreign.pickle_machine import Inert, Name, Rebuild, inert_children, run, unread_kind
 from ptq4dit_jax.checkpoints.foreign.pickles import ARRAYS
 from ptq4dit_jax.checkpoints.foreign.snapshot import Cursor, Snapshot, Span
@@ -175,12 +175,8 @@ def _members(file: Snapshot) -> dict[str, _Member]:
 def read_torch(path: Path) -> Contents:
     """What a zip holds, by dotted name, as nested as it was saved; raises :class:`Damaged` or ``OSError``."""
     file = Snapshot.of(path)
-    try:
+    with decoding(lambda: "its zip directory is missing or cut off"):
         members = _members(file)
-    except (Damaged, OSError, MemoryError):
-        raise
-    except Exception as error:
-        raise Damaged("its zip directory is missing or cut off") from error
     if (table := members.get("data.pkl")) is None:
         raise Damaged("it is a zip, but not one that torch.save wrote")
     order = members.get("byteorder")
