@@ -92,3 +92,10 @@ def relative_error(actual: ArrayLike, expected: ArrayLike) -> float:
     """Euclidean distance over the norm of what is expected."""
     a, b = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def same_bytes(a: Any, b: Any) -> bool:
+    """Whether two trees have as many leaves, of the same types and bytes."""
+    leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in (a, b)]
+    assert len(leaves[0]) == len(leaves[1])
+    return all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in zip(*leaves, strict=True))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
-from helpers import relative_error, tiny_config, tiny_model
+from helpers import same_bytes, tiny_config, tiny_model
 
 from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration import (
@@ -26,15 +26,9 @@ from ptq4dit_jax.calibration import (
     histograms,
     histograms_of_rows,
     micro_batches,
-    sample_trajectories,
-    spread_labels,
-    stored_rows,
 )
-from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import flatten_sites, nest_sites
-from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
-from ptq4dit_jax.sampling import run_chain
 
 STEPS, ROWS = 3, 4
 CONFIG = tiny_config()
@@ -212,6 +206,15 @@ def test_histograms_equal_numpy_per_group(
                 assert difference.max() <= max(2, 2e-3 * values.size), (name, index)  # an ulp moves a value to the next bin
 
 
+@pytest.mark.parametrize("copies", [1, 7, 256])
+def test_counting_in_copies_changes_no_count(copies: int) -> None:
+    index = np.random.default_rng(3).integers(0, 10, 1000).astype(np.int32) ** 2
+    for count in (partial(_occurrences, 100, copies), jax.jit(partial(_occurrences, 100, copies))):
+        assert (np.asarray(count(index)) == np.bincount(index, minlength=100)).all()
+        assert count(index).dtype == jnp.int32
+        assert (np.asarray(count(index[:3])) == np.bincount(index[:3], minlength=100)).all()
+
+
 # --- nothing large leaves the scan
 
 
@@ -334,11 +337,6 @@ def test_extremes_of_several_micro_batches_equal_those_of_one(model: FloatDiT, r
             np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=2e-5, err_msg=f"{name} {part}")
 
 
-def same_bytes(a: Any, b: Any) -> bool:
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 8])
 def test_devices_and_row_batches_change_no_statistic(model: FloatDiT, mesh8: Any, devices: int) -> None:
@@ -373,169 +371,3 @@ def test_the_devices_share_the_rows(mesh8: Any) -> None:
     assert sorted(begun, key=lambda pair: pair[0]) == [(item, mesh.devices[item % 3]) for item in range(8)]
     alone = list(sharding.deal_out(lambda item, device: (item, device), 3, None))
     assert alone == [(0, None), (1, None), (2, None)]
-
-
-# --- trajectories
-
-
-def test_trajectories_are_the_inputs_of_the_samplers_steps(model: FloatDiT) -> None:
-    walk, key = Sampler(name="ddpm", steps=10), jax.random.key(3, impl="threefry2x32")
-    data = sample_trajectories(model, key, walk, steps=5, rows=12, cfg_scale=2.0)
-    assert (data.num_steps, data.num_rows) == (5, 12)
-    assert (data.x.dtype, data.t.dtype, data.y.dtype) == (np.float32, np.int32, np.int32)
-
-    positions = [0, 2, 4, 7, 9]  # of 10, as evenly as whole numbers allow: 0, 2.25, 4.5, 6.75, 9
-    np.testing.assert_array_equal(data.t, np.linspace(999, 0, 10).round()[positions])
-
-    labels = data.y[0, :6]
-    assert set(labels) == set(range(CONFIG.num_classes)), "every class is seen"
-    np.testing.assert_array_equal(data.y, np.tile([*labels, *[CONFIG.null_label] * 6], (5, 1)))
-    np.testing.assert_array_equal(data.x[:, :6], data.x[:, 6:], err_msg="a row and its null twin share x")
-
-    _, every = run_chain(model, labels, key, walk, cfg_scale=2.0, keep_steps=np.arange(10))
-    np.testing.assert_allclose(data.x[:, :6], every[positions], rtol=1e-5, atol=1e-5)
-    for index in range(6):
-        of_sample = jax.random.fold_in(jax.random.fold_in(key, index), 0)
-        noise = jax.random.normal(of_sample, CONFIG.image_shape, jnp.float32)
-        np.testing.assert_allclose(data.x[0, index], noise, rtol=1e-6, err_msg="the chain starts from the sample's own noise")
-
-
-def test_trajectories_without_guidance_are_all_conditional(model: FloatDiT) -> None:
-    """Every step of the chain this time."""
-    walk, key = Sampler(name="ddim", steps=4), jax.random.key(0)
-    reported: list[tuple[int, int]] = []
-    data = sample_trajectories(
-        model, key, walk, steps=4, rows=11, cfg_scale=1.0, progress=lambda *done: reported.append(done)
-    )  # fmt: skip
-    np.testing.assert_array_equal(data.t, [750, 500, 250, 0])
-    assert data.x.shape == (4, 11, *CONFIG.image_shape)
-    np.testing.assert_array_equal(data.y, [[0, 1, 2, 3, 4] * 2 + [0]] * 4)
-    assert np.abs(data.x[:, 0] - data.x[:, 1]).max() > 0.1, "every row has noise of its own"
-    _, every = run_chain(model, data.y[0], key, walk, cfg_scale=1.0, keep_steps=np.arange(4))
-    assert relative_error(data.x, every) < 1e-4
-    assert reported == [(8, 11), (11, 11)]
-
-
-@pytest.mark.slow
-def test_devices_and_row_batches_change_no_trajectory(model: FloatDiT, mesh8: Any) -> None:
-    how = {"steps": 2, "rows": 22, "cfg_scale": 1.5}
-    alone = sample_trajectories(model, jax.random.key(0), Sampler(steps=3), **how)
-    for other in ({"mesh": mesh8}, {"mesh": sharding.data_mesh(mesh8.devices.ravel()[:2])}, {"row_batch": 1}):
-        assert same_bytes(sample_trajectories(model, jax.random.key(0), Sampler(steps=3), **how, **other), alone)
-
-
-@pytest.mark.parametrize(("count", "classes"), [(1, 10), (4, 10), (10, 10), (25, 10), (32, 1000), (7, 1)])
-def test_labels_spread_over_all_classes(count: int, classes: int) -> None:
-    labels = spread_labels(count, classes)
-    assert labels.shape == (count,)
-    assert labels.dtype == np.int32
-    assert labels.min() >= 0
-    assert labels.max() < classes
-    times = np.bincount(labels, minlength=classes)
-    assert times.max() - times.min() <= 1
-    if 1 < count < classes:
-        assert np.ptp(np.diff(np.sort(labels))) <= 1, "as evenly as whole numbers allow"
-
-
-@pytest.mark.parametrize("steps", [0, -1, 6])
-def test_more_calibration_steps_than_sampler_steps(model: FloatDiT, steps: int) -> None:
-    with pytest.raises(Ptq4ditError, match=rf"Calibration steps must be 1 to the sampler's 5 steps, not {steps}\."):
-        sample_trajectories(model, jax.random.key(0), Sampler(steps=5), steps=steps, rows=2)
-
-
-@pytest.mark.parametrize(("rows", "cfg_scale"), [(0, 1.0), (-2, 1.0), (0, 1.5), (7, 1.5)])
-def test_impossible_numbers_of_rows(model: FloatDiT, rows: int, cfg_scale: float) -> None:
-    with pytest.raises(Ptq4ditError, match=rf"rows must be positive, and even under guidance .*, not {rows}\."):
-        sample_trajectories(model, jax.random.key(0), Sampler(steps=5), steps=2, rows=rows, cfg_scale=cfg_scale)
-
-
-def test_a_model_without_a_null_class_cannot_be_guided() -> None:
-    model = tiny_model(null_class=False)
-    with pytest.raises(Ptq4ditError, match="without a null class"):
-        sample_trajectories(model, jax.random.key(0), Sampler(steps=5), steps=2, rows=2, cfg_scale=1.5)
-
-
-# --- stored rows
-
-
-def shuffled_rows() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Four rows at each of three timesteps in a random order; x names its row, and y follows from x."""
-    order = np.random.default_rng(4).permutation(12)
-    t = np.repeat([7, 999, 500], 4)[order]
-    x = np.broadcast_to(np.arange(12, dtype=np.float64)[order, None, None, None], (12, *CONFIG.image_shape))
-    return x, t, (np.arange(12) % 6)[order]
-
-
-@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
-def test_stored_rows_are_grouped_by_timestep(dtype: type) -> None:
-    x, t, y = shuffled_rows()
-    data = stored_rows(x, t.astype(dtype), y, CONFIG)
-    assert (data.x.dtype, data.t.dtype, data.y.dtype) == (np.float32, np.int32, np.int32)
-    assert data.x.shape == (3, 4, *CONFIG.image_shape)
-    np.testing.assert_array_equal(data.t, [999, 500, 7])
-    for step, timestep in enumerate((999, 500, 7)):
-        given = [i for i in range(12) if t[i] == timestep]  # in the order given
-        np.testing.assert_array_equal(data.x[step], x[given])
-        np.testing.assert_array_equal(data.y[step], y[given])
-
-
-def test_one_timestep_is_enough() -> None:
-    data = stored_rows(np.zeros((2, *CONFIG.image_shape)), [3, 3], [0, CONFIG.null_label], CONFIG)
-    assert (data.num_steps, data.num_rows) == (1, 2)
-
-
-def test_unequally_many_rows_per_timestep_keep_their_own() -> None:
-    """More of this in tests/test_calibration_rows.py."""
-    x, t, y = shuffled_rows()
-    t = np.where(np.arange(12) == np.argmax(t == 7), 500, t)
-    data = stored_rows(x, t, y, CONFIG)
-    assert data.t.shape == data.y.shape == (12, 1)
-    for row in range(12):
-        [source] = np.flatnonzero((x == data.x[row, 0]).all((1, 2, 3)))
-        assert (data.t[row, 0], data.y[row, 0]) == (t[source], y[source])
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_rows_that_are_not_finite(value: float) -> None:
-    x, t, y = shuffled_rows()
-    x = x.copy()
-    x[5, 0, 1, 2] = value
-    with pytest.raises(Ptq4ditError, match="NaN or infinity"):
-        stored_rows(x, t, y, CONFIG)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        lambda x, t, y: (x[..., :2], t, y),
-        lambda x, t, y: (x[:, :4], t, y),
-        lambda x, t, y: (x[0], t, y),
-        lambda x, t, y: (x[:11], t, y),
-        lambda x, t, y: (x, t[:11], y),
-        lambda x, t, y: (x, t, y[:11]),
-        lambda x, t, y: (x.swapaxes(0, 3), t, y),
-    ],
-    ids=["channels", "height", "no batch", "fewer x", "fewer t", "fewer y", "CHWN"],
-)
-def test_rows_of_a_wrong_shape(wrong: Any) -> None:
-    with pytest.raises(Ptq4ditError, match=r"Calibration rows must be x \(M, 6, 6, 3\), t \(M,\) and y \(M,\), not"):
-        stored_rows(*wrong(*shuffled_rows()), CONFIG)
-
-
-@pytest.mark.parametrize("label", [-1, CONFIG.num_classes + 1, 1000])
-def test_a_label_out_of_range(label: int) -> None:
-    x, t, y = shuffled_rows()
-    y = np.where(np.arange(12) == 3, label, y)
-    with pytest.raises(
-        Ptq4ditError, match=rf"Label {label} is out of range; this model has classes 0 to 4 \(5 is the null class\)\."
-    ):
-        stored_rows(x, t, y, CONFIG)
-
-
-@pytest.mark.parametrize("copies", [1, 7, 256])
-def test_counting_in_copies_changes_no_count(copies: int) -> None:
-    index = np.random.default_rng(3).integers(0, 10, 1000).astype(np.int32) ** 2
-    for count in (partial(_occurrences, 100, copies), jax.jit(partial(_occurrences, 100, copies))):
-        assert (np.asarray(count(index)) == np.bincount(index, minlength=100)).all()
-        assert count(index).dtype == jnp.int32
-        assert (np.asarray(count(index[:3])) == np.bincount(index[:3], minlength=100)).all()

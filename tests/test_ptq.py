@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_inputs, relative_error, salient_model, tiny_model
+from helpers import random_inputs, relative_error, salient_model, same_bytes, tiny_model
 from jax.sharding import Mesh
 
 import ptq4dit_jax as ptq
@@ -56,12 +56,6 @@ def extremes(model: FloatDiT, rows: CalibrationData) -> dict[str, ChannelExtreme
 @pytest.fixture(scope="module")
 def w4a8(model: FloatDiT, rows: CalibrationData) -> ptq.QuantizedDiT:
     return ptq.quantize(model, ptq.QuantConfig(weight_bits=4), key=KEY, calibration=rows)
-
-
-def same_bytes(a: Any, b: Any) -> bool:
-    leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in (a, b)]
-    assert len(leaves[0]) == len(leaves[1])
-    return all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in zip(*leaves, strict=True))
 
 
 def error(model: FloatDiT, q: ptq.QuantizedDiT) -> float:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_inputs, relative_error, tiny_model
+from helpers import random_inputs, relative_error, same_bytes, tiny_model
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import sharding
@@ -72,11 +72,6 @@ def learned(run: SimpleNamespace) -> ptq.QuantizedDiT:
 
 def codes(q: ptq.QuantizedDiT) -> dict[str, np.ndarray]:
     return {name: np.asarray(layer.weight.codes()).astype(int) for name, layer in q.linears.items()}
-
-
-def same_bytes(a: Any, b: Any) -> bool:
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
 
 
 def error(model: ptq.FloatDiT, q: Any, rows: CalibrationData) -> float:

@@ -88,7 +88,7 @@ def test_little_memory_is_called_that(kind, tmp_path):
         from ptq4dit_jax.checkpoints.foreign import open_tensors
         tensor = open_tensors({str(path)!r})["w"]
         used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
-        resource.setrlimit(resource.RLIMIT_AS, (used + 2**27 - 2**20,) * 2)  # all but for the tensor, and threads need some
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**27 - 2**20,) * 2)  # less than the tensor, enough for threads
         tensor.read()
     """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
