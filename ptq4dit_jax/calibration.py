@@ -70,8 +70,8 @@ def micro_batches(num_rows: int) -> list[slice]:
     """The rows of each micro-batch: equally many, :data:`MICRO_BATCH` at most, where half as many or more divide ``num_rows``,
     and otherwise a rest in the last.
 
-    The unit that statistics are gathered in. It is decided by the number of rows alone, so that no sum hangs on the devices or
-    on what is done at once.
+    Statistics are gathered per micro-batch. The number of rows alone determines them, so no sum depends on the devices or on
+    ``row_batch``.
     """
     rows = next((r for r in range(MICRO_BATCH, MICRO_BATCH // 2 - 1, -1) if num_rows % r == 0), MICRO_BATCH)
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
