@@ -108,6 +108,7 @@ def test_activations_of_any_size_are_searched(size: float, outlier: float) -> No
     assert decibels(wide, found) > decibels(wide, best_affine(wide)) - 0.3
 
 
+@pytest.mark.makes_nan
 def test_a_mean_square_beyond_float32_counts_as_the_most() -> None:
     x = np.array([[[1e30, 3.0, np.nan, 0.0]]], np.float32)
     start = ChannelExtremes(low=jnp.full(4, jnp.inf), high=jnp.full(4, -jnp.inf), power=jnp.zeros(4))
