@@ -123,7 +123,7 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise Ptq4ditError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
 
 
-#: Parts of a reconstruction's batch where nothing is said: as many as a host has devices.
+#: Parts of a reconstruction's batch on CPUs where nothing is said: as many as a host has devices.
 _PARTS = 8
 
 
@@ -144,7 +144,8 @@ class Reconstruction:
       row_weights: ``plain``, or ``steps``: rows count inversely to the float part's mean square change at their step.
       dtype: compute type; ``auto`` is bfloat16 on GPU and TPU and float32 on CPU.
       parts: into how many parts a batch is cut, whose gradients are added up in order. Every number of devices that divides it
-        gives the same integers. None is 8, or the largest divisor of 8 that divides ``batch_size``.
+        gives the same integers. None is 8 on CPUs, or the largest divisor of 8 that divides ``batch_size``, and 1 elsewhere:
+        parts of 4 rows are too little work for a GPU.
       rows_on: where hidden states are kept: ``device``, ``host`` (streamed batch by batch), or ``auto``, the device if they
         fit.
     """
@@ -164,14 +165,13 @@ class Reconstruction:
     rows_on: Literal["auto", "device", "host"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", "gradient_parts"):
+        for name in ("iterations", "batch_size", *(() if self.parts is None else ("parts",))):
             value, most = getattr(self, name), MAX_ITERATIONS if name == "iterations" else MAX_ROWS
-            name = name.removeprefix("gradient_")
             if not isinstance(value, int) or value < 1:
                 raise Ptq4ditError(f"Reconstruction {name} must be a positive integer, not {shown(value)}.")
             if value > most:
                 raise Ptq4ditError(f"Reconstruction {name} must be at most {most}, not {shown(value)}.")
-        if self.batch_size % self.gradient_parts:
+        if self.parts is not None and self.batch_size % self.parts:
             raise Ptq4ditError(f"A reconstruction batch of {self.batch_size} rows cannot be cut into {self.parts} equal parts.")
         for name in ("rounding_rate", "scale_rate", "regularizer"):
             if not 0 <= getattr(self, name) <= _MAX_RATE:
@@ -190,10 +190,11 @@ class Reconstruction:
         _check_choice("Reconstruction dtype", self.dtype, ("auto", "bfloat16", "float32"))
         _check_choice("Reconstruction rows_on", self.rows_on, ("auto", "device", "host"))
 
-    @property
-    def gradient_parts(self) -> int:
-        """``parts``, or what stands for None."""
-        return math.gcd(self.batch_size, _PARTS) if self.parts is None else self.parts
+    def gradient_parts(self, platform: str) -> int:
+        """``parts``, or what stands for None on that platform of JAX."""
+        if self.parts is not None:
+            return self.parts
+        return math.gcd(self.batch_size, _PARTS) if platform == "cpu" else 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -228,7 +228,8 @@ def _journal(
 ) -> contextlib.AbstractContextManager[Journal | None]:  # fmt: skip
     """Opened before any long work, so that a run that does not match is refused at once.
 
-    The number of devices is no part of the fingerprint, for no integer depends on it.
+    The number of devices is no part of the fingerprint: no integer depends on it, or with ``parts=1`` no more than last bits of
+    gradients do, which two runs on one GPU may not share either.
     """
     if config.reconstruction is None or state is None:
         return contextlib.nullcontext()

@@ -66,7 +66,9 @@ def test_times_of_single_rows(model: FloatDiT, rows: ptq.CalibrationData) -> Non
     assert found[0] == pytest.approx(found[1], abs=0.5)
 
 
-@pytest.mark.parametrize(("count", "wanted"), [(25, [1, 3, 6, 8, 11, 13, 16, 18, 21, 23]), (10, [*range(10)]), (2, [0, 1]), (1, [0])])
+@pytest.mark.parametrize(
+    ("count", "wanted"), [(25, [1, 3, 6, 8, 11, 13, 16, 18, 21, 23]), (10, [*range(10)]), (2, [0, 1]), (1, [0])]
+)
 def test_the_steps_that_are_measured_are_spread(count: int, wanted: list[int]) -> None:
     x = np.arange(count * 40, dtype=np.float32).reshape(count, 40, 1, 1, 1)
     data = ptq.CalibrationData(x=x, t=np.arange(count), y=np.zeros((count, 40), np.int32))

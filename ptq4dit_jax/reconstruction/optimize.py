@@ -146,7 +146,8 @@ def _on_grid(step: jax.Array) -> jax.Array:
 
 def train(
     state: TrainState, task: Task, rows: Rows, nearest_error: jax.Array, key: jax.Array, stop: jax.Array,
-    *, config: DiTConfig, kind: Kind, settings: Reconstruction, dtype: str, drawn: bool = False, devices: int = 1,
+    *, config: DiTConfig, kind: Kind, settings: Reconstruction, dtype: str, parts: int, drawn: bool = False,
+    devices: int = 1,
 ) -> TrainState:  # fmt: skip
     """Iterations from the state's next one up to ``stop``. To be compiled with the state donated.
 
@@ -183,12 +184,12 @@ def train(
         # All that does not depend on the rows is done once, not for each part.
         kernels, through_kernels = jax.vjp(soft_kernels, variables.rounding)
         gradient = partial(jax.value_and_grad(error), jax.lax.optimization_barrier((kernels, variables.log_scale)))
-        if settings.gradient_parts == 1:
+        if parts == 1:
             loss, grads = gradient(batch)
             if devices > 1:
                 loss, grads = jax.lax.pmean((loss, grads), "data")
         else:
-            stacked = in_parts(gradient, batch, settings.gradient_parts // devices)
+            stacked = in_parts(gradient, batch, parts // devices)
             if devices > 1:
                 stacked = jax.lax.all_gather(stacked, "data", tiled=True)
             loss, grads = jax.tree.map(_mean_in_order, stacked)

@@ -37,10 +37,10 @@ _TINY = 1e-30
 @lru_cache(maxsize=32)
 def _compiled(
     structure: Any, shapes: tuple[Any, ...], mesh: Mesh | None, config: DiTConfig, kind: Kind, settings: Reconstruction,
-    dtype: str, drawn: bool,
+    dtype: str, parts: int, drawn: bool,
 ) -> Any:  # fmt: skip
     """The program of :func:`optimize.train` for arguments of that structure: rows sharded over their strata, the rest whole."""
-    static = {"config": config, "kind": kind, "settings": settings, "dtype": dtype, "drawn": drawn}
+    static = {"config": config, "kind": kind, "settings": settings, "dtype": dtype, "parts": parts, "drawn": drawn}
     train: Any = partial(cast(Any, optimize.train), **static, devices=sharding.data_size(mesh))
     whole, strata = PartitionSpec(), PartitionSpec(None, "data")
     if mesh is not None:
@@ -82,10 +82,9 @@ def check_mesh(settings: Reconstruction, mesh: Mesh | None) -> None:
         raise Ptq4ditError(
             f"A reconstruction batch of {settings.batch_size} rows cannot be spread over {devices} devices; use a multiple."
         )
-    if settings.gradient_parts > 1 and settings.gradient_parts % devices:
-        raise Ptq4ditError(
-            f"The {settings.gradient_parts} parts of a batch cannot be spread over {devices} devices; use a multiple."
-        )
+    parts = settings.gradient_parts(default_device().platform)
+    if parts > 1 and parts % devices:
+        raise Ptq4ditError(f"The {parts} parts of a batch cannot be spread over {devices} devices; use a multiple.")
 
 
 class Walk:
@@ -105,8 +104,9 @@ class Walk:
         check_mesh(settings, mesh)
         self.folded, self.quantized, self.settings, self.mesh = folded, quantized, settings, mesh
         self.config = folded.config
-        on_cpu = default_device().platform == "cpu"
-        self.dtype = settings.dtype if settings.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
+        platform = default_device().platform
+        self.dtype = settings.dtype if settings.dtype != "auto" else ("float32" if platform == "cpu" else "bfloat16")
+        self.parts = settings.gradient_parts(platform)
         self.acts = site_quantizers(quantized)
         self.balances = dit.flatten_sites(folded.quantizers)
 
@@ -160,7 +160,7 @@ class Walk:
     def _program(self, kind: Kind, drawn: bool, *arguments: Any) -> Any:
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        return _compiled(structure, shapes, self.mesh, self.config, kind, self.settings, self.dtype, drawn)
+        return _compiled(structure, shapes, self.mesh, self.config, kind, self.settings, self.dtype, self.parts, drawn)
 
     def task(self, unit: Unit) -> tuple[Task, Variables]:
         """What is fixed and what is learned for a part, at the float weights."""
@@ -187,7 +187,7 @@ class Walk:
         """A function of :mod:`optimize` over rows (M, B, ...), batch by batch where they are on the host."""
         run = partial(
             optimize.over_rows, function, shared, config=self.config, kind=unit.kind, dtype=self.dtype,
-            parts=self.settings.gradient_parts, mesh=self.mesh,
+            parts=self.parts, mesh=self.mesh,
         )  # fmt: skip
         if not self.plan.on_host:
             return run(rows)

@@ -141,9 +141,12 @@ def test_devices_learn_the_same_codes_and_scales(devices, model, rows, learned, 
 
 
 @pytest.mark.parametrize(("batch_size", "parts"), [(32, 8), (8, 8), (12, 4), (2, 2), (5, 1)])
-def test_a_batch_is_cut_into_eight_parts_if_it_can_be(batch_size, parts):
-    assert Reconstruction(batch_size=batch_size).gradient_parts == parts
-    assert Reconstruction(batch_size=batch_size, parts=1).gradient_parts == 1
+def test_a_batch_is_cut_into_eight_parts_on_cpus_if_it_can_be(batch_size, parts):
+    assert Reconstruction(batch_size=batch_size).gradient_parts("cpu") == parts
+    assert Reconstruction(batch_size=batch_size).gradient_parts("gpu") == 1
+    assert Reconstruction(batch_size=batch_size).gradient_parts("tpu") == 1
+    for asked in (1, batch_size):
+        assert {Reconstruction(batch_size=batch_size, parts=asked).gradient_parts(where) for where in ("cpu", "gpu")} == {asked}
 
 
 def test_without_parts_several_devices_give_a_good_model_too(model, rows, nearest):
