@@ -24,8 +24,8 @@ from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.ptq import apply_balancing, balance
 from ptq4dit_jax.reconstruction import MemoryPlan, optimize, reconstruct
+from ptq4dit_jax.reconstruction.learning import LearningWalk
 from ptq4dit_jax.reconstruction.units import units
-from ptq4dit_jax.reconstruction.walk import Walk
 
 RESULTS = common.RESULTS / "reconstruction_speed.json"
 #: Dense bfloat16 peak, in operations a second, by a part of the device's name.
@@ -68,7 +68,7 @@ def measure_block(preset: str, settings: Reconstruction, timed: int, calib_rows:
     config = DiTConfig.preset(preset, depth=2)
     folded, quantized, calibration = prepared(config, calib_rows)
     started = time.perf_counter()
-    walk = Walk(folded, quantized, calibration, settings, None)  # compiles the program of the blocks
+    walk = LearningWalk(folded, quantized, calibration, settings, None)  # compiles the program of the blocks
     compile_seconds = time.perf_counter() - started
     for unit in units(config):
         task, variables = walk.task(unit)

@@ -167,8 +167,15 @@ def quantize(
         bool, typer.Option("--paper", help="The paper's settings to the letter, but for the options above.")
     ] = False,
     row_batch: Annotated[int | None, typer.Option(help="Rows per calibration pass, to bound memory.")] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the weights: nearest; gptq, in closed form from the inputs of each layer; or adaround, learned.",
+            show_default="nearest, or adaround with --reconstruct",
+        ),
+    ] = None,
     reconstruct: Annotated[
-        bool, typer.Option("--reconstruct", help="Then learn roundings (AdaRound) and activation scales, block by block.")
+        bool, typer.Option("--reconstruct", help="Learn roundings (AdaRound) and activation scales, block by block.")
     ] = False,
     iterations: Annotated[int, typer.Option(help="Iterations of --reconstruct for each block.")] = Reconstruction.iterations,
     fresh: Annotated[
@@ -191,12 +198,14 @@ def quantize(
     sites = None if dynamic is None else tuple(name.strip() for name in dynamic.split(",") if name.strip() not in ("", "none"))
     given = {"policy": policy, "step_groups": step_groups, "dynamic_sites": sites}
     options |= {name: value for name, value in given.items() if value is not None}
-    if reconstruct:
+    if rounding is not None:
+        options["rounding"] = rounding
+    if reconstruct or rounding == "adaround":
         options["reconstruction"] = Reconstruction(iterations=iterations)
     config = (QuantConfig.paper if paper else QuantConfig)(**cast(Any, options))
     key = read_key(seed)
     claim_target(context, out, overwrite, "config.json")
-    state = journal_beside(out) if reconstruct else None
+    state = None if config.learning is None else journal_beside(out)
     if state is not None:
         context.with_resource(claim(state))
         expect_journal(state, fresh=fresh)

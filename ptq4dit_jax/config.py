@@ -16,6 +16,9 @@ from ptq4dit_jax.schedules import Schedule
 
 Balance = Literal["none", "csb", "csb+ssc"]
 SscAxis = Literal["steps", "rows"]
+Rounding = Literal["nearest", "gptq", "adaround"]
+#: Where the hidden states of calibration rows are kept.
+RowsOn = Literal["auto", "device", "host"]
 
 _CALIBRATION_STEPS = 25
 EDGE_LAYERS = tuple(EDGE_SITES.values())
@@ -162,7 +165,7 @@ class Reconstruction:
     row_weights: Literal["plain", "steps"] = "plain"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     parts: int | None = None
-    rows_on: Literal["auto", "device", "host"] = "auto"
+    rows_on: RowsOn = "auto"
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", *(() if self.parts is None else ("parts",))):
@@ -188,7 +191,7 @@ class Reconstruction:
             raise Ptq4ditError(f"Reconstruction exponents must be two numbers of at least 1, not {self.exponents}.")
         _check_choice("Reconstruction row_weights", self.row_weights, ("plain", "steps"))
         _check_choice("Reconstruction dtype", self.dtype, ("auto", "bfloat16", "float32"))
-        _check_choice("Reconstruction rows_on", self.rows_on, ("auto", "device", "host"))
+        _check_choice("Reconstruction rows_on", self.rows_on, get_args(RowsOn))
 
     def gradient_parts(self, platform: str) -> int:
         """``parts``, or what stands for None on that platform of JAX."""
@@ -224,7 +227,11 @@ class QuantConfig:
       sampler, steps, eta, cfg_scale, cfg_channels: how calibration rows are sampled; use what the model will be sampled with.
         The sampler ``auto`` is ddpm, or euler for a flow model; ``steps`` and ``cfg_scale`` that are None follow the model
         (:meth:`Sampler.resolve <ptq4dit_jax.diffusion.Sampler.resolve>`, :func:`ptq4dit_jax.diffusion.resolve_guidance`).
-      reconstruction: learns roundings and activation scales after all ranges are chosen; None leaves it out.
+      rounding: of the weights. ``nearest``; ``gptq``, in closed form behind the quantized network
+        (:mod:`ptq4dit_jax.gptq`); or ``adaround``, learned by ``reconstruction``. None is ``adaround`` where
+        ``reconstruction`` is set, and else ``nearest``.
+      reconstruction: how roundings and activation scales are learned after all ranges are chosen. None is
+        :class:`Reconstruction`'s defaults under ``adaround``, and leaves it out otherwise.
     """
 
     weight_bits: int = 8
@@ -247,6 +254,7 @@ class QuantConfig:
     eta: float = 0.0
     cfg_scale: float | None = None
     cfg_channels: GuidedChannels = "first3"
+    rounding: Rounding | None = None
     reconstruction: Reconstruction | None = None
 
     def __post_init__(self) -> None:
@@ -257,6 +265,12 @@ class QuantConfig:
         _check_choice("ssc", self.ssc, get_args(SscAxis))
         _check_choice("range_search", self.range_search, get_args(RangeSearch))
         _check_choice("cfg_channels", self.cfg_channels, get_args(GuidedChannels))
+        if self.rounding is not None:
+            _check_choice("rounding", self.rounding, get_args(Rounding))
+        if self.reconstruction is not None and self.resolved_rounding != "adaround":
+            raise Ptq4ditError(
+                f"rounding {self.rounding} decides the weights without learning, and reconstruction learns them; leave out one."
+            )
         if not _TEMPERATURES[0] <= self.temperature <= _TEMPERATURES[1]:
             raise Ptq4ditError(
                 f"temperature must be positive and finite, from {_TEMPERATURES[0]:g} to {_TEMPERATURES[1]:g}, "
@@ -286,6 +300,16 @@ class QuantConfig:
             "step_groups": 1, "dynamic_sites": (),
         }  # fmt: skip
         return cls(weight_bits=weight_bits, **{**paper, **overrides})
+
+    @property
+    def resolved_rounding(self) -> Rounding:
+        """``rounding``, or what stands for None."""
+        return self.rounding or ("nearest" if self.reconstruction is None else "adaround")
+
+    @property
+    def learning(self) -> Reconstruction | None:
+        """How roundings are learned; None where they are not."""
+        return (self.reconstruction or Reconstruction()) if self.resolved_rounding == "adaround" else None
 
     @property
     def walk(self) -> Sampler:

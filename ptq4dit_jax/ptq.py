@@ -41,7 +41,7 @@ from ptq4dit_jax.numerics import CALIBRATION, threefry, unit_exponent
 from ptq4dit_jax.quality import REFUSE_BELOW, PoorQuality, Quality, measure, some_rows
 from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 from ptq4dit_jax.ranges import RangeSearch, activation_parameters, quantize_weight
-from ptq4dit_jax.reconstruction import Journal, check_mesh, reconstruct, units
+from ptq4dit_jax.reconstruction import Journal, check_mesh, reconstruct, round_closed_form, units
 
 
 class StageProgress(Protocol):
@@ -117,8 +117,8 @@ def quantize(
     report = progress or (lambda stage, done, total, note="": None)
     if bad := has_nonfinite(model.params):
         raise Ptq4ditError(f"The weights hold NaN or infinity in {', '.join(bad[:3])}; a model must be finite to be quantized.")
-    if config.reconstruction is not None:
-        check_mesh(config.reconstruction, mesh)
+    if config.learning is not None:
+        check_mesh(config.learning, mesh)
     source_sha256 = source_hash(model.params)
     with _journal(config, model, source_sha256, key, calibration, state, fresh) as journal:
         if journal is not None:
@@ -179,9 +179,17 @@ def _quantized(
         "settings": config.to_dict(),
         "calibration": {"rows": source, "steps": calibration.num_steps, "rows_per_step": calibration.num_rows},
     }
-    if config.reconstruction is not None:
+    if config.resolved_rounding == "gptq":
+        quantized, rounded = round_closed_form(
+            folded, quantized, calibration, search=config.range_search, mesh=mesh,
+            announce=lambda plan: report("plan rounding", 1, 1, f"{plan}"),
+            progress=lambda part, done, total, error: report(f"round {part}", done, total, f"error {error:.3f} x nearest"),
+        )  # fmt: skip
+        facts["rounding"] = {row.pop("part"): row for row in rounded}
+        _check_result(quantized)
+    if config.learning is not None:
         quantized, learned = reconstruct(
-            folded, quantized, calibration, config.reconstruction, key=jax.random.fold_in(key, 1), journal=journal, mesh=mesh,
+            folded, quantized, calibration, config.learning, key=jax.random.fold_in(key, 1), journal=journal, mesh=mesh,
             announce=lambda plan: report("plan reconstruction", 1, 1, f"{plan}"),
             progress=lambda part, done, total, error: report(
                 f"reconstruct {part}", done, total, f"error {error:.3f} x nearest"
@@ -231,7 +239,7 @@ def _journal(
     The number of devices is no part of the fingerprint: no integer depends on it, or with ``parts=1`` no more than last bits of
     gradients do, which two runs on one GPU may not share either.
     """
-    if config.reconstruction is None or state is None:
+    if config.learning is None or state is None:
         return contextlib.nullcontext()
     given = None if calibration is None else content_hash({name: getattr(calibration, name) for name in ("x", "t", "y")})
     fingerprint = {

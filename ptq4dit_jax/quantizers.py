@@ -229,6 +229,19 @@ class QTensor:
         """The weight (..., N, K), in the scale's type."""
         return self.codes().astype(self.scale.dtype) * self.scale[..., None]
 
+    @property
+    def code_range(self) -> tuple[jax.Array, jax.Array]:
+        """The least and greatest centered code of each output channel, (..., N) int32.
+
+        Between 4 and 8 bits no zero point is kept; there the codes in use are the range.
+        """
+        if 4 < self.bits < 8:
+            codes = self.codes().astype(jnp.int32)
+            return codes.min(-1), codes.max(-1)
+        qmin, qmax = weight_code_range(self.bits)
+        zero_point = jnp.zeros(self.scale.shape, jnp.int32) if self.zero_point is None else self.zero_point.astype(jnp.int32)
+        return qmin - zero_point, qmax - zero_point
+
     @classmethod
     def from_codes(cls, codes: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> QTensor:
         """From unsigned codes ``0 .. 2^bits - 1`` and zero points of the same range (8 bits: already centered, zero point

@@ -12,7 +12,7 @@ from helpers import tiny_config, tiny_model
 import ptq4dit_jax as ptq
 from ptq4dit_jax.calibration import channel_extremes
 from ptq4dit_jax.config import Reconstruction
-from ptq4dit_jax.reconstruction.walk import Walk
+from ptq4dit_jax.reconstruction.learning import LearningWalk
 
 CONFIG = tiny_config()  # images (6, 6, 3), classes 0 to 4 and 5 for none
 
@@ -177,7 +177,7 @@ def test_a_model_is_quantized_on_them(mixed: ptq.CalibrationData) -> None:
     np.testing.assert_array_equal(q.group_edges, [650])
     same = ptq.quantize(model, config, key=jax.random.key(0), calibration=mixed, row_batch=2)
     np.testing.assert_array_equal(same.linears["blocks.fc1"].weight.values, q.linears["blocks.fc1"].weight.values)
-    walk = Walk(model, q, mixed, Reconstruction(iterations=1, batch_size=4), None)
+    walk = LearningWalk(model, q, mixed, Reconstruction(iterations=1, batch_size=4), None)
     order = np.asarray(walk.x).reshape(-1, 108)
     of_row = {row.tobytes(): time for row, time in zip(mixed.x.reshape(8, 108), mixed.t.ravel(), strict=True)}
     np.testing.assert_array_equal(np.asarray(walk.t).ravel(), [of_row[row.tobytes()] for row in order])

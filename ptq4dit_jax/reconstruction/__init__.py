@@ -1,10 +1,13 @@
 """Block reconstruction: the rounding of the weights and the scales of the activations, learned part after part."""
 
+from ptq4dit_jax.reconstruction.closed_form import round_closed_form
+from ptq4dit_jax.reconstruction.learning import check_mesh
 from ptq4dit_jax.reconstruction.pipeline import UnitProgress, reconstruct
 from ptq4dit_jax.reconstruction.resume import Journal, forget_journal, journal_beside
 from ptq4dit_jax.reconstruction.units import units
-from ptq4dit_jax.reconstruction.walk import MemoryPlan, check_mesh
+from ptq4dit_jax.reconstruction.walk import MemoryPlan
 
 __all__ = [
-    "Journal", "MemoryPlan", "UnitProgress", "check_mesh", "forget_journal", "journal_beside", "reconstruct", "units",
+    "Journal", "MemoryPlan", "UnitProgress", "check_mesh", "forget_journal", "journal_beside", "reconstruct",
+    "round_closed_form", "units",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from ptq4dit_jax import sharding
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.quantizers import ActQuantizer
 from ptq4dit_jax.reconstruction.adam import Adam
 from ptq4dit_jax.reconstruction.fake_quant import for_rows
@@ -89,11 +90,11 @@ def start(variables: Variables, settings: Reconstruction) -> TrainState:
 
 def predict(
     task: Task, kernels: Mapping[str, jax.Array], log_scale: Mapping[str, jax.Array], inputs: tuple[Any, ...],
-    group_B: jax.Array, config: DiTConfig, kind: Kind, dtype: DTypeLike,
+    group_B: jax.Array, config: DiTConfig, kind: Kind, dtype: DTypeLike, precision: jax.lax.Precision = EXACT,
 ) -> jax.Array:  # fmt: skip
     """The fake-quantized part's output for one batch, with the given kernels."""
     params = task.constants | {name: {"kernel": kernel, "bias": task.biases[name]} for name, kernel in kernels.items()}
-    return apply_unit(config, kind, params, for_rows(task.acts, log_scale, group_B), inputs, dtype)
+    return apply_unit(config, kind, params, for_rows(task.acts, log_scale, group_B), inputs, dtype, precision)
 
 
 def chosen_rows(key: jax.Array, iteration: jax.Array, size: int, strata: int) -> jax.Array:
@@ -214,33 +215,47 @@ def train(
 
 
 def quantized_outputs(
-    shared: tuple[Variables, Task], rows: Rows, *, config: DiTConfig, kind: Kind, dtype: str
-) -> tuple[jax.Array, jax.Array]:
+    shared: tuple[Variables, Task], rows: Rows, *, config: DiTConfig, kind: Kind, dtype: str,
+    precision: jax.lax.Precision = EXACT,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """With decided roundings: the output (B, ...) that the next part is fed, and the mean squared error ()."""
     variables, task = shared
     kernels = {name: kernel.hard(variables.rounding[name]) for name, kernel in task.kernels.items()}
-    output = predict(task, kernels, variables.log_scale, rows.inputs, rows.group, config, kind, dtype)
+    output = predict(task, kernels, variables.log_scale, rows.inputs, rows.group, config, kind, dtype, precision)
+    return output, squared_error(output, rows)
+
+
+def rounded_outputs(
+    shared: tuple[Mapping[str, Any], Mapping[str, ActQuantizer]], rows: Rows,
+    *, config: DiTConfig, kind: Kind, dtype: str, precision: jax.lax.Precision = EXACT,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """:func:`quantized_outputs` for parameters that are de-quantized already, and quantizers of activations (G,) by site."""
+    params, acts = shared
+    quantizers = {name: act.at_group(rows.group) for name, act in acts.items()}
+    output = apply_unit(config, kind, params, quantizers, rows.inputs, dtype, precision)
     return output, squared_error(output, rows)
 
 
 def float_outputs(
-    shared: tuple[Mapping[str, Any], Mapping[str, Any]], inputs: tuple[Any, ...], *, config: DiTConfig, kind: Kind, dtype: str
-) -> tuple[jax.Array, jax.Array]:
+    shared: tuple[Mapping[str, Any], Mapping[str, Any]], inputs: tuple[Any, ...],
+    *, config: DiTConfig, kind: Kind, dtype: str, precision: jax.lax.Precision = EXACT,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The float part's output (B, ...), and 0; ``shared`` are its parameters and what folding left at its sites."""
     params, balances = shared
-    return apply_unit(config, kind, params, balances, inputs, dtype), jnp.zeros((), jnp.float32)
+    return apply_unit(config, kind, params, balances, inputs, dtype, precision), jnp.zeros((), jnp.float32)
 
 
-@partial(jax.jit, static_argnames=("function", "config", "kind", "dtype", "parts", "mesh"))
+@partial(jax.jit, static_argnames=("function", "config", "kind", "dtype", "precision", "parts", "mesh"))
 def over_rows(
     function: Any, shared: Any, rows: Any,
-    *, config: DiTConfig, kind: Kind, dtype: str, parts: int = 1, mesh: Mesh | None = None,
+    *, config: DiTConfig, kind: Kind, dtype: str, precision: jax.lax.Precision = EXACT, parts: int = 1,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """:func:`quantized_outputs` or :func:`float_outputs` of rows (M, B, ...): outputs (M, B, ...) and errors (M, parts)."""
+    """One of the three functions above over rows (M, B, ...): outputs (M, B, ...) and errors (M, parts)."""
     devices = sharding.data_size(mesh)
 
     def local(shared: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
-        one = partial(function, shared, config=config, kind=kind, dtype=dtype)
+        one = partial(function, shared, config=config, kind=kind, dtype=dtype, precision=precision)
         outputs, errors = jax.lax.map(lambda batch: in_parts(one, batch, max(1, parts // devices)), rows)
         return outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:]), errors
 

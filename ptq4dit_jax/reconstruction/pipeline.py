@@ -20,10 +20,11 @@ from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.numerics import threefry
 from ptq4dit_jax.quantizers import QTensor
 from ptq4dit_jax.reconstruction import optimize
+from ptq4dit_jax.reconstruction.learning import LearningWalk
 from ptq4dit_jax.reconstruction.optimize import Rows, Task, TrainState, Variables
 from ptq4dit_jax.reconstruction.resume import Journal
 from ptq4dit_jax.reconstruction.units import Unit, units
-from ptq4dit_jax.reconstruction.walk import MemoryPlan, Walk
+from ptq4dit_jax.reconstruction.walk import MemoryPlan
 
 #: Called with (part, iterations done, iterations in all, error relative to rounding to the nearest).
 UnitProgress = Callable[[str, int, int, float], None]
@@ -81,7 +82,7 @@ def reconstruct(
     Raises:
       Ptq4ditError: the batch cannot be spread over the mesh, or a part's error is NaN or infinite.
     """
-    key, walk = threefry(key), Walk(folded, quantized, calibration, settings, mesh)
+    key, walk = threefry(key), LearningWalk(folded, quantized, calibration, settings, mesh)
     if announce is not None:
         announce(walk.plan)
     results, facts = [], []
@@ -123,8 +124,8 @@ def _check_error(unit: Unit, error: Any, dtype: str) -> None:
 
 
 def _optimize(
-    unit: Unit, position: int, task: Task, variables: Variables, rows: Rows, before: jax.Array, walk: Walk, key: jax.Array,
-    journal: Journal | None, save_every: int, progress: UnitProgress | None,
+    unit: Unit, position: int, task: Task, variables: Variables, rows: Rows, before: jax.Array, walk: LearningWalk,
+    key: jax.Array, journal: Journal | None, save_every: int, progress: UnitProgress | None,
 ) -> TrainState:  # fmt: skip
     settings = walk.settings
     state = sharding.replicate(walk.mesh, optimize.start(variables, settings))

@@ -36,7 +36,7 @@ class RoundedKernel:
     def of(cls, kernel: jax.Array, weight: QTensor) -> tuple[RoundedKernel, jax.Array]:
         """The fixed part for the range that ``weight`` was quantized with, and the variables (..., K, N) float32 at which the
         soft kernel is the float ``kernel`` (..., K, N) itself."""
-        low, high = (end.astype(jnp.float32) for end in _code_range(weight))
+        low, high = (end.astype(jnp.float32) for end in weight.code_range)
         position = kernel / weight.scale[..., None, :]
         floor = jnp.floor(position)
         base = jnp.clip(floor, (low - 1)[..., None, :], high[..., None, :])
@@ -75,19 +75,6 @@ class RoundedKernel:
 
     def _dequantize(self, up: jax.Array) -> jax.Array:
         return self._clip(up) * self.scale[..., None, :]
-
-
-def _code_range(weight: QTensor) -> tuple[jax.Array, jax.Array]:
-    """The least and greatest centered code of each channel, (..., N) int32.
-
-    Between 4 and 8 bits no zero point is kept; there the codes in use are the range.
-    """
-    if 4 < weight.bits < 8:
-        codes = weight.codes().astype(jnp.int32)
-        return codes.min(-1), codes.max(-1)
-    qmin, qmax = weight_code_range(weight.bits)
-    zero_point = jnp.zeros(weight.scale.shape, jnp.int32) if weight.zero_point is None else weight.zero_point.astype(jnp.int32)
-    return qmin - zero_point, qmax - zero_point
 
 
 def stretched_sigmoid(variables: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.dit import BLOCK_SITES, Block, DiT, DiTConfig
+from ptq4dit_jax.numerics import EXACT
 
 Kind = Literal["embed_image", "embed_condition", "block", "head"]
 
@@ -70,6 +71,7 @@ def apply_unit(
     quantizers: Mapping[str, Any],
     inputs: tuple[Any, ...],
     dtype: DTypeLike,
+    precision: jax.lax.Precision = EXACT,
 ) -> jax.Array:
     """The output of a part for one batch.
 
@@ -80,8 +82,38 @@ def apply_unit(
       quantizers: callables by site, as in :mod:`ptq4dit_jax.dit`; may be empty.
       inputs: ``embed_image`` (x_BHWC,), ``embed_condition`` (t_B, y_B), ``block`` and ``head`` (x_BTD, silu_c_BD).
       dtype: compute type.
+      precision: of float32 products.
     """
     variables = {"params": params} | ({"quantizers": quantizers} if quantizers else {})
     if kind == "block":
-        return cast(jax.Array, Block(config, dtype).apply(variables, *inputs)[0])
-    return cast(jax.Array, DiT(config, dtype).apply(variables, *inputs, method=kind))
+        return cast(jax.Array, Block(config, dtype, precision).apply(variables, *inputs)[0])
+    return cast(jax.Array, DiT(config, dtype, precision).apply(variables, *inputs, method=kind))
+
+
+@struct.dataclass
+class _Passing:
+    """Observer that keeps what it sees."""
+
+    def observe(self, x: jax.Array) -> Any:
+        return x
+
+
+def site_input(
+    config: DiTConfig,
+    kind: Kind,
+    name: str,
+    params: Mapping[str, Any],
+    quantizers: Mapping[str, Any],
+    inputs: tuple[Any, ...],
+    dtype: DTypeLike,
+    precision: jax.lax.Precision = EXACT,
+) -> jax.Array:
+    """What the layer behind a site of the part is fed for one batch, (B, [T,] K); quantized, if the site has a quantizer.
+
+    ``name`` is the site's inside the part; the other arguments are those of :func:`apply_unit`. XLA leaves out what follows the
+    site.
+    """
+    variables = {"params": params, "observers": {name: _Passing()}} | ({"quantizers": quantizers} if quantizers else {})
+    module: Any = Block(config, dtype, precision) if kind == "block" else DiT(config, dtype, precision)
+    method = {} if kind == "block" else {"method": kind}
+    return cast(jax.Array, module.apply(variables, *inputs, mutable=["observers"], **method)[1]["observers"][name])

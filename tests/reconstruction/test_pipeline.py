@@ -22,7 +22,7 @@ from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.numerics import threefry
 from ptq4dit_jax.ptq import _journal
 from ptq4dit_jax.reconstruction import reconstruct
-from ptq4dit_jax.reconstruction.walk import _compiled
+from ptq4dit_jax.reconstruction.learning import _compiled
 
 pytestmark = pytest.mark.slow  # the programs of four kinds of parts are compiled
 

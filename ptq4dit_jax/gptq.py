@@ -1,0 +1,246 @@
+"""GPTQ (Frantar et al., 2023) on quantized inputs: the rounding of a weight in closed form, from second moments of its input.
+
+A layer is fed ``x`` by the quantized network, where the float network would feed it ``x + d``. With weights ``w`` (N, K) and
+codes that stand for ``v`` (N, K), its error is ``v x - w (x + d)`` up to a bias. Let ``A`` be the covariance of ``x``, damped,
+and ``D = cov(d, x)``. Then the error's variance is ``(v - t) A (v - t)^T`` for each output channel, and a constant, where
+
+    t = w + w D A^-1
+
+is the least-squares target, and the means are made up for by the bias. Codes are decided channel after channel of the input.
+Each is the one nearest to what minimizes the error, given those decided before: with ``A = M diag(s) M^T``, ``M`` unit upper
+triangular, that is ``t_k + sum_{j<k} (t_j - v_j) M_jk`` (Chee et al., 2023, show that it is GPTQ's update). So one Cholesky
+factor suffices and nothing is inverted. Pure functions of arrays; imports no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ptq4dit_jax.numerics import EXACT
+from ptq4dit_jax.quantizers import QTensor, weight_code_range
+from ptq4dit_jax.ranges import RangeSearch, quantize_weight
+
+#: What is added to the variance of each input channel, as a share of it, so that the covariance of few rows can be factored.
+DAMPING = 0.01
+#: Input channels whose codes are decided one after another before the others hear of it.
+_COLUMNS = 128
+#: A channel counts as constant if its variance is a smaller share of the largest, or of its own mean square.
+_CONSTANT = 1e-12
+
+
+@struct.dataclass
+class Compensated:
+    """A float32 sum and what rounding has lost of it (Knuth's two-sum); both of one shape."""
+
+    total: Any
+    lost: Any
+
+    @classmethod
+    def zeros(cls, *shape: int) -> Compensated:
+        return cls(jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+
+    def add(self, term: jax.Array) -> Compensated:
+        total = self.total + term
+        part = total - self.total
+        lost = (self.total - (total - part)) + (term - part)
+        return Compensated(total, self.lost + lost)
+
+    @property
+    def value(self) -> jax.Array:
+        return self.total + self.lost
+
+
+@struct.dataclass
+class InputMoments:
+    """Sums over tokens, each with its weight, of ``x' = x - shift``: ``second`` (K, K) of ``x' x'^T``, ``cross`` (K, K) of
+    ``d x'^T``, ``first`` (K,) of ``x'``, ``drift`` (K,) of ``d``, and ``count`` () of the weights.
+
+    The sums are arrays, or :class:`Compensated` while they are summed. ``shift`` (K,) is a rough mean: without it, a channel
+    that varies little about a large mean would leave differences of large numbers.
+    """
+
+    second: Any
+    cross: Any
+    first: Any
+    drift: Any
+    count: Any
+    shift: Any
+
+    @classmethod
+    def start(cls, shift: jax.Array) -> InputMoments:
+        K, zeros = shift.shape[0], Compensated.zeros
+        return cls(
+            second=zeros(K, K), cross=zeros(K, K), first=zeros(K), drift=zeros(K), count=zeros(),
+            shift=shift.astype(jnp.float32),
+        )  # fmt: skip
+
+    def observe(
+        self, x: jax.Array, exact: jax.Array, weight_B: jax.Array, precision: jax.lax.Precision = EXACT
+    ) -> InputMoments:
+        """With a batch: what the layer is fed by the quantized and by the float network, (B, [T,] K), and the rows' weights."""
+        K = x.shape[-1]
+        x, exact = (jnp.asarray(a, jnp.float32).reshape(weight_B.shape[0], -1, K) for a in (x, exact))
+        difference, weight = exact - x, weight_B.astype(jnp.float32)[:, None, None]
+        x = x - self.shift[None, None]
+        weighted = x * weight
+        product = partial(jnp.einsum, "btk,btj->kj", precision=precision)
+        return self.replace(  # type: ignore[attr-defined]
+            second=self.second.add(product(x, weighted)), cross=self.cross.add(product(difference, weighted)),
+            first=self.first.add(weighted.sum((0, 1))), drift=self.drift.add((difference * weight).sum((0, 1))),
+            count=self.count.add(weight.sum() * x.shape[1]),
+        )  # fmt: skip
+
+    @classmethod
+    def total(cls, parts: Sequence[InputMoments]) -> InputMoments:
+        """Of parts with one shift, added up in order, as arrays."""
+        add = lambda total, part: total if not isinstance(total, Compensated) else total.add(part.total).add(part.lost)
+        is_sum = lambda leaf: isinstance(leaf, Compensated)
+        total = reduce(lambda a, b: jax.tree.map(add, a, b, is_leaf=is_sum), parts)
+        return jax.tree.map(lambda leaf: leaf.value if isinstance(leaf, Compensated) else leaf, total, is_leaf=is_sum)
+
+
+@struct.dataclass
+class Rounding:
+    """A weight rounded in closed form: the quantized ``weight`` (N, K), what its ``bias`` gains (N,) float32, and the ``error``
+    () float32 on the rows that the moments are of, relative to that of rounding to the nearest. Both errors are counted from
+    that of the least-squares target."""
+
+    weight: QTensor
+    bias: Any
+    error: Any
+
+
+class _Codes(NamedTuple):
+    """Centered codes (N, K), and the scale and the least and greatest code of each output channel (N,); float64."""
+
+    codes: jax.Array
+    scale: jax.Array
+    low: jax.Array
+    high: jax.Array
+
+    @classmethod
+    def of(cls, weight: QTensor, order: jax.Array) -> _Codes:
+        wide = lambda a: a.astype(jnp.float64)
+        low, high = weight.code_range
+        return cls(wide(weight.codes())[:, order], wide(weight.scale), wide(low), wide(high))
+
+    def values(self, size: jax.Array) -> jax.Array:
+        """What the codes stand for, as weights of channels that were divided by ``size``."""
+        return self.codes * self.scale[:, None] * size[None]
+
+
+def round_weight(
+    kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch = "mse", damping: float = DAMPING,
+    follow: bool = True,
+) -> Rounding:  # fmt: skip
+    """Rounds a kernel (K, N) so that the layer's output errs least for inputs of these moments. Computes in float64.
+
+    Ranges are searched anew, for the target. Each output channel takes the best of three: GPTQ's codes, the target rounded to
+    the nearest, and ``nearest``. So its error on these rows is never larger than that of ``nearest``.
+
+    Args:
+      kernel: the float weight, in Flax's order.
+      nearest: the same rounded to the nearest, (N, K).
+      moments: of the layer's input; leaves are arrays.
+      search: how ranges are chosen.
+      damping: share of each channel's variance that is added to it.
+      follow: aim at what the float network's layer gives, with the bias corrected. False aims at what the float weight gives
+        for the quantized network's input, and leaves the bias alone (GPTQ as published).
+    """
+    with jax.enable_x64(True):
+        return _round_weight(kernel, nearest, moments, search=search, damping=damping, follow=follow)
+
+
+@partial(jax.jit, static_argnames=("search", "follow"))
+def _round_weight(
+    kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch, damping: float, follow: bool
+) -> Rounding:
+    original, moments = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (kernel.T, moments))
+    second, cross, first, drift = (
+        a / jnp.maximum(moments.count, 1.0) for a in (moments.second, moments.cross, moments.first, moments.drift)
+    )
+    mean = moments.shift + first
+    covariance, square = second - jnp.outer(first, first), jnp.outer(mean, mean)
+    power = jnp.diagonal(covariance + square)
+    if follow:
+        cross = cross - jnp.outer(drift, first)
+    else:
+        covariance, cross = covariance + square, jnp.zeros_like(cross)
+
+    variance = jnp.maximum(jnp.diagonal(covariance), 0.0)
+    constant = variance <= _CONSTANT * jnp.maximum(variance.max(), jnp.square(mean))
+    order = jnp.argsort(-variance, stable=True)
+    # Scaled to variance 1: then damping, and whether there is a factor, do not depend on the channels' sizes.
+    size = jnp.where(constant, 1.0, jnp.sqrt(jnp.where(constant, 1.0, variance)))
+    size, constant = size[order], constant[order]
+    varies = ~constant[:, None] & ~constant[None]
+    scaled = lambda matrix: jnp.where(varies, matrix[order][:, order] / (size[:, None] * size[None]), 0.0)
+    A, D = scaled((covariance + covariance.T) / 2), scaled(cross)
+    damped = A + jnp.diag(jnp.where(constant, 1.0, damping))
+    # The Cholesky factor of the matrix turned about its middle, turned back, is upper triangular: damped = R R^T.
+    factor = jnp.linalg.cholesky(damped[::-1, ::-1])
+    M = factor[::-1, ::-1] / jnp.diagonal(factor)[None, ::-1]
+
+    w = original[:, order] * size[None]
+    product = partial(jnp.matmul, precision=EXACT)
+    target = w + jax.scipy.linalg.cho_solve((factor, True), product(w, D)[:, ::-1].T).T[:, ::-1]
+    importance = power[order].astype(jnp.float32)
+    ranges = quantize_weight((target / size[None]).astype(jnp.float32), nearest.bits, search, importance)
+    near, plain = _Codes.of(ranges, jnp.arange(len(size))), _Codes.of(nearest, order)
+    found = near._replace(codes=_decide(target, M, size, near))
+
+    wanted = product(w, A + D)
+    squared = lambda v: (product(v, A) * v).sum(-1) - 2 * (wanted * v).sum(-1)  # the variance of the error but for a constant
+    candidates = [found, near, plain]
+    errors = jnp.stack([squared(candidate.values(size)) for candidate in candidates])
+    chosen = jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors), axis=0)
+    pick = lambda *leaves: jnp.stack(leaves)[chosen, jnp.arange(len(chosen))]
+    best = _Codes(*map(pick, *candidates))
+
+    back = jnp.argsort(order)
+    values = best.values(size) / size[None]
+    bias = product(original, mean + drift) - product(values[:, back], mean) if follow else jnp.zeros(len(chosen))
+    excess = lambda v: (product(v - target, damped) * (v - target)).sum()
+    before = excess(plain.values(size))
+    error = jnp.where(before > 0, excess(best.values(size)) / jnp.where(before > 0, before, 1.0), 1.0)
+
+    zero_point = (weight_code_range(nearest.bits)[0] - best.low).astype(jnp.int32)
+    codes = best.codes[:, back].astype(jnp.int32) + zero_point[:, None]
+    weight = QTensor.from_codes(codes, best.scale.astype(jnp.float32), zero_point, nearest.bits)
+    return Rounding(weight, bias.astype(jnp.float32), error.astype(jnp.float32))
+
+
+def _decide(target: jax.Array, M: jax.Array, size: jax.Array, ranges: _Codes) -> jax.Array:
+    """GPTQ's codes (N, K) for targets (N, K) and the factor's unit upper triangle (K, K), in the order of the columns."""
+    N, K = target.shape
+    columns = min(_COLUMNS, K)
+    padding = -K % columns
+    M = jnp.pad(M, ((0, padding), (0, padding)))
+    target = jnp.pad(target, ((0, 0), (0, padding)))
+    steps = ranges.scale[:, None] * jnp.pad(size, (0, padding), constant_values=1.0)[None]
+
+    def decide_columns(errors: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``errors`` (N, K) are those of the columns before, and 0 from ``start`` on."""
+        cut = lambda matrix: jax.lax.dynamic_slice_in_dim(matrix, start, columns, axis=1)
+        wanted, step = cut(target), cut(steps)
+        heard = wanted + jnp.matmul(errors, cut(M), precision=EXACT)
+        among = jax.lax.dynamic_slice_in_dim(cut(M), start, columns)
+
+        def decide(k: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            here, codes = state
+            position = heard[:, k] + jnp.matmul(here, among[:, k], precision=EXACT)
+            code = jnp.clip(jnp.round(position / step[:, k]), ranges.low, ranges.high)
+            return here.at[:, k].set(wanted[:, k] - code * step[:, k]), codes.at[:, k].set(code)
+
+        here, codes = jax.lax.fori_loop(0, columns, decide, (jnp.zeros_like(wanted), jnp.zeros_like(wanted)))
+        return jax.lax.dynamic_update_slice_in_dim(errors, here, start, axis=1), codes
+
+    starts = jnp.arange(0, K + padding, columns)
+    _, codes = jax.lax.scan(decide_columns, jnp.zeros_like(target), starts)
+    return jnp.moveaxis(codes, 0, 1).reshape(N, -1)[:, :K]

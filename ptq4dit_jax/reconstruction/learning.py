@@ -1,0 +1,158 @@
+"""The walk of a reconstruction: what is learned of a part, and the compiled program that learns it."""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ptq4dit_jax import memory, sharding
+from ptq4dit_jax.calibration import CalibrationData
+from ptq4dit_jax.config import Reconstruction
+from ptq4dit_jax.devices import default_device
+from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.engine import QuantizedDiT
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.numerics import EXACT, threefry
+from ptq4dit_jax.reconstruction import optimize
+from ptq4dit_jax.reconstruction.optimize import Rows, Task, TrainState, Variables
+from ptq4dit_jax.reconstruction.rounding import RoundedKernel
+from ptq4dit_jax.reconstruction.units import Kind, Unit
+from ptq4dit_jax.reconstruction.walk import TINY, Walk
+from ptq4dit_jax.waiting import ready
+
+#: Iterations whose batches are sent to the device at once where rows stay on the host.
+_BATCHES_SENT = 20
+#: One program for each shape, where each operation would be one.
+_rounded_kernel = jax.jit(RoundedKernel.of)
+
+
+@lru_cache(maxsize=32)
+def _compiled(
+    structure: Any, shapes: tuple[Any, ...], mesh: Mesh | None, config: DiTConfig, kind: Kind, settings: Reconstruction,
+    dtype: str, parts: int, drawn: bool,
+) -> Any:  # fmt: skip
+    """The program of :func:`optimize.train` for arguments of that structure: rows sharded over their strata, the rest whole."""
+    static = {"config": config, "kind": kind, "settings": settings, "dtype": dtype, "parts": parts, "drawn": drawn}
+    train: Any = partial(cast(Any, optimize.train), **static, devices=sharding.data_size(mesh))
+    whole, strata = PartitionSpec(), PartitionSpec(None, "data")
+    if mesh is not None:
+        places = (whole, whole, strata, whole, whole, whole)
+        train = jax.shard_map(train, mesh=mesh, in_specs=places, out_specs=whole, check_vma=False)
+    at = lambda spec: None if mesh is None else NamedSharding(mesh, spec)
+    state, task, rows, *others = jax.tree.unflatten(
+        structure, [jax.ShapeDtypeStruct(*shape, sharding=at(whole)) for shape in shapes]
+    )
+    rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at(strata)), rows)
+    return jax.jit(train, donate_argnums=0).lower(state, task, rows, *others).compile()
+
+
+def check_mesh(settings: Reconstruction, mesh: Mesh | None) -> None:
+    """Refuses a batch that the mesh cannot share."""
+    devices = sharding.data_size(mesh)
+    if settings.batch_size % devices:
+        raise Ptq4ditError(
+            f"A reconstruction batch of {settings.batch_size} rows cannot be spread over {devices} devices; use a multiple."
+        )
+    parts = settings.gradient_parts(default_device().platform)
+    if parts > 1 and parts % devices:
+        raise Ptq4ditError(f"The {parts} parts of a batch cannot be spread over {devices} devices; use a multiple.")
+
+
+class LearningWalk(Walk):
+    """A walk on which :mod:`optimize` learns each part."""
+
+    def __init__(
+        self,
+        folded: FloatDiT,
+        quantized: QuantizedDiT,
+        calibration: CalibrationData,
+        settings: Reconstruction,
+        mesh: Mesh | None,
+    ) -> None:
+        check_mesh(settings, mesh)
+        self.settings = settings
+        platform = default_device().platform
+        super().__init__(
+            folded, quantized, calibration, mesh, batch_size=settings.batch_size, parts=settings.gradient_parts(platform),
+            dtype=settings.dtype if settings.dtype != "auto" else ("float32" if platform == "cpu" else "bfloat16"),
+            rows_on=settings.rows_on,
+        )  # fmt: skip
+
+    def _step_bytes(self, size: int, on_host: bool) -> int:
+        lead = (_BATCHES_SENT if on_host else size, self.batch_size)
+        T, D = self.config.num_tokens, self.config.hidden_size
+        hidden = jax.ShapeDtypeStruct((*lead, T, D), self.dtype)
+        condition = jax.ShapeDtypeStruct((*lead, D), self.dtype)
+        group, weight = (jax.ShapeDtypeStruct(lead, dtype) for dtype in (jnp.int32, jnp.float32))
+        rows = Rows(inputs=(hidden, condition), target=hidden, group=group, weight=weight)
+        task, variables = jax.eval_shape(partial(self.task, Unit("block")))
+        state = jax.eval_shape(lambda variables: optimize.start(variables, self.settings), variables)
+        others = jax.eval_shape(lambda: (jnp.float32(0), threefry(jax.random.key(0)), jnp.int32(0)))
+        needed = memory.program_bytes(self._program("block", on_host, state, task, rows, *others))
+        of_rows = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows)) // sharding.data_size(self.mesh)
+        return max(0, needed - (0 if on_host else of_rows))
+
+    def _program(self, kind: Kind, drawn: bool, *arguments: Any) -> Any:
+        leaves, structure = jax.tree.flatten(arguments)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        return _compiled(structure, shapes, self.mesh, self.config, kind, self.settings, self.dtype, self.parts, drawn)
+
+    def task(self, unit: Unit) -> tuple[Task, Variables]:
+        """What is fixed and what is learned for a part, at the float weights."""
+        kernels, biases, rounding = {}, {}, {}
+        for layer, name in unit.layers.items():
+            tree = self.params(unit, layer)
+            kernels[layer], rounding[layer] = _rounded_kernel(
+                tree["kernel"], unit.of_depth(name, self.quantized.linears[name].weight)
+            )
+            biases[layer] = tree["bias"]
+        acts = self.act_quantizers(unit)
+        log_scale = {site: jnp.zeros_like(act.scale) for site, act in acts.items() if not act.dynamic}
+        return Task(kernels, biases, acts, self.tables(unit)), Variables(rounding, log_scale)
+
+    def rows(self, unit: Unit) -> Rows:
+        rows = super().rows(unit)
+        if self.settings.row_weights == "steps" and unit.kind == "block":
+            weight = self._place(np.asarray(_step_weights(self.float_x, rows.target, self.step, self.num_steps)))
+            rows = rows.replace(weight=weight)  # type: ignore[attr-defined]
+        return rows
+
+    def outputs(self, unit: Unit, variables: Variables, task: Task, rows: Rows) -> tuple[Any, jax.Array]:
+        """With decided roundings: the part's outputs (M, B, ...), and the mean squared error ()."""
+        return self.run(optimize.quantized_outputs, (variables, task), unit, rows)
+
+    def train(
+        self, unit: Unit, state: TrainState, task: Task, rows: Rows, before: jax.Array, key: jax.Array, stop: int
+    ) -> TrainState:
+        """Iterations up to ``stop``."""
+        before, key = sharding.replicate(self.mesh, (jnp.float32(before), key))
+        on_host = self.plan.on_host
+        done = int(state.iteration)
+        while done < stop:
+            until = min(stop, done + _BATCHES_SENT) if on_host else stop
+            given = self._drawn(rows, key, done) if on_host else rows
+            arguments = (state, task, given, before, key, sharding.replicate(self.mesh, jnp.int32(until)))
+            state, done = self._program(unit.kind, on_host, *arguments)(*arguments), until
+        return ready(state)
+
+    def _drawn(self, rows: Rows, key: jax.Array, first: int) -> Rows:
+        """The batches (n, B, ...) of the next iterations, on the device."""
+        size, strata = rows.group.shape
+        iterations = first + jnp.arange(_BATCHES_SENT, dtype=jnp.int32)
+        chosen = np.asarray(jax.vmap(lambda i: optimize.chosen_rows(key, i, size, strata))(iterations))
+        return sharding.shard(self.mesh, jax.tree.map(lambda leaf: leaf[chosen, np.arange(strata)], rows), axis=1)
+
+
+def _step_weights(before: Any, after: Any, step: Any, num_steps: int) -> jax.Array:
+    """Row weights (M, B) inverse to the mean square change at each row's step, of mean 1."""
+    change = jnp.square((after - before).astype(jnp.float32)).mean(tuple(range(2, after.ndim)))
+    member = jax.nn.one_hot(step, num_steps, dtype=jnp.float32)
+    mean = jnp.einsum("mb,mbs->s", change, member, precision=EXACT) / member.sum((0, 1))
+    weight = 1 / jnp.maximum(jnp.einsum("s,mbs->mb", mean, member, precision=EXACT), TINY)
+    return weight / weight.mean()

@@ -1,0 +1,219 @@
+"""Closed-form rounding of a small model from end to end: its moments, what it gains, what it may change, on any devices."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from helpers import random_inputs, relative_error, same_bytes, tiny_model
+
+import ptq4dit_jax as ptq
+from ptq4dit_jax import gptq, sharding
+from ptq4dit_jax.calibration import CalibrationData
+from ptq4dit_jax.config import Reconstruction
+from ptq4dit_jax.dit import SITE_OF_LAYER, nest_sites
+from ptq4dit_jax.reconstruction import closed_form, optimize, round_closed_form, units
+from ptq4dit_jax.reconstruction.closed_form import ClosedFormWalk
+
+KEY = jax.random.key(0)
+CONFIG = ptq.QuantConfig(weight_bits=3, calib_steps=4, calib_rows=30, steps=4, step_groups=2, balance="none", equalize_v=False)
+#: Of the layers below those that are fed 9 tokens a row; the others are fed one vector, that of a time by all rows together.
+TOKENWISE = ("blocks.qkv", "blocks.proj", "blocks.fc2", "patch_embed", "final")
+TIMES = np.array([999, 600, 300, 0], np.int32)
+
+
+@pytest.fixture(scope="module")
+def model() -> ptq.FloatDiT:
+    return tiny_model()
+
+
+def rows_of(model, seed):
+    """30 rows at each of 4 steps, which 32 strata of 4 hold, some rows twice."""
+    x, y = random_inputs(model.config, 120, seed)
+    return CalibrationData(x=x.reshape(4, 30, *x.shape[1:]), t=TIMES, y=y.reshape(4, 30))
+
+
+@pytest.fixture(scope="module")
+def rows(model):
+    return rows_of(model, 0)
+
+
+def quantize(model, rows, rounding="gptq", config=CONFIG, **more):
+    config = dataclasses.replace(config, rounding=rounding)
+    return ptq.quantize(model, config, key=KEY, calibration=rows, keep_poor=True, **more)
+
+
+@pytest.fixture(scope="module")
+def nearest(model, rows):
+    return quantize(model, rows, "nearest")
+
+
+@pytest.fixture(scope="module")
+def rounded(model, rows):
+    return quantize(model, rows)
+
+
+def error(model, q, rows):
+    apply = jax.jit(lambda m, x, t, y: m.apply(x, t, y))
+    ours, exact = (np.stack([apply(m, rows.x[s], rows.t[s : s + 1], rows.y[s]) for s in range(4)]) for m in (q, model))
+    return relative_error(ours, exact)
+
+
+def fed(model, site, rows):
+    """What a layer of any block is fed, (S * R, [L,] [T,] K) in float64, one row after another."""
+    seen = {site: Capture()}
+    found = [model.observe(nest_sites(seen), rows.x[s], rows.t[s : s + 1], rows.y[s])[1] for s in range(rows.num_steps)]
+    name = site.removeprefix("blocks.")
+    values = [np.asarray((tree["blocks"] if site != name else tree)[name].x, np.float64) for tree in found]
+    return np.concatenate([np.moveaxis(v, 0, 1) if site != name else v for v in values])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Seen:
+    x: jax.Array
+
+
+@jax.tree_util.register_pytree_node_class
+class Capture:
+    """Observer that becomes what it has seen."""
+
+    def tree_flatten(self):
+        return (), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls()
+
+    def observe(self, x):
+        return Seen(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layer", ["blocks.qkv", "blocks.proj", "blocks.fc2", "blocks.adaLN", "patch_embed", "time_fc2", "final"]
+)
+def test_moments_are_those_of_what_the_two_networks_feed_the_layer(layer, model, rows, nearest):
+    """Of the first block, where all before it is quantized to the nearest; each row counted once."""
+    walk = ClosedFormWalk(model, nearest, rows, None)
+    twin = ptq.reference(nearest)
+    for unit in units(model.config):
+        if layer in unit.layers.values():
+            break
+        part = walk.part(unit)
+        outputs, _ = walk.run(optimize.rounded_outputs, (part.params, part.acts), unit, walk.rows(unit))
+        walk.advance(unit, outputs, walk.rows(unit).target)
+    name = next(inside for inside, full in unit.layers.items() if full == layer)
+    found = walk.moments(unit, name, walk.part(unit))
+    of_block = (lambda a: a[:, 0]) if layer.startswith("blocks.") else (lambda a: a)
+    K = model.config.linear_shapes[layer][0]
+    x, exact = (of_block(fed(m, SITE_OF_LAYER[layer], rows)).reshape(-1, K) for m in (twin, model))
+    x, d = x - np.asarray(found.shift, np.float64), exact - x
+    count = float(found.count)
+    assert count == pytest.approx(120 * (9 if layer in TOKENWISE else 1), rel=1e-6)
+    size = np.sqrt(np.square(x).mean(0) + 1e-12)
+    for moment, expected in (
+        (found.second, x.T @ x / len(x)),
+        (found.cross, d.T @ x / len(x)),
+        (found.first, x.mean(0)),
+        (found.drift, d.mean(0)),
+    ):
+        scale = np.outer(size, size) if expected.ndim == 2 else size
+        assert (np.abs(np.asarray(moment, np.float64) / count - expected) / scale).max() < 2e-3
+
+
+@pytest.mark.slow
+def test_it_lowers_the_error_on_rows_that_it_has_not_seen(model, rows, nearest, rounded):
+    held_out = rows_of(model, 1)
+    assert error(model, rounded, held_out) < 0.8 * error(model, nearest, held_out)
+    assert error(model, rounded, rows) < 0.75 * error(model, nearest, rows)
+
+
+@pytest.mark.slow
+def test_the_engine_runs_what_was_rounded(model, rows, rounded):
+    assert error(ptq.reference(rounded), rounded, rows) < 1e-3
+
+
+@pytest.mark.slow
+def test_activation_quantizers_and_the_range_of_codes_stay(nearest, rounded):
+    for name, layer in rounded.linears.items():
+        before = nearest.linears[name]
+        assert same_bytes(layer.act, before.act)
+        assert layer.weight.bits == before.weight.bits
+        assert layer.weight.shape == before.weight.shape
+    assert same_bytes(rounded.sites, nearest.sites)
+
+
+@pytest.mark.slow
+def test_it_says_what_each_part_and_layer_gained(rounded):
+    facts = rounded.provenance.facts["rounding"]
+    assert list(facts) == ["embed image", "embed condition", "block 0", "block 1", "head"]
+    assert set(facts["block 0"]["layers"]) == {"adaLN", "qkv", "proj", "fc1", "fc2"}
+    for row in facts.values():
+        assert row["after"] <= row["before"]
+        assert all(0 <= gain <= 1.2 for gain in row["layers"].values())
+    assert facts["block 0"]["after"] < 0.8 * facts["block 0"]["before"]
+    assert facts["block 0"]["layers"]["fc1"] < 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [8])
+def test_devices_change_no_number(devices, model, rows, rounded, mesh8):
+    mesh = sharding.data_mesh(mesh8.devices.ravel()[:devices])
+    assert same_bytes(quantize(model, rows, mesh=mesh), rounded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [2, 8])
+def test_other_widths_balancing_and_dynamic_scales(bits, model, rows):
+    config = ptq.QuantConfig(weight_bits=bits, calib_steps=4, calib_rows=30, steps=4, policy="uniform")
+    nearest, rounded = (quantize(model, rows, how, config) for how in ("nearest", "gptq"))
+    assert error(model, rounded, rows) < error(model, nearest, rows)
+
+
+@pytest.mark.slow
+def test_rows_on_the_host_change_nothing(model, rows, nearest):
+    told = []
+    run = lambda **more: round_closed_form(model, nearest, rows, announce=told.append, **more)
+    (here, facts), (there, same) = run(), run(rows_on="host")
+    assert [plan.on_host for plan in told] == [False, True]
+    assert "stream from the host" in str(told[1])
+    # Batch by batch means are rounded once more than in one scan.
+    for name, layer in here.linears.items():
+        assert np.mean(np.asarray(layer.weight.codes()) != np.asarray(there.linears[name].weight.codes())) < 0.01
+    assert facts[2]["after"] == pytest.approx(same[2]["after"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_a_part_that_comes_out_worse_stays_as_it_was(model, rows, nearest, monkeypatch):
+    def spoiled(*arguments, **more):
+        found = gptq.round_weight(*arguments, **more)
+        return found.replace(bias=found.bias + 10.0)
+
+    monkeypatch.setattr(closed_form, "round_weight", spoiled)
+    kept, facts = round_closed_form(model, nearest, rows)
+    for name, layer in kept.linears.items():
+        np.testing.assert_array_equal(layer.weight.codes(), nearest.linears[name].weight.codes())
+        np.testing.assert_allclose(layer.bias, nearest.linears[name].bias, rtol=1e-5, atol=1e-6)
+    assert all(row["after"] == row["before"] for row in facts)
+
+
+@pytest.mark.slow
+def test_progress_is_told_layer_by_layer(model, rows):
+    told = []
+    quantize(model, rows, progress=lambda stage, done, total, note="": told.append((stage, done, total, note)))
+    assert ("round block 0", 5, 5) in [row[:3] for row in told]
+    assert any(stage == "plan rounding" and "GB a device" in note for stage, _, _, note in told)
+    assert all("x nearest" in note for stage, _, _, note in told if stage.startswith("round "))
+
+
+def test_settings_that_contradict_each_other(raises_sentence):
+    with raises_sentence("rounding gptq", "reconstruction", "leave out one"):
+        ptq.QuantConfig(rounding="gptq", reconstruction=Reconstruction())
+    with raises_sentence("rounding", "nearest, gptq, adaround", "'best'"):
+        ptq.QuantConfig(rounding="best")
+    assert ptq.QuantConfig().resolved_rounding == "nearest"
+    assert ptq.QuantConfig(rounding="adaround").learning == Reconstruction()
+    assert ptq.QuantConfig(reconstruction=Reconstruction(iterations=3)).resolved_rounding == "adaround"
+    assert ptq.QuantConfig(rounding="gptq").learning is None
+    assert ptq.QuantConfig.paper().resolved_rounding == "nearest"
