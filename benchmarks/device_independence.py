@@ -44,7 +44,7 @@ class Case:
     @property
     def name(self) -> str:
         s, q = self.shape, self.settings
-        learned = ", reconstructed" if "reconstruction" in q else ""
+        learned = ", reconstructed" if "reconstruction" in q else f", {q['rounding']}" if "rounding" in q else ""
         return (
             f"{s['hidden_size']} wide, {s['num_heads']} heads, depth {s['depth']}, {s['input_size']}/{s['patch_size']} x "
             f"{s['in_channels']}, {s['num_classes']} classes{'' if s['null_class'] else ' no null'}, W{q['weight_bits']}, "
@@ -72,6 +72,8 @@ def cases() -> list[Case]:
             settings["ssc"] = "rows"
         if i % 9 in (0, 2, 4, 5, 7):
             settings["reconstruction"] = Reconstruction(iterations=ITERATIONS, batch_size=(8, 16, 32)[i % 3])
+        elif i % 9 in (3, 8):
+            settings["rounding"] = "gptq"
         made.append(Case(shape, settings, seed=i % 5))
     return made
 

@@ -37,7 +37,7 @@ def run(model: ptq.FloatDiT, config: ptq.QuantConfig, seed: int) -> dict[str, tu
     marks: list[tuple[str, tuple[float, float]]] = [("prepare", now())]
 
     def report(stage: str, done: int, total: int, note: str = "") -> None:
-        stage = "reconstruct" if stage.startswith("reconstruct ") else stage
+        stage = next((word for word in ("reconstruct", "round") if stage.startswith(f"{word} ")), stage)
         if marks[-1][0] != stage:
             marks.append((stage, now()))
 
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--calib-rows", type=int, default=64)
     parser.add_argument("--calib-steps", type=int, default=25)
     parser.add_argument("--steps", type=int, default=50, help="of the sampler")
+    parser.add_argument("--rounding", choices=["nearest", "gptq"], help="of the weights; older checkouts know nearest alone")
     parser.add_argument("--iterations", type=int, default=0, help="of reconstruction for each part; 0 leaves it out")
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
@@ -66,7 +67,7 @@ def main() -> None:
     learn = Reconstruction(iterations=arguments.iterations) if arguments.iterations else None
     config = ptq.QuantConfig(
         weight_bits=arguments.weight_bits, calib_steps=arguments.calib_steps, calib_rows=arguments.calib_rows,
-        steps=arguments.steps, reconstruction=learn,
+        steps=arguments.steps, reconstruction=learn, **({} if arguments.rounding is None else {"rounding": arguments.rounding}),
     )  # fmt: skip
     print(f"{ptq.__file__}, JAX {jax.__version__}, {jax.devices()[0].device_kind}, {vars(arguments)}", flush=True)
     totals = []

@@ -67,7 +67,7 @@ class ClosedFormWalk(Walk):
         rows_on: RowsOn = "auto",
     ) -> None:
         devices = sharding.data_size(mesh)
-        parts = max(devices, _PARTS if default_device().platform == "cpu" else 1)
+        parts = _PARTS if default_device().platform == "cpu" and _PARTS % devices == 0 else devices
         batch_size = -(-_BATCH // parts) * parts
         super().__init__(
             folded, quantized, calibration, mesh, batch_size=batch_size, parts=parts, dtype="float32", precision=CALIBRATION,
@@ -94,7 +94,7 @@ class ClosedFormWalk(Walk):
         return _Networks(params, self.act_quantizers(unit), float_params, balances)
 
     def moments(self, unit: Unit, layer: str, networks: _Networks) -> InputMoments:
-        """Of the input of a layer over all rows, where the models are."""
+        """Of the input of a layer over all rows, on the first device."""
         quant, exact = self.inputs(unit)
         rows = _Seen(inputs=quant, float_inputs=exact, group=self.group, share=self.share)
         site = SITE_OF_LAYER[unit.layers[layer]].removeprefix("blocks.")
@@ -207,7 +207,7 @@ def round_closed_form(
       quantized: the same, quantized by range search.
       calibration: the rows whose moments are taken.
       search: how the ranges of weights are chosen.
-      mesh: whose devices share the rows. How many there are changes no number on CPUs.
+      mesh: whose devices share the rows. On CPUs 1, 2, 4 and 8 give the same numbers.
       rows_on: where hidden states are kept, as in :class:`ptq4dit_jax.config.Reconstruction`.
       announce: called once, before the first pass, with what memory it will take.
       progress: called after each layer.

@@ -122,6 +122,19 @@ def test_moments_are_those_of_what_the_two_networks_feed_the_layer(layer, model,
         assert (np.abs(np.asarray(moment, np.float64) / count - expected) / scale).max() < 2e-3
 
 
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_parts_hold_each_row_once_on_the_device_that_sums_it(devices, mesh8):
+    mesh = sharding.data_mesh(mesh8.devices.ravel()[:devices]) if devices > 1 else None
+    strata = {1: 32, 2: 32, 3: 33, 8: 32}[devices]
+    x = sharding.shard(mesh, np.arange(5 * strata).reshape(5, strata), axis=1)
+    parts = 8 if 8 % devices == 0 else devices
+    lanes = closed_form._lanes({"x": x}, parts, mesh)
+    np.testing.assert_array_equal(np.concatenate([lane["x"] for lane in lanes], axis=1), x)
+    for item in range(parts):
+        lane = lanes[closed_form._lane(item, devices, parts // devices)]["x"]
+        assert lane.devices() == {sharding.devices_of(mesh)[item % devices] or jax.devices()[0]}
+
+
 @pytest.mark.slow
 def test_it_lowers_the_error_on_rows_that_it_has_not_seen(model, rows, nearest, rounded):
     held_out = rows_of(model, 1)
