@@ -166,7 +166,7 @@ def test_what_was_learned_is_kept_for_the_next_run(
     config = ptq.QuantConfig(reconstruction=few, **BAD)
     with pytest.raises(ptq.Ptq4ditError, match=f"what was learned is in {re.escape(str(state))}, so that takes no learning"):
         ptq.quantize(model, config, key=KEY, calibration=rows, state=state)
-    monkeypatch.setattr("ptq4dit_jax.reconstruction.walk.Walk.train", lambda *_: pytest.fail("learned again"))
+    monkeypatch.setattr("ptq4dit_jax.reconstruction.learning.LearningWalk.train", lambda *_: pytest.fail("learned again"))
     with pytest.warns(PoorQuality):
         q = ptq.quantize(model, config, key=KEY, calibration=rows, state=state, keep_poor=True)
     assert "reconstruction" in q.provenance.facts
