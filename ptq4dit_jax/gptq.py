@@ -106,7 +106,7 @@ class InputMoments:
 
 
 @struct.dataclass
-class Rounding:
+class RoundedWeight:
     """A weight rounded in closed form: the quantized ``weight`` (N, K), what its ``bias`` gains (N,) float32, and the ``error``
     () float32 on the rows that the moments are of, relative to that of rounding to the nearest. Both errors are counted from
     that of the least-squares target."""
@@ -138,7 +138,7 @@ class _Codes(NamedTuple):
 def round_weight(
     kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch = "mse", damping: float = DAMPING,
     follow: bool = True,
-) -> Rounding:  # fmt: skip
+) -> RoundedWeight:  # fmt: skip
     """Rounds a kernel (K, N) so that the layer's output errs least for inputs of these moments. Computes in float64.
 
     Ranges are searched anew, for the target. Each output channel takes the best of three: GPTQ's codes, the target rounded to
@@ -160,7 +160,7 @@ def round_weight(
 @partial(jax.jit, static_argnames=("search", "follow"))
 def _round_weight(
     kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch, damping: float, follow: bool
-) -> Rounding:
+) -> RoundedWeight:
     original, moments = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (kernel.T, moments))
     second, cross, first, drift = (
         a / jnp.maximum(moments.count, 1.0) for a in (moments.second, moments.cross, moments.first, moments.drift)
@@ -213,7 +213,7 @@ def _round_weight(
     zero_point = (weight_code_range(nearest.bits)[0] - best.low).astype(jnp.int32)
     codes = best.codes[:, back].astype(jnp.int32) + zero_point[:, None]
     weight = QTensor.from_codes(codes, best.scale.astype(jnp.float32), zero_point, nearest.bits)
-    return Rounding(weight, bias.astype(jnp.float32), error.astype(jnp.float32))
+    return RoundedWeight(weight, bias.astype(jnp.float32), error.astype(jnp.float32))
 
 
 def _decide(target: jax.Array, M: jax.Array, size: jax.Array, ranges: _Codes) -> jax.Array:

@@ -17,7 +17,7 @@ from ptq4dit_jax.config import RowsOn
 from ptq4dit_jax.devices import default_device
 from ptq4dit_jax.dit import SITE_OF_LAYER, DiTConfig
 from ptq4dit_jax.engine import QLinear, QuantizedDiT
-from ptq4dit_jax.gptq import InputMoments, Rounding, round_weight
+from ptq4dit_jax.gptq import InputMoments, RoundedWeight, round_weight
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.numerics import CALIBRATION
 from ptq4dit_jax.quantizers import QTensor
@@ -226,7 +226,7 @@ def round_closed_form(
         nearest, rows = walk.part(unit), walk.rows(unit)
         forms = lambda networks: sharding.replicate(mesh, (networks.params, networks.acts))
         outputs, before = walk.run(optimize.rounded_outputs, forms(nearest), unit, rows)
-        networks, layers = nearest, dict[str, Rounding]()
+        networks, layers = nearest, dict[str, RoundedWeight]()
         for done, (layer, name) in enumerate(unit.layers.items()):
             kernel, weight = nearest.float_params[layer]["kernel"], unit.of_depth(name, quantized.linears[name].weight)
             moments = walk.moments(unit, layer, networks)
@@ -252,7 +252,7 @@ def _as_it_was(unit: Unit, name: str, quantized: QuantizedDiT) -> tuple[QTensor,
     return weight, jnp.zeros(weight.scale.shape, jnp.float32)
 
 
-def _facts(unit: Unit, before: Any, after: Any, kept: bool, layers: Mapping[str, Rounding]) -> dict[str, Any]:
+def _facts(unit: Unit, before: Any, after: Any, kept: bool, layers: Mapping[str, RoundedWeight]) -> dict[str, Any]:
     errors = {layer: float(found.error) if kept else 1.0 for layer, found in layers.items()}
     return {"part": unit.name, "before": float(before), "after": float(after if kept else before), "layers": errors}
 

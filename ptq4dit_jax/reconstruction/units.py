@@ -84,10 +84,8 @@ def apply_unit(
       dtype: compute type.
       precision: of float32 products.
     """
-    variables = {"params": params} | ({"quantizers": quantizers} if quantizers else {})
-    if kind == "block":
-        return cast(jax.Array, Block(config, dtype, precision).apply(variables, *inputs)[0])
-    return cast(jax.Array, DiT(config, dtype, precision).apply(variables, *inputs, method=kind))
+    output = _run(config, kind, params, quantizers, inputs, dtype, precision)
+    return cast(jax.Array, output[0] if kind == "block" else output)
 
 
 @struct.dataclass
@@ -113,7 +111,18 @@ def site_input(
     ``name`` is the site's inside the part; the other arguments are those of :func:`apply_unit`. XLA leaves out what follows the
     site.
     """
-    variables = {"params": params, "observers": {name: _Passing()}} | ({"quantizers": quantizers} if quantizers else {})
-    module: Any = Block(config, dtype, precision) if kind == "block" else DiT(config, dtype, precision)
-    method = {} if kind == "block" else {"method": kind}
-    return cast(jax.Array, module.apply(variables, *inputs, mutable=["observers"], **method)[1]["observers"][name])
+    _, seen = _run(config, kind, params, quantizers, inputs, dtype, precision, observers={name: _Passing()})
+    return cast(jax.Array, seen["observers"][name])
+
+
+def _run(
+    config: DiTConfig, kind: Kind, params: Mapping[str, Any], quantizers: Mapping[str, Any], inputs: tuple[Any, ...],
+    dtype: DTypeLike, precision: jax.lax.Precision, observers: Mapping[str, Any] | None = None,
+) -> Any:  # fmt: skip
+    """What the part's module returns, and with ``observers`` the variables that they have become beside it."""
+    variables = {"params": params} | ({"quantizers": quantizers} if quantizers else {})
+    more: dict[str, Any] = {} if kind == "block" else {"method": kind}
+    if observers is not None:
+        variables, more = variables | {"observers": observers}, more | {"mutable": ["observers"]}
+    module: Any = Block if kind == "block" else DiT
+    return module(config, dtype, precision).apply(variables, *inputs, **more)
