@@ -73,6 +73,13 @@ class FloatDiT:
         out, new = self._network.apply(variables, x_BHWC, t_B, y_B, mutable=["observers"])
         return out, new["observers"]
 
+    def layer(self, name: str) -> Any:
+        """The kernel ([L,] K, N) and bias ([L,] N) of a linear layer, by its name in ``config.linear_shapes``."""
+        tree: Any = self.params
+        for part in name.split("."):
+            tree = tree[part]
+        return tree
+
     def astype(self, dtype: DTypeLike) -> FloatDiT:
         """The same model stored and computing in ``dtype``, float16 included."""
         params = jax.tree.map(lambda a: a.astype(dtype), self.params)

@@ -408,12 +408,9 @@ def quantize_linear(
     folded: FloatDiT, config: QuantConfig, name: str, act: ActQuantizer | None, importance: jax.Array | None = None
 ) -> QLinear:
     """Quantizes and packs one layer (for a block layer: all blocks at once); ``importance`` ([L,] K) weighs its inputs."""
-    tree = folded.params
-    for part in name.split("."):
-        tree = tree[part]
-    bits = config.rules[name].weight_bits
-    weight = _quantize_kernels(tree["kernel"], importance, bits=bits, search=config.range_search)
-    return _pack(weight, tree["bias"], act)
+    layer, bits = folded.layer(name), config.rules[name].weight_bits
+    weight = _quantize_kernels(layer["kernel"], importance, bits=bits, search=config.range_search)
+    return _pack(weight, layer["bias"], act)
 
 
 @partial(jax.jit, static_argnames=("bits", "search"))

@@ -169,10 +169,7 @@ def _costs(folded: FloatDiT, quantized: QuantizedDiT, step: CalibrationData) -> 
     group = step_group(quantized.group_edges, quantized.schedule.noise_level(step.t))
     observers = {name: _Costs(act=act.at_group(group)) for name, act in quantized.sites.items()}
     for name, layer in quantized.linears.items():
-        tree: Mapping[str, Any] = folded.params
-        for part in name.split("."):
-            tree = tree[part]
-        observers[SITE_OF_LAYER[name]] = _Costs(kernel=tree["kernel"], layer=layer.at_group(group))
+        observers[SITE_OF_LAYER[name]] = _Costs(kernel=folded.layer(name)["kernel"], layer=layer.at_group(group))
     return flatten_sites(folded.observe(nest_sites(observers), step.x, step.t, step.y)[1])
 
 

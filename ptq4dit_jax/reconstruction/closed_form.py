@@ -264,8 +264,5 @@ def _assemble(
     for name, linear in quantized.linears.items():
         stack = (lambda *leaves: jnp.stack(leaves)) if name.startswith("blocks.") else (lambda leaf: leaf)
         weight, gained = jax.tree.map(stack, *rounded[name])
-        tree: Any = folded.params
-        for part in name.split("."):
-            tree = tree[part]
-        linears[name] = _pack(weight, tree["bias"] + gained, linear.act)
+        linears[name] = _pack(weight, folded.layer(name)["bias"] + gained, linear.act)
     return quantized.replace(linears=linears)  # type: ignore[attr-defined]

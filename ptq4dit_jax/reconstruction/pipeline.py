@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -188,18 +188,10 @@ def _assemble(folded: FloatDiT, quantized: QuantizedDiT, results: list[PartResul
     linears = {}
     for name, linear in quantized.linears.items():
         weight = _with_values(linear.weight, joined(name, values[name]))
-        bias = _bias(folded.params, name)
-        linears[name] = _pack(weight, bias, learned(dit.SITE_OF_LAYER[name], linear.act))
+        linears[name] = _pack(weight, folded.layer(name)["bias"], learned(dit.SITE_OF_LAYER[name], linear.act))
     sites = {name: learned(name, act) for name, act in quantized.sites.items()}
     return quantized.replace(linears=linears, sites=sites)  # type: ignore[attr-defined]
 
 
 def _with_values(weight: QTensor, values: jax.Array) -> QTensor:
     return weight.replace(values=values)  # type: ignore[attr-defined]
-
-
-def _bias(params: Mapping[str, Any], name: str) -> Any:
-    tree: Any = params
-    for part in name.split("."):
-        tree = tree[part]
-    return tree["bias"]
