@@ -46,6 +46,7 @@ def modulate_quantize(
     Returns:
       (M, D) int8, and without ``ranges`` the scales (M,) float32.
     """
+    (M, D), of_rows = x.shape, ranges is None  # the body must hold no array: JAX keeps it
 
     def body(layer_ref: Any, x_ref: Any, shift_ref: Any, scale_ref: Any, *rest: Any) -> None:
         at, layer = _rows(), load_vector(layer_ref, 0)
@@ -58,8 +59,8 @@ def modulate_quantize(
         x = x * (1 + over_rows(load_of_layer(scale_ref, layer, image, slice(None)))) + over_rows(
             load_of_layer(shift_ref, layer, image, slice(None))
         )
-        codes = rest[-2] if ranges is None else rest[-1]
-        if ranges is None:
+        codes = rest[-2] if of_rows else rest[-1]
+        if of_rows:
             largest = jnp.abs(x).max(1)
             row_scale = jnp.where(largest > EMPTY_RANGE, largest * (1 / high), 1.0)
             rest[-1][at] = row_scale
@@ -68,9 +69,8 @@ def modulate_quantize(
             step, zero_point = (load_of_layer(ref, layer) for ref in rest[:2])
             codes[at, :] = to_codes(x * (1 / step), zero_point, low, high)
 
-    M, D = x.shape
     outs = [jax.ShapeDtypeStruct((M, D), jnp.int8)]
-    if ranges is None:
+    if of_rows:
         outs.append(jax.ShapeDtypeStruct((M,), jnp.float32))
     return list(_over_rows("modulate_quantize", body, outs)(layer, x, shift, scale, *(ranges or ())))
 
@@ -82,20 +82,21 @@ def quantize(
 
     ``scale`` (S,) and ``balance`` (S, K), or None for ones, are float32, ``zero_point`` (S,) and ``layer`` (1,) int32.
     """
+    shape, balanced = x.shape, balance is not None
 
     def body(layer_ref: Any, x_ref: Any, scale_ref: Any, zero_ref: Any, *rest: Any) -> None:
         at, layer = _rows(), load_vector(layer_ref, 0)
         factor = 1 / load_of_layer(scale_ref, layer)
         y = _held(x_ref, at)
-        if balance is None:
+        if not balanced:
             y = y * factor
         else:
             per_column = load_of_layer(rest[0], layer, slice(None)) * factor
-            y = y * lax.broadcast_in_dim(per_column, (ROWS, x.shape[1]), (1,))
+            y = y * lax.broadcast_in_dim(per_column, (ROWS, shape[1]), (1,))
         rest[-1][at, :] = to_codes(y, load_of_layer(zero_ref, layer), low, high)
 
     inputs = [layer, x, scale, zero_point, *([] if balance is None else [balance])]
-    [codes] = _over_rows("quantize", body, [jax.ShapeDtypeStruct(x.shape, jnp.int8)])(*inputs)
+    [codes] = _over_rows("quantize", body, [jax.ShapeDtypeStruct(shape, jnp.int8)])(*inputs)
     return codes
 
 
