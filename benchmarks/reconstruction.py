@@ -55,7 +55,7 @@ def random_rows(config: DiTConfig, steps: int, rows: int) -> CalibrationData:
 def prepared(config: DiTConfig, calib_rows: int) -> tuple[ptq.FloatDiT, ptq.QuantizedDiT, CalibrationData]:
     """Random weights, balanced, and quantized by few rows; and the rows to reconstruct with."""
     model = ptq.FloatDiT.init(config, jax.random.key(0))
-    wanted = ptq.QuantConfig(weight_bits=4)
+    wanted = ptq.QuantConfig(weight_bits=4, rounding="nearest")
     calibration = random_rows(config, STEPS, calib_rows)
     few = CalibrationData(x=calibration.x[:, :4], t=calibration.t, y=calibration.y[:, :4])
     extremes = channel_extremes(model, few, sites=tuple(model.config.site_features))
@@ -73,7 +73,7 @@ def measure_block(preset: str, settings: Reconstruction, timed: int, calib_rows:
     for unit in units(config):
         task, variables = walk.task(unit)
         rows = walk.rows(unit)
-        outputs, before = walk.outputs(unit, variables, task, rows)
+        outputs, before = walk.outputs(unit, walk.nearest(unit), rows)
         if unit.kind == "block" and unit.index == 1:
             break
         walk.advance(unit, outputs, rows.target)

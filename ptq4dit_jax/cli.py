@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
 
@@ -122,7 +122,9 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder to write the quantized model to.", show_default=False)],
     weight_bits: Annotated[int, typer.Option(help="Width of the weights, 2 to 8.")] = 8,
     act_bits: Annotated[int, typer.Option(help="Width of the activations, 2 to 8; 16 leaves them float (weights only).")] = 8,
-    balance: Annotated[str, typer.Option(help="Salience balancing: none, csb or csb+ssc.")] = QuantConfig.balance,
+    balance: Annotated[
+        str, typer.Option(help="Salience balancing: none, csb, csb+ssc, or search: for each layer what errs least.")
+    ] = QuantConfig.balance,
     ssc: Annotated[str, typer.Option(help="SSC weighs steps (the paper) or rows (the official code).")] = "steps",
     temperature: Annotated[float, typer.Option(help="Temperature of SSC's softmax.")] = 1.0,
     calib_steps: Annotated[
@@ -171,7 +173,7 @@ def quantize(
         str | None,
         typer.Option(
             help="Of the weights: nearest; gptq, in closed form from the inputs of each layer; or adaround, learned.",
-            show_default="nearest, or adaround with --reconstruct",
+            show_default="gptq, or adaround with --reconstruct; nearest with --paper",
         ),
     ] = None,
     reconstruct: Annotated[
@@ -408,14 +410,15 @@ def evaluate(
             batch_size=batch_size, seed=seed, decoder=decoder, mesh=all_devices_mesh(),
             progress=lambda done, total: report("sample on the same noise", done, total), stage=report,
         )  # fmt: skip
-    rows, learned = None, None
+    rows, made = None, cast(Mapping[str, Any], {})
     if isinstance(other, QuantizedDiT):
-        rows, learned = describe(other), other.provenance.facts.get("reconstruction")
+        rows, made = describe(other), other.provenance.facts
     with working(f"Writing {out}"):
         where = write_report(
             out, comparison, title=f"{name} against {Path(against).resolve().name}", describe_rows=rows,
             settings={"model": model, "against": against, "seed": seed} | ({} if vae is None else {"vae": vae}),
-            reconstruction=learned, overwrite=overwrite,
+            reconstruction=made.get("reconstruction"), rounding=made.get("rounding"), balancing=made.get("balancing"),
+            overwrite=overwrite,
         )  # fmt: skip
     print_table(f"Same noise, against the float model; SQNR of predicted {reference.schedule.objective}", [
         {"model": key, SQNR_MEAN: f.sqnr_mean_db, SQNR_POOLED: f.sqnr_pooled_db, "PSNR (dB)": f.psnr_interval.mean,

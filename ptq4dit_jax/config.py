@@ -14,11 +14,12 @@ from ptq4dit_jax.quantizers import check_bits
 from ptq4dit_jax.ranges import RangeSearch
 from ptq4dit_jax.schedules import Schedule
 
-Balance = Literal["none", "csb", "csb+ssc"]
+Balance = Literal["none", "csb", "csb+ssc", "search"]
 SscAxis = Literal["steps", "rows"]
 Rounding = Literal["nearest", "gptq", "adaround"]
 #: Where the hidden states of calibration rows are kept.
 RowsOn = Literal["auto", "device", "host"]
+Start = Literal["nearest", "gptq"]
 
 _CALIBRATION_STEPS = 25
 EDGE_LAYERS = tuple(EDGE_SITES.values())
@@ -136,6 +137,8 @@ class Reconstruction:
 
     Attributes:
       iterations: for each part: the embedders, every block, the final layer.
+      start: what learning starts from. ``nearest``: the ranges of rounding to the nearest, and the float weights within them.
+        ``gptq``: closed-form rounding of the part behind the learned parts before it. None is ``gptq``.
       batch_size: rows of an iteration, one from each of as many strata of the calibration rows; a multiple of the devices.
       rounding_rate, scale_rate: Adam's learning rates of the rounding variables and of the logarithms of activation scales;
         the latter decays to 0 by a cosine, the former if ``decay_rounding``.
@@ -154,6 +157,7 @@ class Reconstruction:
     """
 
     iterations: int = 2000
+    start: Start | None = None
     batch_size: int = 32
     rounding_rate: float = 0.3
     rounding_eps: float = 1.0
@@ -189,9 +193,15 @@ class Reconstruction:
             raise Ptq4ditError(f"Reconstruction warmup must be at least 0 and below 1, not {self.warmup}.")
         if len(self.exponents) != 2 or not all(1 <= value <= _MAX_RATE for value in self.exponents):
             raise Ptq4ditError(f"Reconstruction exponents must be two numbers of at least 1, not {self.exponents}.")
+        _check_choice("Reconstruction start", self.start, (*get_args(Start), None))
         _check_choice("Reconstruction row_weights", self.row_weights, ("plain", "steps"))
         _check_choice("Reconstruction dtype", self.dtype, ("auto", "bfloat16", "float32"))
         _check_choice("Reconstruction rows_on", self.rows_on, get_args(RowsOn))
+
+    @property
+    def resolved_start(self) -> Start:
+        """``start``, or what stands for None."""
+        return self.start or "gptq"
 
     def gradient_parts(self, platform: str) -> int:
         """``parts``, or what stands for None on that platform of JAX."""
@@ -208,7 +218,8 @@ class QuantConfig:
       weight_bits: 2 to 8.
       act_bits: 2 to 8; or 16 for weights only: all activations stay float, in the type that the model computes in, and the
         ``policy`` decides the widths of the weights alone.
-      balance: ``none``, ``csb`` (salience of the middle calibration step) or ``csb+ssc`` (salience weighted over all steps).
+      balance: ``none``, ``csb`` (salience of the middle calibration step), ``csb+ssc`` (salience weighted over all steps), or
+        ``search``: for each layer the one of several by which it errs least (:mod:`ptq4dit_jax.balance_search`).
       ssc: what SSC weighs: ``steps`` (the paper) or single ``rows`` (the official code).
       temperature: of SSC's softmax.
       exponent: of the balancing factors; 0.5 is CSB, 0 no balancing.
@@ -229,7 +240,7 @@ class QuantConfig:
         (:meth:`Sampler.resolve <ptq4dit_jax.diffusion.Sampler.resolve>`, :func:`ptq4dit_jax.diffusion.resolve_guidance`).
       rounding: of the weights. ``nearest``; ``gptq``, in closed form behind the quantized network
         (:mod:`ptq4dit_jax.gptq`); or ``adaround``, learned by ``reconstruction``. None is ``adaround`` where
-        ``reconstruction`` is set, and else ``nearest``.
+        ``reconstruction`` is set, and else ``gptq``.
       reconstruction: how roundings and activation scales are learned after all ranges are chosen. None is
         :class:`Reconstruction`'s defaults under ``adaround``, and leaves it out otherwise.
     """
@@ -294,17 +305,22 @@ class QuantConfig:
     def paper(cls, weight_bits: int = 8, **overrides: Any) -> QuantConfig:
         """The paper's method to the letter: CSB and SSC on qkv, proj and fc1, one static range per tensor for activations,
         every linear at the same width; ranges by the official code's three percentiles; 25 steps (all of a shorter chain) of 32
-        pairs of rows."""
+        pairs of rows; weights rounded to the nearest, or by AdaRound from there with ``reconstruction``."""
+        learned = overrides.get("reconstruction")
+        rounding = overrides.get("rounding") or ("nearest" if learned is None else "adaround")
+        if rounding == "adaround":
+            learned = learned or Reconstruction()
+            learned = dataclasses.replace(learned, start=learned.start or "nearest")
         paper = {
             "balance_fc2": False, "equalize_v": False, "weigh_inputs": False, "range_search": "percentile", "policy": "uniform",
             "step_groups": 1, "dynamic_sites": (),
         }  # fmt: skip
-        return cls(weight_bits=weight_bits, **{**paper, **overrides})
+        return cls(weight_bits=weight_bits, **{**paper, **overrides, "rounding": rounding, "reconstruction": learned})
 
     @property
     def resolved_rounding(self) -> Rounding:
         """``rounding``, or what stands for None."""
-        return self.rounding or ("nearest" if self.reconstruction is None else "adaround")
+        return self.rounding or ("gptq" if self.reconstruction is None else "adaround")
 
     @property
     def learning(self) -> Reconstruction | None:

@@ -74,11 +74,17 @@ class InputMoments:
 
     @classmethod
     def start(cls, shift: jax.Array) -> InputMoments:
+        """Of no tokens yet."""
         K, zeros = shift.shape[0], Compensated.zeros
         return cls(
             second=zeros(K, K), cross=zeros(K, K), first=zeros(K), drift=zeros(K), count=zeros(),
             shift=shift.astype(jnp.float32),
         )  # fmt: skip
+
+    def about_mean(self) -> InputMoments:
+        """Of no tokens yet, about the mean of those that these are of."""
+        mean = self.shift + self.first.value / jnp.maximum(self.count.value, 1.0)
+        return InputMoments.start(mean)
 
     def observe(
         self, x: jax.Array, exact: jax.Array, weight_B: jax.Array, precision: jax.lax.Precision = EXACT
@@ -107,11 +113,12 @@ class InputMoments:
 
 @struct.dataclass
 class RoundedWeight:
-    """A weight rounded in closed form: the quantized ``weight`` (N, K), what its ``bias`` gains (N,) float32, and the ``error``
-    () float32 on the rows that the moments are of, relative to that of rounding to the nearest. Both errors are counted from
-    that of the least-squares target."""
+    """A weight rounded in closed form: the quantized ``weight`` (N, K), the ``target`` (N, K) float32 that its codes stand for,
+    what its ``bias`` gains (N,) float32, and the ``error`` () float32 on the rows that the moments are of, relative to that of
+    rounding to the nearest. Both errors are counted from that of the target."""
 
     weight: QTensor
+    target: Any
     bias: Any
     error: Any
 
@@ -191,7 +198,8 @@ def _round_weight(
     product = partial(jnp.matmul, precision=EXACT)
     target = w + jax.scipy.linalg.cho_solve((factor, True), product(w, D)[:, ::-1].T).T[:, ::-1]
     importance = power[order].astype(jnp.float32)
-    ranges = quantize_weight((target / size[None]).astype(jnp.float32), nearest.bits, search, importance)
+    unscaled = (target / size[None]).astype(jnp.float32)
+    ranges = quantize_weight(unscaled, nearest.bits, search, importance)
     near, plain = _Codes.of(ranges, jnp.arange(len(size))), _Codes.of(nearest, order)
     found = near._replace(codes=_decide(target, M, size, near))
 
@@ -213,7 +221,7 @@ def _round_weight(
     zero_point = (weight_code_range(nearest.bits)[0] - best.low).astype(jnp.int32)
     codes = best.codes[:, back].astype(jnp.int32) + zero_point[:, None]
     weight = QTensor.from_codes(codes, best.scale.astype(jnp.float32), zero_point, nearest.bits)
-    return RoundedWeight(weight, bias.astype(jnp.float32), error.astype(jnp.float32))
+    return RoundedWeight(weight, unscaled[:, back], bias.astype(jnp.float32), error.astype(jnp.float32))
 
 
 def _decide(target: jax.Array, M: jax.Array, size: jax.Array, ranges: _Codes) -> jax.Array:

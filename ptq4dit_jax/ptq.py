@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
-from ptq4dit_jax import salience, sharding
+from ptq4dit_jax import balance_search, salience, sharding
 from ptq4dit_jax.calibration import (
     CalibrationData,
     ChannelExtremes,
@@ -42,6 +43,7 @@ from ptq4dit_jax.quality import REFUSE_BELOW, PoorQuality, Quality, measure, som
 from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 from ptq4dit_jax.ranges import RangeSearch, activation_parameters, quantize_weight
 from ptq4dit_jax.reconstruction import Journal, check_mesh, reconstruct, round_closed_form, units
+from ptq4dit_jax.schedules import Schedule
 
 
 class StageProgress(Protocol):
@@ -59,7 +61,7 @@ class Balancing:
     """What balancing decided, for each balanced block site: ``factors`` (L, K), and what the paper plots.
 
     ``activation_salience`` (S, L, K) and ``weight_salience`` (L, K) before balancing; SSC's ``eta`` and ``rho``, (S, L) or
-    (S * R, L), empty without SSC.
+    (S * R, L), empty without SSC; what was ``chosen`` by measurement, empty where nothing was.
     """
 
     factors: dict[str, Any]
@@ -67,6 +69,7 @@ class Balancing:
     weight_salience: dict[str, Any]
     eta: dict[str, Any]
     rho: dict[str, Any]
+    chosen: dict[str, balance_search.Chosen] = struct.field(pytree_node=False, default_factory=dict)
 
 
 def quantize(
@@ -179,6 +182,8 @@ def _quantized(
         "settings": config.to_dict(),
         "calibration": {"rows": source, "steps": calibration.num_steps, "rows_per_step": calibration.num_rows},
     }
+    if balancing.chosen:
+        facts["balancing"] = {site: chosen.to_dict() for site, chosen in balancing.chosen.items()}
     if config.resolved_rounding == "gptq":
         quantized, rounded = round_closed_form(
             folded, quantized, calibration, search=config.range_search, mesh=mesh,
@@ -189,7 +194,8 @@ def _quantized(
         _check_result(quantized)
     if config.learning is not None:
         quantized, learned = reconstruct(
-            folded, quantized, calibration, config.learning, key=jax.random.fold_in(key, 1), journal=journal, mesh=mesh,
+            folded, quantized, calibration, config.learning, key=jax.random.fold_in(key, 1), journal=journal,
+            search=config.range_search, mesh=mesh,
             announce=lambda plan: report("plan reconstruction", 1, 1, f"{plan}"),
             progress=lambda part, done, total, error: report(
                 f"reconstruct {part}", done, total, f"error {error:.3f} x nearest"
@@ -300,6 +306,13 @@ def balance(
     names = _balanced(config)
     out = Balancing(factors={}, activation_salience={}, weight_salience={}, eta={}, rho={})
     by_row: dict[str, ChannelExtremes] = {}
+    if config.balance == "search":
+        _, groups, _ = step_groups(model.schedule, calibration.t, config.step_groups)
+        bits = {f"blocks.{name}": config.rules[f"blocks.{name.removesuffix('_in')}"].weight_bits for name in names}
+        out.chosen.update(balance_search.search(
+            model, extremes, calibration, groups, bits, dynamic=config.dynamic_sites, act_bits=config.act_bits,
+            temperature=config.temperature, range_search=config.range_search,
+        ))  # fmt: skip
     if names and config.balance == "csb+ssc" and config.ssc == "rows":
         sites = tuple(f"blocks.{name}" for name in names)
         by_row = channel_extremes(model, calibration, sites=sites, per_row=True, row_batch=row_batch, mesh=mesh)
@@ -307,6 +320,10 @@ def balance(
         site, layer = f"blocks.{name}", name.removesuffix("_in")
         s_x = extremes[site].salience
         s_w = salience.weight_salience(model.params["blocks"][layer]["kernel"])
+        if config.balance == "search":
+            out.factors[name] = out.chosen[site].factors
+            out.activation_salience[name], out.weight_salience[name] = s_x, s_w
+            continue
         if config.balance == "csb":
             chosen = s_x[s_x.shape[0] // 2]
         else:
@@ -347,17 +364,7 @@ def activation_quantizers(
     Leaves are ([L,] G) for scale and zero point. ``row_batch`` and ``mesh`` are those of
     :func:`ptq4dit_jax.calibration.histograms`.
     """
-    # Steps of one noise level, of which Heun's method has pairs, must share a group.
-    noise_levels = folded.schedule.noise_level(np.asarray(calibration.t))
-    if noise_levels.ndim > 1:  # a step reaches down to its cleanest row
-        noise_levels = noise_levels.min(axis=1)
-    levels, step_levels = np.unique(-noise_levels, return_inverse=True)
-    S = len(levels)
-    G = min(config.step_groups, S)
-    level_groups = np.arange(S) * G // S
-    groups = level_groups[step_levels]
-    last_of_group = np.searchsorted(level_groups, np.arange(1, G)) - 1
-    edges = jnp.asarray(-levels[last_of_group], folded.schedule.time_dtype)
+    G, groups, edges = step_groups(folded.schedule, calibration.t, config.step_groups)
 
     ranges = {}
     for name in _static_sites(config):
@@ -397,6 +404,20 @@ def activation_quantizers(
             dynamic=True, nonnegative=name == "blocks.probs",
         )  # fmt: skip
     return acts, edges
+
+
+def step_groups(schedule: Schedule, t: ArrayLike, wanted: int) -> tuple[int, np.ndarray, jax.Array]:
+    """How many groups the calibration steps fall in, the group of each (S,), and the noise levels that part them (G - 1,)."""
+    # Steps of one noise level, of which Heun's method has pairs, must share a group.
+    noise_levels = schedule.noise_level(np.asarray(t))
+    if noise_levels.ndim > 1:  # a step reaches down to its cleanest row
+        noise_levels = noise_levels.min(axis=1)
+    levels, step_levels = np.unique(-noise_levels, return_inverse=True)
+    S = len(levels)
+    G = min(wanted, S)
+    level_groups = np.arange(S) * G // S
+    last_of_group = np.searchsorted(level_groups, np.arange(1, G)) - 1
+    return G, level_groups[step_levels], jnp.asarray(-levels[last_of_group], schedule.time_dtype)
 
 
 def _is_integer(config: QuantConfig, site: str) -> bool:

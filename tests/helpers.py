@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -99,3 +100,20 @@ def same_bytes(a: Any, b: Any) -> bool:
     leaves = [[np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for tree in (a, b)]
     assert len(leaves[0]) == len(leaves[1])
     return all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in zip(*leaves, strict=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Seen:
+    """What an observer has seen."""
+
+    x: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Capture:
+    """Observer that becomes what it has seen."""
+
+    def observe(self, x: jax.Array) -> Seen:
+        return Seen(x)

@@ -162,7 +162,9 @@ def changed(path: str, change: Callable[[np.ndarray], Any]) -> FloatDiT:
 
 
 def quality(model: FloatDiT, **settings: Any) -> float:
-    q = ptq.quantize(model, ptq.QuantConfig(**settings), key=KEY, calibration=three_steps(model), keep_poor=True)
+    q = ptq.quantize(
+        model, ptq.QuantConfig(rounding="nearest", **settings), key=KEY, calibration=three_steps(model), keep_poor=True
+    )
     value = q.provenance.facts["quality"]["sqnr_mean_db"]
     return np.inf if value is None else value
 

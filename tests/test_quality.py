@@ -38,7 +38,7 @@ def rows(model: FloatDiT) -> ptq.CalibrationData:
 
 
 def quantize(model: FloatDiT, rows: ptq.CalibrationData, *, keep_poor: bool = False, **settings: Any) -> ptq.QuantizedDiT:
-    return ptq.quantize(model, ptq.QuantConfig(**settings), key=KEY, calibration=rows, keep_poor=keep_poor)
+    return ptq.quantize(model, ptq.QuantConfig(rounding="nearest", **settings), key=KEY, calibration=rows, keep_poor=keep_poor)
 
 
 #: Of the tiny model: below 5 dB, and between 5 and 15.
@@ -119,7 +119,7 @@ def model_folded(model: FloatDiT, rows: ptq.CalibrationData, policy: str) -> Flo
     from ptq4dit_jax.calibration import channel_extremes
     from ptq4dit_jax.ptq import apply_balancing, balance
 
-    config = ptq.QuantConfig(policy=policy)
+    config = ptq.QuantConfig(rounding="nearest", policy=policy)
     extremes = channel_extremes(model, rows, sites=tuple(model.config.site_features))
     return apply_balancing(model, balance(model, config, extremes, rows).factors)[0]
 

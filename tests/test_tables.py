@@ -45,7 +45,7 @@ def guidance(model):
 @cache
 def quantized_model(kind):
     model = float_model(kind)
-    config = ptq.QuantConfig(**SETTINGS, cfg_scale=guidance(model))
+    config = ptq.QuantConfig(rounding="nearest", **SETTINGS, cfg_scale=guidance(model))
     return ptq.quantize(jax.tree.map(jnp.asarray, model), config, key=KEY)
 
 

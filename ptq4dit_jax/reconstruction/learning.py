@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -17,9 +18,11 @@ from ptq4dit_jax.devices import default_device
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.gptq import RoundedWeight
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.numerics import EXACT, threefry
 from ptq4dit_jax.reconstruction import optimize
+from ptq4dit_jax.reconstruction.closed_form import rounding_bytes
 from ptq4dit_jax.reconstruction.optimize import Rows, Task, TrainState, Variables
 from ptq4dit_jax.reconstruction.rounding import RoundedKernel
 from ptq4dit_jax.reconstruction.units import Kind, Unit
@@ -28,8 +31,14 @@ from ptq4dit_jax.waiting import ready
 
 #: Iterations whose batches are sent to the device at once where rows stay on the host.
 _BATCHES_SENT = 20
+
+
+def _around(rounded: RoundedWeight) -> tuple[RoundedKernel, jax.Array]:
+    return RoundedKernel.around(rounded.target.T, rounded.weight)
+
+
 #: One program for each shape, where each operation would be one.
-_rounded_kernel = jax.jit(RoundedKernel.of)
+_rounded_kernel, _rounded_around = jax.jit(RoundedKernel.of), jax.jit(_around)
 
 
 @lru_cache(maxsize=32)
@@ -96,22 +105,27 @@ class LearningWalk(Walk):
         others = jax.eval_shape(lambda: (jnp.float32(0), threefry(jax.random.key(0)), jnp.int32(0)))
         needed = memory.program_bytes(self._program("block", on_host, state, task, rows, *others))
         of_rows = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows)) // sharding.data_size(self.mesh)
-        return max(0, needed - (0 if on_host else of_rows))
+        learning = max(0, needed - (0 if on_host else of_rows))
+        return max(learning, rounding_bytes(self)) if self.settings.resolved_start == "gptq" else learning
 
     def _program(self, kind: Kind, drawn: bool, *arguments: Any) -> Any:
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         return _compiled(structure, shapes, self.mesh, self.config, kind, self.settings, self.dtype, self.parts, drawn)
 
-    def task(self, unit: Unit) -> tuple[Task, Variables]:
-        """What is fixed and what is learned for a part, at the float weights."""
+    def task(self, unit: Unit, start: Mapping[str, RoundedWeight] | None = None) -> tuple[Task, Variables]:
+        """What is fixed and what is learned for a part: at the float weights, or as near as may be to the targets that the
+        layers of ``start`` were rounded for."""
         kernels, biases, rounding = {}, {}, {}
         for layer, name in unit.layers.items():
             tree = self.params(unit, layer)
-            kernels[layer], rounding[layer] = _rounded_kernel(
-                tree["kernel"], unit.of_depth(name, self.quantized.linears[name].weight)
-            )
-            biases[layer] = tree["bias"]
+            if start is None:
+                weight = unit.of_depth(name, self.quantized.linears[name].weight)
+                kernels[layer], rounding[layer] = _rounded_kernel(tree["kernel"], weight)
+                biases[layer] = tree["bias"]
+            else:
+                kernels[layer], rounding[layer] = _rounded_around(start[layer])
+                biases[layer] = tree["bias"] + start[layer].bias
         acts = self.act_quantizers(unit)
         log_scale = {site: jnp.zeros_like(act.scale) for site, act in acts.items() if not act.dynamic}
         return Task(kernels, biases, acts, self.tables(unit)), Variables(rounding, log_scale)
@@ -122,10 +136,6 @@ class LearningWalk(Walk):
             weight = self._place(np.asarray(_step_weights(self.float_x, rows.target, self.step, self.num_steps)))
             rows = rows.replace(weight=weight)  # type: ignore[attr-defined]
         return rows
-
-    def outputs(self, unit: Unit, variables: Variables, task: Task, rows: Rows) -> tuple[Any, jax.Array]:
-        """With decided roundings: the part's outputs (M, B, ...), and the mean squared error ()."""
-        return self.run(optimize.quantized_outputs, (variables, task), unit, rows)
 
     def train(
         self, unit: Unit, state: TrainState, task: Task, rows: Rows, before: jax.Array, key: jax.Array, stop: int

@@ -146,7 +146,7 @@ def _on_grid(step: jax.Array) -> jax.Array:
 
 
 def train(
-    state: TrainState, task: Task, rows: Rows, nearest_error: jax.Array, key: jax.Array, stop: jax.Array,
+    state: TrainState, task: Task, rows: Rows, start_error: jax.Array, key: jax.Array, stop: jax.Array,
     *, config: DiTConfig, kind: Kind, settings: Reconstruction, dtype: str, parts: int, drawn: bool = False,
     devices: int = 1,
 ) -> TrainState:  # fmt: skip
@@ -156,7 +156,7 @@ def train(
     the program of each, inside a ``shard_map`` over ``data``: ``rows`` are its strata, everything else is whole and the same on
     all.
 
-    The loss is ``squared error / nearest_error + regularizer * indecision / weights``, times the number of weights: both
+    The loss is ``squared error / start_error + regularizer * indecision / weights``, times the number of weights: both
     terms are then of the order of one per weight whatever the model, and one setting fits all.
     """
     for_rounding, for_scales = optimizers(settings)
@@ -169,7 +169,7 @@ def train(
     def error(learned: tuple[dict[str, jax.Array], dict[str, jax.Array]], batch: Rows) -> jax.Array:
         kernels, log_scale = learned
         output = predict(task, kernels, log_scale, batch.inputs, batch.group, config, kind, dtype)
-        return squared_error(output, batch) / nearest_error
+        return squared_error(output, batch) / start_error
 
     def regularizer(rounding: dict[str, jax.Array], progress: jax.Array) -> jax.Array:
         strength = jnp.where(progress < settings.warmup, jnp.float32(0), jnp.float32(settings.regularizer)) / count
@@ -214,22 +214,12 @@ def train(
     return jax.lax.while_loop(lambda state: state.iteration < stop, iterate, state)
 
 
-def quantized_outputs(
-    shared: tuple[Variables, Task], rows: Rows, *, config: DiTConfig, kind: Kind, dtype: str,
-    precision: jax.lax.Precision = EXACT,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """With decided roundings: the output (B, ...) that the next part is fed, and the mean squared error ()."""
-    variables, task = shared
-    kernels = {name: kernel.hard(variables.rounding[name]) for name, kernel in task.kernels.items()}
-    output = predict(task, kernels, variables.log_scale, rows.inputs, rows.group, config, kind, dtype, precision)
-    return output, squared_error(output, rows)
-
-
 def rounded_outputs(
     shared: tuple[Mapping[str, Any], Mapping[str, ActQuantizer]], rows: Rows,
     *, config: DiTConfig, kind: Kind, dtype: str, precision: jax.lax.Precision = EXACT,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """:func:`quantized_outputs` for parameters that are de-quantized already, and quantizers of activations (G,) by site."""
+    """The output (B, ...) that the next part is fed, and the mean squared error (); ``shared`` are the de-quantized parameters
+    and the quantizers of activations (G,) by site."""
     params, acts = shared
     quantizers = {name: act.at_group(rows.group) for name, act in acts.items()}
     output = apply_unit(config, kind, params, quantizers, rows.inputs, dtype, precision)
@@ -251,7 +241,7 @@ def over_rows(
     *, config: DiTConfig, kind: Kind, dtype: str, precision: jax.lax.Precision = EXACT, parts: int = 1,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """One of the three functions above over rows (M, B, ...): outputs (M, B, ...) and errors (M, parts)."""
+    """One of the two functions above over rows (M, B, ...): outputs (M, B, ...) and errors (M, parts)."""
     devices = sharding.data_size(mesh)
 
     def local(shared: Any, rows: Any) -> tuple[jax.Array, jax.Array]:

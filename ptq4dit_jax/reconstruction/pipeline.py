@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +12,22 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from ptq4dit_jax import dit, sharding
+from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import Reconstruction
-from ptq4dit_jax.engine import QLinear, QuantizedDiT
+from ptq4dit_jax.engine import QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.gptq import RoundedWeight
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.numerics import threefry
-from ptq4dit_jax.quantizers import QTensor
+from ptq4dit_jax.ranges import RangeSearch
 from ptq4dit_jax.reconstruction import optimize
+from ptq4dit_jax.reconstruction.closed_form import round_part
 from ptq4dit_jax.reconstruction.learning import LearningWalk
 from ptq4dit_jax.reconstruction.optimize import Rows, Task, TrainState, Variables
+from ptq4dit_jax.reconstruction.parts import RoundedPart, assemble
 from ptq4dit_jax.reconstruction.resume import Journal
+from ptq4dit_jax.reconstruction.rounding import RoundedKernel
 from ptq4dit_jax.reconstruction.units import Unit, units
 from ptq4dit_jax.reconstruction.walk import MemoryPlan
 
@@ -30,20 +35,28 @@ from ptq4dit_jax.reconstruction.walk import MemoryPlan
 UnitProgress = Callable[[str, int, int, float], None]
 
 _REPORT_EVERY, _CURVE_POINTS = 100, 50
-_pack = jax.jit(QLinear.pack)
 
 
 @struct.dataclass
 class PartResult:
-    """What a part was given: packed weights by layer, and the logarithm (G,) of what each site's scales are multiplied by; its
-    mean squared error with all weights rounded to the nearest and after learning, and the error of each iteration relative to
-    the former."""
+    """What a ``part`` was given; its mean squared error with all weights rounded to the nearest and after learning, and the
+    error of each iteration relative to the former."""
 
-    values: dict[str, Any]
-    log_scale: dict[str, Any]
+    part: RoundedPart
     before: Any
     after: Any
     errors: Any
+
+
+@struct.dataclass
+class _Work:
+    """What goes on where a run died inside a part: fixed ``kernels`` and ``biases``, the codes that hold if learning does no
+    better, as whether each is the upper of its two, and the ``state``."""
+
+    kernels: dict[str, RoundedKernel]
+    biases: dict[str, Any]
+    upper: dict[str, Any]
+    state: TrainState
 
 
 def reconstruct(
@@ -55,6 +68,7 @@ def reconstruct(
     key: jax.Array,
     journal: Journal | None = None,
     save_every: int = 500,
+    search: RangeSearch = "mse",
     mesh: Mesh | None = None,
     announce: Callable[[MemoryPlan], None] | None = None,
     progress: UnitProgress | None = None,
@@ -62,7 +76,7 @@ def reconstruct(
     """Learns the rounding of the weights and the scales of the activations, part after part (PTQ4DiT, section 4.3; AdaRound).
 
     Each part, fed by the quantized parts before it, is made to reproduce what the float part gives when fed by the float parts
-    before it. Weights move to a neighbouring code at most; weight scales and zero points stay.
+    before it. Weights move to a code next to that of the start at most; weight scales and zero points are those of the start.
 
     Args:
       folded: the float model after balancing, with what folding left at its sites.
@@ -72,6 +86,7 @@ def reconstruct(
       key: decides which rows an iteration draws, together with its number.
       journal: where the state is kept; with one, a run that died goes on where it was last saved.
       save_every: iterations between two such saves inside a part.
+      search: how the ranges of weights are chosen where they are rounded in closed form.
       mesh: shards every batch over ``data``.
       announce: called once, before the first iteration, with what memory it will take.
       progress: called every hundred iterations.
@@ -85,34 +100,29 @@ def reconstruct(
     key, walk = threefry(key), LearningWalk(folded, quantized, calibration, settings, mesh)
     if announce is not None:
         announce(walk.plan)
-    results, facts = [], []
+    parts, facts = [], []
     for position, unit in enumerate(units(folded.config)):
-        task, start = sharding.replicate(mesh, walk.task(unit))
-        rows = walk.rows(unit)
-        before = walk.outputs(unit, start, task, rows)[1]
+        nearest, rows = walk.nearest(unit), walk.rows(unit)
+        outputs, before = walk.outputs(unit, nearest, rows)
         _check_error(unit, before, walk.dtype)
-        like = jax.eval_shape(_result, task, start, before, before, jnp.zeros((settings.iterations,), jnp.float32))
-        result = None if journal is None else journal.finished(position, like)
+        result = None if journal is None else journal.finished(position, _like(walk, unit))
         if result is None:
-            state = _optimize(unit, position, task, start, rows, before, walk, key, journal, save_every, progress)
-            variables, errors = state.variables, state.errors
-        else:
-            variables, errors = sharding.replicate(mesh, _restored(task, start, result)), result.errors
-        outputs, after = walk.outputs(unit, variables, task, rows)
-        if result is None and not after <= before:  # NaN included
-            variables = start
-            outputs, after = walk.outputs(unit, variables, task, rows)
-        _check_error(unit, after, walk.dtype)
-        if result is None:
-            result = jax.device_get(_result(task, variables, before, after, errors))
+            result, outputs = _learned(unit, position, walk, rows, before, key, journal, save_every, search, progress)
+            if not result.after <= before:
+                result = dataclasses.replace(result, part=nearest, after=before)
+                outputs, _ = walk.outputs(unit, nearest, rows)
+            result = jax.device_get(result)
             if journal is not None:
                 journal.finish(position, result)
+        else:
+            outputs, _ = walk.outputs(unit, sharding.replicate(mesh, result.part), rows)
+        _check_error(unit, result.after, walk.dtype)
         if progress is not None:
-            progress(unit.name, settings.iterations, settings.iterations, float(after / before))
+            progress(unit.name, settings.iterations, settings.iterations, float(result.after / before))
         walk.advance(unit, outputs, rows.target)
-        results.append(result)
+        parts.append((unit, result.part))
         facts.append(_facts(unit, result))
-    return _assemble(folded, quantized, results), facts
+    return assemble(quantized, parts), facts
 
 
 def _check_error(unit: Unit, error: Any, dtype: str) -> None:
@@ -123,75 +133,95 @@ def _check_error(unit: Unit, error: Any, dtype: str) -> None:
         )
 
 
+def _learned(
+    unit: Unit, position: int, walk: LearningWalk, rows: Rows, before: jax.Array, key: jax.Array, journal: Journal | None,
+    save_every: int, search: RangeSearch, progress: UnitProgress | None,
+) -> tuple[PartResult, Any]:  # fmt: skip
+    """What learning makes of a part, or the start if that is better; and its outputs."""
+    work = None if journal is None else journal.current(position, _like_work(walk, unit))
+    start = None
+    if work is None and walk.settings.resolved_start == "gptq":
+        start = round_part(walk, unit, search=search)[1]
+    task, variables = walk.task(unit, start)
+    if work is None:
+        upper = _upper(task, start) if start is not None else jax.tree.map(lambda v: v >= 0, variables.rounding)
+        work = _Work(task.kernels, task.biases, upper, optimize.start(variables, walk.settings))
+    work, task, variables = sharding.replicate(walk.mesh, (work, task, variables))
+    task = dataclasses.replace(task, kernels=work.kernels, biases=work.biases)
+    decided = Variables(jax.tree.map(_decided, work.upper), variables.log_scale)
+    first = _part(task, decided)
+    outputs, error = walk.outputs(unit, first, rows)
+    state = _optimize(unit, position, task, work, rows, before, error, walk, key, journal, save_every, progress)
+    learned = _part(task, state.variables)
+    better, after = walk.outputs(unit, learned, rows)
+    if not after <= error:  # NaN included
+        learned, better, after = first, outputs, error
+    return PartResult(learned, before, after, state.errors * (error / before)), better
+
+
 def _optimize(
-    unit: Unit, position: int, task: Task, variables: Variables, rows: Rows, before: jax.Array, walk: LearningWalk,
+    unit: Unit, position: int, task: Task, work: _Work, rows: Rows, before: jax.Array, error: jax.Array, walk: LearningWalk,
     key: jax.Array, journal: Journal | None, save_every: int, progress: UnitProgress | None,
 ) -> TrainState:  # fmt: skip
-    settings = walk.settings
-    state = sharding.replicate(walk.mesh, optimize.start(variables, settings))
-    if journal is not None and (saved := journal.current(position, jax.eval_shape(lambda: state))) is not None:
-        state = sharding.replicate(walk.mesh, saved)
+    """Iterates to the end from the state of ``work``; ``before`` is the error of rounding to the nearest, and ``error`` that of
+    the start, which the loss counts from."""
+    settings, state = walk.settings, work.state
     done = int(state.iteration)
     while done < settings.iterations:
         marks = (_REPORT_EVERY,) if journal is None else (_REPORT_EVERY, save_every)
         stop = min(settings.iterations, *((done // mark + 1) * mark for mark in marks))
-        state = walk.train(unit, state, task, rows, before, key, stop)
+        state = walk.train(unit, state, task, rows, error, key, stop)
         done = stop
         if journal is not None and done < settings.iterations and done % save_every == 0:
-            journal.save_current(position, state, done)
+            journal.save_current(position, dataclasses.replace(work, state=state), done)
         if progress is not None and done < settings.iterations:
-            progress(unit.name, done, settings.iterations, float(state.errors[max(0, done - _REPORT_EVERY) : done].mean()))
+            recent = float(state.errors[max(0, done - _REPORT_EVERY) : done].mean())
+            progress(unit.name, done, settings.iterations, recent * float(error / before))
     return state
 
 
-@jax.jit
-def _restored(task: Task, variables: Variables, result: PartResult) -> Variables:
-    """Variables that decide for the codes and scales of a stored result."""
-    rounding = {}
-    for layer, kernel in task.kernels.items():
-        codes = _with_values(kernel.pack(variables.rounding[layer]), jnp.asarray(result.values[layer])).codes()
-        up = jnp.swapaxes(codes, -1, -2).astype(jnp.int32) > kernel.base.astype(jnp.int32)
-        rounding[layer] = jnp.where(up, jnp.float32(1), jnp.float32(-1))
-    log_scale = {site: jnp.asarray(result.log_scale[site]) for site in variables.log_scale}
-    return Variables(rounding, log_scale)
+def _like(walk: LearningWalk, unit: Unit) -> PartResult:
+    """The shapes of a part's result."""
+
+    def result() -> PartResult:
+        task, variables = walk.task(unit)
+        error = jnp.zeros((), jnp.float32)
+        return PartResult(_part(task, variables), error, error, jnp.zeros((walk.settings.iterations,), jnp.float32))
+
+    return cast(PartResult, jax.eval_shape(result))
+
+
+def _like_work(walk: LearningWalk, unit: Unit) -> _Work:
+    """The shapes of what is stored of a part at work."""
+
+    def work() -> _Work:
+        task, variables = walk.task(unit)
+        upper = jax.tree.map(lambda v: v >= 0, variables.rounding)
+        return _Work(task.kernels, task.biases, upper, optimize.start(variables, walk.settings))
+
+    return cast(_Work, jax.eval_shape(work))
 
 
 @jax.jit
-def _result(task: Task, variables: Variables, before: jax.Array, after: jax.Array, errors: jax.Array) -> PartResult:
-    values = {layer: kernel.pack(variables.rounding[layer]).values for layer, kernel in task.kernels.items()}
-    return PartResult(values=values, log_scale=variables.log_scale, before=before, after=after, errors=errors)
+def _upper(task: Task, start: Mapping[str, RoundedWeight]) -> dict[str, jax.Array]:
+    """Whether each code that the start was rounded to is the upper of its two."""
+    codes = {layer: jnp.swapaxes(rounded.weight.codes(), -1, -2) for layer, rounded in start.items()}
+    return {layer: codes[layer] > kernel.base for layer, kernel in task.kernels.items()}
+
+
+@jax.jit
+def _decided(upper: jax.Array) -> jax.Array:
+    return jnp.where(upper, jnp.float32(1), jnp.float32(-1))
+
+
+@jax.jit
+def _part(task: Task, variables: Variables) -> RoundedPart:
+    """The part with the codes that the variables decide for."""
+    weights = {layer: kernel.pack(variables.rounding[layer]) for layer, kernel in task.kernels.items()}
+    return RoundedPart(weights, task.biases, variables.log_scale)
 
 
 def _facts(unit: Unit, result: PartResult) -> dict[str, Any]:
     errors = np.asarray(result.errors)
     curve = [float(part.mean()) for part in np.array_split(errors, min(_CURVE_POINTS, len(errors)))]
     return {"part": unit.name, "before": float(result.before), "after": float(result.after), "curve": curve}
-
-
-def _assemble(folded: FloatDiT, quantized: QuantizedDiT, results: list[PartResult]) -> QuantizedDiT:
-    """The model with the learned codes and scales; zero points are folded into the float biases anew."""
-    values: dict[str, list[Any]] = {}
-    scales: dict[str, list[Any]] = {}
-    for unit, result in zip(units(folded.config), results, strict=True):
-        for layer, name in unit.layers.items():
-            values.setdefault(name, []).append(result.values[layer])
-        for site, name in unit.sites.items():
-            if site in result.log_scale:
-                scales.setdefault(name, []).append(result.log_scale[site])
-
-    def joined(name: str, parts: list[Any]) -> jax.Array:
-        return jnp.stack(parts) if name.startswith("blocks.") else jnp.asarray(parts[0])
-
-    def learned(site: str, act: Any) -> Any:
-        return act if act is None or site not in scales else act.replace(scale=act.scale * jnp.exp(joined(site, scales[site])))
-
-    linears = {}
-    for name, linear in quantized.linears.items():
-        weight = _with_values(linear.weight, joined(name, values[name]))
-        linears[name] = _pack(weight, folded.layer(name)["bias"], learned(dit.SITE_OF_LAYER[name], linear.act))
-    sites = {name: learned(name, act) for name, act in quantized.sites.items()}
-    return quantized.replace(linears=linears, sites=sites)  # type: ignore[attr-defined]
-
-
-def _with_values(weight: QTensor, values: jax.Array) -> QTensor:
-    return weight.replace(values=values)  # type: ignore[attr-defined]

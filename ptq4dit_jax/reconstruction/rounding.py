@@ -15,6 +15,9 @@ from ptq4dit_jax.quantizers import QTensor, weight_code_range
 
 #: The stretched sigmoid reaches 0 and 1 at finite values.
 GAMMA, ZETA = -0.1, 1.1
+#: How far soft weights start from codes that were decided already, of the way to what they were decided for. All the way, they
+#: would be decided anew by the nearest code, which takes many iterations to become as good.
+LEANING = 0.1
 
 
 @struct.dataclass
@@ -40,22 +43,29 @@ class RoundedKernel:
         position = kernel / weight.scale[..., None, :]
         floor = jnp.floor(position)
         base = jnp.clip(floor, (low - 1)[..., None, :], high[..., None, :])
-        rounded = cls(
-            base=base.astype(jnp.int8),
-            scale=weight.scale,
-            low=low.astype(jnp.int8),
-            high=high.astype(jnp.int8),
+        return cls._between(base, weight), inverse_stretched_sigmoid(position - floor)
+
+    @classmethod
+    def around(cls, target: jax.Array, weight: QTensor) -> tuple[RoundedKernel, jax.Array]:
+        """The fixed part where each weight may keep its code in ``weight`` or move to the neighbouring one on the side of
+        ``target`` (..., K, N), and the variables (..., K, N) float32 that decide for the former and lean towards the target."""
+        position = target / weight.scale[..., None, :]
+        code = jnp.swapaxes(weight.codes(), -1, -2).astype(jnp.float32)
+        base = jnp.where(position >= code, code, code - 1)
+        part, upper = jnp.clip(position - base, 0.0, 1.0), code - base
+        return cls._between(base, weight), inverse_stretched_sigmoid(upper + LEANING * (part - upper))
+
+    @classmethod
+    def _between(cls, base: jax.Array, weight: QTensor) -> RoundedKernel:
+        low, high = weight.code_range
+        return cls(
+            base=base.astype(jnp.int8), scale=weight.scale, low=low.astype(jnp.int8), high=high.astype(jnp.int8),
             bits=weight.bits,
-        )
-        return rounded, inverse_stretched_sigmoid(position - floor)
+        )  # fmt: skip
 
     def soft(self, variables: jax.Array) -> jax.Array:
         """The de-quantized kernel with fractional codes, differentiable in ``variables``."""
         return self._dequantize(stretched_sigmoid(variables))
-
-    def hard(self, variables: jax.Array) -> jax.Array:
-        """The de-quantized kernel with the codes that ``variables`` decide for."""
-        return self._dequantize((variables >= 0).astype(jnp.float32))
 
     def codes(self, variables: jax.Array) -> jax.Array:
         """Centered codes (..., K, N), int8."""

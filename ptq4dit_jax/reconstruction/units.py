@@ -55,7 +55,13 @@ class Unit:
 
     def of_depth(self, name: str, value: Any) -> Any:
         """What a stacked tree holds for this unit: the slice at its depth for the names of blocks, else the whole."""
-        return jax.tree.map(lambda leaf: leaf[self.index], value) if name.startswith("blocks.") else value
+        return _at(value, self.index) if name.startswith("blocks.") else value
+
+
+@jax.jit
+def _at(tree: Any, index: jax.Array) -> Any:
+    """One program a tree, where each operation of each of its leaves would be one."""
+    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def units(config: DiTConfig) -> tuple[Unit, ...]:

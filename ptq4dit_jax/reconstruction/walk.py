@@ -20,6 +20,7 @@ from ptq4dit_jax.model import FloatDiT, step_group
 from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.reconstruction import optimize
 from ptq4dit_jax.reconstruction.optimize import Rows
+from ptq4dit_jax.reconstruction.parts import RoundedPart, scaled
 from ptq4dit_jax.reconstruction.units import Unit
 from ptq4dit_jax.waiting import ready
 
@@ -120,7 +121,7 @@ class Walk(abc.ABC):
         """The float kernel (K, N) and bias (N,) of a layer of a part."""
         if unit.kind != "block":
             return self.folded.params[layer]
-        return jax.tree.map(lambda leaf: leaf[unit.index], self.folded.params["blocks"][layer])
+        return unit.of_depth(f"blocks.{layer}", self.folded.params["blocks"][layer])
 
     def float_part(self, unit: Unit) -> tuple[dict[str, Any], dict[str, Any]]:
         """The float parameters of a part, and what folding left at its sites."""
@@ -131,6 +132,12 @@ class Walk(abc.ABC):
     def act_quantizers(self, unit: Unit) -> dict[str, Any]:
         """The activation quantizers of a part, by site; leaves are tables over groups of steps (G,)."""
         return {site: unit.of_depth(name, self.acts[name]) for site, name in unit.sites.items() if name in self.acts}
+
+    def nearest(self, unit: Unit) -> RoundedPart:
+        """A part as range search has rounded it."""
+        weights = {layer: unit.of_depth(name, self.quantized.linears[name].weight) for layer, name in unit.layers.items()}
+        biases = {layer: self.params(unit, layer)["bias"] for layer in unit.layers}
+        return RoundedPart(weights, biases, {})
 
     def inputs(self, unit: Unit) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """What a part is fed behind the quantized prefix, and behind the float one; as :func:`apply_unit` takes them."""
@@ -147,9 +154,10 @@ class Walk(abc.ABC):
         target, _ = self._over_rows(optimize.float_outputs, shared, unit, exact)
         return Rows(inputs=quant, target=target, group=self.group, weight=self.weight)
 
-    def run(self, function: Any, shared: Any, unit: Unit, rows: Rows) -> tuple[Any, jax.Array]:
-        """A quantized form of the part: its outputs (M, B, ...), and the mean squared error () float32."""
-        outputs, errors = self._over_rows(function, shared, unit, rows)
+    def outputs(self, unit: Unit, part: RoundedPart, rows: Rows) -> tuple[Any, jax.Array]:
+        """What the rounded part makes of the rows, (M, B, ...), and its mean squared error () float32."""
+        shared = _fake_quantized(*sharding.replicate(self.mesh, (part, self.act_quantizers(unit), self.tables(unit))))
+        outputs, errors = self._over_rows(optimize.rounded_outputs, shared, unit, rows)
         return outputs, jnp.maximum(np.asarray(ready(errors)).mean(dtype=np.float64).astype(np.float32), TINY)
 
     def _over_rows(self, function: Any, shared: Any, unit: Unit, rows: Any) -> tuple[Any, Any]:
@@ -174,3 +182,10 @@ class Walk(abc.ABC):
             self.quant_c, self.float_c = quantized, exact
         elif unit.kind != "head":
             self.quant_x, self.float_x = quantized, exact
+
+
+@jax.jit
+def _fake_quantized(part: RoundedPart, acts: dict[str, Any], tables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What :func:`optimize.rounded_outputs` takes."""
+    acts = {site: scaled(act, part.log_scale[site]) if site in part.log_scale else act for site, act in acts.items()}
+    return part.params() | tables, acts

@@ -19,7 +19,7 @@ def models() -> list[ptq.QuantizedDiT]:
     made = []
     for seed, name in enumerate(("first", "second")):
         dit = jax.tree.map(jnp.asarray, tiny_model(seed))
-        q = ptq.quantize(dit, ptq.QuantConfig(steps=2, calib_steps=1, calib_rows=2), key=jax.random.key(0))
+        q = ptq.quantize(dit, ptq.QuantConfig(rounding="nearest", steps=2, calib_steps=1, calib_rows=2), key=jax.random.key(0))
         made.append(q.replace(provenance=Provenance({"name": name})))  # type: ignore[attr-defined]
     return made
 

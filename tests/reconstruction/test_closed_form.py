@@ -5,15 +5,16 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from helpers import random_inputs, relative_error, same_bytes, tiny_model
+from helpers import Capture, random_inputs, relative_error, same_bytes, tiny_model
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import gptq, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.dit import SITE_OF_LAYER, nest_sites
-from ptq4dit_jax.reconstruction import closed_form, optimize, round_closed_form, units
+from ptq4dit_jax.reconstruction import closed_form, moments, round_closed_form, units
 from ptq4dit_jax.reconstruction.closed_form import ClosedFormWalk
+from ptq4dit_jax.reconstruction.moments import PartInputs
 
 KEY = jax.random.key(0)
 CONFIG = ptq.QuantConfig(weight_bits=3, calib_steps=4, calib_rows=30, steps=4, step_groups=2, balance="none", equalize_v=False)
@@ -68,27 +69,6 @@ def fed(model, site, rows):
     return np.concatenate([np.moveaxis(v, 0, 1) if site != name else v for v in values])
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Seen:
-    x: jax.Array
-
-
-@jax.tree_util.register_pytree_node_class
-class Capture:
-    """Observer that becomes what it has seen."""
-
-    def tree_flatten(self):
-        return (), None
-
-    @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls()
-
-    def observe(self, x):
-        return Seen(x)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layer", ["blocks.qkv", "blocks.proj", "blocks.fc2", "blocks.adaLN", "patch_embed", "time_fc2", "final"]
@@ -100,11 +80,10 @@ def test_moments_are_those_of_what_the_two_networks_feed_the_layer(layer, model,
     for unit in units(model.config):
         if layer in unit.layers.values():
             break
-        part = walk.part(unit)
-        outputs, _ = walk.run(optimize.rounded_outputs, (part.params, part.acts), unit, walk.rows(unit))
+        outputs, _ = walk.outputs(unit, walk.nearest(unit), walk.rows(unit))
         walk.advance(unit, outputs, walk.rows(unit).target)
     name = next(inside for inside, full in unit.layers.items() if full == layer)
-    found = walk.moments(unit, name, walk.part(unit))
+    found = PartInputs(walk, unit).moments(name, walk.nearest(unit))
     of_block = (lambda a: a[:, 0]) if layer.startswith("blocks.") else (lambda a: a)
     K = model.config.linear_shapes[layer][0]
     x, exact = (of_block(fed(m, SITE_OF_LAYER[layer], rows)).reshape(-1, K) for m in (twin, model))
@@ -128,10 +107,10 @@ def test_parts_hold_each_row_once_on_the_device_that_sums_it(devices, mesh8):
     strata = {1: 32, 2: 32, 3: 33, 8: 32}[devices]
     x = sharding.shard(mesh, np.arange(5 * strata).reshape(5, strata), axis=1)
     parts = 8 if 8 % devices == 0 else devices
-    lanes = closed_form._lanes({"x": x}, parts, mesh)
+    lanes = moments._lanes({"x": x}, parts, mesh)
     np.testing.assert_array_equal(np.concatenate([lane["x"] for lane in lanes], axis=1), x)
     for item in range(parts):
-        lane = lanes[closed_form._lane(item, devices, parts // devices)]["x"]
+        lane = lanes[moments._lane(item, devices, parts // devices)]["x"]
         assert lane.devices() == {sharding.devices_of(mesh)[item % devices] or jax.devices()[0]}
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ptq4dit_jax.quantizers import QTensor
 from ptq4dit_jax.ranges import quantize_weight
 from ptq4dit_jax.reconstruction import rounding
 from ptq4dit_jax.reconstruction.rounding import RoundedKernel
@@ -42,9 +43,27 @@ def test_at_the_start_the_decision_is_the_nearest_code(bits):
     clear = np.abs(position - np.floor(position) - 0.5) > 1e-4
     assert clear.mean() > 0.95
     np.testing.assert_array_equal(np.asarray(fixed.codes(variables))[clear], codes[clear])
-    np.testing.assert_allclose(
-        np.asarray(fixed.hard(variables))[clear], (codes * np.asarray(fixed.scale))[clear], rtol=1e-6, atol=0
-    )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_that_were_decided_for_a_target_may_move_towards_it(bits):
+    """Codes that are up to two steps from the nearest, as closed-form rounding chooses them."""
+    kernel, fixed, _, codes = rounded(bits)
+    low, high, scale = (np.asarray(a, np.float64) for a in (fixed.low, fixed.high, fixed.scale))
+    decided = np.clip(codes + np.random.default_rng(1).integers(-2, 3, codes.shape), low, high).astype(int)
+    if 4 < bits < 8:  # there the codes in use are the range
+        decided[0], decided[1] = low, high
+    zero_point = np.zeros(10, np.int32) if bits == 8 else -low.astype(np.int32)
+    weight = QTensor.from_codes(jnp.asarray(decided.T + zero_point[:, None]), fixed.scale, jnp.asarray(zero_point), bits)
+    around, variables = jax.jit(RoundedKernel.around)(kernel, weight)
+    np.testing.assert_array_equal(around.codes(variables), decided)
+    position = kernel / scale
+    towards = np.clip(decided + np.sign(position - decided), low, high)
+    soft = np.asarray(around.soft(variables), np.float64) / scale
+    expected = decided + rounding.LEANING * np.clip(position - decided, -1, 1) * (towards != decided)
+    np.testing.assert_allclose(soft, expected, atol=1e-5 * 2**bits)
+    moved = around.codes(jnp.where(variables >= 0, -1.0, 1.0).astype(jnp.float32))
+    np.testing.assert_array_equal(np.asarray(moved)[position != decided], towards[position != decided])
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -69,7 +88,8 @@ def test_what_is_packed_is_what_was_decided(bits):
     assert packed.bits == bits
     assert packed.packed == (bits <= 4)
     np.testing.assert_array_equal(packed.codes().T, fixed.codes(variables))
-    np.testing.assert_allclose(packed.dequantize().T, fixed.hard(variables), rtol=1e-6)
+    expected = np.asarray(fixed.codes(variables)) * np.asarray(fixed.scale, np.float64)
+    np.testing.assert_allclose(packed.dequantize().T, expected, rtol=1e-6)
 
 
 def test_the_stretched_sigmoid_and_its_inverse():

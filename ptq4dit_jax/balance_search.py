@@ -1,0 +1,194 @@
+"""Balancing by measurement: of several candidates, the one by which the quantized output of a layer errs least on some rows.
+
+A candidate is ``b_j = (s(W)_j / s(X)_j)^exponent`` of one salience of the activations; ``none`` and the two of the paper are
+among them. So on the rows that chose, no layer errs more than by these. An error counts relative to the output's power at the
+same step: the cleanest steps, where it is largest, count most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from ptq4dit_jax import salience
+from ptq4dit_jax.calibration import MICRO_BATCH, CalibrationData, ChannelExtremes
+from ptq4dit_jax.dit import flatten_sites, nest_sites
+from ptq4dit_jax.evaluation import metrics
+from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.numerics import CALIBRATION, unit_exponent
+from ptq4dit_jax.quantizers import ActQuantizer, QTensor, affine_parameters
+from ptq4dit_jax.ranges import RangeSearch, quantize_weight
+from ptq4dit_jax.waiting import ready
+
+#: Exponents of the candidates from the largest values and from the mean squares over all steps.
+EXPONENTS = (0.25, 0.5, 0.75)
+#: What static ranges are tried as shares of the extremes.
+_SHARES = (1.0, 0.8, 0.6, 0.4)
+
+
+class Chosen(NamedTuple):
+    """For a site: ``factors`` (L, K); the candidate that each block took, and its error relative to no balancing and to the
+    paper's balancing (L,)."""
+
+    factors: jax.Array
+    names: tuple[str, ...]
+    to_none: np.ndarray
+    to_paper: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a report needs."""
+        return {"chosen": list(self.names), "to_none": self.to_none.tolist(), "to_paper": self.to_paper.tolist()}
+
+
+def candidates(extremes: ChannelExtremes, kernel: jax.Array, temperature: float) -> dict[str, jax.Array]:
+    """Factors (L, K) by name, for extremes (S, L, K) at every step and a kernel (L, K, N)."""
+    s_w, s_x = salience.weight_salience(kernel), extremes.salience
+    kinds = {"largest": s_x.max(0), "rms": jnp.sqrt(extremes.power.mean(0))}
+    found = {"none": jnp.ones_like(s_w), "csb": salience.balancing_factors(s_x[s_x.shape[0] // 2], s_w)}
+    found["csb+ssc"] = salience.balancing_factors(salience.ssc_salience(s_x, s_w, temperature)[0], s_w)
+    for kind, chosen in kinds.items():
+        for exponent in EXPONENTS:
+            found[f"{kind} {exponent:g}"] = salience.balancing_factors(chosen, s_w, exponent)
+    return found
+
+
+@struct.dataclass
+class _Trials:
+    """Observer of a float layer's input: the error of its output by each of C candidates.
+
+    ``kernel`` (K, N) is the float one, ``factors`` (C, K), ``weights`` (C, N, K), and ``acts`` are (C, P) static quantizers, of
+    which the best counts; None scales each token by itself.
+    """
+
+    kernel: Any
+    factors: Any
+    weights: QTensor
+    acts: ActQuantizer | None
+    bits: int = struct.field(pytree_node=False)
+
+    def observe(self, x: jax.Array) -> metrics.Powers:
+        product = partial(jnp.einsum, "...k,kn->...n", precision=CALIBRATION)
+        exact = product(x, self.kernel)
+
+        def errors(candidate: tuple[jax.Array, QTensor, ActQuantizer | None]) -> metrics.Powers:
+            factor, weight, acts = candidate
+            balanced, kernel = x * jnp.expand_dims(factor, range(x.ndim - 1)), weight.dequantize().T
+            of = lambda act: metrics.powers(exact, product(act(balanced), kernel))
+            if acts is None:
+                return of(ActQuantizer(None, None, balance=None, bits=self.bits, dynamic=True))
+            tried = jax.lax.map(of, acts)
+            best = jnp.argmin(jnp.ldexp(tried.error, 2 * (tried.exponent - tried.exponent.max())))
+            return jax.tree.map(lambda leaf: leaf[best], tried)
+
+        return jax.lax.map(errors, (self.factors, self.weights, self.acts))
+
+
+def search(
+    model: FloatDiT,
+    extremes: Mapping[str, ChannelExtremes],
+    calibration: CalibrationData,
+    groups: np.ndarray,
+    weight_bits: Mapping[str, int],
+    *,
+    dynamic: Sequence[str],
+    act_bits: int,
+    temperature: float,
+    range_search: RangeSearch,
+) -> dict[str, Chosen]:
+    """The best candidate for each block site and each block, measured on as many rows of every step as a micro-batch has.
+
+    Args:
+      model: the float model before balancing, on one device.
+      extremes: of the sites, leaves (S, L, K).
+      calibration: S steps of R rows.
+      groups: (S,) the group of each step, by which static ranges are chosen.
+      weight_bits: for each site to balance, such as ``blocks.fc1_in``, the width of its layer.
+      dynamic: sites that are scaled per token.
+      act_bits: width of the activations.
+      temperature: of SSC's softmax.
+      range_search: how ranges of weights are chosen.
+    """
+    found = {}
+    rows = _spread(calibration)
+    for site, bits in weight_bits.items():
+        kernel = model.params["blocks"][_layer(site)]["kernel"]
+        tried = candidates(extremes[site], kernel, temperature)
+        factors = jnp.stack(list(tried.values()))
+        trials = _trials(
+            kernel, factors, extremes[site], jnp.asarray(groups, jnp.int32), bits=bits, act_bits=act_bits,
+            dynamic=site in dynamic, search=range_search,
+        )  # fmt: skip
+        ratio = np.asarray(ready(_errors(model, rows, trials, site=site)), np.float64)
+        best = ratio.argmin(0)
+        names, blocks = list(tried), np.arange(len(best))
+        chosen = jnp.take_along_axis(factors, jnp.asarray(best, jnp.int32)[None, :, None], 0)[0]
+        relative = lambda name, ratio=ratio, best=best, blocks=blocks, names=names: (
+            ratio[best, blocks] / np.maximum(ratio[names.index(name)], np.finfo(np.float32).tiny)
+        )
+        found[site] = Chosen(chosen, tuple(names[i] for i in best), relative("none"), relative("csb+ssc"))
+    return found
+
+
+def _layer(site: str) -> str:
+    return site.removeprefix("blocks.").removesuffix("_in")
+
+
+def _spread(calibration: CalibrationData) -> CalibrationData:
+    """Some rows of every step, from all over them."""
+    count = calibration.num_rows
+    chosen = (np.arange(min(count, MICRO_BATCH)) * 2 + 1) * count // (2 * min(count, MICRO_BATCH))
+    t = np.asarray(calibration.t)
+    return CalibrationData(
+        x=np.asarray(calibration.x)[:, chosen], t=t[:, None] if t.ndim == 1 else t[:, chosen],
+        y=np.asarray(calibration.y)[:, chosen],
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("bits", "act_bits", "dynamic", "search"))
+def _trials(
+    kernel: jax.Array, factors: jax.Array, extremes: ChannelExtremes, groups: jax.Array,
+    *, bits: int, act_bits: int, dynamic: bool, search: RangeSearch,
+) -> _Trials:  # fmt: skip
+    """Leaves (L, C, ...), and those of static quantizers (S, L, C, P)."""
+    factors = jnp.moveaxis(factors, 1, 0)
+    power = extremes.power.mean(0)
+
+    def rounded(block: tuple[jax.Array, jax.Array, jax.Array]) -> QTensor:
+        kernel, factors, power = block
+
+        def one(factor: jax.Array) -> QTensor:
+            importance = power * jnp.square(jnp.ldexp(factor, -unit_exponent(factor)))
+            return quantize_weight((kernel / factor[:, None]).T, bits, search, importance)
+
+        return jax.lax.map(one, factors)
+
+    weights = jax.lax.map(rounded, (kernel, factors, power))
+    acts = None
+    if not dynamic:
+        low, high = (jnp.expand_dims(end, 2) * factors[None] for end in (extremes.low, extremes.high))  # (S, L, C, K)
+        low, high = low.min(-1), high.max(-1)
+        low = jax.ops.segment_min(low, groups, num_segments=low.shape[0])[groups]
+        high = jax.ops.segment_max(high, groups, num_segments=high.shape[0])[groups]
+        shares = jnp.asarray(_SHARES, low.dtype)
+        scale, zero_point = affine_parameters(low[..., None] * shares, high[..., None] * shares, act_bits)
+        acts = ActQuantizer(scale=scale, zero_point=zero_point, balance=None, bits=act_bits)
+    return _Trials(kernel=kernel, factors=factors, weights=weights, acts=acts, bits=act_bits)
+
+
+@partial(jax.jit, static_argnames="site")
+def _errors(model: FloatDiT, rows: CalibrationData, trials: _Trials, *, site: str) -> jax.Array:
+    """The mean over steps of each candidate's error relative to the output's power, (C, L)."""
+
+    def step(batch: tuple[CalibrationData, Any]) -> jax.Array:
+        rows, acts = batch
+        observers = nest_sites({site: trials.replace(acts=acts)})  # type: ignore[attr-defined]
+        powers = flatten_sites(model.observe(observers, rows.x, rows.t, rows.y)[1])[site]
+        return powers.error / jnp.where(powers.signal > 0, powers.signal, 1.0)
+
+    return jax.lax.map(step, (rows, trials.acts)).mean(0).T

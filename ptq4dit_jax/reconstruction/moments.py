@@ -1,0 +1,137 @@
+"""Second moments of what the layers of a part are fed, summed over all rows of a walk."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+
+from ptq4dit_jax import sharding
+from ptq4dit_jax.dit import SITE_OF_LAYER, DiTConfig
+from ptq4dit_jax.gptq import InputMoments
+from ptq4dit_jax.numerics import CALIBRATION
+from ptq4dit_jax.reconstruction.parts import RoundedPart
+from ptq4dit_jax.reconstruction.units import Kind, Unit, site_input
+from ptq4dit_jax.reconstruction.walk import Walk
+from ptq4dit_jax.waiting import ready
+
+
+@struct.dataclass
+class _Networks:
+    """A part twice: as it is ``rounded`` with its ``acts`` (G,) by site, and the float one with what folding left there."""
+
+    rounded: RoundedPart
+    acts: dict[str, Any]
+    params: dict[str, Any]
+    balances: dict[str, Any]
+
+
+@struct.dataclass
+class _Seen:
+    """Rows (M, B, ...): what both forms of a part are fed, the group of steps, and what each row counts."""
+
+    inputs: tuple[Any, ...]
+    float_inputs: tuple[Any, ...]
+    group: Any
+    share: Any
+
+
+class PartInputs:
+    """The rows that a part is fed, cut into the walk's parts once for all its layers.
+
+    What sums one is a program of one device, and sums are added up in order. So on CPUs every number of devices that divides
+    the parts gives the same moments.
+    """
+
+    def __init__(self, walk: Walk, unit: Unit) -> None:
+        self._walk, self._unit = walk, unit
+        inputs, exact = walk.inputs(unit)
+        rows = _Seen(inputs=inputs, float_inputs=exact, group=walk.group, share=walk.share)
+        self._lanes = _lanes(rows, walk.parts, walk.mesh)
+        self._devices = sharding.devices_of(walk.mesh)
+        self._each = walk.parts // len(self._devices)
+        fixed = (walk.act_quantizers(unit), *walk.float_part(unit))
+        self._fixed = {device: jax.device_put(fixed, device) for device in self._devices}
+
+    def moments(self, layer: str, rounded: RoundedPart) -> InputMoments:
+        """Of the input of a layer over all rows, where the part's layers are rounded so; on the first device, as arrays."""
+        unit, (home, *_) = self._unit, self._devices
+        _, params, _ = self._fixed[home]
+        networks = {device: _Networks(jax.device_put(rounded, device), *fixed) for device, fixed in self._fixed.items()}
+        site = SITE_OF_LAYER[unit.layers[layer]].removeprefix("blocks.")
+        program = partial(_observe, config=self._walk.config, kind=unit.kind, site=site)
+
+        def through(device: Any, lane: _Seen, moments: InputMoments, until: int) -> InputMoments:
+            """Over the first batches of a lane: at once, or batch by batch where they are on the host."""
+            if not self._walk.plan.on_host:
+                return program(networks[device], moments, lane, until)
+            for m in range(until):
+                batch = jax.device_put(jax.tree.map(lambda leaf, m=m: leaf[m : m + 1], lane), device)
+                moments = ready(program(networks[device], moments, batch, 1))
+            return moments
+
+        nothing = jax.device_put(InputMoments.start(jnp.zeros(params[layer]["kernel"].shape[0])), home)
+        start = _about_mean(through(home, self._lanes[0], nothing, 1))
+        size = self._walk.group.shape[0]
+        run = lambda item, device: through(
+            device, self._lanes[_lane(item, len(self._devices), self._each)], jax.device_put(start, device), size
+        )
+        found = sharding.deal_out(run, self._walk.parts, self._walk.mesh)
+        by_lane = {_lane(item, len(self._devices), self._each): jax.device_put(m, home) for item, m in enumerate(found)}
+        return _total([by_lane[lane] for lane in range(self._walk.parts)])
+
+
+def _lane(item: int, devices: int, each: int) -> int:
+    """Which part of the rows an item is, so that :func:`ptq4dit_jax.sharding.deal_out` deals it to the device that holds it."""
+    return item % devices * each + item // devices
+
+
+def _lanes(rows: Any, parts: int, mesh: Mesh | None) -> list[Any]:
+    """Rows (M, B, ...) in ``parts`` of their strata, each an array on the one device that holds it."""
+    leaves, structure = jax.tree.flatten(rows)
+
+    def cut(leaf: Any) -> list[Any]:
+        if mesh is None or not isinstance(leaf, jax.Array):
+            held = [leaf]
+        else:
+            shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[1].start or 0)
+            held = [shard.data for shard in shards]
+        return [lane for array in held for lane in _split(array, parts // len(held))]
+
+    return [jax.tree.unflatten(structure, lane) for lane in zip(*map(cut, leaves), strict=True)]
+
+
+def _split(array: Any, parts: int) -> list[Any]:
+    size = array.shape[1] // parts
+    return [array[:, start : start + size] for start in range(0, parts * size, size)]
+
+
+@partial(jax.jit, static_argnames=("config", "kind", "site"))
+def _observe(
+    networks: _Networks, moments: InputMoments, rows: _Seen, until: jax.Array, *, config: DiTConfig, kind: Kind, site: str
+) -> InputMoments:
+    """``moments`` with the batches of rows (M, b, ...) before ``until``: a program of one device."""
+
+    def fed(params: dict[str, Any], quantizers: dict[str, Any], inputs: tuple[Any, ...]) -> jax.Array:
+        wide = lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        inputs = jax.tree.map(wide, inputs)
+        return site_input(config, kind, site, params, quantizers, inputs, "float32", CALIBRATION)
+
+    params = networks.params | networks.rounded.params()
+
+    def one(m: jax.Array, moments: InputMoments) -> InputMoments:
+        batch = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, m, keepdims=False), rows)
+        acts = {name: act.at_group(batch.group) for name, act in networks.acts.items()}
+        x = fed(params, acts, batch.inputs)
+        exact = fed(networks.params, networks.balances, batch.float_inputs)
+        return moments.observe(x, exact, batch.share, CALIBRATION)
+
+    return jax.lax.fori_loop(0, until, one, moments)
+
+
+_total: Any = jax.jit(InputMoments.total)
+_about_mean: Any = jax.jit(InputMoments.about_mean)

@@ -1,0 +1,80 @@
+"""What a part is given by rounding and by learning, and the model put together from all parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from ptq4dit_jax import dit
+from ptq4dit_jax.engine import QLinear, QuantizedDiT
+from ptq4dit_jax.quantizers import ActQuantizer, QTensor
+from ptq4dit_jax.reconstruction.units import Unit
+
+
+@struct.dataclass
+class RoundedPart:
+    """By layer the quantized ``weights`` (N, K) and the ``biases`` (N,) float32; by site the logarithm (G,) of what the scales
+    of its activations are multiplied by. Sites whose scales stay may be absent."""
+
+    weights: dict[str, QTensor]
+    biases: dict[str, Any]
+    log_scale: dict[str, Any]
+
+    def params(self) -> dict[str, dict[str, jax.Array]]:
+        """Kernels (K, N) and biases (N,) of the layers."""
+        return {
+            layer: {"kernel": jnp.swapaxes(weight.dequantize(), -1, -2), "bias": self.biases[layer]}
+            for layer, weight in self.weights.items()
+        }
+
+    def with_layer(self, layer: str, weight: QTensor, bias: jax.Array) -> RoundedPart:
+        weights, biases = self.weights | {layer: weight}, self.biases | {layer: bias}
+        return self.replace(weights=weights, biases=biases)  # type: ignore[attr-defined]
+
+
+def scaled(act: ActQuantizer, log_scale: Any) -> ActQuantizer:
+    """With its scales multiplied by the exponential of ``log_scale``."""
+    return act.replace(scale=act.scale * jnp.exp(log_scale))  # type: ignore[attr-defined]
+
+
+def assemble(quantized: QuantizedDiT, parts: Sequence[tuple[Unit, RoundedPart]]) -> QuantizedDiT:
+    """The model with the weights, biases and scales of its parts; zero points are folded into the biases anew."""
+    weights: dict[str, list[QTensor]] = {}
+    biases: dict[str, list[Any]] = {}
+    scales: dict[str, list[Any]] = {}
+    for unit, part in parts:
+        for layer, name in unit.layers.items():
+            weights.setdefault(name, []).append(part.weights[layer])
+            biases.setdefault(name, []).append(part.biases[layer])
+        for site, name in unit.sites.items():
+            if site in part.log_scale:
+                scales.setdefault(name, []).append(part.log_scale[site])
+
+    def learned(site: str, act: Any) -> Any:
+        return act if site not in scales else _scaled(act, scales[site], stacked=site.startswith("blocks."))
+
+    linears = {}
+    for name, linear in quantized.linears.items():
+        act = learned(dit.SITE_OF_LAYER[name], linear.act)
+        linears[name] = _pack(weights[name], biases[name], act, stacked=name.startswith("blocks."))
+    sites = {name: learned(name, act) for name, act in quantized.sites.items()}
+    return quantized.replace(linears=linears, sites=sites)  # type: ignore[attr-defined]
+
+
+def _joined(parts: Sequence[Any], stacked: bool) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) if stacked else parts[0]
+
+
+@partial(jax.jit, static_argnames="stacked")
+def _pack(weights: Sequence[QTensor], biases: Sequence[Any], act: ActQuantizer | None, *, stacked: bool) -> QLinear:
+    return QLinear.pack(_joined(weights, stacked), _joined(biases, stacked), act)
+
+
+@partial(jax.jit, static_argnames="stacked")
+def _scaled(act: ActQuantizer, log_scale: Sequence[Any], *, stacked: bool) -> ActQuantizer:
+    return scaled(act, _joined(log_scale, stacked))
