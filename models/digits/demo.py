@@ -99,7 +99,8 @@ def main() -> None:
     sample_grid(shown, np.arange(10)).save(picture)
     page = write_report(
         out / "report", comparison, title="Digits: W8A8 and W4A8 against float", describe_rows=rows_shown,
-        settings=dataclasses.asdict(settings[1]), overwrite=True,
+        settings=dataclasses.asdict(settings[1]), rounding=models["W4A8"].provenance.facts.get("rounding"),
+        balancing=models["W4A8"].provenance.facts.get("balancing"), overwrite=True,
     )  # fmt: skip
     console.print(f"Models:  {out / 'digits-w8a8'}, {out / 'digits-w4a8'}")
     console.print(f"Picture: {picture}")

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from ptq4dit_jax.errors import Ptq4ditError
@@ -125,6 +126,32 @@ def reconstruction_figure(parts: Mapping[str, Mapping[str, Any]]) -> Figure:
         ncols=min(5, len(shown)),
         frameon=False,
     )
+    return figure
+
+
+def rounding_figure(parts: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Error of every block and of its layers rounded in closed form, relative to rounding to the nearest, along the depth.
+
+    Args:
+      parts: the facts of each part by its name, as :func:`ptq4dit_jax.reconstruction.round_closed_form` gives them: ``before``,
+        ``after`` and ``layers``.
+    """
+    figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
+    axes = _style(figure.add_subplot())
+    blocks = [facts for name, facts in parts.items() if name.startswith("block ")]
+    layers = list(dict.fromkeys(layer for facts in blocks for layer in facts["layers"]))
+    shades = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    for layer, shade in zip(layers, shades, strict=True):
+        errors = [facts["layers"].get(layer, np.nan) for facts in blocks]
+        axes.plot(errors, color=shade, linewidth=1.4, marker="o", markersize=4, label=layer)
+    whole = [facts["after"] / facts["before"] for facts in blocks]
+    axes.plot(whole, color="black", linewidth=2, marker="s", markersize=5, label="output of the block")
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="block", ylim=(0, None))
+    axes.set_ylabel("squared error / that of nearest rounding")
+    axes.set_title("Rounding in closed form, layer by layer", loc="left")
+    figure.legend(loc="outside lower center", ncols=len(layers) + 1, frameon=False)
     return figure
 
 

@@ -16,6 +16,7 @@ from ptq4dit_jax.devices import in_use
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import plots
 from ptq4dit_jax.evaluation.compare import NOISE_FLOOR, REFERENCE, Comparison, ModelFigures, plain
+from ptq4dit_jax.evaluation.facts import balanced_sites, learned_parts, rounded_parts
 from ptq4dit_jax.evaluation.metrics import SQNR_MEAN, SQNR_POOLED, Interval
 from ptq4dit_jax.staging import exchange, staging
 
@@ -31,6 +32,8 @@ def write_report(
     describe_rows: Sequence[Mapping[str, Any]] | None = None,
     settings: Mapping[str, Any],
     reconstruction: Mapping[str, Mapping[str, Any]] | None = None,
+    rounding: Mapping[str, Mapping[str, Any]] | None = None,
+    balancing: Mapping[str, Mapping[str, Any]] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Writes ``report.md``, ``report.json`` and the pictures they show into ``folder``, all or nothing.
@@ -42,6 +45,8 @@ def write_report(
       describe_rows: one mapping per layer that says what runs, e.g. :func:`ptq4dit_jax.describe`; its keys become columns.
       settings: whatever else made the figures (paths, bit widths); shown beside the comparison's own settings.
       reconstruction: facts of each reconstructed part by its name, as the provenance of a quantized model holds them.
+      rounding: the same of each part rounded in closed form.
+      balancing: the same of each site whose balancing was chosen by measurement.
       overwrite: replaces a report that is already there. A folder that holds anything else is never replaced.
 
     Returns:
@@ -51,20 +56,22 @@ def write_report(
       Ptq4ditError: the folder exists and must not be replaced, or cannot be written.
     """
     target = Path(folder).expanduser().resolve()
-    learned = _whole_parts(reconstruction)
+    learned, rounded, balanced = learned_parts(reconstruction), rounded_parts(rounding), balanced_sites(balancing)
     _check_replaceable(target, overwrite)
     everything = {**comparison.settings, **settings}
     document = {
         "title": title,
         **comparison.to_json(),
         "layers": plain(list(describe_rows or [])),
+        "balancing": plain(balanced),
+        "rounding": plain(rounded),
         "reconstruction": plain(learned),
         "settings": plain(everything),
         "provenance": _provenance(),
     }
     with staging(target) as staged:
         staged.mkdir()
-        pictures = _write_pictures(staged, comparison, learned)
+        pictures = _write_pictures(staged, comparison, learned, rounded)
         (staged / "report.md").write_text(_page(comparison, document, pictures), encoding="utf-8")
         (staged / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         _check_replaceable(target, overwrite)
@@ -95,23 +102,10 @@ def _provenance() -> dict[str, Any]:
     }
 
 
-def _whole_parts(reconstruction: Any) -> dict[str, Mapping[str, Any]]:
-    """The parts whose facts can be shown; a model's file may say anything, and its comparison does not depend on it."""
-
-    def number(value: Any, least: float) -> bool:
-        return type(value) in (int, float) and least <= value < float("inf")
-
-    def whole(part: Any) -> bool:
-        if not isinstance(part, Mapping) or not number(part.get("before"), 1e-300) or not number(part.get("after"), 0):
-            return False
-        curve = part.get("curve")
-        return isinstance(curve, (list, tuple)) and len(curve) > 0 and all(type(value) in (int, float) for value in curve)
-
-    parts = reconstruction.items() if isinstance(reconstruction, Mapping) else ()
-    return {str(name): part for name, part in parts if whole(part)}
-
-
-def _write_pictures(folder: Path, comparison: Comparison, reconstruction: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def _write_pictures(
+    folder: Path, comparison: Comparison, reconstruction: Mapping[str, Mapping[str, Any]],
+    rounding: Mapping[str, Mapping[str, Any]],
+) -> dict[str, str]:  # fmt: skip
     """Writes the PNGs and returns file name -> alternative text."""
     pictures = {}
     if next(iter(comparison.images.values())).shape[-1] in (1, 3):
@@ -124,6 +118,9 @@ def _write_pictures(folder: Path, comparison: Comparison, reconstruction: Mappin
     ):
         make(comparison).savefig(folder / name, dpi=_DPI)
         pictures[name] = text
+    if any(name.startswith("block ") for name in rounding):
+        plots.rounding_figure(rounding).savefig(folder / "rounding.png", dpi=_DPI)
+        pictures["rounding.png"] = "Error of every layer rounded in closed form"
     if reconstruction:
         plots.reconstruction_figure(reconstruction).savefig(folder / "reconstruction.png", dpi=_DPI)
         pictures["reconstruction.png"] = "Error of every part while its roundings were learned"
@@ -183,6 +180,10 @@ def _page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping
         columns = list(dict.fromkeys(key for row in document["layers"] for key in row))
         rows = [[_text(row.get(column)) for column in columns] for row in document["layers"]]
         lines += ["## What each layer runs", "", *_table(columns, rows), ""]
+    if document["balancing"]:
+        lines += ["## Balancing chosen by measurement", "", *_balancing(document["balancing"]), ""]
+    if document["rounding"]:
+        lines += ["## Rounding in closed form", "", *picture("rounding.png"), *_rounding(document["rounding"]), ""]
     if document["reconstruction"]:
         rows = [
             [name, f"{part['before']:.4g}", f"{part['after']:.4g}", f"{part['after'] / part['before']:.3f}"]
@@ -194,6 +195,25 @@ def _page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping
         rows = [[key, _text(value)] for key, value in _flatten(document[heading])]
         lines += [f"## {heading.capitalize()}", "", *_table([heading, "value"], rows), ""]
     return "\n".join(lines)
+
+
+def _balancing(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    columns = ["block", *(site.removeprefix("blocks.") for site in sites)]
+    depth = len(next(iter(sites.values()))["chosen"])
+    cell = lambda site, block: f"{_text(site['chosen'][block])} ({site['to_none'][block]:.2f}, {site['to_paper'][block]:.2f})"
+    rows = [[str(block), *(cell(site, block) for site in sites.values())] for block in range(depth)]
+    words = "In brackets the squared error of the layer's output relative to that without balancing, and with CSB and SSC."
+    return [*_table(columns, rows), "", words]
+
+
+def _rounding(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    errors = lambda part: ", ".join(f"{layer} {error:.3f}" for layer, error in part["layers"].items())
+    rows = [
+        [name, f"{part['before']:.4g}", f"{part['after']:.4g}", f"{part['after'] / part['before']:.3f}", errors(part)]
+        for name, part in parts.items()
+    ]
+    columns = ["part", "squared error, nearest rounding", "in closed form", "ratio", "layers, relative to nearest rounding"]
+    return _table(columns, rows)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -191,3 +191,47 @@ def test_what_a_models_file_says_of_its_reconstruction_cannot_lose_a_comparison(
     folder = write_report(tmp_path / "report", comparison, **ARGUMENTS, reconstruction=facts)
     assert json.loads((folder / "report.json").read_text())["reconstruction"] == {}
     assert not (folder / "reconstruction.png").exists()
+
+
+ROUNDED = {
+    "embed image": {"before": 0.5, "after": 0.25, "layers": {"patch_embed": 0.5}},
+    **{f"block {i}": {"before": 0.2, "after": 0.05, "layers": {"qkv": 0.5, "fc2": 0.125 * (i + 1)}} for i in range(2)},
+}
+BALANCED = {
+    "blocks.qkv_in": {"chosen": ["rms 0.5", "none"], "to_none": [0.81, 1.0], "to_paper": [0.9, 0.7]},
+    "blocks.fc2_in": {"chosen": ["csb", "csb"], "to_none": [0.5, 0.6], "to_paper": [1.0, 0.99]},
+}
+
+
+def test_rounding_and_balancing_are_tabulated_by_layer(tmp_path, comparison):
+    folder = write_report(tmp_path / "report", comparison, **ARGUMENTS, rounding=ROUNDED, balancing=BALANCED)
+    page = (folder / "report.md").read_text()
+    assert _table(page, "Rounding in closed form")[3] == ["block 1", "0.2", "0.05", "0.250", "qkv 0.500, fc2 0.250"]
+    assert _table(page, "Balancing chosen by measurement")[:2] == [
+        ["block", "qkv_in", "fc2_in"], ["0", "rms 0.5 (0.81, 0.90)", "csb (0.50, 1.00)"],
+    ]  # fmt: skip
+    with Image.open(folder / "rounding.png") as image:
+        image.verify()
+    assert "(rounding.png)" in page
+    document = json.loads((folder / "report.json").read_text())
+    assert (document["rounding"], document["balancing"]) == (ROUNDED, BALANCED)
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("rounding", 5),
+        ("rounding", {"block 0": {"before": 1.0, "after": 0.5}}),
+        ("rounding", {"block 0": {"before": 1.0, "after": 0.5, "layers": {}}}),
+        ("rounding", {"block 0": {"before": 1.0, "after": 0.5, "layers": {"qkv": "x"}}}),
+        ("balancing", [1]),
+        ("balancing", {"blocks.qkv_in": {"chosen": 3}}),
+        ("balancing", {"blocks.qkv_in": {**BALANCED["blocks.qkv_in"], "to_none": [1.0]}}),
+        ("balancing", {"blocks.qkv_in": {**BALANCED["blocks.qkv_in"], "to_paper": [1.0, float("nan")]}}),
+        ("balancing", {**BALANCED, "blocks.fc1_in": {"chosen": ["csb"], "to_none": [1.0], "to_paper": [1.0]}}),
+    ],
+)
+def test_what_a_models_file_says_of_its_rounding_and_balancing_cannot_lose_it_either(name, facts, tmp_path, comparison):
+    folder = write_report(tmp_path / "report", comparison, **ARGUMENTS, **{name: facts})
+    assert json.loads((folder / "report.json").read_text())[name] == {}
+    assert not (folder / "rounding.png").exists()

@@ -1,0 +1,56 @@
+"""What a quantized model says of its making, as far as it can be shown: its file may say anything, and no comparison depends
+on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def _is_number(value: Any, least: float) -> bool:
+    return type(value) in (int, float) and least <= value < float("inf")
+
+
+def _items(facts: Any) -> list[tuple[str, Any]]:
+    return [(str(name), value) for name, value in facts.items()] if isinstance(facts, Mapping) else []
+
+
+def _has_errors(part: Any) -> bool:
+    return isinstance(part, Mapping) and _is_number(part.get("before"), 1e-300) and _is_number(part.get("after"), 0)
+
+
+def learned_parts(facts: Any) -> dict[str, Mapping[str, Any]]:
+    """By part ``before``, ``after`` and the ``curve`` of learning."""
+
+    def whole(part: Any) -> bool:
+        curve = part.get("curve") if _has_errors(part) else None
+        return isinstance(curve, (list, tuple)) and len(curve) > 0 and all(type(value) in (int, float) for value in curve)
+
+    return {name: part for name, part in _items(facts) if whole(part)}
+
+
+def rounded_parts(facts: Any) -> dict[str, Mapping[str, Any]]:
+    """By part ``before``, ``after`` and by ``layers`` their errors relative to rounding to the nearest."""
+
+    def whole(part: Any) -> bool:
+        layers = part.get("layers") if _has_errors(part) else None
+        return isinstance(layers, Mapping) and len(layers) > 0 and all(_is_number(value, 0) for value in layers.values())
+
+    return {name: part for name, part in _items(facts) if whole(part)}
+
+
+def balanced_sites(facts: Any) -> dict[str, Mapping[str, Any]]:
+    """By site what was ``chosen`` for each block, and its error relative to no balancing, ``to_none``, and to the paper's,
+    ``to_paper``; of one depth all."""
+
+    def whole(site: Any) -> bool:
+        if not isinstance(site, Mapping) or not isinstance(site.get("chosen"), (list, tuple)):
+            return False
+        depth, ratios = len(site["chosen"]), [site.get(name) for name in ("to_none", "to_paper")]
+        return depth > 0 and all(
+            isinstance(ratio, (list, tuple)) and len(ratio) == depth and all(_is_number(value, 0) for value in ratio)
+            for ratio in ratios
+        )
+
+    sites = {name: site for name, site in _items(facts) if whole(site)}
+    return sites if len({len(site["chosen"]) for site in sites.values()}) <= 1 else {}
