@@ -33,7 +33,7 @@ def measure(samples: int) -> list[dict[str, Any]]:
     for settings, make in (("default", ptq.QuantConfig), ("paper", ptq.QuantConfig.paper)):
         for bits in (8, 4):
             for balance in ("none", "csb", "csb+ssc"):
-                config = make(weight_bits=bits, balance=balance)
+                config = make(weight_bits=bits, balance=balance, rounding="nearest")
                 models[f"{settings} W{bits}A8 {balance}"] = ptq.quantize(dit, config, key=jax.random.key(0), calibration=rows)
     labels = np.arange(samples) % dit.config.num_classes
     comparison = compare(dit, models, labels=labels, key=jax.random.key(1), steps=base.steps, cfg_scale=base.cfg_scale)

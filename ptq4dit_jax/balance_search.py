@@ -28,6 +28,8 @@ from ptq4dit_jax.waiting import ready
 
 #: Exponents of the candidates from the largest values and from the mean squares over all steps.
 EXPONENTS = (0.25, 0.5, 0.75)
+#: Tokens of each step that candidates are measured on, at least, but no more rows than a micro-batch has.
+_TOKENS = 512
 #: What static ranges are tried as shares of the extremes.
 _SHARES = (1.0, 0.8, 0.6, 0.4)
 
@@ -101,7 +103,7 @@ def search(
     temperature: float,
     range_search: RangeSearch,
 ) -> dict[str, Chosen]:
-    """The best candidate for each block site and each block, measured on as many rows of every step as a micro-batch has.
+    """The best candidate for each block site and each block, measured on some rows of every step.
 
     Args:
       model: the float model before balancing, on one device.
@@ -115,7 +117,7 @@ def search(
       range_search: how ranges of weights are chosen.
     """
     found = {}
-    rows = _spread(calibration)
+    rows = _some_rows(calibration, -(-_TOKENS // model.config.num_tokens))
     for site, bits in weight_bits.items():
         kernel = model.params["blocks"][_layer(site)]["kernel"]
         tried = candidates(extremes[site], kernel, temperature)
@@ -139,10 +141,11 @@ def _layer(site: str) -> str:
     return site.removeprefix("blocks.").removesuffix("_in")
 
 
-def _spread(calibration: CalibrationData) -> CalibrationData:
-    """Some rows of every step, from all over them."""
+def _some_rows(calibration: CalibrationData, wanted: int) -> CalibrationData:
+    """Two rows of every step at least, from all over them."""
     count = calibration.num_rows
-    chosen = (np.arange(min(count, MICRO_BATCH)) * 2 + 1) * count // (2 * min(count, MICRO_BATCH))
+    wanted = min(count, max(2, min(wanted, MICRO_BATCH)))
+    chosen = (np.arange(wanted) * 2 + 1) * count // (2 * wanted)
     t = np.asarray(calibration.t)
     return CalibrationData(
         x=np.asarray(calibration.x)[:, chosen], t=t[:, None] if t.ndim == 1 else t[:, chosen],

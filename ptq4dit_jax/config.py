@@ -247,7 +247,7 @@ class QuantConfig:
 
     weight_bits: int = 8
     act_bits: int = 8
-    balance: Balance = "csb+ssc"
+    balance: Balance = "search"
     ssc: SscAxis = "steps"
     temperature: float = 1.0
     exponent: float = 0.5
@@ -312,8 +312,8 @@ class QuantConfig:
             learned = learned or Reconstruction()
             learned = dataclasses.replace(learned, start=learned.start or "nearest")
         paper = {
-            "balance_fc2": False, "equalize_v": False, "weigh_inputs": False, "range_search": "percentile", "policy": "uniform",
-            "step_groups": 1, "dynamic_sites": (),
+            "balance": "csb+ssc", "balance_fc2": False, "equalize_v": False, "weigh_inputs": False, "policy": "uniform",
+            "range_search": "percentile", "step_groups": 1, "dynamic_sites": (),
         }  # fmt: skip
         return cls(weight_bits=weight_bits, **{**paper, **overrides, "rounding": rounding, "reconstruction": learned})
 

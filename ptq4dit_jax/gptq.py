@@ -26,8 +26,9 @@ from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.quantizers import QTensor, weight_code_range
 from ptq4dit_jax.ranges import RangeSearch, quantize_weight
 
-#: What is added to the variance of each input channel, as a share of it, so that the covariance of few rows can be factored.
-DAMPING = 0.01
+#: What is added to the variance of each input channel, as a share of it, so that the covariance can be factored; and how much
+#: more for each channel that there is for a token. As many tokens as channels fit a target to their own noise.
+DAMPING, FEW_TOKENS = 0.01, 1.0
 #: Input channels whose codes are decided one after another before the others hear of it.
 _COLUMNS = 128
 #: A channel counts as constant if its variance is a smaller share of the largest, or of its own mean square.
@@ -58,8 +59,8 @@ class Compensated:
 
 @struct.dataclass
 class InputMoments:
-    """Sums over tokens, each with its weight, of ``x' = x - shift``: ``second`` (K, K) of ``x' x'^T``, ``cross`` (K, K) of
-    ``d x'^T``, ``first`` (K,) of ``x'``, ``drift`` (K,) of ``d``, and ``count`` () of the weights.
+    """Sums over tokens of ``x' = x - shift``, each with its weight, on the whole 1: ``second`` (K, K) of ``x' x'^T``, ``cross``
+    (K, K) of ``d x'^T``, ``first`` (K,) of ``x'``, ``drift`` (K,) of ``d``, and ``count`` () of the weights.
 
     The sums are arrays, or :class:`Compensated` while they are summed. ``shift`` (K,) is a rough mean: without it, a channel
     that varies little about a large mean would leave differences of large numbers.
@@ -143,8 +144,7 @@ class _Codes(NamedTuple):
 
 
 def round_weight(
-    kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch = "mse", damping: float = DAMPING,
-    follow: bool = True,
+    kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch = "mse", follow: bool = True,
 ) -> RoundedWeight:  # fmt: skip
     """Rounds a kernel (K, N) so that the layer's output errs least for inputs of these moments. Computes in float64.
 
@@ -156,17 +156,16 @@ def round_weight(
       nearest: the same rounded to the nearest, (N, K).
       moments: of the layer's input; leaves are arrays.
       search: how ranges are chosen.
-      damping: share of each channel's variance that is added to it.
       follow: aim at what the float network's layer gives, with the bias corrected. False aims at what the float weight gives
         for the quantized network's input, and leaves the bias alone (GPTQ as published).
     """
     with jax.enable_x64(True):
-        return _round_weight(kernel, nearest, moments, search=search, damping=damping, follow=follow)
+        return _round_weight(kernel, nearest, moments, search=search, follow=follow)
 
 
 @partial(jax.jit, static_argnames=("search", "follow"))
 def _round_weight(
-    kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch, damping: float, follow: bool
+    kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch, follow: bool
 ) -> RoundedWeight:
     original, moments = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (kernel.T, moments))
     second, cross, first, drift = (
@@ -189,6 +188,7 @@ def _round_weight(
     varies = ~constant[:, None] & ~constant[None]
     scaled = lambda matrix: jnp.where(varies, matrix[order][:, order] / (size[:, None] * size[None]), 0.0)
     A, D = scaled((covariance + covariance.T) / 2), scaled(cross)
+    damping = DAMPING + FEW_TOKENS * len(size) / jnp.maximum(moments.count, 1.0)
     damped = A + jnp.diag(jnp.where(constant, 1.0, damping))
     # The Cholesky factor of the matrix turned about its middle, turned back, is upper triangular: damped = R R^T.
     factor = jnp.linalg.cholesky(damped[::-1, ::-1])

@@ -249,7 +249,8 @@ def _journal(
         return contextlib.nullcontext()
     given = None if calibration is None else content_hash({name: getattr(calibration, name) for name in ("x", "t", "y")})
     fingerprint = {
-        "weights": source_sha256, "network": model_meta(model.config, model.schedule), "settings": config.to_dict(),
+        "weights": source_sha256, "network": model_meta(model.config, model.schedule),
+        "settings": config.to_dict() | {"rounding": config.resolved_rounding},
         "key": jax.random.key_data(key).tolist(), "calibration rows": given or "sampled by these settings and key",
         "software": {name: _version(name) for name in ("ptq4dit-jax", "jax", "jaxlib")},
         "device": {"platform": default().platform, "kind": default().device_kind},

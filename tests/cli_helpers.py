@@ -11,7 +11,20 @@ from ptq4dit_jax import cli
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = str(ROOT / "models/digits")
 VAE = str(ROOT / "tests/golden/vae")
-CALIBRATE = ["--weight-bits", "4", "--calib-steps", "2", "--calib-rows", "4", "--steps", "4", "--rounding", "nearest"]
+CALIBRATE = [
+    "--weight-bits",
+    "4",
+    "--calib-steps",
+    "2",
+    "--calib-rows",
+    "4",
+    "--steps",
+    "4",
+    "--rounding",
+    "nearest",
+    "--balance",
+    "csb+ssc",
+]
 WALK = ["--labels", "0-3", "--steps", "4"]
 COMMANDS = typer.main.get_command(cli.app).commands
 

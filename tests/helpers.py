@@ -16,6 +16,9 @@ from ptq4dit_jax.dit import DiTConfig, init_params
 from ptq4dit_jax.engine import QLinear, QuantizedDiT
 from ptq4dit_jax.model import FloatDiT
 
+#: Settings that compile fastest, where a test is about other things.
+PLAIN: dict[str, Any] = {"balance": "csb+ssc", "rounding": "nearest"}
+
 
 def tiny_config(**overrides: Any) -> DiTConfig:
     """A DiT that compiles in a second. Its 9 tokens are a size that no other axis has, so a token axis can be recognized."""

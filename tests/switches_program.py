@@ -37,9 +37,11 @@ def main() -> None:
     chain = {"calib_steps": 2, "calib_rows": 4, "steps": 3}
     learned = Reconstruction(iterations=3, batch_size=8, row_weights="steps")
     for name, config in {
-        "W4A8": QuantConfig(weight_bits=4, **chain),
+        "W4A8": QuantConfig(**helpers.PLAIN, weight_bits=4, **chain),
         "the paper's W8A8": QuantConfig.paper(8, ssc="rows", **chain),
-        "learned": QuantConfig(weight_bits=4, range_search="percentile", dynamic_sites=(), reconstruction=learned, **chain),
+        "learned from closed form": QuantConfig(
+            weight_bits=4, range_search="percentile", dynamic_sites=(), balance="csb+ssc", reconstruction=learned, **chain
+        ),
     }.items():
         quantized = ptq.quantize(model, config, key=key)
         with tempfile.TemporaryDirectory() as folder:

@@ -179,7 +179,7 @@ def test_the_paper_with_exceptions() -> None:
 
 def test_defaults_run_every_block_on_integers() -> None:
     config = QuantConfig()
-    assert (config.weight_bits, config.act_bits, config.balance) == (8, 8, "csb+ssc")
+    assert (config.weight_bits, config.act_bits, config.balance) == (8, 8, "search")
     assert {name for name, rule in config.rules.items() if rule.integer} == BLOCK_LAYERS
 
 

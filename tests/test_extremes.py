@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import tiny_model
+from helpers import PLAIN, tiny_model
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.calibration import MOST_POWER, ChannelExtremes
@@ -163,7 +163,11 @@ def changed(path: str, change: Callable[[np.ndarray], Any]) -> FloatDiT:
 
 def quality(model: FloatDiT, **settings: Any) -> float:
     q = ptq.quantize(
-        model, ptq.QuantConfig(rounding="nearest", **settings), key=KEY, calibration=three_steps(model), keep_poor=True
+        model,
+        ptq.QuantConfig(**PLAIN, **settings),
+        key=KEY,
+        calibration=three_steps(model),
+        keep_poor=True,
     )
     value = q.provenance.facts["quality"]["sqnr_mean_db"]
     return np.inf if value is None else value

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
+from helpers import PLAIN
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import calibration, sampling
@@ -120,7 +121,7 @@ def test_calibration_rows_must_be_finite(raises_sentence):
     tiny = helpers.tiny_model()
     broken = tiny.replace(params=jax.tree.map(lambda a: a * np.float32(1e12), tiny.params))
     with raises_sentence("Calibration row 0 (label 0)", "step 1 of 3", "float32"):
-        ptq.quantize(broken, ptq.QuantConfig(rounding="nearest", steps=3, calib_rows=2), key=KEY)
+        ptq.quantize(broken, ptq.QuantConfig(**PLAIN, steps=3, calib_rows=2), key=KEY)
 
 
 def test_statistics_must_be_finite(raises_sentence):
@@ -135,7 +136,7 @@ def test_statistics_must_be_finite(raises_sentence):
         t=np.array([900, 100], np.int32), y=np.zeros((2, 2), np.int32),
     )  # fmt: skip
     with raises_sentence("blocks.fc2_in", "calibration step 1 of 2 (t = 900)"):
-        ptq.quantize(model, ptq.QuantConfig(rounding="nearest"), key=KEY, calibration=rows)
+        ptq.quantize(model, ptq.QuantConfig(**PLAIN), key=KEY, calibration=rows)
 
 
 @pytest.mark.parametrize("field", ["low", "high", "power"])

@@ -18,6 +18,10 @@ from ptq4dit_jax.ranges import quantize_weight
 BITS = range(2, 9)
 
 
+#: Rows that decide, and others.
+CUTS = (slice(0, 1), slice(1, None))
+
+
 class Layer(NamedTuple):
     """A float kernel (K, N), inputs (B, T, K) by the quantized network and what the float network's differ by, row weights."""
 
@@ -60,16 +64,17 @@ def as_published(case: Layer, weight: QTensor, follow: bool) -> tuple[np.ndarray
     d = case.d.astype(np.float64).reshape(x.shape)
     w = case.kernel.astype(np.float64).T
     share = np.repeat(case.weight.astype(np.float64), case.x.shape[1])
+    damping = 0.01 + x.shape[1] / share.sum()
     share /= share.sum()
     target = w
     if follow:
         mean, drift = share @ x, share @ d
         H = (x - mean).T @ ((x - mean) * share[:, None])
-        damped = H + gptq.DAMPING * np.diag(np.diag(H))
+        damped = H + damping * np.diag(np.diag(H))
         target = w + np.linalg.solve(damped, (w @ ((d - drift).T @ ((x - mean) * share[:, None]))).T).T
     else:
         H = x.T @ (x * share[:, None])
-        damped = H + gptq.DAMPING * np.diag(np.diag(H))
+        damped = H + damping * np.diag(np.diag(H))
     order = np.argsort(-np.diag(H), kind="stable")
     U = scipy.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)]), lower=False)
     rest, codes = target[:, order].copy(), np.zeros_like(w)
@@ -102,6 +107,18 @@ def test_codes_and_bias_are_those_of_the_paper(K: int, bits: int, follow: bool) 
     difference = x @ values.T + bias - exact @ case.kernel.astype(np.float64)
     published = np.average(np.square(difference).mean(1), axis=0, weights=case.weight)[took]
     np.testing.assert_allclose(error.sum(), published.sum(), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 1.15), (4, 0.6)])
+def test_few_tokens_do_not_make_it_worse_on_others(bits: int, most: float) -> None:
+    """As many tokens as channels, on which a target can be fitted to any noise."""
+    ratios = []
+    for seed in range(4):
+        whole = layer(48, 40, seed=seed, rows=40, tokens=48)
+        few, others = (whole._replace(x=whole.x[cut], d=whole.d[cut], weight=np.ones_like(whole.weight[cut])) for cut in CUTS)
+        found = round_weight(few.kernel, few.nearest(bits), few.moments)
+        ratios.append(others.error(found.weight, found.bias).sum() / others.error(few.nearest(bits)).sum())
+    assert np.mean(ratios) < most
 
 
 @pytest.mark.parametrize("follow", [True, False])
@@ -195,7 +212,7 @@ def test_inputs_without_a_factor(kind: str, follow: bool) -> None:
 
 def test_a_part_of_the_input_that_the_network_before_lost_is_made_up_for() -> None:
     """Inputs that are all too small by a tenth: the target is larger by as much."""
-    case = layer(30, 8, seed=4)
+    case = layer(30, 8, seed=4, tokens=800)
     shrunk = Layer(case.kernel, 0.9 * case.x, 0.1 * case.x, case.weight)
     found = round_weight(case.kernel, shrunk.nearest(8), shrunk.moments)
     ratio = (np.asarray(found.weight.dequantize()) * case.kernel.T).sum(1) / np.square(case.kernel).sum(0)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_inputs, relative_error, salient_model, same_bytes, tiny_model
+from helpers import PLAIN, random_inputs, relative_error, salient_model, same_bytes, tiny_model
 from jax.sharding import Mesh
 
 import ptq4dit_jax as ptq
@@ -55,7 +55,7 @@ def extremes(model: FloatDiT, rows: CalibrationData) -> dict[str, ChannelExtreme
 
 @pytest.fixture(scope="module")
 def w4a8(model: FloatDiT, rows: CalibrationData) -> ptq.QuantizedDiT:
-    return ptq.quantize(model, ptq.QuantConfig(rounding="nearest", weight_bits=4), key=KEY, calibration=rows)
+    return ptq.quantize(model, ptq.QuantConfig(**PLAIN, weight_bits=4), key=KEY, calibration=rows)
 
 
 def error(model: FloatDiT, q: ptq.QuantizedDiT) -> float:
@@ -70,7 +70,7 @@ def error(model: FloatDiT, q: ptq.QuantizedDiT) -> float:
 def test_the_result_says_where_it_comes_from(model: FloatDiT, w4a8: ptq.QuantizedDiT) -> None:
     facts = w4a8.provenance.facts
     assert facts["source_sha256"] == source_hash(model.params)
-    assert facts["settings"] == ptq.QuantConfig(rounding="nearest", weight_bits=4).to_dict()
+    assert facts["settings"] == ptq.QuantConfig(**PLAIN, weight_bits=4).to_dict()
     assert facts["calibration"] == {"rows": "given", "steps": 3, "rows_per_step": 8}
     assert w4a8.config == model.config
     assert w4a8.schedule == model.schedule
@@ -93,7 +93,7 @@ def test_the_default_feeds_the_edges_with_floats(w4a8: ptq.QuantizedDiT) -> None
 
 def test_a_policy_gives_each_layer_the_width_asked_for(model: FloatDiT, rows: CalibrationData) -> None:
     policy = "uniform,blocks.adaLN=6,final=8:float,blocks.fc2=3,blocks.qkv=4:float"
-    q = ptq.quantize(model, ptq.QuantConfig(rounding="nearest", weight_bits=4, policy=policy), key=KEY, calibration=rows)
+    q = ptq.quantize(model, ptq.QuantConfig(**PLAIN, weight_bits=4, policy=policy), key=KEY, calibration=rows)
     bits = {row["layer"]: row["weight_bits"] for row in ptq.describe(q)}
     expected = dict.fromkeys(LAYERS, 4) | {"blocks.adaLN": 6, "final": 8, "blocks.fc2": 3}
     assert {name: bits[name] for name in LAYERS} == expected
@@ -112,7 +112,7 @@ def test_weights_hold_codes_of_their_width(w4a8: ptq.QuantizedDiT) -> None:
 
 def test_dynamic_sites_keep_no_ranges(model: FloatDiT, rows: CalibrationData) -> None:
     q = ptq.quantize(
-        model, ptq.QuantConfig(rounding="nearest", dynamic_sites=("blocks.qkv_in", "blocks.fc2_in")), key=KEY, calibration=rows
+        model, ptq.QuantConfig(**PLAIN, dynamic_sites=("blocks.qkv_in", "blocks.fc2_in")), key=KEY, calibration=rows
     )  # fmt: skip
     for layer, dynamic in (("blocks.qkv", True), ("blocks.fc2", True), ("blocks.fc1", False)):
         act = q.linears[layer].act
@@ -137,9 +137,7 @@ def test_every_width_runs_and_fewer_bits_cost_more() -> None:
     rows = three_steps(model)
 
     def errors(setting: str) -> list[float]:
-        configs = [
-            ptq.QuantConfig(rounding="nearest", policy="uniform", step_groups=1, **{setting: bits}) for bits in range(2, 9)
-        ]
+        configs = [ptq.QuantConfig(**PLAIN, policy="uniform", step_groups=1, **{setting: bits}) for bits in range(2, 9)]
         return [error(model, ptq.quantize(model, config, key=KEY, calibration=rows, keep_poor=True)) for config in configs]
 
     for setting in ("weight_bits", "act_bits"):
@@ -170,14 +168,14 @@ def test_stored_rows_stand_in_for_sampled_ones(model: FloatDiT) -> None:
 
 
 def test_more_groups_than_calibration_steps_are_as_many_as_steps(model: FloatDiT, rows: CalibrationData) -> None:
-    q = ptq.quantize(model, ptq.QuantConfig(rounding="nearest", step_groups=20), key=KEY, calibration=rows)
+    q = ptq.quantize(model, ptq.QuantConfig(**PLAIN, step_groups=20), key=KEY, calibration=rows)
     assert q.num_groups == 3
     np.testing.assert_array_equal(q.group_edges, [900, 400])
 
 
 @pytest.mark.parametrize("row_batch", [1, 3, 4, 100])
 def test_row_batches_change_nothing(model: FloatDiT, rows: CalibrationData, w4a8: ptq.QuantizedDiT, row_batch: int) -> None:
-    config = ptq.QuantConfig(rounding="nearest", weight_bits=4)
+    config = ptq.QuantConfig(**PLAIN, weight_bits=4)
     assert same_bytes(ptq.quantize(model, config, key=KEY, calibration=rows, row_batch=row_batch), w4a8)
 
 
@@ -186,7 +184,7 @@ def test_row_batches_change_nothing(model: FloatDiT, rows: CalibrationData, w4a8
 def test_calibration_over_eight_devices_gives_the_same_bytes(
     model: FloatDiT, rows: CalibrationData, w4a8: ptq.QuantizedDiT, mesh8: Mesh, count: int
 ) -> None:
-    config = ptq.QuantConfig(rounding="nearest", weight_bits=4)
+    config = ptq.QuantConfig(**PLAIN, weight_bits=4)
     part = CalibrationData(x=rows.x[:, :count], t=rows.t, y=rows.y[:, :count])
     alone = w4a8 if count == 8 else ptq.quantize(model, config, key=KEY, calibration=part)
     assert same_bytes(ptq.quantize(model, config, key=KEY, calibration=part, mesh=mesh8), alone)
@@ -194,7 +192,7 @@ def test_calibration_over_eight_devices_gives_the_same_bytes(
 
 def test_progress_tells_each_stage_to_its_end(model: FloatDiT) -> None:
     seen: list[tuple[str, int, int]] = []
-    config = ptq.QuantConfig(rounding="nearest", calib_steps=2, calib_rows=4, steps=4, sampler="ddim")
+    config = ptq.QuantConfig(**PLAIN, calib_steps=2, calib_rows=4, steps=4, sampler="ddim")
     ptq.quantize(model, config, key=KEY, progress=lambda stage, done, total, note="": seen.append((stage, done, total)))
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
     assert stages == [
@@ -335,7 +333,7 @@ def test_a_dead_channel_does_no_harm(rows: CalibrationData, model: FloatDiT) -> 
         blocks["adaLN"]["kernel"][:, :, chunk * 32] = 0
         blocks["adaLN"]["bias"][:, chunk * 32] = -chunk
     dead = model.replace(params={**model.params, "blocks": blocks})
-    q = ptq.quantize(dead, ptq.QuantConfig(rounding="nearest"), key=KEY, calibration=rows)
+    q = ptq.quantize(dead, ptq.QuantConfig(**PLAIN), key=KEY, calibration=rows)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(q) if jnp.issubdtype(leaf.dtype, jnp.floating))
     assert error(dead, q) < 0.05
 
@@ -374,14 +372,14 @@ def test_calibration_that_cannot_be_sampled(
 
 def test_guidance_needs_a_null_class(raises_sentence: Sentence) -> None:
     unguided = tiny_model(null_class=False)
-    config = ptq.QuantConfig(rounding="nearest", calib_steps=1, calib_rows=2, steps=2, cfg_scale=1.5)
+    config = ptq.QuantConfig(**PLAIN, calib_steps=1, calib_rows=2, steps=2, cfg_scale=1.5)
     with raises_sentence("null class", "cfg_scale 1"):
         ptq.quantize(unguided, config, key=KEY)
 
 
 def test_a_model_without_guidance_and_learned_variance() -> None:
     plain = tiny_model(null_class=False, learn_sigma=False)
-    config = ptq.QuantConfig(rounding="nearest", calib_steps=1, calib_rows=3, steps=2, cfg_scale=1.0)
+    config = ptq.QuantConfig(**PLAIN, calib_steps=1, calib_rows=3, steps=2, cfg_scale=1.0)
     q = ptq.quantize(plain, config, key=KEY)
     x, _ = random_inputs(plain.config, 5)
     y, t = np.arange(5, dtype=np.int32), np.array([0])

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import tiny_model
+from helpers import PLAIN, tiny_model
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import quality
@@ -38,7 +38,13 @@ def rows(model: FloatDiT) -> ptq.CalibrationData:
 
 
 def quantize(model: FloatDiT, rows: ptq.CalibrationData, *, keep_poor: bool = False, **settings: Any) -> ptq.QuantizedDiT:
-    return ptq.quantize(model, ptq.QuantConfig(rounding="nearest", **settings), key=KEY, calibration=rows, keep_poor=keep_poor)
+    return ptq.quantize(
+        model,
+        ptq.QuantConfig(**PLAIN, **settings),
+        key=KEY,
+        calibration=rows,
+        keep_poor=keep_poor,
+    )
 
 
 #: Of the tiny model: below 5 dB, and between 5 and 15.
@@ -119,7 +125,7 @@ def model_folded(model: FloatDiT, rows: ptq.CalibrationData, policy: str) -> Flo
     from ptq4dit_jax.calibration import channel_extremes
     from ptq4dit_jax.ptq import apply_balancing, balance
 
-    config = ptq.QuantConfig(rounding="nearest", policy=policy)
+    config = ptq.QuantConfig(**PLAIN, policy=policy)
     extremes = channel_extremes(model, rows, sites=tuple(model.config.site_features))
     return apply_balancing(model, balance(model, config, extremes, rows).factors)[0]
 
@@ -163,7 +169,7 @@ def test_what_was_learned_is_kept_for_the_next_run(
     """A refusal after reconstruction leaves its journal, and with ``keep_poor`` no iteration is run again."""
     state = tmp_path / "state"
     few = Reconstruction(iterations=20, batch_size=4)
-    config = ptq.QuantConfig(reconstruction=few, **BAD)
+    config = ptq.QuantConfig(balance="csb+ssc", reconstruction=few, **BAD)
     with pytest.raises(ptq.Ptq4ditError, match=f"what was learned is in {re.escape(str(state))}, so that takes no learning"):
         ptq.quantize(model, config, key=KEY, calibration=rows, state=state)
     monkeypatch.setattr("ptq4dit_jax.reconstruction.learning.LearningWalk.train", lambda *_: pytest.fail("learned again"))

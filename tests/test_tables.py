@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import reference_dit
-from helpers import as_float64, random_inputs, relative_error, tiny_config, tiny_model
+from helpers import PLAIN, as_float64, random_inputs, relative_error, tiny_config, tiny_model
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import checkpoints, dit
@@ -45,7 +45,7 @@ def guidance(model):
 @cache
 def quantized_model(kind):
     model = float_model(kind)
-    config = ptq.QuantConfig(rounding="nearest", **SETTINGS, cfg_scale=guidance(model))
+    config = ptq.QuantConfig(**PLAIN, **SETTINGS, cfg_scale=guidance(model))
     return ptq.quantize(jax.tree.map(jnp.asarray, model), config, key=KEY)
 
 
@@ -172,7 +172,7 @@ def test_folding_leaves_the_function(kind):
 def test_reconstruction():
     model = float_model("both")
     learn = Reconstruction(iterations=3, batch_size=2)
-    config = ptq.QuantConfig(**SETTINGS, cfg_scale=guidance(model), reconstruction=learn)
+    config = ptq.QuantConfig(**SETTINGS, cfg_scale=guidance(model), balance="csb+ssc", reconstruction=learn)
     learned = ptq.quantize(jax.tree.map(jnp.asarray, model), config, key=KEY)
     x, t = random_inputs(model.config, 4)[0], np.array([300])
     assert relative_error(apply(learned, x, t), apply(model, x, t)) < 0.5

@@ -14,9 +14,10 @@ from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import RowsOn
 from ptq4dit_jax.devices import default_device
 from ptq4dit_jax.engine import QuantizedDiT
-from ptq4dit_jax.gptq import RoundedWeight, round_weight
+from ptq4dit_jax.gptq import InputMoments, RoundedWeight, round_weight
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.numerics import CALIBRATION
+from ptq4dit_jax.quantizers import QTensor
 from ptq4dit_jax.ranges import RangeSearch
 from ptq4dit_jax.reconstruction.moments import PartInputs
 from ptq4dit_jax.reconstruction.parts import RoundedPart, assemble
@@ -79,12 +80,19 @@ def round_part(
     for done, layer in enumerate(unit.layers):
         params = walk.params(unit, layer)
         moments = inputs.moments(layer, part)
-        found = ready(round_weight(*jax.device_put((params["kernel"], part.weights[layer], moments), home), search=search))
+        found = ready(_rounded(*jax.device_put((params["kernel"], part.weights[layer], moments), home), search=search))
         layers[layer] = found
         part = part.with_layer(layer, found.weight, params["bias"] + found.bias)
         if progress is not None:
             progress(unit.name, done + 1, len(unit.layers), float(found.error))
     return part, layers
+
+
+def _rounded(kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch) -> RoundedWeight:
+    """:func:`round_weight` where its arguments are; but a TPU has no float64, so there the host computes."""
+    [home] = kernel.devices()
+    place = jax.local_devices(backend="cpu")[0] if home.platform == "tpu" else home
+    return jax.device_put(round_weight(*jax.device_put((kernel, nearest, moments), place), search=search), home)
 
 
 def round_closed_form(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import PLAIN
 from hopper_helpers import STATIC, on_hopper, operands
 
 import ptq4dit_jax as ptq
@@ -213,7 +214,7 @@ def medium_model(bits: int) -> tuple[ptq.FloatDiT, ptq.QuantizedDiT]:
     """As wide as DiT-S/2, and the same quantized."""
     config = DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=384, depth=3, num_heads=6, num_classes=10)
     dit = ptq.FloatDiT.init(config, jax.random.key(0))
-    settings = ptq.QuantConfig(rounding="nearest", weight_bits=bits, steps=4, calib_steps=4, calib_rows=8)
+    settings = ptq.QuantConfig(**PLAIN, weight_bits=bits, steps=4, calib_steps=4, calib_rows=8)
     return dit, ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import PLAIN
 from hopper_helpers import HAS_INTERPRETER, interpreter
 
 import ptq4dit_jax as ptq
@@ -311,7 +312,7 @@ def test_a_whole_model_is_its_reference() -> None:
         input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=2, num_heads=2, num_classes=10, mlp_ratio=1.0
     )  # fmt: skip
     dit = jax.tree.map(jnp.asarray, helpers.tiny_model(**config.to_dict()))
-    settings = ptq.QuantConfig(rounding="nearest", steps=2, calib_steps=2, calib_rows=2, step_groups=2)
+    settings = ptq.QuantConfig(**PLAIN, steps=2, calib_steps=2, calib_rows=2, step_groups=2)
     q = ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16)
     x, y = jax.random.normal(jax.random.key(1), (1, *config.image_shape), jnp.float32), jnp.array([2])
     apply = jax.jit(lambda model: model.apply(x, jnp.array([400]), y).astype(jnp.float32))

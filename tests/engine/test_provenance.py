@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import random_inputs, tiny_model
+from helpers import PLAIN, random_inputs, tiny_model
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.engine import Provenance
@@ -19,7 +19,11 @@ def models() -> list[ptq.QuantizedDiT]:
     made = []
     for seed, name in enumerate(("first", "second")):
         dit = jax.tree.map(jnp.asarray, tiny_model(seed))
-        q = ptq.quantize(dit, ptq.QuantConfig(rounding="nearest", steps=2, calib_steps=1, calib_rows=2), key=jax.random.key(0))
+        q = ptq.quantize(
+            dit,
+            ptq.QuantConfig(**PLAIN, steps=2, calib_steps=1, calib_rows=2),
+            key=jax.random.key(0),
+        )
         made.append(q.replace(provenance=Provenance({"name": name})))  # type: ignore[attr-defined]
     return made
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
-from helpers import as_float64, lowered_sampler, relative_error, tiny_model
+from helpers import PLAIN, as_float64, lowered_sampler, relative_error, tiny_model
 from jax.sharding import Mesh
 
 import ptq4dit_jax as ptq
@@ -58,7 +58,7 @@ def quantized(digits: FloatDiT, rows: CalibrationData) -> Quantized:
 
     @cache
     def make(weight_bits: int, policy: str, **settings: Any) -> ptq.QuantizedDiT:
-        config = ptq.QuantConfig(rounding="nearest", weight_bits=weight_bits, policy=policy, **{"step_groups": 1, **settings})
+        config = ptq.QuantConfig(**PLAIN, weight_bits=weight_bits, policy=policy, **{"step_groups": 1, **settings})
         return ptq.quantize(digits, config, key=jax.random.key(0), calibration=rows)
 
     return make
@@ -250,7 +250,7 @@ def test_a_second_call_compiles_nothing_nor_does_another_model_of_the_same_shape
     model = quantized(8, "edges8")
     other = ptq.quantize(
         digits,
-        ptq.QuantConfig(rounding="nearest", weight_bits=8, policy="edges8", step_groups=1),
+        ptq.QuantConfig(**PLAIN, weight_bits=8, policy="edges8", step_groups=1),
         key=jax.random.key(1),
         calibration=CalibrationData(x=rows.x[:, ::-1] * 0.9, t=rows.t, y=rows.y[:, ::-1]),
     )
@@ -281,7 +281,7 @@ def tiny() -> tuple[FloatDiT, CalibrationData, ptq.QuantizedDiT]:
     data = CalibrationData(
         x=x.astype(np.float32), t=np.array([900, 600, 300, 0], np.int32), y=np.tile(np.arange(6, dtype=np.int32), (4, 1))
     )
-    config = ptq.QuantConfig(rounding="nearest", weight_bits=4, policy="edges8", step_groups=4, dynamic_sites=())
+    config = ptq.QuantConfig(**PLAIN, weight_bits=4, policy="edges8", step_groups=4, dynamic_sites=())
     return model, data, ptq.quantize(model, config, key=jax.random.key(0), calibration=data)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_inputs, relative_error, tiny_model
+from helpers import PLAIN, random_inputs, relative_error, tiny_model
 from store_helpers import seal
 
 import ptq4dit_jax as ptq
@@ -29,7 +29,7 @@ def dit() -> ptq.FloatDiT:
 
 @pytest.fixture(scope="module")
 def w4(dit: ptq.FloatDiT) -> ptq.QuantizedDiT:
-    return ptq.quantize(dit, ptq.QuantConfig(rounding="nearest", **SETTINGS, policy="weights-only"), key=jax.random.key(0))
+    return ptq.quantize(dit, ptq.QuantConfig(**PLAIN, **SETTINGS, policy="weights-only"), key=jax.random.key(0))
 
 
 def apply(model: Any) -> np.ndarray:
@@ -106,7 +106,7 @@ def test_its_gradient_is_that_of_its_twin(w4: ptq.QuantizedDiT) -> None:
     "policy", ["edges8-float,blocks.attention=float", "uniform,blocks.proj=8:float,blocks.attention=float"]
 )
 def test_attention_alone_in_float(dit: ptq.FloatDiT, policy: str) -> None:
-    q = ptq.quantize(dit, ptq.QuantConfig(rounding="nearest", **SETTINGS, policy=policy), key=jax.random.key(0))
+    q = ptq.quantize(dit, ptq.QuantConfig(**PLAIN, **SETTINGS, policy=policy), key=jax.random.key(0))
     assert q.sites == {}
     assert q.linears["blocks.qkv"].integer
     rows = {row["layer"]: row for row in ptq.describe(q)}

@@ -65,10 +65,14 @@ def test_reports(comparison, tmp_path):
     assert any(cells[1:3] == NAMES for cells in headings(page))
 
 
-@pytest.mark.parametrize("script", [digits, ablation], ids=["digits", "ablation"])
-def test_tables_of_benchmarks_are_those_of_their_results(script):
+@pytest.mark.parametrize(
+    ("script", "results"),
+    [(digits, digits.RESULTS), (ablation, ablation.RESULTS), (ablation, ablation.CLOSED_FORM)],
+    ids=["digits", "ablation", "closed form"],
+)
+def test_tables_of_benchmarks_are_those_of_their_results(script, results):
     """What is stored has both figures, and the document shows what is stored."""
-    text = script.markdown(json.loads(script.RESULTS.read_text()))
+    text = script.markdown(json.loads(results.read_text()))
     assert not faults(text)
     page = script.CARD if script is digits else script.PAGE
     assert text in page.read_text()

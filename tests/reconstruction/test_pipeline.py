@@ -28,7 +28,9 @@ pytestmark = pytest.mark.slow  # the programs of four kinds of parts are compile
 
 KEY, SETTINGS = jax.random.key(0), Reconstruction(iterations=200, batch_size=8, start="nearest")
 FROM_GPTQ = dataclasses.replace(SETTINGS, start="gptq")
-CONFIG = ptq.QuantConfig(weight_bits=3, calib_steps=4, calib_rows=30, steps=4, step_groups=2, reconstruction=SETTINGS)
+CONFIG = ptq.QuantConfig(
+    weight_bits=3, balance="csb+ssc", calib_steps=4, calib_rows=30, steps=4, step_groups=2, reconstruction=SETTINGS
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def rows(model: ptq.FloatDiT) -> CalibrationData:
 
 
 def quantize(model: ptq.FloatDiT, rows: CalibrationData, settings: Reconstruction | None = SETTINGS, **more: Any) -> Any:
-    config = dataclasses.replace(CONFIG, reconstruction=settings, rounding="nearest" if settings is None else "adaround")
+    config = dataclasses.replace(CONFIG, reconstruction=settings, rounding="nearest" if settings is None else None)
     return ptq.quantize(model, config, key=more.pop("key", KEY), calibration=rows, **more)
 
 
