@@ -44,11 +44,11 @@ class Case:
     @property
     def name(self) -> str:
         s, q = self.shape, self.settings
-        learned = ", reconstructed" if "reconstruction" in q else f", {q['rounding']}" if "rounding" in q else ""
+        rounding = f"reconstructed from {q['reconstruction'].start}" if "reconstruction" in q else q["rounding"]
         return (
             f"{s['hidden_size']} wide, {s['num_heads']} heads, depth {s['depth']}, {s['input_size']}/{s['patch_size']} x "
             f"{s['in_channels']}, {s['num_classes']} classes{'' if s['null_class'] else ' no null'}, W{q['weight_bits']}, "
-            f"{q['calib_rows']} rows, seed {self.seed}{learned}"
+            f"{q['calib_rows']} rows, seed {self.seed}, {q['balance']}, {rounding}"
         )
 
 
@@ -67,13 +67,16 @@ def cases() -> list[Case]:
         settings: dict[str, Any] = {
             "weight_bits": (8, 4)[i % 2], "calib_steps": 2 + i % 3, "steps": 5,
             "calib_rows": (16, 24, 12, 4, 20, 22)[(i // 2) % 6], "policy": ("edges8-float", "uniform")[(i // 4) % 2],
+            "balance": ("search", "csb+ssc")[i % 2],
         }  # fmt: skip
         if i % 3 == 1:
             settings["ssc"] = "rows"
         if i % 9 in (0, 2, 4, 5, 7):
-            settings["reconstruction"] = Reconstruction(iterations=ITERATIONS, batch_size=(8, 16, 32)[i % 3])
-        elif i % 9 in (3, 8):
-            settings["rounding"] = "gptq"
+            settings["reconstruction"] = Reconstruction(
+                iterations=ITERATIONS, batch_size=(8, 16, 32)[i % 3], start=("nearest", "gptq")[i // 9]
+            )
+        else:
+            settings["rounding"] = "gptq" if i % 9 in (3, 8) else "nearest"
         made.append(Case(shape, settings, seed=i % 5))
     return made
 

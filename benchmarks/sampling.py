@@ -58,8 +58,9 @@ def load(engine: str, config: DiTConfig) -> tuple[Any, dict[str, Any]]:
             raise RuntimeError(f"Qwix made {products} integer products of a block's {len(qwix_dit.LAYERS)} linear layers.")
         return quantized, {"software": {"Qwix": importlib.metadata.version("qwix")}}
     settings = ptq.QuantConfig(
-        weight_bits=int(engine[1]), steps=4, calib_steps=2, calib_rows=4, step_groups=2, range_search="minmax"
-    )
+        weight_bits=int(engine[1]), steps=4, calib_steps=2, calib_rows=4, step_groups=2, range_search="minmax",
+        balance="csb+ssc", rounding="nearest",
+    )  # fmt: skip
     model = ptq.quantize(dit, settings, key=jax.random.key(1)).astype(jnp.bfloat16)
     return model, {"backend": model.backend_choice.name}
 

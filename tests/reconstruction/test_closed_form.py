@@ -204,8 +204,19 @@ def test_settings_that_contradict_each_other(raises_sentence):
         ptq.QuantConfig(rounding="gptq", reconstruction=Reconstruction())
     with raises_sentence("rounding", "nearest, gptq, adaround", "'best'"):
         ptq.QuantConfig(rounding="best")
-    assert ptq.QuantConfig().resolved_rounding == "nearest"
+    assert ptq.QuantConfig().resolved_rounding == "gptq"
     assert ptq.QuantConfig(rounding="adaround").learning == Reconstruction()
     assert ptq.QuantConfig(reconstruction=Reconstruction(iterations=3)).resolved_rounding == "adaround"
     assert ptq.QuantConfig(rounding="gptq").learning is None
     assert ptq.QuantConfig.paper().resolved_rounding == "nearest"
+
+
+def test_the_paper_rounds_to_the_nearest_and_learns_from_there():
+    paper = ptq.QuantConfig.paper
+    assert (paper().resolved_rounding, paper().balance, paper().learning) == ("nearest", "csb+ssc", None)
+    for settings in ({"rounding": "adaround"}, {"reconstruction": Reconstruction(iterations=7)}):
+        learning = paper(**settings).learning
+        assert learning.start == "nearest"
+        assert learning.iterations == (7 if "reconstruction" in settings else 2000)
+    assert paper(reconstruction=Reconstruction(start="gptq")).learning.start == "gptq"  # what is said decides
+    assert paper(rounding="gptq").resolved_rounding == "gptq"
