@@ -70,7 +70,7 @@ def cases() -> list[Case]:
             "balance": ("search", "csb+ssc")[i % 2],
         }  # fmt: skip
         if i % 3 == 1:
-            settings["ssc"] = "rows"
+            settings |= {"balance": "csb+ssc", "ssc": "rows"}
         if i % 9 in (0, 2, 4, 5, 7):
             settings["reconstruction"] = Reconstruction(
                 iterations=ITERATIONS, batch_size=(8, 16, 32)[i % 3], start=("nearest", "gptq")[i // 9]

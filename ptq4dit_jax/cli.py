@@ -125,7 +125,9 @@ def quantize(
     balance: Annotated[
         str, typer.Option(help="Salience balancing: none, csb, csb+ssc, or search: for each layer what errs least.")
     ] = QuantConfig.balance,
-    ssc: Annotated[str, typer.Option(help="SSC weighs steps (the paper) or rows (the official code).")] = "steps",
+    ssc: Annotated[
+        str, typer.Option(help="SSC (--balance csb+ssc) weighs steps (the paper) or rows (the official code).")
+    ] = "steps",
     temperature: Annotated[float, typer.Option(help="Temperature of SSC's softmax.")] = 1.0,
     calib_steps: Annotated[
         int | None, typer.Option(help="Evenly spaced sampler steps to calibrate on.", show_default="25, or all if fewer")

@@ -22,6 +22,8 @@ RowsOn = Literal["auto", "device", "host"]
 Start = Literal["nearest", "gptq"]
 
 _CALIBRATION_STEPS = 25
+#: The balancings that a setting of balancing serves.
+_SERVES = {"ssc": ("csb+ssc",), "temperature": ("csb+ssc", "search"), "exponent": ("csb", "csb+ssc")}
 EDGE_LAYERS = tuple(EDGE_SITES.values())
 LAYERS = (*EDGE_LAYERS, *(f"blocks.{layer}" for layer in BLOCK_SITES.values() if layer))
 
@@ -291,6 +293,12 @@ class QuantConfig:
             check_guidance(self.cfg_scale)
         if not 0 <= self.exponent <= 1:
             raise Ptq4ditError(f"exponent must lie between 0 (no balancing) and 1, not {self.exponent}.")
+        for name, serves in _SERVES.items():
+            if getattr(self, name) != getattr(QuantConfig, name) and self.balance not in serves:
+                raise Ptq4ditError(
+                    f"{name} {getattr(self, name)} says nothing about balance {self.balance}, but about "
+                    f"{' and '.join(serves)}: choose that, or leave it out."
+                )
         if not 1 <= self.step_groups <= MAX_ROWS:
             raise Ptq4ditError(f"step_groups must be at least 1 and at most {MAX_ROWS}, not {shown(self.step_groups)}.")
         if self.calib_rows > MAX_ROWS:

@@ -177,6 +177,21 @@ def test_the_paper_with_exceptions() -> None:
     assert (paper.balance, paper.range_search, paper.balance_fc2) == ("csb", "mse", False)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ssc": "rows"}, ("ssc rows", "balance search", "csb+ssc")),
+        ({"ssc": "rows", "balance": "csb"}, ("ssc rows", "balance csb,")),
+        ({"exponent": 0.25}, ("exponent 0.25", "balance search", "csb and csb+ssc")),
+        ({"temperature": 2.0, "balance": "none"}, ("temperature 2.0", "balance none", "search")),
+    ],
+)
+def test_a_setting_that_the_balancing_does_not_use_is_refused(settings, words, raises_sentence) -> None:
+    with raises_sentence(*words):
+        QuantConfig(**settings)
+    assert QuantConfig(balance="csb+ssc", ssc="rows", exponent=0.25, temperature=2.0).ssc == "rows"
+
+
 def test_defaults_run_every_block_on_integers() -> None:
     config = QuantConfig()
     assert (config.weight_bits, config.act_bits, config.balance) == (8, 8, "search")

@@ -223,7 +223,7 @@ def test_csb_takes_the_middle_step(model: FloatDiT, rows: CalibrationData, extre
 def test_ssc_weighs_steps_or_single_rows(
     model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes], ssc: str
 ) -> None:
-    found = balance(model, ptq.QuantConfig(ssc=ssc, temperature=0.5), extremes, rows)  # type: ignore[arg-type]
+    found = balance(model, ptq.QuantConfig(balance="csb+ssc", ssc=ssc, temperature=0.5), extremes, rows)  # type: ignore[arg-type]
     samples = 3 if ssc == "steps" else 3 * 8
     for name in ("qkv_in", "proj_in", "fc1_in", "fc2_in"):
         eta, rho = np.asarray(found.eta[name], np.float64), np.asarray(found.rho[name], np.float64)
@@ -243,14 +243,21 @@ def test_what_is_not_balanced(model: FloatDiT, rows: CalibrationData, extremes: 
 
 
 def test_exponent_zero_is_no_balancing(model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes]) -> None:
-    found = balance(model, ptq.QuantConfig(exponent=0.0, equalize_v=False), extremes, rows)
+    found = balance(model, ptq.QuantConfig(balance="csb+ssc", exponent=0.0, equalize_v=False), extremes, rows)
     for factor in found.factors.values():
         np.testing.assert_array_equal(factor, np.ones_like(factor))
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"balance": "none"}, {"balance": "csb"}, {"balance": "csb+ssc"}, {"ssc": "rows"}, {"equalize_v": False, "exponent": 1.0}],
+    [
+        {"balance": "none"},
+        {"balance": "csb"},
+        {"balance": "csb+ssc"},
+        {"balance": "csb+ssc", "ssc": "rows"},
+        {"balance": "csb", "equalize_v": False, "exponent": 1.0},
+        {"balance": "search"},
+    ],
 )
 def test_folding_leaves_the_float_output_unchanged(rows: CalibrationData, settings: dict[str, Any]) -> None:
     model = salient_model(tiny_model(), share=0.05)
