@@ -212,7 +212,7 @@ def test_inputs_without_a_factor(kind: str, follow: bool) -> None:
 
 def test_a_part_of_the_input_that_the_network_before_lost_is_made_up_for() -> None:
     """Inputs that are all too small by a tenth: the target is larger by as much."""
-    case = layer(30, 8, seed=4, tokens=800)
+    case = layer(30, 8, seed=4, tokens=4000)
     shrunk = Layer(case.kernel, 0.9 * case.x, 0.1 * case.x, case.weight)
     found = round_weight(case.kernel, shrunk.nearest(8), shrunk.moments)
     ratio = (np.asarray(found.weight.dequantize()) * case.kernel.T).sum(1) / np.square(case.kernel).sum(0)
