@@ -148,9 +148,7 @@ def test_every_width_runs_and_fewer_bits_cost_more() -> None:
 
 
 def test_one_key_one_result(model: FloatDiT) -> None:
-    config = ptq.QuantConfig(
-        rounding="nearest", weight_bits=4, calib_steps=2, calib_rows=4, steps=4, sampler="ddim", step_groups=2
-    )
+    config = ptq.QuantConfig(**PLAIN, weight_bits=4, calib_steps=2, calib_rows=4, steps=4, sampler="ddim", step_groups=2)
     first, again, other = (ptq.quantize(model, config, key=jax.random.key(seed)) for seed in (0, 0, 1))
     assert same_bytes(first, again)
     assert not same_bytes(first, other)
@@ -158,9 +156,7 @@ def test_one_key_one_result(model: FloatDiT) -> None:
 
 
 def test_stored_rows_stand_in_for_sampled_ones(model: FloatDiT) -> None:
-    config = ptq.QuantConfig(
-        rounding="nearest", weight_bits=4, calib_steps=2, calib_rows=4, steps=4, sampler="ddim", step_groups=2
-    )
+    config = ptq.QuantConfig(**PLAIN, weight_bits=4, calib_steps=2, calib_rows=4, steps=4, sampler="ddim", step_groups=2)
     sampled = ptq.quantize(model, config, key=KEY)
     data = ptq.sample_trajectories(model, KEY, config.walk, steps=2, rows=4, cfg_scale=config.cfg_scale)
     flat = ptq.stored_rows(data.x.reshape(-1, *data.x.shape[2:]), np.repeat(data.t, 4), data.y.ravel(), model.config)

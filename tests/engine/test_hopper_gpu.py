@@ -237,7 +237,7 @@ def test_weights_of_all_layers_are_not_held_unpacked() -> None:
     """Which XLA does where nothing ties the unpacking of one to its layer, in deep and wide models only."""
     config = DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=16, num_heads=16, num_classes=10)
     settings = ptq.QuantConfig(
-        rounding="nearest", weight_bits=4, steps=2, calib_steps=2, calib_rows=2, step_groups=2, range_search="minmax"
+        **PLAIN, weight_bits=4, steps=2, calib_steps=2, calib_rows=2, step_groups=2, range_search="minmax"
     )
     q = ptq.quantize(ptq.FloatDiT.init(config, jax.random.key(0)), settings, key=jax.random.key(0)).astype(jnp.bfloat16)
     unpacked = config.depth * 12 * config.hidden_size**2

@@ -68,7 +68,14 @@ def calibrated() -> QuantizedDiT:
     """A model that was quantized in earnest: factors are folded wherever they can be."""
     model = helpers.salient_model(helpers.tiny_model())
     config = QuantConfig(
-        rounding="nearest", weight_bits=4, range_search="minmax", calib_steps=2, calib_rows=4, steps=2, step_groups=2
+        balance="csb+ssc",
+        rounding="nearest",
+        weight_bits=4,
+        range_search="minmax",
+        calib_steps=2,
+        calib_rows=4,
+        steps=2,
+        step_groups=2,
     )
     return ptq.quantize(jax.tree.map(jnp.asarray, model), config, key=jax.random.key(0))
 
