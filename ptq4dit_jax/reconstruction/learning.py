@@ -114,8 +114,10 @@ class LearningWalk(Walk):
         return _compiled(structure, shapes, self.mesh, self.config, kind, self.settings, self.dtype, self.parts, drawn)
 
     def task(self, unit: Unit, start: Mapping[str, RoundedWeight] | None = None) -> tuple[Task, Variables]:
-        """What is fixed and what is learned for a part: at the float weights, or as near as may be to the targets that the
-        layers of ``start`` were rounded for."""
+        """What is fixed and what is learned for a part: at the float weights, or at the codes of ``start``.
+
+        ``start`` are its layers rounded in closed form; from their codes the variables lean towards the targets.
+        """
         kernels, biases, rounding = {}, {}, {}
         for layer, name in unit.layers.items():
             tree = self.params(unit, layer)
