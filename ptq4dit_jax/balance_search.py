@@ -21,14 +21,14 @@ from ptq4dit_jax.calibration import MICRO_BATCH, CalibrationData, ChannelExtreme
 from ptq4dit_jax.dit import flatten_sites, nest_sites
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.model import FloatDiT
-from ptq4dit_jax.numerics import CALIBRATION, unit_exponent
+from ptq4dit_jax.numerics import CALIBRATION, along_last
 from ptq4dit_jax.quantizers import ActQuantizer, QTensor, affine_parameters
 from ptq4dit_jax.ranges import RangeSearch, quantize_weight
 from ptq4dit_jax.waiting import ready
 
 #: Exponents of the candidates from the largest values and from the mean squares over all steps.
 EXPONENTS = (0.25, 0.5, 0.75)
-#: Tokens of each step that candidates are measured on, at least, but no more rows than a micro-batch has.
+#: Tokens of each step that candidates are measured on, at least: of two rows or more, but no more than a micro-batch has.
 _TOKENS = 512
 #: What static ranges are tried as shares of the extremes.
 _SHARES = (1.0, 0.8, 0.6, 0.4)
@@ -80,7 +80,7 @@ class _Trials:
 
         def errors(candidate: tuple[jax.Array, QTensor, ActQuantizer | None]) -> metrics.Powers:
             factor, weight, acts = candidate
-            balanced, kernel = x * jnp.expand_dims(factor, range(x.ndim - 1)), weight.dequantize().T
+            balanced, kernel = x * along_last(factor, x.ndim), weight.dequantize().T
             of = lambda act: metrics.powers(exact, product(act(balanced), kernel))
             if acts is None:
                 return of(ActQuantizer(None, None, balance=None, bits=self.bits, dynamic=True))
@@ -117,7 +117,8 @@ def search(
       range_search: how ranges of weights are chosen.
     """
     found = {}
-    rows = _some_rows(calibration, -(-_TOKENS // model.config.num_tokens))
+    wanted = max(2, min(MICRO_BATCH, -(-_TOKENS // model.config.num_tokens)))
+    rows = calibration.spread(calibration.num_steps, wanted)
     for site, bits in weight_bits.items():
         kernel = model.params["blocks"][_layer(site)]["kernel"]
         tried = candidates(extremes[site], kernel, temperature)
@@ -141,18 +142,6 @@ def _layer(site: str) -> str:
     return site.removeprefix("blocks.").removesuffix("_in")
 
 
-def _some_rows(calibration: CalibrationData, wanted: int) -> CalibrationData:
-    """Two rows of every step at least, from all over them."""
-    count = calibration.num_rows
-    wanted = min(count, max(2, min(wanted, MICRO_BATCH)))
-    chosen = (np.arange(wanted) * 2 + 1) * count // (2 * wanted)
-    t = np.asarray(calibration.t)
-    return CalibrationData(
-        x=np.asarray(calibration.x)[:, chosen], t=t[:, None] if t.ndim == 1 else t[:, chosen],
-        y=np.asarray(calibration.y)[:, chosen],
-    )  # fmt: skip
-
-
 @partial(jax.jit, static_argnames=("bits", "act_bits", "dynamic", "search"))
 def _trials(
     kernel: jax.Array, factors: jax.Array, extremes: ChannelExtremes, groups: jax.Array,
@@ -166,8 +155,7 @@ def _trials(
         kernel, factors, power = block
 
         def one(factor: jax.Array) -> QTensor:
-            importance = power * jnp.square(jnp.ldexp(factor, -unit_exponent(factor)))
-            return quantize_weight((kernel / factor[:, None]).T, bits, search, importance)
+            return quantize_weight((kernel / factor[:, None]).T, bits, search, salience.balanced_power(power, factor))
 
         return jax.lax.map(one, factors)
 

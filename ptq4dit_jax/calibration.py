@@ -60,6 +60,16 @@ class CalibrationData:
     def num_rows(self) -> int:
         return self.x.shape[1]
 
+    def spread(self, steps: int, rows: int) -> CalibrationData:
+        """So many steps from all over the chain, or all if it has fewer, and of each so many rows from all over them; on the
+        host, each row with a time of its own or one for the step (S, 1)."""
+        places = lambda count, wanted: (np.arange(min(count, wanted)) * 2 + 1) * count // (2 * min(count, wanted))
+        at, of = places(self.num_steps, steps), places(self.num_rows, rows)
+        t = np.asarray(self.t)[at]
+        return CalibrationData(
+            x=np.asarray(self.x)[at][:, of], t=t[:, None] if t.ndim == 1 else t[:, of], y=np.asarray(self.y)[at][:, of]
+        )
+
     def rows(self, chosen: slice) -> CalibrationData:
         """The ``chosen`` rows of every step, on the host."""
         cut = lambda a: np.asarray(a)[:, chosen]

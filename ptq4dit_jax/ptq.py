@@ -38,7 +38,7 @@ from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
-from ptq4dit_jax.numerics import CALIBRATION, threefry, unit_exponent
+from ptq4dit_jax.numerics import CALIBRATION, threefry
 from ptq4dit_jax.quality import REFUSE_BELOW, PoorQuality, Quality, measure, some_rows
 from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 from ptq4dit_jax.ranges import RangeSearch, activation_parameters, quantize_weight
@@ -450,6 +450,6 @@ _pack = jax.jit(QLinear.pack)
 
 
 def _input_power(statistics: ChannelExtremes, site: str, factors: Mapping[str, jax.Array]) -> jax.Array:
-    """Mean square of each balanced input channel over all steps, ([L,] K); of a balanced site up to a power of two by block."""
+    """Mean square of each balanced input channel over all steps, ([L,] K), as :func:`salience.balanced_power` counts it."""
     power, factor = statistics.power.mean(0), factors.get(site.removeprefix("blocks."))
-    return power if factor is None else power * jnp.square(jnp.ldexp(factor, -unit_exponent(factor)))
+    return power if factor is None else salience.balanced_power(power, factor)

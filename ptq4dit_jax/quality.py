@@ -93,13 +93,7 @@ def some_rows(calibration: CalibrationData) -> CalibrationData:
     No more rows than calibration's micro-batches have: a GPU has tuned the float model's products of that size already. Tuning
     those of 16 rows takes DiT-XL/2 17 seconds on an H200.
     """
-    spread = lambda count, wanted: (np.arange(min(count, wanted)) * 2 + 1) * count // (2 * min(count, wanted))
-    steps, rows = spread(calibration.num_steps, _STEPS), spread(calibration.num_rows, MICRO_BATCH)
-    t = np.asarray(calibration.t)[steps]
-    return CalibrationData(
-        x=np.asarray(calibration.x[steps][:, rows]), t=t[:, None] if t.ndim == 1 else t[:, rows],
-        y=np.asarray(calibration.y[steps][:, rows]),
-    )  # fmt: skip
+    return calibration.spread(_STEPS, MICRO_BATCH)
 
 
 def measure(reference: FloatDiT, folded: FloatDiT, quantized: QuantizedDiT, some: CalibrationData) -> Quality:

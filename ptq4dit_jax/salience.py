@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ptq4dit_jax.numerics import at_least_float32
+from ptq4dit_jax.numerics import at_least_float32, unit_exponent
 
 #: A channel whose salience is below this share of the layer's largest is dead: it is left alone (b = 1).
 DEAD_CHANNEL = 1e-6
@@ -80,6 +80,12 @@ def balancing_factors(
         alive &= salience > DEAD_CHANNEL * salience.max(-1, keepdims=True)
     safe = lambda s: jnp.where(alive, s, 1.0)
     return safe(weight_salience) ** exponent / safe(activation_salience) ** exponent
+
+
+def balanced_power(power: jax.Array, factor: jax.Array) -> jax.Array:
+    """Mean squares (..., K) of channels that are multiplied by ``factor`` (..., K), up to one power of two for all channels,
+    which keeps them within float32."""
+    return power * jnp.square(jnp.ldexp(factor, -unit_exponent(factor)))
 
 
 def equalizing_factors(salience: jax.Array) -> jax.Array:

@@ -93,6 +93,21 @@ def psnr_figure(comparison: Comparison) -> Figure:
     return figure
 
 
+def _relative_error_axes(title: str) -> tuple[Figure, Axes]:
+    """Axes for errors relative to rounding to the nearest, with a line at 1."""
+    figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
+    axes = _style(figure.add_subplot())
+    axes.axhline(1, color="black", linewidth=0.8, zorder=2.5)
+    axes.set_ylabel("squared error / that of nearest rounding")
+    axes.set_title(title, loc="left")
+    return figure, axes
+
+
+def _shades(count: int) -> Any:
+    """Colors from dark to light, (count, 4)."""
+    return colormaps["viridis"](np.linspace(0, 0.9, count))
+
+
 def reconstruction_figure(parts: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Error of every part while its roundings were learned, relative to rounding to the nearest; blocks from dark to light.
 
@@ -100,11 +115,11 @@ def reconstruction_figure(parts: Mapping[str, Mapping[str, Any]]) -> Figure:
       parts: the facts of each part by its name, as :func:`ptq4dit_jax.reconstruction.reconstruct` gives them: ``before``,
         ``after`` and ``curve``.
     """
-    figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
-    axes = _style(figure.add_subplot())
+    figure, axes = _relative_error_axes("Reconstruction, part by part")
     blocks = [name for name in parts if name.startswith("block ")]
-    shades = colormaps["viridis"](np.linspace(0, 0.9, len(blocks)))
-    looks: dict[str, dict[str, Any]] = {name: {"color": shade} for name, shade in zip(blocks, shades, strict=True)}
+    looks: dict[str, dict[str, Any]] = {
+        name: {"color": shade} for name, shade in zip(blocks, _shades(len(blocks)), strict=True)
+    }
     for index, name in enumerate(name for name in parts if name not in looks):
         looks[name] = {"color": _GRAY, "linestyle": ("--", ":", "-.")[index % 3]}
     for name, facts in parts.items():
@@ -113,10 +128,7 @@ def reconstruction_figure(parts: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.plot(done, _finite(curve), linewidth=1.4, label=name, **looks[name])
         end = facts["after"] / facts["before"]
         axes.plot(102, end, marker="o", markersize=4, color=looks[name]["color"], clip_on=False)
-    axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xlim=(0, 102), xlabel="iterations done (%); dots: after the last, all weights rounded", ylim=(0, None))
-    axes.set_ylabel("squared error / that of nearest rounding")
-    axes.set_title("Reconstruction, part by part", loc="left")
     handles, labels = axes.get_legend_handles_labels()
     shown = [i for i, name in enumerate(labels) if name not in blocks[1:-1]]
     figure.legend(
@@ -136,21 +148,16 @@ def rounding_figure(parts: Mapping[str, Mapping[str, Any]]) -> Figure:
       parts: the facts of each part by its name, as :func:`ptq4dit_jax.reconstruction.round_closed_form` gives them: ``before``,
         ``after`` and ``layers``.
     """
-    figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
-    axes = _style(figure.add_subplot())
+    figure, axes = _relative_error_axes("Rounding in closed form, layer by layer")
     blocks = [facts for name, facts in parts.items() if name.startswith("block ")]
     layers = list(dict.fromkeys(layer for facts in blocks for layer in facts["layers"]))
-    shades = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
-    for layer, shade in zip(layers, shades, strict=True):
+    for layer, shade in zip(layers, _shades(len(layers)), strict=True):
         errors = [facts["layers"].get(layer, np.nan) for facts in blocks]
         axes.plot(errors, color=shade, linewidth=1.4, marker="o", markersize=4, label=layer)
     whole = [facts["after"] / facts["before"] for facts in blocks]
     axes.plot(whole, color="black", linewidth=2, marker="s", markersize=5, label="output of the block")
-    axes.axhline(1, color="black", linewidth=0.8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="block", ylim=(0, None))
-    axes.set_ylabel("squared error / that of nearest rounding")
-    axes.set_title("Rounding in closed form, layer by layer", loc="left")
     figure.legend(loc="outside lower center", ncols=len(layers) + 1, frameon=False)
     return figure
 

@@ -53,7 +53,7 @@ class PartInputs:
         rows = _Seen(inputs=inputs, float_inputs=exact, group=walk.group, share=walk.share)
         self._lanes = _lanes(rows, walk.parts, walk.mesh)
         self._devices = sharding.devices_of(walk.mesh)
-        self._each = walk.parts // len(self._devices)
+        self._lane = partial(_lane, devices=len(self._devices), each=walk.parts // len(self._devices))
         fixed = (walk.act_quantizers(unit), *walk.float_part(unit))
         self._fixed = {device: jax.device_put(fixed, device) for device in self._devices}
 
@@ -77,11 +77,9 @@ class PartInputs:
         nothing = jax.device_put(InputMoments.start(jnp.zeros(params[layer]["kernel"].shape[0])), home)
         start = _about_mean(through(home, self._lanes[0], nothing, 1))
         size = self._walk.group.shape[0]
-        run = lambda item, device: through(
-            device, self._lanes[_lane(item, len(self._devices), self._each)], jax.device_put(start, device), size
-        )
+        run = lambda item, device: through(device, self._lanes[self._lane(item)], jax.device_put(start, device), size)
         found = sharding.deal_out(run, self._walk.parts, self._walk.mesh)
-        by_lane = {_lane(item, len(self._devices), self._each): jax.device_put(m, home) for item, m in enumerate(found)}
+        by_lane = {self._lane(item): jax.device_put(m, home) for item, m in enumerate(found)}
         return _total([by_lane[lane] for lane in range(self._walk.parts)])
 
 
