@@ -4,9 +4,9 @@
     python -m benchmarks.ablation --roundings nearest gptq --out benchmarks/results/closed_form.json
 
 A seed decides the calibration rows and the rows that an iteration of reconstruction draws. What is measured is the same for
-all: the guided noise prediction at 25 steps of the float model's own trajectories, and images on the same noise. Writes the
-results after every seed, goes on where they end, and puts the table into docs/ablation.md; the second form is for the table
-without gradients, which takes minutes. The peers of every row are the other rows and the float model, in one run.
+all: the guided noise prediction at 25 steps of the float model's own trajectories, and images on the same noise. Results are
+written after every seed, and a later run continues from them. The table goes into docs/ablation.md; the second form makes the
+one without gradients, in minutes. The peers of every row are the other rows and the float model, in one run.
 """
 
 from __future__ import annotations

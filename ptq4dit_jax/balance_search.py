@@ -1,4 +1,5 @@
-"""Balancing by measurement: of several candidates, the one by which the quantized output of a layer errs least on some rows.
+"""Balancing by measurement: of several candidates, the one with which a layer's quantized output has the smallest error on some
+rows.
 
 A candidate is ``b_j = (s(W)_j / s(X)_j)^exponent`` of one salience of the activations; ``none`` and the two of the paper are
 among them. So on the rows that chose, no layer errs more than by these. An error counts relative to the output's power at the

@@ -221,7 +221,7 @@ class QuantConfig:
       act_bits: 2 to 8; or 16 for weights only: all activations stay float, in the type that the model computes in, and the
         ``policy`` decides the widths of the weights alone.
       balance: ``none``, ``csb`` (salience of the middle calibration step), ``csb+ssc`` (salience weighted over all steps), or
-        ``search``: for each layer the one of several by which it errs least (:mod:`ptq4dit_jax.balance_search`).
+        ``search``: for each layer, whichever of several gives the smallest output error (:mod:`ptq4dit_jax.balance_search`).
       ssc: what SSC weighs: ``steps`` (the paper) or single ``rows`` (the official code).
       temperature: of SSC's softmax.
       exponent: of the balancing factors; 0.5 is CSB, 0 no balancing.

@@ -50,8 +50,8 @@ class PartResult:
 
 @struct.dataclass
 class _Work:
-    """What goes on where a run died inside a part: fixed ``kernels`` and ``biases``, the codes that hold if learning does no
-    better, as whether each is the upper of its two, and the ``state``."""
+    """What a run that died inside a part needs to resume: the fixed ``kernels`` and ``biases``; the codes to keep if learning
+    does no better, ``upper`` where a code is the higher of its two; and the ``state``."""
 
     kernels: dict[str, RoundedKernel]
     biases: dict[str, Any]
