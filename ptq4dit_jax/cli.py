@@ -123,8 +123,12 @@ def quantize(
     weight_bits: Annotated[int, typer.Option(help="Width of the weights, 2 to 8.")] = 8,
     act_bits: Annotated[int, typer.Option(help="Width of the activations, 2 to 8; 16 leaves them float (weights only).")] = 8,
     balance: Annotated[
-        str, typer.Option(help="Salience balancing: none, csb, csb+ssc, or search: for each layer what errs least.")
-    ] = QuantConfig.balance,
+        str | None,
+        typer.Option(
+            help="Salience balancing: none, csb, csb+ssc, or search: for each layer what errs least.",
+            show_default=f"{QuantConfig.balance}; csb+ssc with --paper",
+        ),
+    ] = None,
     ssc: Annotated[
         str, typer.Option(help="SSC (--balance csb+ssc) weighs steps (the paper) or rows (the official code).")
     ] = "steps",
@@ -195,15 +199,16 @@ def quantize(
 ) -> None:
     """Quantizes a float model after training: calibrate, balance and fold, choose ranges, pack, save."""
     options: dict[str, Any] = {
-        "weight_bits": weight_bits, "act_bits": act_bits, "balance": balance, "ssc": ssc, "temperature": temperature,
-        "calib_steps": calib_steps, "calib_rows": calib_rows, "sampler": sampler, "steps": steps, "eta": eta,
-        "cfg_scale": cfg_scale, "cfg_channels": cfg_channels,
+        "weight_bits": weight_bits, "act_bits": act_bits, "ssc": ssc, "temperature": temperature, "calib_steps": calib_steps,
+        "calib_rows": calib_rows, "sampler": sampler, "steps": steps, "eta": eta, "cfg_scale": cfg_scale,
+        "cfg_channels": cfg_channels,
     }  # fmt: skip
     sites = None if dynamic is None else tuple(name.strip() for name in dynamic.split(",") if name.strip() not in ("", "none"))
-    given = {"policy": policy, "step_groups": step_groups, "dynamic_sites": sites}
+    # None is the default of whichever settings are started from.
+    given = {
+        "balance": balance, "policy": policy, "step_groups": step_groups, "dynamic_sites": sites, "rounding": rounding,
+    }  # fmt: skip
     options |= {name: value for name, value in given.items() if value is not None}
-    if rounding is not None:
-        options["rounding"] = rounding
     if reconstruct or rounding == "adaround":
         options["reconstruction"] = Reconstruction(iterations=iterations)
     config = (QuantConfig.paper if paper else QuantConfig)(**cast(Any, options))

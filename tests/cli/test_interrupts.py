@@ -156,7 +156,8 @@ def test_the_output_of_a_command_may_be_closed(folder: Path) -> None:
 def test_a_poor_model_is_refused_unless_it_is_to_be_kept(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from ptq4dit_jax import cli
 
-    words = f"quantize {folder / 'tiny'} --out {folder / 'out'} {SMALL} --weight-bits 2 --act-bits 2 --policy uniform".split()
+    poor = "--weight-bits 2 --act-bits 2 --policy uniform --balance none --rounding nearest"
+    words = f"quantize {folder / 'tiny'} --out {folder / 'out'} {SMALL} {poor}".split()
     assert cli.main(words) == 1
     assert re.fullmatch(
         r"Error: The quantized model's predicted noise has [^\n]+ --keep-poor [^\n]+\.\n", capsys.readouterr().err
