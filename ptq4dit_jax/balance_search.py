@@ -1,9 +1,10 @@
 """Balancing by measurement: of several candidates, the one with which a layer's quantized output has the smallest error on some
 rows.
 
-A candidate is ``b_j = (s(W)_j / s(X)_j)^exponent`` of one salience of the activations; ``none`` and the two of the paper are
-among them. So on the rows that chose, no layer errs more than by these. An error counts relative to the output's power at the
-same step: the cleanest steps, where it is largest, count most.
+A candidate is ``b_j = s(W)_j^(1 - migration) / s(X)_j^migration`` of one kind of salience (SmoothQuant's); ``none`` and the two
+of the paper are among them. So on the rows that chose, no layer errs more than by these. All but ``none`` undo what makes a
+channel larger and its weights smaller, so a model with such channels loses nothing against the same one without. An error
+counts relative to the output's power at the same step: the cleanest steps, where it is largest, count most.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from ptq4dit_jax.quantizers import ActQuantizer, QTensor, affine_parameters
 from ptq4dit_jax.ranges import RangeSearch, quantize_weight
 from ptq4dit_jax.waiting import ready
 
-#: Exponents of the candidates from the largest values and from the mean squares over all steps.
-EXPONENTS = (0.25, 0.5, 0.75)
+#: How much of the difference between activations a candidate moves into the weights, by its kind of salience over all steps:
+#: largest values (CSB is 0.5 of them) or root mean squares.
+MIGRATIONS = {"largest": (0.25,), "rms": (0.0, 0.25, 0.5, 0.75)}
 #: Tokens of each step that candidates are measured on, at least: of two rows or more, but no more than a micro-batch has.
 _TOKENS = 512
 #: What static ranges are tried as shares of the extremes.
@@ -52,12 +54,13 @@ class Chosen(NamedTuple):
 def candidates(extremes: ChannelExtremes, kernel: jax.Array, temperature: float) -> dict[str, jax.Array]:
     """Factors (L, K) by name, for extremes (S, L, K) at every step and a kernel (L, K, N)."""
     s_w, s_x = salience.weight_salience(kernel), extremes.salience
-    kinds = {"largest": s_x.max(0), "rms": jnp.sqrt(extremes.power.mean(0))}
+    rms = jnp.sqrt(extremes.power.mean(0)), jnp.sqrt(jnp.square(kernel).mean(-1))
+    kinds = {"largest": (s_x.max(0), s_w), "rms": rms}
     found = {"none": jnp.ones_like(s_w), "csb": salience.balancing_factors(s_x[s_x.shape[0] // 2], s_w)}
     found["csb+ssc"] = salience.balancing_factors(salience.ssc_salience(s_x, s_w, temperature)[0], s_w)
-    for kind, chosen in kinds.items():
-        for exponent in EXPONENTS:
-            found[f"{kind} {exponent:g}"] = salience.balancing_factors(chosen, s_w, exponent)
+    for kind, migrations in MIGRATIONS.items():
+        for migration in migrations:
+            found[f"{kind} {migration:g}"] = salience.smoothing_factors(*kinds[kind], migration)
     return found
 
 
@@ -97,6 +100,7 @@ def search(
     extremes: Mapping[str, ChannelExtremes],
     calibration: CalibrationData,
     groups: np.ndarray,
+    kernels: Mapping[str, jax.Array],
     weight_bits: Mapping[str, int],
     *,
     dynamic: Sequence[str],
@@ -111,7 +115,9 @@ def search(
       extremes: of the sites, leaves (S, L, K).
       calibration: S steps of R rows.
       groups: (S,) the group of each step, by which static ranges are chosen.
-      weight_bits: for each site to balance, such as ``blocks.fc1_in``, the width of its layer.
+      kernels: for each site to balance, such as ``blocks.fc1_in``, the kernels (L, K, N) of its layer as they will be quantized
+        but for balancing. What equalizes v is in those of ``blocks.qkv_in``, or its largest channels would decide for all.
+      weight_bits: for each of these sites the width of its layer.
       dynamic: sites that are scaled per token.
       act_bits: width of the activations.
       temperature: of SSC's softmax.
@@ -120,12 +126,11 @@ def search(
     found = {}
     wanted = max(2, min(MICRO_BATCH, -(-_TOKENS // model.config.num_tokens)))
     rows = calibration.spread(calibration.num_steps, wanted)
-    for site, bits in weight_bits.items():
-        kernel = model.params["blocks"][_layer(site)]["kernel"]
+    for site, kernel in kernels.items():
         tried = candidates(extremes[site], kernel, temperature)
         factors = jnp.stack(list(tried.values()))
         trials = _trials(
-            kernel, factors, extremes[site], jnp.asarray(groups, jnp.int32), bits=bits, act_bits=act_bits,
+            kernel, factors, extremes[site], jnp.asarray(groups, jnp.int32), bits=weight_bits[site], act_bits=act_bits,
             dynamic=site in dynamic, search=range_search,
         )  # fmt: skip
         ratio = np.asarray(ready(_errors(model, rows, trials, site=site)), np.float64)
@@ -137,10 +142,6 @@ def search(
         )
         found[site] = Chosen(chosen, tuple(names[i] for i in best), relative("none"), relative("csb+ssc"))
     return found
-
-
-def _layer(site: str) -> str:
-    return site.removeprefix("blocks.").removesuffix("_in")
 
 
 @partial(jax.jit, static_argnames=("bits", "act_bits", "dynamic", "search"))

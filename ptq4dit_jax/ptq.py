@@ -307,12 +307,18 @@ def balance(
     names = _balanced(config)
     out = Balancing(factors={}, activation_salience={}, weight_salience={}, eta={}, rho={})
     by_row: dict[str, ChannelExtremes] = {}
+    if config.equalize_v and config.integer_attention and _is_integer(config, "blocks.proj_in"):
+        s_v = extremes["blocks.v"].salience.max(0)
+        out.factors["v"] = salience.equalizing_factors(s_v.reshape(s_v.shape[0], -1))
     if config.balance == "search":
         _, groups, _ = step_groups(model.schedule, calibration.t, config.step_groups)
-        bits = {f"blocks.{name}": config.rules[f"blocks.{name.removesuffix('_in')}"].weight_bits for name in names}
+        blocks, _ = jax.jit(fold)(model.params["blocks"], dict(out.factors))
+        layers = {f"blocks.{name}": name.removesuffix("_in") for name in names}
         out.chosen.update(balance_search.search(
-            model, extremes, calibration, groups, bits, dynamic=config.dynamic_sites, act_bits=config.act_bits,
-            temperature=config.temperature, range_search=config.range_search,
+            model, extremes, calibration, groups, {site: blocks[layer]["kernel"] for site, layer in layers.items()},
+            {site: config.rules[f"blocks.{layer}"].weight_bits for site, layer in layers.items()},
+            dynamic=config.dynamic_sites, act_bits=config.act_bits, temperature=config.temperature,
+            range_search=config.range_search,
         ))  # fmt: skip
     if names and config.balance == "csb+ssc" and config.ssc == "rows":
         sites = tuple(f"blocks.{name}" for name in names)
@@ -336,9 +342,6 @@ def balance(
             chosen, out.eta[name], out.rho[name] = jax.jit(salience.ssc_salience)(samples, s_w, config.temperature)
         out.factors[name] = salience.balancing_factors(chosen, s_w, config.exponent)
         out.activation_salience[name], out.weight_salience[name] = s_x, s_w
-    if config.equalize_v and config.integer_attention and _is_integer(config, "blocks.proj_in"):
-        s_v = extremes["blocks.v"].salience.max(0)
-        out.factors["v"] = salience.equalizing_factors(s_v.reshape(s_v.shape[0], -1))
     return out
 
 

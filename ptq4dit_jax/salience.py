@@ -75,11 +75,31 @@ def balancing_factors(
 
     ``X' = X b`` and ``W' = W / b``. A channel that is dead on either side gets 1, so b is finite and positive always.
     """
+    alive = _alive(activation_salience, weight_salience)
+    safe = lambda s: jnp.where(alive, s, 1.0)
+    return safe(weight_salience) ** exponent / safe(activation_salience) ** exponent
+
+
+def smoothing_factors(activation_salience: jax.Array, weight_salience: jax.Array, migration: float | jax.Array) -> jax.Array:
+    """``b_j = s(W)_j^(1 - migration) / s(X)_j^migration`` up to one factor for all channels: (..., K).
+
+    The inverse of SmoothQuant's factors (Xiao et al., ICML 2023, eq. 4), divided by their geometric mean. ``migration`` from 0,
+    which makes the weights of all channels alike, to 1, which makes the activations alike. A channel that is made larger by
+    what its weights are divided by is balanced to the same result, whatever ``migration`` is. Dead channels get 1.
+    """
+    alive = _alive(activation_salience, weight_salience)
+    log = lambda s: jnp.log(jnp.where(alive, s, 1.0))
+    powers = (1 - migration) * log(weight_salience) - migration * log(activation_salience)
+    mean = powers.sum(-1, keepdims=True) / jnp.maximum(alive.sum(-1, keepdims=True), 1)
+    return jnp.where(alive, jnp.exp(powers - mean), 1.0)
+
+
+def _alive(activation_salience: jax.Array, weight_salience: jax.Array) -> jax.Array:
+    """Which channels (..., K) are dead on neither side."""
     alive = jnp.ones(activation_salience.shape, bool)
     for salience in (activation_salience, weight_salience):
         alive &= salience > DEAD_CHANNEL * salience.max(-1, keepdims=True)
-    safe = lambda s: jnp.where(alive, s, 1.0)
-    return safe(weight_salience) ** exponent / safe(activation_salience) ** exponent
+    return alive
 
 
 def balanced_power(power: jax.Array, factor: jax.Array) -> jax.Array:

@@ -141,6 +141,42 @@ def test_balancing_factors_equal_numpy(compiled: Compiled, exponent: float) -> N
 
 
 @both_ways
+@pytest.mark.parametrize("migration", [0.0, 0.25, 0.5, 1.0])
+def test_smoothing_factors_equal_numpy(compiled: Compiled, migration: float) -> None:
+    activation, weight = saliences(5)
+    b = compiled(salience.smoothing_factors)(activation[0], weight, migration)
+    expected = weight.astype(np.float64) ** (1 - migration) / activation[0] ** migration
+    np.testing.assert_allclose(b, expected / scipy.stats.gmean(expected, axis=-1, keepdims=True), rtol=1e-5)
+
+
+@both_ways
+@pytest.mark.parametrize("migration", [0.0, 0.25, 0.5, 1.0])
+def test_smoothing_undoes_what_makes_a_channel_salient(compiled: Compiled, migration: float) -> None:
+    """A channel that is 30 times larger, whose weights take it back, is balanced to what it was, up to one factor for all."""
+    activation, weight = saliences(6)
+    gain = np.where(np.arange(WIDTH) % 17 == 3, np.float32(30), np.float32(1))
+    before = activation[0] * compiled(salience.smoothing_factors)(activation[0], weight, migration)
+    after = activation[0] * gain * compiled(salience.smoothing_factors)(activation[0] * gain, weight / gain, migration)
+    ratio = np.asarray(after / before)
+    np.testing.assert_allclose(ratio, np.broadcast_to(ratio[:, :1], ratio.shape), rtol=1e-5)
+
+
+@both_ways
+@pytest.mark.parametrize("level", [0.0, 1e-30, 1e-7], ids=["zero", "tiny", "below the floor"])
+def test_smoothing_leaves_a_dead_channel_alone(compiled: Compiled, level: float) -> None:
+    activation, weight = (a.copy() for a in saliences(7))
+    activation[0, :, 5] *= level
+    weight[:, 9] *= level
+    activation[0, 1] = 0
+    b = np.asarray(compiled(salience.smoothing_factors)(activation[0], weight, 0.25))
+    assert np.isfinite(b).all()
+    np.testing.assert_array_equal(b[:, [5, 9]], 1)
+    np.testing.assert_array_equal(b[1], 1)
+    alive = np.setdiff1d(np.arange(WIDTH), [5, 9])
+    np.testing.assert_allclose(scipy.stats.gmean(b[0, alive]), 1, rtol=1e-5)
+
+
+@both_ways
 def test_balancing_makes_activations_and_weights_equally_salient(compiled: Compiled) -> None:
     rng = np.random.default_rng(6)
     x = rng.normal(size=(200, WIDTH)).astype(np.float32) * np.exp(2 * rng.normal(size=WIDTH)).astype(np.float32)

@@ -68,19 +68,21 @@ def rounding_bytes(walk: Walk) -> int:
 
 
 def round_part(
-    walk: Walk, unit: Unit, *, search: RangeSearch, progress: LayerProgress | None = None
+    walk: Walk, unit: Unit, *, search: RangeSearch, sequential: bool = True, progress: LayerProgress | None = None
 ) -> tuple[RoundedPart, dict[str, RoundedWeight]]:
     """Rounds the layers of a part in closed form, one after another; every layer is one pass over the rows.
 
     Returns the part, and what each layer was given.
     """
-    inputs, part = PartInputs(walk, unit), walk.nearest(unit)
+    inputs, nearest = PartInputs(walk, unit), walk.nearest(unit)
+    part = nearest
     home = sharding.devices_of(walk.mesh)[0]
     layers = dict[str, RoundedWeight]()
     for done, layer in enumerate(unit.layers):
         params = walk.params(unit, layer)
-        moments = inputs.moments(layer, part)
-        found = ready(_rounded(*jax.device_put((params["kernel"], part.weights[layer], moments), home), search=search))
+        moments = inputs.moments(layer, part if sequential else nearest)
+        arguments = jax.device_put((params["kernel"], nearest.weights[layer], moments), home)
+        found = ready(_rounded(*arguments, search=search, follow=sequential))
         layers[layer] = found
         part = part.with_layer(layer, found.weight, params["bias"] + found.bias)
         if progress is not None:
@@ -88,11 +90,12 @@ def round_part(
     return part, layers
 
 
-def _rounded(kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch) -> RoundedWeight:
+def _rounded(kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch, follow: bool) -> RoundedWeight:
     """:func:`round_weight` where its arguments are; but a TPU has no float64, so there the host computes."""
     [home] = kernel.devices()
     place = jax.local_devices(backend="cpu")[0] if home.platform == "tpu" else home
-    return jax.device_put(round_weight(*jax.device_put((kernel, nearest, moments), place), search=search), home)
+    arguments = jax.device_put((kernel, nearest, moments), place)
+    return jax.device_put(round_weight(*arguments, search=search, follow=follow), home)
 
 
 def round_closed_form(
@@ -101,6 +104,7 @@ def round_closed_form(
     calibration: CalibrationData,
     *,
     search: RangeSearch = "mse",
+    sequential: bool = True,
     mesh: Mesh | None = None,
     rows_on: RowsOn = "auto",
     announce: Callable[[MemoryPlan], None] | None = None,
@@ -116,6 +120,9 @@ def round_closed_form(
       quantized: the same, quantized by range search.
       calibration: the rows whose moments are taken.
       search: how the ranges of weights are chosen.
+      sequential: False is GPTQ as published with all moments from one pass, for comparison: every layer is rounded behind the
+        network rounded to the nearest, and aims at what its float weight gives there. To aim at the float network's output
+        would be worse than rounding to the nearest: it makes up for errors of layers that end up rounded differently.
       mesh: whose devices share the rows. On CPUs 1, 2, 4 and 8 give the same numbers.
       rows_on: where hidden states are kept, as in :class:`ptq4dit_jax.config.Reconstruction`.
       announce: called once, before the first pass, with what memory it will take.
@@ -132,9 +139,9 @@ def round_closed_form(
     for unit in units(folded.config):
         nearest, rows = walk.nearest(unit), walk.rows(unit)
         outputs, before = walk.outputs(unit, nearest, rows)
-        part, layers = round_part(walk, unit, search=search, progress=progress)
+        part, layers = round_part(walk, unit, search=search, sequential=sequential, progress=progress)
         better, after = walk.outputs(unit, part, rows)
-        if kept := bool(np.less_equal(after, before)):
+        if (kept := bool(np.less_equal(after, before))) and sequential:
             outputs = better
         walk.advance(unit, outputs, rows.target)
         parts.append((unit, part if kept else nearest))

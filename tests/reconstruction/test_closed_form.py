@@ -177,6 +177,14 @@ def test_rows_on_the_host_change_nothing(model, rows, nearest):
 
 
 @pytest.mark.slow
+def test_from_one_pass_it_gains_less(model, rows, nearest, rounded):
+    held_out = rows_of(model, 1)
+    at_once, facts = round_closed_form(model, nearest, rows, sequential=False)
+    assert error(model, rounded, held_out) < error(model, at_once, held_out) < error(model, nearest, held_out)
+    assert [row["part"] for row in facts] == [unit.name for unit in units(model.config)]
+
+
+@pytest.mark.slow
 def test_a_part_that_comes_out_worse_stays_as_it_was(model, rows, nearest, monkeypatch):
     def spoiled(*arguments, **more):
         found = gptq.round_weight(*arguments, **more)
