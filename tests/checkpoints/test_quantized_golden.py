@@ -1,0 +1,28 @@
+"""Quantized models that an earlier version of the program saved: they load, and run as they did."""
+
+import jax
+import numpy as np
+import pytest
+from golden import make_quantized_golden as golden
+
+import ptq4dit_jax as ptq
+
+
+@pytest.mark.parametrize("name", golden.MODELS)
+def test_it_samples_as_it_did(name):
+    """Up to what another CPU rounds differently; ``make_quantized_golden.py --check`` compares bytes."""
+    model = ptq.load(golden.FOLDER / name)
+    assert isinstance(model, ptq.QuantizedDiT)
+    stored = np.load(golden.FOLDER / "samples.npz")[name]
+    found = golden.samples(model)
+    assert np.linalg.norm(found - stored) < 1e-2 * np.linalg.norm(stored)
+
+
+@pytest.mark.parametrize("name", golden.MODELS)
+def test_saving_it_again_changes_nothing(name, tmp_path):
+    model = ptq.load(golden.FOLDER / name)
+    ptq.save(model, tmp_path / "again")
+    again = ptq.load(tmp_path / "again")
+    assert jax.tree.structure(again) == jax.tree.structure(model)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        np.testing.assert_array_equal(leaf, dict(jax.tree_util.tree_leaves_with_path(again))[path])
