@@ -9,7 +9,7 @@ counts relative to the output's power at the same step: the cleanest steps, wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -107,6 +107,7 @@ def search(
     act_bits: int,
     temperature: float,
     range_search: RangeSearch,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Chosen]:
     """The best candidate for each block site and each block, measured on some rows of every step.
 
@@ -122,11 +123,13 @@ def search(
       act_bits: width of the activations.
       temperature: of SSC's softmax.
       range_search: how ranges of weights are chosen.
+      progress: called with the sites done and all sites.
     """
-    found = {}
+    found, report = {}, progress or (lambda done, total: None)
     wanted = max(2, min(MICRO_BATCH, -(-_TOKENS // model.config.num_tokens)))
     rows = calibration.spread(calibration.num_steps, wanted)
-    for site, kernel in kernels.items():
+    for done, (site, kernel) in enumerate(kernels.items()):
+        report(done, len(kernels))
         tried = candidates(extremes[site], kernel, temperature)
         factors = jnp.stack(list(tried.values()))
         trials = _trials(
@@ -141,6 +144,7 @@ def search(
             ratio[best, blocks] / np.maximum(ratio[names.index(name)], np.finfo(np.float32).tiny)
         )
         found[site] = Chosen(chosen, tuple(names[i] for i in best), relative("none"), relative("csb+ssc"))
+    report(len(kernels), len(kernels))
     return found
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -152,8 +152,9 @@ def _quantized(
     report("gather channel statistics", 0, 1)
     extremes = channel_extremes(model, calibration, sites=tuple(model.config.site_features), row_batch=row_batch, mesh=mesh)
     check_finite(extremes, calibration.t)
-    balancing = balance(model, config, extremes, calibration, row_batch, mesh)
     report("gather channel statistics", 1, 1)
+    tried = lambda done, total: report("try ways of balancing", done, total)
+    balancing = balance(model, config, extremes, calibration, row_batch, mesh, progress=tried)
     folded, residual = apply_balancing(model, balancing.factors)
 
     report("choose activation ranges", 0, 1)
@@ -299,10 +300,13 @@ def balance(
     calibration: CalibrationData,
     row_batch: int | None = None,
     mesh: Mesh | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Balancing:
     """Balancing factors from channel extremes (S, L, K) at every calibration step (PTQ4DiT eqs. 4-11).
 
-    ``row_batch`` and ``mesh`` are those of :func:`ptq4dit_jax.calibration.channel_extremes`.
+    ``row_batch`` and ``mesh`` are those of :func:`ptq4dit_jax.calibration.channel_extremes`. ``progress`` is called with the
+    sites done and all sites where balancing is chosen by measurement.
     """
     names = _balanced(config)
     out = Balancing(factors={}, activation_salience={}, weight_salience={}, eta={}, rho={})
@@ -318,7 +322,7 @@ def balance(
             model, extremes, calibration, groups, {site: blocks[layer]["kernel"] for site, layer in layers.items()},
             {site: config.rules[f"blocks.{layer}"].weight_bits for site, layer in layers.items()},
             dynamic=config.dynamic_sites, act_bits=config.act_bits, temperature=config.temperature,
-            range_search=config.range_search,
+            range_search=config.range_search, progress=progress,
         ))  # fmt: skip
     if names and config.balance == "csb+ssc" and config.ssc == "rows":
         sites = tuple(f"blocks.{name}" for name in names)

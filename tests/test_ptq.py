@@ -188,12 +188,12 @@ def test_calibration_over_eight_devices_gives_the_same_bytes(
 
 def test_progress_tells_each_stage_to_its_end(model: FloatDiT) -> None:
     seen: list[tuple[str, int, int]] = []
-    config = ptq.QuantConfig(**PLAIN, calib_steps=2, calib_rows=4, steps=4, sampler="ddim")
+    config = ptq.QuantConfig(balance="search", rounding="nearest", calib_steps=2, calib_rows=4, steps=4, sampler="ddim")
     ptq.quantize(model, config, key=KEY, progress=lambda stage, done, total, note="": seen.append((stage, done, total)))
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
     assert stages == [
-        "sample calibration rows", "gather channel statistics", "choose activation ranges", "choose weight ranges",
-        "measure the result",
+        "sample calibration rows", "gather channel statistics", "try ways of balancing", "choose activation ranges",
+        "choose weight ranges", "measure the result",
     ]  # fmt: skip
     for stage in stages:
         counts = [(done, total) for name, done, total in seen if name == stage]
