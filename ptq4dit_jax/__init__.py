@@ -10,8 +10,8 @@ images = ptq.sample(q, labels=jnp.arange(10), key=jax.random.key(1), steps=50, c
 
 from ptq4dit_jax.calibration import CalibrationData, sample_trajectories, stored_rows
 from ptq4dit_jax.checkpoints import load, save
-from ptq4dit_jax.checkpoints.foreign import load_vae
-from ptq4dit_jax.config import QuantConfig
+from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, load_vae
+from ptq4dit_jax.config import QuantConfig, Reconstruction
 from ptq4dit_jax.diffusion import Sampler, guided_apply
 from ptq4dit_jax.dit import PRESETS, DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, describe, reference
@@ -24,6 +24,8 @@ from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule
 from ptq4dit_jax.sharding import data_mesh
 from ptq4dit_jax.vae import VAEConfig, VAEDecoder
 
+__version__ = "0.1.0"
+
 __all__ = [
     "PRESETS",
     "CalibrationData",
@@ -34,13 +36,16 @@ __all__ = [
     "Ptq4ditError",
     "QuantConfig",
     "QuantizedDiT",
+    "Reconstruction",
     "Sampler",
     "VAEConfig",
     "VAEDecoder",
     "compare",
     "data_mesh",
     "describe",
+    "export_meta",
     "guided_apply",
+    "import_checkpoint",
     "load",
     "load_vae",
     "quantize",

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.evaluation.plots import grid_size, image_grid
+from ptq4dit_jax.evaluation.grids import grid_size, image_grid
 from ptq4dit_jax.sampling import to_uint8
 
 #: The largest picture; Pillow and many viewers take a larger one for an attack.

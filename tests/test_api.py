@@ -1,6 +1,9 @@
 """The public names, and the example of the package's docstring as a user would run it."""
 
 import inspect
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 import ptq4dit_jax as ptq
+from ptq4dit_jax import evaluation
 from ptq4dit_jax.checkpoints import store
 
 DIGITS = Path(__file__).resolve().parents[1] / "models/digits"
@@ -41,7 +45,29 @@ def test_public_names():
         assert getattr(ptq, name) is not None
         assert inspect.getdoc(getattr(ptq, name)), f"{name} has no docstring"
     assert {"load", "save", "quantize", "sample", "QuantConfig", "compare", "stored_rows", "to_uint8"} <= set(ptq.__all__)
+    assert {"Reconstruction", "import_checkpoint", "export_meta"} <= set(ptq.__all__)
     assert issubclass(ptq.Ptq4ditError, ValueError)
+
+
+def test_its_version_is_that_of_the_installed_package():
+    assert ptq.__version__ == metadata.version("ptq4dit-jax")
+
+
+def test_it_is_typed():
+    assert (Path(ptq.__file__).parent / "py.typed").is_file()
+
+
+def test_importing_it_does_not_load_matplotlib():
+    """What only reports need is loaded by the first report."""
+    program = "import sys, ptq4dit_jax, ptq4dit_jax.cli; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=DIGITS.parents[1]).returncode == 0
+
+
+def test_figures_are_found_where_they_were():
+    assert callable(evaluation.salience_figure)
+    assert all(hasattr(evaluation, name) for name in evaluation.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'pictures'"):
+        _ = evaluation.pictures
 
 
 def test_the_example_of_the_docstring(example):

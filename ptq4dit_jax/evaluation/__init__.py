@@ -1,5 +1,7 @@
 """How good a quantized model is: paired metrics, comparisons of two models, plots and a report."""
 
+from typing import TYPE_CHECKING, Any
+
 from ptq4dit_jax.evaluation.compare import (
     NOISE_FLOOR,
     REFERENCE,
@@ -10,6 +12,7 @@ from ptq4dit_jax.evaluation.compare import (
     plain,
     same_noise_images,
 )
+from ptq4dit_jax.evaluation.grids import image_grid, sample_grid
 from ptq4dit_jax.evaluation.metrics import (
     SQNR_MEAN,
     SQNR_POOLED,
@@ -21,9 +24,11 @@ from ptq4dit_jax.evaluation.metrics import (
     ssim,
     steps_sqnr,
 )
-from ptq4dit_jax.evaluation.plots import image_grid, reconstruction_figure, salience_figure, sample_grid, step_sqnr_figure
 from ptq4dit_jax.evaluation.probes import LAYER_SITES, layer_sqnr, predicted_noise, step_sqnr
 from ptq4dit_jax.evaluation.report import write_report
+
+if TYPE_CHECKING:
+    from ptq4dit_jax.evaluation.plots import reconstruction_figure, salience_figure, step_sqnr_figure
 
 __all__ = [
     "LAYER_SITES",
@@ -54,3 +59,12 @@ __all__ = [
     "steps_sqnr",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Figures, whose module loads matplotlib."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ptq4dit_jax.evaluation import plots
+
+    return getattr(plots, name)

@@ -1,12 +1,13 @@
-"""Figures of the report and grids of samples.
+"""Figures of the report.
 
-Figures use matplotlib's object-oriented interface only: no ``pyplot``, so no global state and no display. Colors are Okabe and
-Ito's, which the color-blind can tell apart; every line also has a marker of its own. Grids are made with Pillow.
+They use matplotlib's object-oriented interface only: no ``pyplot``, so no global state and no display. Colors are Okabe and
+Ito's, which the color-blind can tell apart; every line also has a marker of its own. This module is imported when the first
+figure is drawn, because loading matplotlib takes as long as a fifth of the whole library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,11 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
 
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation.compare import NOISE_FLOOR, Comparison
+from ptq4dit_jax.evaluation.grids import caption
 from ptq4dit_jax.evaluation.metrics import SQNR_POOLED
-from ptq4dit_jax.sampling import to_uint8
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "osD^vP*"
@@ -38,7 +38,7 @@ def step_sqnr_figure(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
     axes = _style(figure.add_subplot())
     for name, figures in comparison.figures.items():
-        axes.plot(comparison.timesteps, _finite(figures.step_sqnr_db), label=_caption(name), **_line(comparison, name))
+        axes.plot(comparison.timesteps, _finite(figures.step_sqnr_db), label=caption(name), **_line(comparison, name))
     axes.set(xlabel="timestep (noise on the left, image on the right)", ylabel="SQNR of each step (dB)")
     axes.set_title(f"Predicted {comparison.settings.get('objective', 'noise')} against float32", loc="left")
     if comparison.timesteps[0] >= comparison.timesteps[-1]:  # of some flows, time runs from noise to image as it is
@@ -56,7 +56,7 @@ def layer_sqnr_figure(comparison: Comparison) -> Figure:
         _style(axes)
         for name, figures in comparison.figures.items():
             values = figures.layer_sqnr_db[site]
-            axes.plot(np.arange(len(values)), _finite(values), label=_caption(name), **_line(comparison, name))
+            axes.plot(np.arange(len(values)), _finite(values), label=caption(name), **_line(comparison, name))
         axes.set_title(_SITE_TITLES.get(site, site), loc="left", fontsize=10)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if index % grid.shape[1] == 0:
@@ -84,7 +84,7 @@ def psnr_figure(comparison: Comparison) -> Figure:
             error = [[mean - low], [high - mean]]
             axes.errorbar(mean, row, xerr=error, fmt="o", color="black", markersize=5, capsize=5, linewidth=2, zorder=3)
         identical = int(np.isposinf(figures.psnr_db).sum())
-        labels.append(_caption(name) + (f"\n{identical} identical" if identical else ""))
+        labels.append(caption(name) + (f"\n{identical} identical" if identical else ""))
     axes.set_yticks(range(len(names)), labels)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
@@ -206,101 +206,9 @@ def salience_figure(
     return figure
 
 
-def grid_size(
-    count: int, height: int, width: int, columns: int | None = None, *, cell: int = 64, gap: int = 2
-) -> tuple[int, int]:
-    """Width and height in pixels of the grid that :func:`image_grid` makes of ``count`` images of ``height`` x ``width``."""
-    factor = _enlargement(height, width, cell)
-    across, down = _layout(count, height, width, columns)
-    return across * (factor * width + gap) - gap, down * (factor * height + gap) - gap
-
-
-def _enlargement(height: int, width: int, cell: int) -> int:
-    return max(1, -(-cell // min(height, width)))
-
-
-def _layout(count: int, height: int, width: int, columns: int | None) -> tuple[int, int]:
-    """Columns and rows."""
-    if columns is not None and columns < 1:
-        raise Ptq4ditError(f"A grid needs at least one column, not {columns}.")
-    across = min(count, columns or int(np.ceil(np.sqrt(count * height / width))))
-    return across, -(-count // across)
-
-
-def image_grid(images: ArrayLike, *, columns: int | None = None, cell: int = 64, gap: int = 2) -> Image.Image:
-    """Images side by side on white, in reading order.
-
-    Args:
-      images: (N, H, W, C) in [-1, 1] or uint8, C 1 or 3.
-      columns: how many per row; near-square by default.
-      cell: images with a shorter side are enlarged by a whole factor to at least this many pixels, without smoothing.
-      gap: pixels between images.
-    """
-    pixels = _pixels(images)
-    count, height, width, _ = pixels.shape
-    across, _ = _layout(count, height, width, columns)
-    factor = _enlargement(height, width, cell)
-    size = grid_size(count, height, width, columns, cell=cell, gap=gap)
-    canvas = np.full((*size[::-1], 3), 255, np.uint8)
-    height, width = factor * height, factor * width
-    for index, image in enumerate(pixels):
-        top, left = index // across * (height + gap), index % across * (width + gap)
-        canvas[top : top + height, left : left + width] = image.repeat(factor, 0).repeat(factor, 1)
-    return Image.fromarray(canvas)
-
-
-def sample_grid(
-    images: Mapping[str, ArrayLike], labels: Sequence[int] | ArrayLike, *, columns: int = 10, cell: int = 64
-) -> Image.Image:
-    """Samples of several models on the same noise: a row per model with its name, a column per sample with its class.
-
-    Args:
-      images: (N, H, W, C) of each model, in [-1, 1], C 1 or 3.
-      labels: (N,) the classes.
-      columns: shows the first so many samples.
-      cell: as for :func:`image_grid`.
-    """
-    classes = np.asarray(labels)[:columns]
-    rows = [image_grid(np.asarray(array)[:columns], columns=columns, cell=cell, gap=4) for array in images.values()]
-    if not rows or any(row.size != rows[0].size for row in rows):
-        raise Ptq4ditError("Samples side by side need at least one model and the same number and size of images from each.")
-    font = ImageFont.load_default(size=16)
-    captions = [_caption(name) for name in images]
-    margin, header = int(max(font.getlength(caption) for caption in captions)) + 24, 28
-    width, height = rows[0].size
-    canvas = Image.new("RGB", (margin + width + 4, header + len(rows) * (height + 4)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for index, label in enumerate(classes):
-        center = margin + (index + 0.5) * (width + 4) / len(classes) - 2
-        draw.text((center, header / 2), str(label), fill="#333333", font=font, anchor="mm")
-    for index, (row, caption) in enumerate(zip(rows, captions, strict=True)):
-        top = header + index * (height + 4)
-        canvas.paste(row, (margin, top))
-        draw.text((margin - 12, top + height / 2), caption, fill="#333333", font=font, anchor="rm")
-    return canvas
-
-
-def _pixels(images: ArrayLike) -> np.ndarray:
-    """Images to be shown, (N, H, W, 1 or 3) uint8."""
-    array = np.asarray(images)
-    if array.ndim != 4 or array.shape[0] == 0:
-        raise Ptq4ditError(f"A grid needs images of shape (N, H, W, C) with N at least 1, not {array.shape}.")
-    channels = array.shape[-1]
-    if channels not in (1, 3):
-        raise Ptq4ditError(
-            f"Samples with {channels} channels are latents, not images; write them to a .npz file and decode them with the "
-            "autoencoder of the model."
-        )
-    return array if array.dtype == np.uint8 else to_uint8(array)
-
-
 def _finite(values: np.ndarray) -> np.ndarray:
     """Infinities as NaN, which leaves a gap in a line."""
     return np.where(np.isfinite(values), values, np.nan)
-
-
-def _caption(name: str) -> str:
-    return f"{name} (noise floor)" if name == NOISE_FLOOR else name
 
 
 def _line(comparison: Comparison, name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from ptq4dit_jax.diffusion import Network, guided_apply, resolve_guidance
 from ptq4dit_jax.dit import PROBE_SITES, GuidedChannels
+from ptq4dit_jax.engine import reference
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.sampling import check_labels
@@ -69,9 +70,7 @@ def _with_sites(model: Any) -> FloatDiT:
     """The model itself if it has sites, else the fake-quant twin of a quantized model."""
     if isinstance(model, FloatDiT):
         return model
-    from ptq4dit_jax import engine  # the engine is the larger import, and comparing float models does not need it
-
-    return engine.reference(model)
+    return reference(model)
 
 
 def layer_sqnr(

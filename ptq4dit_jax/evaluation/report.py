@@ -14,9 +14,9 @@ import numpy as np
 
 from ptq4dit_jax.devices import in_use
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.evaluation import plots
 from ptq4dit_jax.evaluation.compare import NOISE_FLOOR, REFERENCE, Comparison, ModelFigures, plain
 from ptq4dit_jax.evaluation.facts import balanced_sites, learned_parts, rounded_parts
+from ptq4dit_jax.evaluation.grids import sample_grid
 from ptq4dit_jax.evaluation.metrics import SQNR_MEAN, SQNR_POOLED, Interval
 from ptq4dit_jax.staging import exchange, staging
 
@@ -107,9 +107,11 @@ def _write_pictures(
     rounding: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, str]:  # fmt: skip
     """Writes the PNGs and returns file name -> alternative text."""
+    from ptq4dit_jax.evaluation import plots  # loads matplotlib
+
     pictures = {}
     if next(iter(comparison.images.values())).shape[-1] in (1, 3):
-        plots.sample_grid(comparison.images, comparison.labels).save(folder / "samples.png")
+        sample_grid(comparison.images, comparison.labels).save(folder / "samples.png")
         pictures["samples.png"] = "Samples of every model on the same noise"
     for name, make, text in (
         ("psnr.png", plots.psnr_figure, "PSNR of every image against the reference"),

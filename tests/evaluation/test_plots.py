@@ -9,7 +9,7 @@ from matplotlib.collections import PathCollection
 from PIL import Image
 
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.evaluation import plots
+from ptq4dit_jax.evaluation import grids, plots
 from ptq4dit_jax.sampling import to_uint8
 
 
@@ -94,7 +94,7 @@ def test_salience_figure_of_dead_layers_is_drawn():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_image_grid_pixels(channels):
     images = np.random.default_rng(0).uniform(-1.2, 1.2, (5, 8, 8, channels)).astype(np.float32)
-    grid = np.asarray(plots.image_grid(images, columns=2, cell=20, gap=2))
+    grid = np.asarray(grids.image_grid(images, columns=2, cell=20, gap=2))
     assert grid.shape == (3 * 24 + 2 * 2, 2 * 24 + 2, 3)
     third = grid[26:50, :24]
     np.testing.assert_array_equal(third[::3, ::3], np.broadcast_to(to_uint8(images[2]), (8, 8, 3)))
@@ -105,15 +105,15 @@ def test_image_grid_pixels(channels):
 
 @pytest.mark.parametrize(("count", "across", "down"), [(1, 1, 1), (3, 2, 2), (10, 4, 3), (16, 4, 4)])
 def test_image_grid_is_near_square(count, across, down):
-    assert plots.image_grid(np.zeros((count, 64, 64, 1))).size == (across * 66 - 2, down * 66 - 2)
+    assert grids.image_grid(np.zeros((count, 64, 64, 1))).size == (across * 66 - 2, down * 66 - 2)
 
 
 def test_large_images_are_not_enlarged():
-    assert plots.image_grid(np.zeros((1, 100, 120, 3))).size == (120, 100)
+    assert grids.image_grid(np.zeros((1, 100, 120, 3))).size == (120, 100)
 
 
 def test_sample_grid_has_a_row_per_model(comparison):
-    grid = np.asarray(plots.sample_grid(comparison.images, comparison.labels, columns=3))
+    grid = np.asarray(grids.sample_grid(comparison.images, comparison.labels, columns=3))
     height, width = 28 + 4 * 68, 3 * 64 + 2 * 4
     assert grid.shape[0] == height
     for row, images in enumerate(comparison.images.values()):
@@ -126,12 +126,12 @@ def test_sample_grid_has_a_row_per_model(comparison):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plots.image_grid(np.zeros((2, 8, 8, 4))), "4 channels are latents.*npz"),
-        (lambda: plots.image_grid(np.zeros((0, 8, 8, 1))), "N at least 1"),
-        (lambda: plots.image_grid(np.zeros((8, 8, 1))), r"not \(8, 8, 1\)"),
-        (lambda: plots.image_grid(np.zeros((2, 8, 8, 1)), columns=0), "at least one column, not 0"),
-        (lambda: plots.sample_grid({}, [0]), "at least one model"),
-        (lambda: plots.sample_grid({"a": np.zeros((1, 8, 8, 1)), "b": np.zeros((2, 8, 8, 1))}, [0, 1]), "same number"),
+        (lambda: grids.image_grid(np.zeros((2, 8, 8, 4))), "4 channels are latents.*npz"),
+        (lambda: grids.image_grid(np.zeros((0, 8, 8, 1))), "N at least 1"),
+        (lambda: grids.image_grid(np.zeros((8, 8, 1))), r"not \(8, 8, 1\)"),
+        (lambda: grids.image_grid(np.zeros((2, 8, 8, 1)), columns=0), "at least one column, not 0"),
+        (lambda: grids.sample_grid({}, [0]), "at least one model"),
+        (lambda: grids.sample_grid({"a": np.zeros((1, 8, 8, 1)), "b": np.zeros((2, 8, 8, 1))}, [0, 1]), "same number"),
     ],
 )
 def test_errors(call, message):

@@ -1,14 +1,11 @@
 """Predicted noise and layer outputs of two models: against NumPy, and against errors made on purpose."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
 
-import ptq4dit_jax
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import probes
 from ptq4dit_jax.model import FloatDiT
@@ -85,8 +82,7 @@ def test_layer_sqnr_finds_the_layer_that_is_wrong(model, batch):
 
 
 def test_layer_sqnr_observes_the_twin_of_a_quantized_model(model, batch, monkeypatch):
-    engine = SimpleNamespace(reference=lambda quantized: quantized.twin)
-    monkeypatch.setattr(ptq4dit_jax, "engine", engine, raising=False)
+    monkeypatch.setattr(probes, "reference", lambda quantized: quantized.twin)
     wrong = _scaled(model, "fc2", 1.1, block=0)
     got, expected = (probes.layer_sqnr(model, other, *batch) for other in (Quantized(wrong), wrong))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
