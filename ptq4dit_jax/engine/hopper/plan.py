@@ -109,7 +109,7 @@ class Plan:
     @property
     def in_flight(self) -> bool:
         """Whether a step's product goes on while the next is issued. That pays where it is short; larger ones, which fill the
-        tensor cores longer than it takes to give a stage back, become slower by it (docs/kernels.md)."""
+        tensor cores longer than it takes to give a stage back, become slower by it (docs/journal/kernels.md)."""
         return self.tiles.m * self.tiles.n <= 64 * 64
 
     @property

@@ -1,4 +1,4 @@
-"""Which tiles for which product: what measured best on an H200, and a rule for the rest (docs/kernels.md)."""
+"""Which tiles for which product: what measured best on an H200, and a rule for the rest (docs/journal/kernels.md)."""
 
 from __future__ import annotations
 
