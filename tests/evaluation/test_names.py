@@ -10,7 +10,7 @@ from benchmarks import ablation, digits
 from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, write_report
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("models/*/README.md")])
+DOCUMENTS = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("models/*/README.md")])
 NAMES = ["SQNR, mean over steps (dB)", "SQNR, pooled over steps (dB)"]
 
 
