@@ -54,6 +54,7 @@ from ptq4dit_jax.terminal import (
     load_vae,
     megabytes,
     parse_labels,
+    print_layers,
     print_table,
     read_arrays,
     read_calibration,
@@ -103,7 +104,7 @@ def info(context: typer.Context, model: ModelArgument, json: Json = None) -> Non
         running = to_run(loaded, "auto", "auto")
         console.print(f"{'runs':>14}  {runs_line(running)}")
         rows = describe(running)
-        print_table("Layers", [{k: v for k, v in row.items() if k != "integer"} for row in rows])
+        print_layers(rows)
     for key, value in facts.items():
         if key == "evidence" and isinstance(value, dict):
             value = ", ".join(f"{what} by {source}" for what, source in value.items()) or "none"
@@ -258,7 +259,7 @@ def quantize(
             progress=report,
         )
     seconds = time.perf_counter() - started
-    print_table("Layers", [{k: v for k, v in row.items() if k != "integer"} for row in describe(quantized)])
+    print_layers(describe(quantized))
     with working(f"Writing {out}"):
         where = checkpoints.save(quantized, out, provenance={"source": model, "seed": seed}, overwrite=overwrite)
     if state is not None and not forget_journal(state):

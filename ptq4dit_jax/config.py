@@ -234,7 +234,8 @@ class QuantConfig:
       policy: widths of single layers, and what stays float; see :func:`read_policy`.
       step_groups: activation ranges per group of steps, at most one a calibration step; 1 is the paper's.
       dynamic_sites: sites scaled per token at run time instead of by calibrated ranges; ``blocks.probs`` per query and head.
-        By default those where a row is reduced anyway, by a norm or the softmax. See docs/journal/quantization.md for what each is worth.
+        By default those where a row is reduced anyway, by a norm or the softmax. What each is worth:
+        docs/journal/quantization.md.
       calib_steps, calib_rows: evenly spaced steps of the sampling chain, and rows at each. None steps are 25, or all of a
         shorter chain.
       sampler, steps, eta, cfg_scale, cfg_channels: how calibration rows are sampled; use what the model will be sampled with.

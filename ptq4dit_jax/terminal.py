@@ -97,6 +97,12 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(table)
 
 
+def print_layers(rows: Sequence[Mapping[str, Any]]) -> None:
+    """What :func:`ptq4dit_jax.describe` says, without the reasons where there are none to give."""
+    silent = {"integer"} if any(row["why"] for row in rows) else {"integer", "why"}
+    print_table("Layers", [{key: value for key, value in row.items() if key not in silent} for row in rows])
+
+
 def devices_line() -> str:
     """The devices that will be used, in words."""
     devices = in_use()

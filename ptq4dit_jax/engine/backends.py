@@ -1,8 +1,9 @@
 """Which implementation of the integer operations runs, and the seam through which it is called.
 
 Every operation is a folder (:mod:`~ptq4dit_jax.engine.matmul`, ``encode``, ``attention``) with ``xla.py``, the reference that
-runs everywhere, and a module for each accelerated backend that covers it. A backend raises NotImplementedError for a case that
-it does not cover; the reference runs then, on layers cut out of their stacks (:mod:`~ptq4dit_jax.engine.stacks`).
+runs everywhere, and a module for each accelerated backend that covers it. A backend raises :class:`NotCovered` for a case that
+it does not cover, with the reason, which :func:`ptq4dit_jax.describe` shows. The reference runs then, on layers cut out of
+their stacks (:mod:`~ptq4dit_jax.engine.stacks`).
 """
 
 from __future__ import annotations
@@ -69,12 +70,23 @@ def resolve(name: str, dtype: str) -> Choice:
     return Choice("mosaic_gpu")
 
 
+class NotCovered(Exception):
+    """Raised by a backend for arguments that its implementation of an operation is not made for; says what of them."""
+
+
+def require(covered: bool, reason: str) -> None:
+    """Raises :class:`NotCovered` with the reason unless ``covered``."""
+    if not covered:
+        raise NotCovered(reason)
+
+
 class Ran(NamedTuple):
-    """One call of an operation: its package and name, and the backend that covered it."""
+    """One call of an operation: its package and name, the backend that covered it, and why that is not the one asked for."""
 
     package: str
     operation: str
     backend: str
+    why: str = ""
 
 
 _RAN: ContextVar[list[Ran] | None] = ContextVar("ran", default=None)
@@ -93,22 +105,25 @@ def watched() -> Iterator[list[Ran]]:
 
 def run(package: str, operation: str, backend: str, *args: Any) -> Any:
     """Calls ``operation`` of the package's module for the backend, or of its reference where that does not cover the case."""
-    out, name = _run(package, operation, check(backend), args)
+    out, name, why = _run(package, operation, check(backend), args)
     if (ran := _RAN.get()) is not None:
-        ran.append(Ran(package.rpartition(".")[2], operation, name))
+        ran.append(Ran(package.rpartition(".")[2], operation, name, why))
     return out
 
 
-def _run(package: str, operation: str, backend: str, args: tuple[Any, ...]) -> tuple[Any, str]:
-    """The result, and the backend that it comes from."""
+def _run(package: str, operation: str, backend: str, args: tuple[Any, ...]) -> tuple[Any, str, str]:
+    """The result, the backend that it comes from, and why not from the one asked for."""
+    why = ""
     if backend != "xla" and importlib.util.find_spec(f"{package}.{backend}") is not None:
         function = getattr(importlib.import_module(f"{package}.{backend}"), operation, None)
-        if function is not None:
+        if function is None:
+            why = f"there is no kernel for {operation}"
+        else:
             try:
-                return function(*_without_derivatives(args)), backend
-            except NotImplementedError:
-                pass
-    return getattr(importlib.import_module(f"{package}.xla"), operation)(*stacks.taken(args)), "xla"
+                return function(*_without_derivatives(args)), backend, ""
+            except NotCovered as refusal:
+                why = str(refusal)
+    return getattr(importlib.import_module(f"{package}.xla"), operation)(*stacks.taken(args)), "xla", why
 
 
 def _without_derivatives(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -208,8 +208,8 @@ def reference(model: QuantizedDiT, *, straight_through: bool = False) -> FloatDi
 def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
     """What runs for each layer and each product of attention on the default device: name, shape, bits, input ranges, the
     arithmetic, and the backend, as the forward decides it while it is traced for rows of one timestep. Bits of what stays float
-    are those of its type."""
-    ran, attention_by = _what_runs(model)
+    are those of its type. ``why`` says why it is not, or not all of it, the model's backend; empty where it is."""
+    ran, attention = _what_runs(model)
     bits = 8 * jnp.dtype(model.dtype).itemsize
     rows = []
     for name in model.config.linear_shapes:  # JAX sorts the names of a pytree it rebuilds
@@ -224,13 +224,13 @@ def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
                 "act_bits": layer.act.bits if layer.act else bits,
                 "ranges": _ranges(layer.act),
                 "runs": "int8 x int8 -> int32" if layer.integer else f"{model.dtype} on de-quantized weights",
-                "backend": ran.get(name, "xla"),
+                **ran.get(name, _Runs("xla", ""))._asdict(),
                 "integer": layer.integer,
             }
         )
     for product, (left, right) in {"q @ k": ("q", "k"), "probs @ v": ("probs", "v")}.items():
         # The reference is what runs on codes; kernels compute in floats, and so do all where there is nothing to quantize by.
-        a, b = (model.sites.get(f"blocks.{side}") if attention_by == "xla" else None for side in (left, right))
+        a, b = (model.sites.get(f"blocks.{side}") if attention.backend == "xla" else None for side in (left, right))
         rows.append(
             {
                 "layer": f"blocks.{product}",
@@ -239,15 +239,22 @@ def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
                 "act_bits": a.bits if a else bits,
                 "ranges": _ranges(a),
                 "runs": "int8 x int8 -> int32" if a else model.dtype,
-                "backend": attention_by,
+                **attention._asdict(),
                 "integer": a is not None,
             }
         )
     return rows
 
 
-def _what_runs(model: QuantizedDiT) -> tuple[dict[str, str], str]:
-    """The backend of each integer layer, and whose codes it takes if not its own; and the backend of attention."""
+class _Runs(NamedTuple):
+    """The backend of a layer, and whose codes it takes if not its own; and why that is not the model's backend."""
+
+    backend: str
+    why: str
+
+
+def _what_runs(model: QuantizedDiT) -> tuple[dict[str, _Runs], _Runs]:
+    """What runs each integer layer, and what runs attention."""
     rows, shape = 2, jax.ShapeDtypeStruct
     x = shape((rows, *model.config.image_shape), model.dtype)
     t, y = shape((1,), model.schedule.time_dtype), shape((rows,), jnp.int32)
@@ -259,15 +266,17 @@ def _what_runs(model: QuantizedDiT) -> tuple[dict[str, str], str]:
     products = [index for index, call in enumerate(ran) if call.operation.startswith("linear")]
     by_layer, before = {}, 0
     for name, index in zip(integer, products, strict=True):
-        product, codes = ran[index].backend, [call.backend for call in ran[before:index] if call.package == "encode"]
-        by_layer[name] = product if set(codes) <= {product} else f"{product}, codes by {codes[-1]}"
+        product, codes = ran[index], [call for call in ran[before:index] if call.package == "encode"]
+        mixed = not {call.backend for call in codes} <= {product.backend}
+        backend = f"{product.backend}, codes by {codes[-1].backend}" if mixed else product.backend
+        by_layer[name] = _Runs(backend, "; ".join(dict.fromkeys(call.why for call in (*codes, product) if call.why)))
         before = index + 1
     attention = next((call for call in ran if call.package == "attention"), None)
     if attention is None:  # a float model's, which is no operation of a backend
-        return by_layer, "cudnn" if dit.can_fuse_attention(model.dtype, model.config.head_width) else "xla"
+        return by_layer, _Runs("cudnn" if dit.can_fuse_attention(model.dtype, model.config.head_width) else "xla", "")
     # Where no kernel of ours fits, Hopper's backend runs cuDNN's.
     cudnn = attention.backend == "mosaic_gpu" and attention.operation == "attention"
-    return by_layer, "cudnn" if cudnn else attention.backend
+    return by_layer, _Runs("cudnn" if cudnn else attention.backend, attention.why)
 
 
 def _ranges(act: ActQuantizer | None) -> str:

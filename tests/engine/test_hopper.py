@@ -184,12 +184,26 @@ def test_the_table_says_what_is_lowered() -> None:
     assert (edges["patch_embed"], edges["time_fc1"], edges["final"]) == (mixed, "xla", own)
 
 
+def test_it_says_why_what_is_not_covered_is_not() -> None:
+    why = lambda q: {row["layer"].removeprefix("blocks."): row["why"] for row in ptq.describe(q)}
+    covered = why(small_model(8))
+    assert covered["adaLN"].endswith("weights of 8 bits are read by XLA as fast as memory can")
+    assert [covered[layer] for layer in ("qkv", "proj", "fc1", "fc2")] == [""] * 4
+    narrow = why(small_model(8, width=80))
+    assert narrow["qkv"] == narrow["fc1"] == "80 channels are no multiple of 64"
+    few = why(small_model(8, side=12))
+    assert few["qkv"] == "36 tokens are no multiple of 8"
+    assert few["proj"] == "36 tokens are no multiple of 8; 36 tokens are no multiple of 64"
+    # Where XLA was chosen for all, `info` says why in a line of its own.
+    assert set(why(small_model(8).astype(jnp.float32).replace(backend="auto")).values()) == {""}
+
+
 def test_what_ran_is_noted_by_call() -> None:
     with backends.watched() as ran:
         matmul.linear(*operands(1, 4, 16, 8), jnp.float32, backend="mosaic_gpu")
         encode.encode(jnp.zeros((2, 3)), STATIC)
     matmul.linear(*operands(1, 4, 16, 8), jnp.float32)
-    assert ran == [("matmul", "linear", "xla"), ("encode", "encode", "xla")]
+    assert ran == [("matmul", "linear", "xla", "it computes in float32"), ("encode", "encode", "xla", "")]
 
 
 @pytest.mark.parametrize(("bits", "kernels"), [(8, 0), (4, 1)])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptq4dit_jax.engine import matmul
+from ptq4dit_jax.engine import backends, matmul
 from ptq4dit_jax.engine.matmul import xla
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
@@ -170,7 +170,7 @@ def test_a_backend_runs_and_hands_over_what_it_does_not_cover(monkeypatch: pytes
     def linear(x: Encoded, weight: QTensor, bias: jax.Array, dtype: Any) -> jax.Array:
         asked.append(weight.bits)
         if weight.packed:
-            raise NotImplementedError
+            raise backends.NotCovered("packed")
         return jnp.full((*x.values.shape[:-1], weight.shape[-2]), 42.0)
 
     monkeypatch.setattr("ptq4dit_jax.engine.matmul.mosaic_gpu.linear", linear)

@@ -9,24 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptq4dit_jax.engine.backends import require
 from ptq4dit_jax.engine.hopper import rows
 from ptq4dit_jax.engine.stacks import Leaf, layer_of, stack_of
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range
 
 
 def _check(x_BTD: jax.Array, act: ActQuantizer) -> None:
-    grouped = not act.dynamic and np.ndim(act.scale)
-    if x_BTD.ndim != 3 or x_BTD.dtype != jnp.bfloat16 or 0 in x_BTD.shape or grouped:
-        raise NotImplementedError
-    if x_BTD.shape[1] % rows.ROWS or x_BTD.shape[2] % rows.COLUMNS:
-        raise NotImplementedError
+    require(x_BTD.ndim == 3 and 0 not in x_BTD.shape, f"the input has shape {x_BTD.shape}, not (B, T, K)")
+    require(x_BTD.dtype == jnp.bfloat16, f"it computes in {x_BTD.dtype}")
+    require(act.dynamic or np.ndim(act.scale) == 0, "its rows are of several groups of steps")
+    _, T, K = x_BTD.shape
+    require(T % rows.ROWS == 0, f"{T} tokens are no multiple of {rows.ROWS}")
+    require(K % rows.COLUMNS == 0, f"{K} channels are no multiple of {rows.COLUMNS}")
 
 
 def encode(x: jax.Array, act: ActQuantizer) -> Encoded:
     """See :func:`ptq4dit_jax.engine.encode.encode`."""
     _check(x, act)
-    if act.dynamic:
-        raise NotImplementedError
+    require(not act.dynamic, "codes per token are made behind a norm only")
     low, high = act_code_range(act.bits)
     K = x.shape[-1]
     scale, zero_point = stack_of(act.scale), stack_of(act.zero_point)
@@ -39,8 +40,9 @@ def modulate_encode(x_BTD: jax.Array, shift_BD: Leaf, scale_BD: Leaf, act: ActQu
     """See :func:`ptq4dit_jax.engine.encode.modulate_encode`."""
     _check(x_BTD, act)
     B, T, D = x_BTD.shape
-    if act.balance is not None or act.nonnegative or {shift_BD.shape, scale_BD.shape} != {(B, D)}:
-        raise NotImplementedError
+    require(act.balance is None, "a balancing factor is left at the input")
+    require(not act.nonnegative, "the input has codes for values of one sign")
+    require({shift_BD.shape, scale_BD.shape} == {(B, D)}, "shift and scale are not those of each image")
     low, high = act_code_range(act.bits)
     ranges = None if act.dynamic else (stack_of(act.scale), stack_of(act.zero_point))
     codes, *scale = rows.modulate_quantize(
