@@ -90,7 +90,7 @@ def smoothing_factors(activation_salience: jax.Array, weight_salience: jax.Array
     alive = _alive(activation_salience, weight_salience)
     log = lambda s: jnp.log(jnp.where(alive, s, 1.0))
     powers = (1 - migration) * log(weight_salience) - migration * log(activation_salience)
-    mean = powers.sum(-1, keepdims=True) / jnp.maximum(alive.sum(-1, keepdims=True), 1)
+    mean = powers.sum(-1, keepdims=True) / jnp.maximum(alive.sum(-1, keepdims=True, dtype=powers.dtype), 1)
     return jnp.where(alive, jnp.exp(powers - mean), 1.0)
 
 

@@ -1,19 +1,9 @@
 """Shared fixtures: a tiny random model, eight virtual devices, and the form that every user-facing error must have."""
 
-import atexit
 import os
-import shutil
-import tempfile
 
 # Read once, when JAX starts its CPU backend: multi-device tests then run in this process.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-# The processes of a run compile much alike, so they share what they compiled. Each run has a folder of its own: a process that
-# is killed while it writes an entry damages it. A bound, although it is never reached, makes JAX lock the folder.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ptq4dit-compiled-")
-    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**34)
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import re
 import signal

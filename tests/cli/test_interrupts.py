@@ -39,8 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def start(folder: Path, *program: str) -> subprocess.Popen[str]:
-    # Not with the other tests' compiled programs: a signal may come while one is written.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *program], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
