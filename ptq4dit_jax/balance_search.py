@@ -172,7 +172,7 @@ def _trials(
         low, high = low.min(-1), high.max(-1)
         low = jax.ops.segment_min(low, groups, num_segments=low.shape[0])[groups]
         high = jax.ops.segment_max(high, groups, num_segments=high.shape[0])[groups]
-        shares = jnp.asarray(_SHARES, low.dtype)
+        shares = along_last(jnp.asarray(_SHARES, low.dtype), low.ndim + 1)
         scale, zero_point = affine_parameters(low[..., None] * shares, high[..., None] * shares, act_bits)
         acts = ActQuantizer(scale=scale, zero_point=zero_point, balance=None, bits=act_bits)
     return _Trials(kernel=kernel, factors=factors, weights=weights, acts=acts, bits=act_bits)
