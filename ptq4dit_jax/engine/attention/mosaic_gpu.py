@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import einops
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from ptq4dit_jax import dit
 from ptq4dit_jax.engine.backends import require
 from ptq4dit_jax.engine.hopper import attention as kernel
+from ptq4dit_jax.engine.hopper.requirements import require_axes, require_bfloat16, require_one_group
 from ptq4dit_jax.engine.stacks import layer_of, stack_of
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range
 
@@ -18,7 +17,7 @@ def _require_alike(*parts: jax.Array) -> None:
     """q, k and v are of one shape (B, T, D), none of it 0, and of one type."""
     alike = len({(part.shape, part.dtype) for part in parts}) == 1
     require(alike, "q, k and v differ in shape or type")
-    require(parts[0].ndim == 3 and 0 not in parts[0].shape, f"q, k and v have shape {parts[0].shape}, not (B, T, D)")
+    require_axes(parts[0].shape, "(B, T, D)")
 
 
 def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, act: ActQuantizer) -> Encoded:
@@ -26,8 +25,8 @@ def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_he
     _require_alike(q_BTD, k_BTD, v_BTD)
     B, T, D = q_BTD.shape
     require(not act.dynamic, "its codes are scaled per token")
-    require(np.ndim(act.zero_point) == 0, "its rows are of several groups of steps")
-    require(q_BTD.dtype == jnp.bfloat16, f"it computes in {q_BTD.dtype}")
+    require_one_group(act)
+    require_bfloat16(q_BTD.dtype)
     d = D // num_heads
     require(kernel.covers(T, num_heads, d), f"{T} tokens, {num_heads} heads of width {d}")
     finish = kernel.Round(stack_of(act.zero_point), layer_of(act), *act_code_range(act.bits))

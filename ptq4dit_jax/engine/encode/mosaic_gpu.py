@@ -6,19 +6,18 @@ Covers bfloat16 with ranges per tensor or, behind adaLN, per token.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from ptq4dit_jax.engine.backends import require
 from ptq4dit_jax.engine.hopper import rows
+from ptq4dit_jax.engine.hopper.requirements import require_axes, require_bfloat16, require_one_group
 from ptq4dit_jax.engine.stacks import Leaf, layer_of, stack_of
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range
 
 
 def _check(x_BTD: jax.Array, act: ActQuantizer) -> None:
-    require(x_BTD.ndim == 3 and 0 not in x_BTD.shape, f"the input has shape {x_BTD.shape}, not (B, T, K)")
-    require(x_BTD.dtype == jnp.bfloat16, f"it computes in {x_BTD.dtype}")
-    require(act.dynamic or np.ndim(act.scale) == 0, "its rows are of several groups of steps")
+    require_axes(x_BTD.shape)
+    require_bfloat16(x_BTD.dtype)
+    require_one_group(act)
     _, T, K = x_BTD.shape
     require(T % rows.ROWS == 0, f"{T} tokens are no multiple of {rows.ROWS}")
     require(K % rows.COLUMNS == 0, f"{K} channels are no multiple of {rows.COLUMNS}")

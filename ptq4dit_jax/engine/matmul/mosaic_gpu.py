@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.backends import require
 from ptq4dit_jax.engine.hopper import gemm, nibbles, tiles
 from ptq4dit_jax.engine.hopper.common import widened
 from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, TILE_K, GatedResidual, GeluRequantize
+from ptq4dit_jax.engine.hopper.requirements import require_axes, require_bfloat16, require_one_group
 from ptq4dit_jax.engine.stacks import Leaf, layer_of, stack_of, taken
 from ptq4dit_jax.quantizers import PACKED_ROWS, ActQuantizer, Encoded, QTensor, act_code_range
 
@@ -54,7 +54,7 @@ def _stack_widened(leaf: Leaf, size: int) -> jax.Array:
 
 def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operands:
     """``finish`` is what else of the layer the kernel reads."""
-    require(x.values.ndim == 3 and 0 not in x.values.shape, f"the input has shape {x.values.shape}, not (B, T, K)")
+    require_axes(x.values.shape)
     require(len(weight.shape) == 2, "the weight is a stack")
     require(bias.ndim == 1, "the bias differs by image")
     _require_float32_scales(x, weight)
@@ -68,10 +68,6 @@ def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operand
     vectors = _stack_widened(weight.scale, padded_N), _stack_widened(bias, padded_N).astype(jnp.float32)
     values = widened(x.values.reshape(B * T, K), padded_K)
     return _Operands((values, codes, scale, *vectors, layer_of(x, weight, bias, finish)), (B, T, N))
-
-
-def _require_bfloat16(dtype: DTypeLike) -> None:
-    require(dtype == jnp.bfloat16, f"it computes in {jnp.dtype(dtype)}")
 
 
 def _require_float32_scales(x: Encoded, weight: QTensor) -> None:
@@ -99,7 +95,7 @@ def prepared(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTen
 
 def linear(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike) -> jax.Array:
     """See :func:`ptq4dit_jax.engine.matmul.linear`."""
-    _require_bfloat16(dtype)
+    require_bfloat16(dtype)
     operands = _operands(x, weight, bias)
     return operands.rows(_run("store", operands)[0])
 
@@ -109,7 +105,7 @@ def linear_parts(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike, part
     each = weight.shape[-2] // parts
     if each % TILE_K:  # a piece of the epilogue would lie in two parts
         return jnp.split(linear(x, weight, bias, dtype), parts, axis=-1)
-    _require_bfloat16(dtype)
+    require_bfloat16(dtype)
     operands = _operands(x, weight, bias)
     return [part.reshape(*operands.shape[:2], each) for part in _run("store", operands, outputs=parts)]
 
@@ -120,9 +116,9 @@ def linear_each(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, 
     require(weight.packed, "weights of 8 bits are read by XLA as fast as memory can")
     whole = N % TILE_K == K % TILE_K == 0 and (N // parts) % EPILOGUE_M == 0
     require(whole, f"weights of {N} x {K} in {parts} parts are no multiple of the kernel's tiles")
-    require(x.values.ndim == 3 and 0 not in x.values.shape, f"the inputs have shape {x.values.shape}, not (L, B, K)")
+    require_axes(x.values.shape, "(L, B, K)")
     require((len(weight.shape), x.scale.ndim, bias.ndim) == (3, 1, 2), "scales or biases differ by row")
-    _require_bfloat16(dtype)
+    require_bfloat16(dtype)
     _require_float32_scales(x, weight)
     return gemm.int8_matmul(
         x.values, weight.values, x.scale, weight.scale, bias.astype(jnp.float32), None,
@@ -133,7 +129,7 @@ def linear_each(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, 
 def linear_gelu(x: Encoded, weight: QTensor, bias: Leaf, act: ActQuantizer) -> Encoded:
     """See :func:`ptq4dit_jax.engine.matmul.linear_gelu`."""
     require(not act.dynamic, "the next layer's codes are scaled per token")
-    require(np.ndim(act.scale) == 0, "its rows are of several groups of steps")
+    require_one_group(act)
     operands = _operands(x, weight, bias, act)
     balance = None if act.balance is None else operands.columns(act.balance)
     low, high = act_code_range(act.bits)
@@ -147,7 +143,7 @@ def linear_residual(x: Encoded, weight: QTensor, bias: Leaf, gate_BD: Leaf, x_BT
     operands = _operands(x, weight, bias, gate_BD)
     B, T, N = operands.shape
     require(x_BTD.shape == (B, T, N) and gate_BD.shape == (B, N), "gate or residual are not those of each image")
-    _require_bfloat16(x_BTD.dtype)
+    require_bfloat16(x_BTD.dtype)
     require(T % EPILOGUE_M == 0, f"{T} tokens are no multiple of {EPILOGUE_M}")
     finish = GatedResidual(operands.padded(x_BTD.reshape(B * T, N)), operands.columns(gate_BD), T)
     return operands.rows(_run("residual", operands, finish=finish)[0])

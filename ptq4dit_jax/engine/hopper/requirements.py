@@ -1,0 +1,24 @@
+"""What several of the kernels ask of their arguments."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from ptq4dit_jax.engine.backends import require
+from ptq4dit_jax.quantizers import ActQuantizer
+
+
+def require_axes(shape: tuple[int, ...], axes: str = "(B, T, K)") -> None:
+    """Three axes, none of size 0."""
+    require(len(shape) == 3 and 0 not in shape, f"the input has shape {shape}, not {axes}")
+
+
+def require_bfloat16(dtype: DTypeLike) -> None:
+    require(dtype == jnp.bfloat16, f"it computes in {jnp.dtype(dtype)}")
+
+
+def require_one_group(act: ActQuantizer) -> None:
+    """Ranges that are fixed beforehand are those of one group of steps for all rows."""
+    require(act.dynamic or np.ndim(act.scale) == 0, "its rows are of several groups of steps")
