@@ -316,7 +316,7 @@ def balance(
         out.factors["v"] = salience.equalizing_factors(s_v.reshape(s_v.shape[0], -1))
     if config.balance == "search":
         _, groups, _ = step_groups(model.schedule, calibration.t, config.step_groups)
-        blocks, _ = jax.jit(fold)(model.params["blocks"], dict(out.factors))
+        blocks = apply_balancing(model, out.factors)[0].params["blocks"]
         layers = {f"blocks.{name}": name.removesuffix("_in") for name in names}
         out.chosen.update(balance_search.search(
             model, extremes, calibration, groups, {site: blocks[layer]["kernel"] for site, layer in layers.items()},

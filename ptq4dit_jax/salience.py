@@ -94,10 +94,10 @@ def smoothing_factors(activation_salience: jax.Array, weight_salience: jax.Array
     return jnp.where(alive, jnp.exp(powers - mean), 1.0)
 
 
-def _alive(activation_salience: jax.Array, weight_salience: jax.Array) -> jax.Array:
-    """Which channels (..., K) are dead on neither side."""
-    alive = jnp.ones(activation_salience.shape, bool)
-    for salience in (activation_salience, weight_salience):
+def _alive(*saliences: jax.Array) -> jax.Array:
+    """Which channels (..., K) are dead by none of them."""
+    alive = jnp.ones(saliences[0].shape, bool)
+    for salience in saliences:
         alive &= salience > DEAD_CHANNEL * salience.max(-1, keepdims=True)
     return alive
 
@@ -110,5 +110,5 @@ def balanced_power(power: jax.Array, factor: jax.Array) -> jax.Array:
 
 def equalizing_factors(salience: jax.Array) -> jax.Array:
     """``c_j = mean(s) / s_j``: gives every channel the same largest magnitude; dead channels get 1. (..., K) to (..., K)."""
-    alive = salience > DEAD_CHANNEL * salience.max(-1, keepdims=True)
+    alive = _alive(salience)
     return jnp.where(alive, salience.mean(-1, keepdims=True) / jnp.where(alive, salience, 1.0), 1.0)
