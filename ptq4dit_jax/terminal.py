@@ -85,7 +85,8 @@ def working(what: str) -> Iterator[None]:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of one shape as a table; the keys of the first are the headings."""
+    """Rows of one shape as a table; the keys of the first are the headings. A column that is empty in every row is left out."""
+    rows = [{key: value for key, value in row.items() if any(other[key] != "" for other in rows)} for row in rows]
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
     for key, value in rows[0].items():
         # The first column names the row: it is never cut off.
@@ -98,9 +99,8 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_layers(rows: Sequence[Mapping[str, Any]]) -> None:
-    """What :func:`ptq4dit_jax.describe` says, without the reasons where there are none to give."""
-    silent = {"integer"} if any(row["why"] for row in rows) else {"integer", "why"}
-    print_table("Layers", [{key: value for key, value in row.items() if key not in silent} for row in rows])
+    """What :func:`ptq4dit_jax.describe` says."""
+    print_table("Layers", [{key: value for key, value in row.items() if key != "integer"} for row in rows])
 
 
 def devices_line() -> str:

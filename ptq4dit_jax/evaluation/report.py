@@ -180,6 +180,7 @@ def _page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping
     ]
     if document["layers"]:
         columns = list(dict.fromkeys(key for row in document["layers"] for key in row))
+        columns = [column for column in columns if any(_text(row.get(column)) for row in document["layers"])]
         rows = [[_text(row.get(column)) for column in columns] for row in document["layers"]]
         lines += ["## What each layer runs", "", *_table(columns, rows), ""]
     if document["balancing"]:
