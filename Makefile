@@ -5,8 +5,9 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 # JAX's own switches, NAME=value, under each of which the suite runs once.
 SWITCHES ?= $(shell cat tests/switches.txt)
-# A file stays with one worker, which compiles its programs once; tests/conftest.py says which come first.
-WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+# A file stays with one worker, which compiles its programs once; tests/conftest.py says which come first. After a worker died
+# that way of dealing out files waits for ever, so no other takes its place.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
