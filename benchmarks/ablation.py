@@ -80,11 +80,14 @@ def measure(dit: ptq.FloatDiT, seed: int, samples: int, wanted: dict[str, dict[s
     comparison = compare(dit, models, labels=labels, key=jax.random.key(1000), steps=base.steps, cfg_scale=base.cfg_scale)
     return {
         name: {
-            "sqnr_mean_db": f.sqnr_mean_db, "sqnr_pooled_db": f.sqnr_pooled_db, "psnr_db": f.psnr_interval.mean,
-            "step_sqnr_db": f.step_sqnr_db.tolist(), "seconds": seconds.get(name),
+            "sqnr_mean_db": f.sqnr_mean_db,
+            "sqnr_pooled_db": f.sqnr_pooled_db,
+            "psnr_db": f.psnr_interval.mean,
+            "step_sqnr_db": f.step_sqnr_db.tolist(),
+            "seconds": seconds.get(name),
         }
         for name, f in comparison.figures.items()
-    }  # fmt: skip
+    }
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -148,9 +151,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Measures what the results lack of the wanted cells."""
     jax.config.update("jax_default_matmul_precision", "highest")  # the float reference in true float32
     document = {
-        **common.header(arguments), "model": arguments.model, "iterations": arguments.iterations, "samples": arguments.samples,
+        **common.header(arguments),
+        "model": arguments.model,
+        "iterations": arguments.iterations,
+        "samples": arguments.samples,
         "seeds": {},
-    }  # fmt: skip
+    }
     if arguments.out.exists():
         stored = json.loads(arguments.out.read_text())
         if all(stored[key] == document[key] for key in _FIXED):

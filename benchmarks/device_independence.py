@@ -59,16 +59,25 @@ def cases() -> list[Case]:
         patch = (1, 2, 4)[i % 3]
         classes = (5, 5, 0)[(i // 2) % 3]
         shape = {
-            "input_size": {1: (4, 5), 2: (8, 6), 4: (8, 4)}[patch][i % 2], "patch_size": patch, "in_channels": 1 + i % 4,
-            "hidden_size": (20, 24, 32, 48)[(i // 2) % 4], "num_heads": (1, 2, 4)[(i // 3) % 3], "depth": 1 + (i // 2) % 3,
-            "num_classes": classes, "null_class": classes > 0 and i % 4 != 1, "learn_sigma": i % 2 == 0,
+            "input_size": {1: (4, 5), 2: (8, 6), 4: (8, 4)}[patch][i % 2],
+            "patch_size": patch,
+            "in_channels": 1 + i % 4,
+            "hidden_size": (20, 24, 32, 48)[(i // 2) % 4],
+            "num_heads": (1, 2, 4)[(i // 3) % 3],
+            "depth": 1 + (i // 2) % 3,
+            "num_classes": classes,
+            "null_class": classes > 0 and i % 4 != 1,
+            "learn_sigma": i % 2 == 0,
             "frequency_size": 16,
-        }  # fmt: skip
+        }
         settings: dict[str, Any] = {
-            "weight_bits": (8, 4)[i % 2], "calib_steps": 2 + i % 3, "steps": 5,
-            "calib_rows": (16, 24, 12, 4, 20, 22)[(i // 2) % 6], "policy": ("edges8-float", "uniform")[(i // 4) % 2],
+            "weight_bits": (8, 4)[i % 2],
+            "calib_steps": 2 + i % 3,
+            "steps": 5,
+            "calib_rows": (16, 24, 12, 4, 20, 22)[(i // 2) % 6],
+            "policy": ("edges8-float", "uniform")[(i // 4) % 2],
             "balance": ("search", "csb+ssc")[i % 2],
-        }  # fmt: skip
+        }
         if i % 3 == 1:
             settings |= {"balance": "csb+ssc", "ssc": "rows"}
         if i % 9 in (0, 2, 4, 5, 7):
@@ -151,8 +160,9 @@ def main() -> None:
             what = f"{devices} devices" if rows is None else f"row batch {rows}"
             apart = [
                 f"{name.removeprefix('samples/')} samples {np.abs(one[place][name] - found[place][name]).max():.1e} apart"
-                for name in one[place] if name.startswith("samples/")
-            ]  # fmt: skip
+                for name in one[place]
+                if name.startswith("samples/")
+            ]
             print(f"   {what:12} {'; '.join([', '.join(told) or 'the same', *apart])}")
     total = len(arguments.cases) * len(others)
     print(f"{total - bad} of {total} the same")

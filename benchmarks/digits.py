@@ -41,11 +41,18 @@ def measure(samples: int) -> list[dict[str, Any]]:
     recognized = {name: float(np.mean(judge.predict(images) == labels)) for name, images in comparison.images.items()}
     table = [{"model": "float32", "bytes": comparison.reference_bytes, "recognized": recognized["float32"]}]
     for name, f in comparison.figures.items():
-        table.append({
-            "model": name, "bytes": f.num_bytes, "recognized": recognized[name],
-            "sqnr_mean_db": f.sqnr_mean_db, "sqnr_pooled_db": f.sqnr_pooled_db, "step_sqnr_db": f.step_sqnr_db.tolist(),
-            "psnr_db": f.psnr_interval._asdict(), "ssim": f.ssim_interval._asdict(),
-        })  # fmt: skip
+        table.append(
+            {
+                "model": name,
+                "bytes": f.num_bytes,
+                "recognized": recognized[name],
+                "sqnr_mean_db": f.sqnr_mean_db,
+                "sqnr_pooled_db": f.sqnr_pooled_db,
+                "step_sqnr_db": f.step_sqnr_db.tolist(),
+                "psnr_db": f.psnr_interval._asdict(),
+                "ssim": f.ssim_interval._asdict(),
+            }
+        )
     return table
 
 

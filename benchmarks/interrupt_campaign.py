@@ -58,9 +58,13 @@ def interrupt(command: str, number: signal.Signals, after: float) -> Run:
         words = [word.replace("OUT", folder) for word in arguments]
         program = ["-m", *words] if command == "demo" else ["-m", "ptq4dit_start", *words]
         with subprocess.Popen(
-            [sys.executable, *program], cwd=_ROOT, env=os.environ | {"PYTHONPATH": str(_ROOT)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        ) as process:  # fmt: skip
+            [sys.executable, *program],
+            cwd=_ROOT,
+            env=os.environ | {"PYTHONPATH": str(_ROOT)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process:
             try:
                 process.communicate(timeout=after)
             except subprocess.TimeoutExpired:

@@ -68,9 +68,13 @@ def main() -> None:
     parts = {} if arguments.parts is None else {"parts": arguments.parts}
     learn = Reconstruction(iterations=arguments.iterations, **parts) if arguments.iterations else None
     config = ptq.QuantConfig(
-        weight_bits=arguments.weight_bits, calib_steps=arguments.calib_steps, calib_rows=arguments.calib_rows,
-        steps=arguments.steps, reconstruction=learn, **({} if arguments.rounding is None else {"rounding": arguments.rounding}),
-    )  # fmt: skip
+        weight_bits=arguments.weight_bits,
+        calib_steps=arguments.calib_steps,
+        calib_rows=arguments.calib_rows,
+        steps=arguments.steps,
+        reconstruction=learn,
+        **({} if arguments.rounding is None else {"rounding": arguments.rounding}),
+    )
     print(f"{ptq.__file__}, JAX {jax.__version__}, {jax.devices()[0].device_kind}, {vars(arguments)}", flush=True)
     totals = []
     for index in range(arguments.repeat + 1):

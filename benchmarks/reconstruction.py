@@ -87,14 +87,20 @@ def measure_block(preset: str, settings: Reconstruction, timed: int, calib_rows:
     peak = next((value for name, value in PEAKS.items() if name in kind), None)
     flops = operations(config, settings.batch_size)
     return {
-        "preset": preset, "dtype": walk.dtype, "batch_size": settings.batch_size, "rows": STEPS * calib_rows,
+        "preset": preset,
+        "dtype": walk.dtype,
+        "batch_size": settings.batch_size,
+        "rows": STEPS * calib_rows,
         "iterations": timed,
-        "ms_per_iteration": 1e3 * seconds, "compile_seconds": compile_seconds, "operations": flops,
+        "ms_per_iteration": 1e3 * seconds,
+        "compile_seconds": compile_seconds,
+        "operations": flops,
         "share_of_bf16_peak": None if peak is None else flops / seconds / peak,
         "memory": dataclasses.asdict(walk.plan),
-        "minutes_2000_x_28": 2000 * 28 * seconds / 60, "minutes_20000_x_28": 20000 * 28 * seconds / 60,
+        "minutes_2000_x_28": 2000 * 28 * seconds / 60,
+        "minutes_20000_x_28": 20000 * 28 * seconds / 60,
         "error_after": float(state.errors[20 : 20 + timed][-50:].mean()),
-    }  # fmt: skip
+    }
 
 
 def measure_walk(preset: str, settings: Reconstruction, calib_rows: int) -> dict[str, Any]:
@@ -105,9 +111,13 @@ def measure_walk(preset: str, settings: Reconstruction, calib_rows: int) -> dict
     started = time.perf_counter()
     reconstruct(folded, quantized, calibration, settings, key=jax.random.key(0), announce=plans.append)
     return {
-        "seconds": time.perf_counter() - started, "iterations_a_part": settings.iterations, "planned_peak_bytes": plans[0].peak,
-        "plan": str(plans[0]), "peak_bytes_before": before, "peak_bytes": peak(),
-    }  # fmt: skip
+        "seconds": time.perf_counter() - started,
+        "iterations_a_part": settings.iterations,
+        "planned_peak_bytes": plans[0].peak,
+        "plan": str(plans[0]),
+        "peak_bytes_before": before,
+        "peak_bytes": peak(),
+    }
 
 
 def main() -> None:

@@ -58,9 +58,15 @@ def load(engine: str, config: DiTConfig) -> tuple[Any, dict[str, Any]]:
             raise RuntimeError(f"Qwix made {products} integer products of a block's {len(qwix_dit.LAYERS)} linear layers.")
         return quantized, {"software": {"Qwix": importlib.metadata.version("qwix")}}
     settings = ptq.QuantConfig(
-        weight_bits=int(engine[1]), steps=4, calib_steps=2, calib_rows=4, step_groups=2, range_search="minmax",
-        balance="csb+ssc", rounding="nearest",
-    )  # fmt: skip
+        weight_bits=int(engine[1]),
+        steps=4,
+        calib_steps=2,
+        calib_rows=4,
+        step_groups=2,
+        range_search="minmax",
+        balance="csb+ssc",
+        rounding="nearest",
+    )
     model = ptq.quantize(dit, settings, key=jax.random.key(1)).astype(jnp.bfloat16)
     return model, {"backend": model.backend_choice.name}
 
@@ -159,9 +165,13 @@ def run(arguments: argparse.Namespace, out: Path) -> None:
     settings = {name: getattr(arguments, name) for name in ("model", "input_size", "guided", "steps", "repeats")}
     document: dict[str, Any] = {**common.header(arguments), **settings, "engines": {}, "failed": {}}
     options = [
-        f"--model={arguments.model}", f"--input-size={arguments.input_size}", f"--steps={arguments.steps}",
-        f"--repeats={arguments.repeats}", "--guided", *map(str, arguments.guided),
-    ]  # fmt: skip
+        f"--model={arguments.model}",
+        f"--input-size={arguments.input_size}",
+        f"--steps={arguments.steps}",
+        f"--repeats={arguments.repeats}",
+        "--guided",
+        *map(str, arguments.guided),
+    ]
     for engine in arguments.engines:
         started = time.perf_counter()
         for entry in entries(engine, options, arguments.limit):

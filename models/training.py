@@ -76,8 +76,15 @@ class Recipe:
         )
 
 
-def variational_bound(x0: jax.Array, mean: jax.Array, log_var: jax.Array, true_mean: jax.Array, true_log_var: jax.Array,
-                      t_B: jax.Array, max_level: int) -> jax.Array:  # fmt: skip
+def variational_bound(
+    x0: jax.Array,
+    mean: jax.Array,
+    log_var: jax.Array,
+    true_mean: jax.Array,
+    true_log_var: jax.Array,
+    t_B: jax.Array,
+    max_level: int,
+) -> jax.Array:
     """L_vlb of Nichol & Dhariwal in bits per pixel, (B,).
 
     The divergence of q(x_{t-1} | x_t, x_0) from the model's Gaussian; at t = 0 the negative log likelihood of the grey level
@@ -124,9 +131,17 @@ def losses(
 
 @partial(jax.jit, static_argnames=("config", "recipe", "count"), donate_argnames="state")
 def train_steps(
-    state: dict[str, Any], key: jax.Array, tables: StepTables, data: Any, first: jax.Array,
-    cooldown: tuple[jax.Array, jax.Array] | None = None, *, config: DiTConfig, recipe: Recipe, count: int,
-) -> tuple[dict[str, Any], dict[str, jax.Array]]:  # fmt: skip
+    state: dict[str, Any],
+    key: jax.Array,
+    tables: StepTables,
+    data: Any,
+    first: jax.Array,
+    cooldown: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    config: DiTConfig,
+    recipe: Recipe,
+    count: int,
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """``count`` optimizer steps from step ``first`` on, one scan; ``data`` is a :class:`Data`.
 
     With ``cooldown`` (first, end) the updates shrink linearly from step ``first`` to nothing at step ``end``. Returns the new
@@ -178,9 +193,14 @@ def cooldown_window(done: int, steps: int, elapsed: float, step_seconds: float, 
 
 
 def train(
-    recipe: Recipe, seed: int, data: Any, config: DiTConfig, *, progress: Progress | None = None,
+    recipe: Recipe,
+    seed: int,
+    data: Any,
+    config: DiTConfig,
+    *,
+    progress: Progress | None = None,
     max_seconds: float | None = None,
-) -> tuple[FloatDiT, int]:  # fmt: skip
+) -> tuple[FloatDiT, int]:
     """The moving average of the parameters of a model trained on ``data``, a :class:`Data`, in float32; and the steps taken.
 
     Args:
@@ -228,8 +248,10 @@ def check_target(folder: Path) -> None:
         try:
             store.read_config(folder)
         except Ptq4ditError as error:
-            raise Ptq4ditError(f"The folder {folder} holds something else than a model, so nothing is trained into it; "
-                               "choose another folder for --out.") from error  # fmt: skip
+            raise Ptq4ditError(
+                f"The folder {folder} holds something else than a model, so nothing is trained into it; "
+                "choose another folder for --out."
+            ) from error
 
 
 def progress_printer(recipe: Recipe, every: int = CHUNK) -> Progress:

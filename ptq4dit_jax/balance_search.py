@@ -133,9 +133,15 @@ def search(
         tried = candidates(extremes[site], kernel, temperature)
         factors = jnp.stack(list(tried.values()))
         trials = _trials(
-            kernel, factors, extremes[site], jnp.asarray(groups, jnp.int32), bits=weight_bits[site], act_bits=act_bits,
-            dynamic=site in dynamic, search=range_search,
-        )  # fmt: skip
+            kernel,
+            factors,
+            extremes[site],
+            jnp.asarray(groups, jnp.int32),
+            bits=weight_bits[site],
+            act_bits=act_bits,
+            dynamic=site in dynamic,
+            search=range_search,
+        )
         ratio = np.asarray(ready(_errors(model, rows, trials, site=site)), np.float64)
         best = ratio.argmin(0)
         names, blocks = list(tried), np.arange(len(best))
@@ -150,9 +156,16 @@ def search(
 
 @partial(jax.jit, static_argnames=("bits", "act_bits", "dynamic", "search"))
 def _trials(
-    kernel: jax.Array, factors: jax.Array, extremes: ChannelExtremes, groups: jax.Array,
-    *, bits: int, act_bits: int, dynamic: bool, search: RangeSearch,
-) -> _Trials:  # fmt: skip
+    kernel: jax.Array,
+    factors: jax.Array,
+    extremes: ChannelExtremes,
+    groups: jax.Array,
+    *,
+    bits: int,
+    act_bits: int,
+    dynamic: bool,
+    search: RangeSearch,
+) -> _Trials:
     """Leaves (L, C, ...), and those of static quantizers (S, L, C, P)."""
     factors = jnp.moveaxis(factors, 1, 0)
     power = extremes.power.mean(0)

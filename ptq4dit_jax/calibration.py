@@ -121,10 +121,19 @@ def sample_trajectories(
     labels = spread_labels(count, model.config.num_classes)
     positions = np.round(np.linspace(0, len(chain) - 1, steps)).astype(int)
     x = kept_inputs(
-        model, labels, key, walk, positions, batch_size=min(count, MICRO_BATCH // 2 if guided else MICRO_BATCH),
-        cfg_scale=cfg_scale, cfg_channels=cfg_channels, mesh=mesh, ahead=_ahead(row_batch), progress=progress,
+        model,
+        labels,
+        key,
+        walk,
+        positions,
+        batch_size=min(count, MICRO_BATCH // 2 if guided else MICRO_BATCH),
+        cfg_scale=cfg_scale,
+        cfg_channels=cfg_channels,
+        mesh=mesh,
+        ahead=_ahead(row_batch),
+        progress=progress,
         what="Calibration row",
-    )  # fmt: skip
+    )
     y = np.tile(labels, (steps, 1))
     if guided:
         x = np.concatenate([x, x], axis=1)
@@ -255,9 +264,14 @@ def _leading(config: DiTConfig, name: str) -> tuple[int, ...]:
 
 
 def channel_extremes(
-    model: FloatDiT, data: CalibrationData, *, sites: tuple[str, ...], per_row: bool = False, row_batch: int | None = None,
+    model: FloatDiT,
+    data: CalibrationData,
+    *,
+    sites: tuple[str, ...],
+    per_row: bool = False,
+    row_batch: int | None = None,
     mesh: Mesh | None = None,
-) -> dict[str, ChannelExtremes]:  # fmt: skip
+) -> dict[str, ChannelExtremes]:
     """Per-channel extremes at every step, by one scan for each micro-batch of rows.
 
     Args:

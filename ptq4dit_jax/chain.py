@@ -83,17 +83,25 @@ def sample_batch(
             return sample_noise(keys_B, step + 1, shape) if step_noise is None else step_noise[step]
 
         x, inputs = denoise(
-            predict, tables, x_T, draw if stochastic else None,
-            learned_variance=learned_variance, keep_slots=keep_slots, num_kept=num_kept,
-        )  # fmt: skip
+            predict,
+            tables,
+            x_T,
+            draw if stochastic else None,
+            learned_variance=learned_variance,
+            keep_slots=keep_slots,
+            num_kept=num_kept,
+        )
         return x if decoder is None else decoder.decode(x), inputs
 
     if mesh is not None:
         whole, rows, rows_of_steps = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
         chain = jax.shard_map(
-            chain, mesh=mesh, in_specs=(whole, whole, whole, rows, rows, whole, rows, rows_of_steps, whole, whole),
-            out_specs=(rows, rows_of_steps), check_vma=False,
-        )  # fmt: skip
+            chain,
+            mesh=mesh,
+            in_specs=(whole, whole, whole, rows, rows, whole, rows, rows_of_steps, whole, whole),
+            out_specs=(rows, rows_of_steps),
+            check_vma=False,
+        )
     return chain(model, tables, key, indices_B, labels_B, cfg_scale, noise, step_noise, keep_slots, decoder)
 
 
@@ -186,14 +194,26 @@ class Request:
 
         indices = rows.astype(np.int32) if mesh is None else sharding.shard(mesh, rows.astype(np.int32))
         arguments = (
-            self.model, self.tables, self.key, indices, of_rows(self.labels_N), self.cfg_scale, of_rows(self.noise),
-            of_rows(self.step_noise, 1), slots, self.decoder if decode else None,
-        )  # fmt: skip
+            self.model,
+            self.tables,
+            self.key,
+            indices,
+            of_rows(self.labels_N),
+            self.cfg_scale,
+            of_rows(self.noise),
+            of_rows(self.step_noise, 1),
+            slots,
+            self.decoder if decode else None,
+        )
         walk = self.walk
         return arguments, {
-            "stochastic": walk.stochastic, "learned_variance": self.model.config.learn_sigma and walk.name == "ddpm",
-            "guided": self.guidance != 1.0, "channels": self.channels, "num_kept": num_kept, "mesh": mesh,
-        }  # fmt: skip
+            "stochastic": walk.stochastic,
+            "learned_variance": self.model.config.learn_sigma and walk.name == "ddpm",
+            "guided": self.guidance != 1.0,
+            "channels": self.channels,
+            "num_kept": num_kept,
+            "mesh": mesh,
+        }
 
     def begin(self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True) -> tuple[Any, Any]:
         """What :meth:`run` returns, still on the device and perhaps not computed yet."""
@@ -239,11 +259,13 @@ class Request:
         cuts = self._cut(batch)
         placed = {
             device: dataclasses.replace(
-                self, model=jax.device_put(self.model, device), key=jax.device_put(self.key, device),
+                self,
+                model=jax.device_put(self.model, device),
+                key=jax.device_put(self.key, device),
                 decoder=jax.device_put(self.decoder, device),
             )
             for device in sharding.devices_of(mesh)[: len(cuts)]
-        }  # fmt: skip
+        }
         begin = lambda item, device: placed[device].begin(cuts[item])
         dealt = sharding.deal_out(begin, len(cuts), mesh, ahead=ahead)
         outputs = (jax.device_get(ready(output)) for output in dealt)
@@ -286,9 +308,11 @@ class Request:
         name = f"{self.what} {sample} (label {self.labels_N[sample]})"
         if states.all() and self.decoder is not None:
             dtype = np.dtype(self.decoder.dtype).name
-            remedy = "check that it is the one that the model was trained with" if dtype == "float32" else (
-                "decode in float32 (VAEDecoder.astype)"
-            )  # fmt: skip
+            remedy = (
+                "check that it is the one that the model was trained with"
+                if dtype == "float32"
+                else ("decode in float32 (VAEDecoder.astype)")
+            )
             return Ptq4ditError(
                 f"{name} holds NaN or infinity: its latents are finite, but what the VAE makes of them in {dtype} is not; "
                 f"{remedy}."
@@ -318,8 +342,6 @@ def _signature(arguments: Any) -> tuple[Any, Any]:
 @lru_cache(maxsize=64)
 def _needed_bytes(structure: Any, leaves: tuple[Any, ...], static: tuple[tuple[str, Any], ...]) -> int:
     """Bytes per device of the program of :func:`sample_batch`, which calls with such arguments then use: it compiles once."""
-    shapes = [
-        jax.ShapeDtypeStruct(shape, dtype, weak_type=weak, sharding=place) for shape, dtype, weak, place in leaves
-    ]  # fmt: skip
+    shapes = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak, sharding=place) for shape, dtype, weak, place in leaves]
     lowered = sample_batch.lower(*jax.tree.unflatten(structure, shapes), **dict(static))
     return memory.program_bytes(lowered.compile())

@@ -31,7 +31,7 @@ from ptq4dit_jax.cli_options import (
     Steps,
     Vae,
     VaeScale,
-)  # fmt: skip
+)
 from ptq4dit_jax.config import ATTENTION, LAYERS, POLICIES, QuantConfig, Reconstruction
 from ptq4dit_jax.diffusion import Sampler, resolve_guidance
 from ptq4dit_jax.engine import QuantizedDiT, backends, describe
@@ -67,7 +67,7 @@ from ptq4dit_jax.terminal import (
     working,
     write_file,
     write_json,
-)  # fmt: skip
+)
 from ptq4dit_jax.unfinished import expect_journal
 
 app = typer.Typer(
@@ -200,15 +200,27 @@ def quantize(
 ) -> None:
     """Quantizes a float model after training: calibrate, balance and fold, choose ranges, pack, save."""
     options: dict[str, Any] = {
-        "weight_bits": weight_bits, "act_bits": act_bits, "ssc": ssc, "temperature": temperature, "calib_steps": calib_steps,
-        "calib_rows": calib_rows, "sampler": sampler, "steps": steps, "eta": eta, "cfg_scale": cfg_scale,
+        "weight_bits": weight_bits,
+        "act_bits": act_bits,
+        "ssc": ssc,
+        "temperature": temperature,
+        "calib_steps": calib_steps,
+        "calib_rows": calib_rows,
+        "sampler": sampler,
+        "steps": steps,
+        "eta": eta,
+        "cfg_scale": cfg_scale,
         "cfg_channels": cfg_channels,
-    }  # fmt: skip
+    }
     sites = None if dynamic is None else tuple(name.strip() for name in dynamic.split(",") if name.strip() not in ("", "none"))
     # None is the default of whichever settings are started from.
     given = {
-        "balance": balance, "policy": policy, "step_groups": step_groups, "dynamic_sites": sites, "rounding": rounding,
-    }  # fmt: skip
+        "balance": balance,
+        "policy": policy,
+        "step_groups": step_groups,
+        "dynamic_sites": sites,
+        "rounding": rounding,
+    }
     options |= {name: value for name, value in given.items() if value is not None}
     if reconstruct or rounding == "adaround":
         options["reconstruction"] = Reconstruction(iterations=iterations)
@@ -230,9 +242,13 @@ def quantize(
         with working(f"Reading {calibration}"):
             arrays = read_calibration(calibration, labelled=bool(dit.config.num_labels))
         rows = stored_rows(
-            arrays["x"], arrays["t"], arrays.get("y"), config=dit.config, schedule=dit.schedule,
+            arrays["x"],
+            arrays["t"],
+            arrays.get("y"),
+            config=dit.config,
+            schedule=dit.schedule,
             layout=cast(Any, calibration_layout),
-        )  # fmt: skip
+        )
 
     balanced = "weights only" if config.weights_only else f"balance {config.balance}"
     console.print(f"Quantizing {model} to {config.name} on {devices_line()}: {balanced}, policy {config.policy}")
@@ -274,9 +290,12 @@ def quantize(
             console.print(f"Warning: below {WARN_BELOW:g} dB samples are visibly worse; {remedy}.")
     console.print(f"Model: {where}")
     figures = {
-        "float_bytes": before, "bytes": after, "seconds": seconds, "quality": quality and quality.to_dict(),
+        "float_bytes": before,
+        "bytes": after,
+        "seconds": seconds,
+        "quality": quality and quality.to_dict(),
         "settings": quantized.provenance.facts["settings"],
-    }  # fmt: skip
+    }
     write_json(json, {**figures, "layers": describe(quantized), "out": str(out)})
 
 
@@ -345,10 +364,19 @@ def sample(
     with stages() as report:
         report("sample", 0, len(wanted))
         batches = sampling.sample_batches(
-            cast(Any, loaded), wanted, key, steps=walk.steps, sampler=walk.name, eta=eta,
-            cfg_scale=guidance, cfg_channels=cast(Any, cfg_channels), batch_size=batch_size, decoder=decoder,
-            mesh=all_devices_mesh(), **given,
-        )  # fmt: skip
+            cast(Any, loaded),
+            wanted,
+            key,
+            steps=walk.steps,
+            sampler=walk.name,
+            eta=eta,
+            cfg_scale=guidance,
+            cfg_channels=cast(Any, cfg_channels),
+            batch_size=batch_size,
+            decoder=decoder,
+            mesh=all_devices_mesh(),
+            **given,
+        )
 
         def images() -> Iterator[np.ndarray]:
             for start, batch in batches:
@@ -365,10 +393,15 @@ def sample(
     write_json(
         json,
         {
-            "images": len(wanted), "seconds": seconds, "steps": walk.steps, "sampler": walk.name, "cfg_scale": guidance,
-            "seed": seed, "out": str(out),
+            "images": len(wanted),
+            "seconds": seconds,
+            "steps": walk.steps,
+            "sampler": walk.name,
+            "cfg_scale": guidance,
+            "seed": seed,
+            "out": str(out),
         },
-    )  # fmt: skip
+    )
 
 
 @app.command()
@@ -413,26 +446,51 @@ def evaluate(
     console.print(f"Comparing {model} with {against} on {devices_line()}: {len(wanted)} images, {walk_line(walk, guidance)}")
     with stages() as report:
         comparison = compare(
-            reference, {name: cast(Any, other)}, labels=wanted, key=key, steps=walk.steps,
-            sampler=walk.name, eta=eta, cfg_scale=guidance, cfg_channels=cast(Any, cfg_channels),
-            batch_size=batch_size, seed=seed, decoder=decoder, mesh=all_devices_mesh(),
-            progress=lambda done, total: report("sample on the same noise", done, total), stage=report,
-        )  # fmt: skip
+            reference,
+            {name: cast(Any, other)},
+            labels=wanted,
+            key=key,
+            steps=walk.steps,
+            sampler=walk.name,
+            eta=eta,
+            cfg_scale=guidance,
+            cfg_channels=cast(Any, cfg_channels),
+            batch_size=batch_size,
+            seed=seed,
+            decoder=decoder,
+            mesh=all_devices_mesh(),
+            progress=lambda done, total: report("sample on the same noise", done, total),
+            stage=report,
+        )
     rows, made = None, cast(Mapping[str, Any], {})
     if isinstance(other, QuantizedDiT):
         rows, made = describe(other), other.provenance.facts
     with working(f"Writing {out}"):
         where = write_report(
-            out, comparison, title=f"{name} against {Path(against).resolve().name}", describe_rows=rows,
+            out,
+            comparison,
+            title=f"{name} against {Path(against).resolve().name}",
+            describe_rows=rows,
             settings={"model": model, "against": against, "seed": seed} | ({} if vae is None else {"vae": vae}),
-            reconstruction=made.get("reconstruction"), rounding=made.get("rounding"), balancing=made.get("balancing"),
+            reconstruction=made.get("reconstruction"),
+            rounding=made.get("rounding"),
+            balancing=made.get("balancing"),
             overwrite=overwrite,
-        )  # fmt: skip
-    print_table(f"Same noise, against the float model; SQNR of predicted {reference.schedule.objective}", [
-        {"model": key, SQNR_MEAN: f.sqnr_mean_db, SQNR_POOLED: f.sqnr_pooled_db, "PSNR (dB)": f.psnr_interval.mean,
-         "SSIM": f.ssim_interval.mean, "size": megabytes(f.num_bytes)}
-        for key, f in comparison.figures.items()
-    ])  # fmt: skip
+        )
+    print_table(
+        f"Same noise, against the float model; SQNR of predicted {reference.schedule.objective}",
+        [
+            {
+                "model": key,
+                SQNR_MEAN: f.sqnr_mean_db,
+                SQNR_POOLED: f.sqnr_pooled_db,
+                "PSNR (dB)": f.psnr_interval.mean,
+                "SSIM": f.ssim_interval.mean,
+                "size": megabytes(f.num_bytes),
+            }
+            for key, f in comparison.figures.items()
+        ],
+    )
     console.print(f"Report: {where / 'report.md'}")
     write_json(json, plain(comparison.to_json()))
 

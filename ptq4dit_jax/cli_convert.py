@@ -81,11 +81,23 @@ def convert(
         else:
             with stages() as report:
                 model, found = foreign.import_checkpoint(
-                    where, num_heads=num_heads, input_size=input_size, classes=classes, null_class=null_class, ema=ema,
-                    weights=weights, as_diffusers=as_diffusers, objective=objective, flow_steps=flow_steps,
-                    data_time=data_time, timesteps=timesteps, beta_start=beta_start, beta_end=beta_end, ignore=ignore or (),
+                    where,
+                    num_heads=num_heads,
+                    input_size=input_size,
+                    classes=classes,
+                    null_class=null_class,
+                    ema=ema,
+                    weights=weights,
+                    as_diffusers=as_diffusers,
+                    objective=objective,
+                    flow_steps=flow_steps,
+                    data_time=data_time,
+                    timesteps=timesteps,
+                    beta_start=beta_start,
+                    beta_end=beta_end,
+                    ignore=ignore or (),
                     progress=lambda done, total: report("read", done, total),
-                )  # fmt: skip
+                )
             facts = {"layout": found.layout, "weights": found.words, "dtype": found.dtype, "evidence": found.evidence}
             facts |= {"notes": list(found.notes)}
     summary = facts | summary_of(model)

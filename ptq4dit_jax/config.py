@@ -321,9 +321,15 @@ class QuantConfig:
             learned = learned or Reconstruction()
             learned = dataclasses.replace(learned, start=learned.start or "nearest")
         paper = {
-            "balance": "csb+ssc", "balance_fc2": False, "equalize_v": False, "weigh_inputs": False, "policy": "uniform",
-            "range_search": "percentile", "step_groups": 1, "dynamic_sites": (),
-        }  # fmt: skip
+            "balance": "csb+ssc",
+            "balance_fc2": False,
+            "equalize_v": False,
+            "weigh_inputs": False,
+            "policy": "uniform",
+            "range_search": "percentile",
+            "step_groups": 1,
+            "dynamic_sites": (),
+        }
         return cls(weight_bits=weight_bits, **{**paper, **overrides, "rounding": rounding, "reconstruction": learned})
 
     @property
@@ -345,9 +351,12 @@ class QuantConfig:
         steps."""
         walk = self.walk.resolve(schedule)
         return dataclasses.replace(
-            self, sampler=walk.name, steps=walk.steps, cfg_scale=resolve_guidance(self.cfg_scale, network, schedule),
+            self,
+            sampler=walk.name,
+            steps=walk.steps,
+            cfg_scale=resolve_guidance(self.cfg_scale, network, schedule),
             calib_steps=calibration_steps(self.calib_steps, walk.tables(schedule).num_steps),
-        )  # fmt: skip
+        )
 
     @property
     def _policy(self) -> Rules:

@@ -198,8 +198,12 @@ def _flow_rows(times: np.ndarray, *, corrected: bool) -> tuple[np.ndarray, dict[
         from_v_prev = np.stack([np.zeros_like(dt), -dt / 2], axis=1).ravel()
     ones = np.ones_like(t)
     return t, {
-        "x0_from_x": 0 * ones, "x0_from_eps": -ones, "from_x": ones, "from_x0": from_v, "from_x0_prev": from_v_prev,
-    }  # fmt: skip
+        "x0_from_x": 0 * ones,
+        "x0_from_eps": -ones,
+        "from_x": ones,
+        "from_x0": from_v,
+        "from_x0_prev": from_v_prev,
+    }
 
 
 #: Image, previous prediction of the clean image, kept inputs.

@@ -38,21 +38,38 @@ PRESETS = tuple(f"DiT-{size}/{patch}" for size in _SIZES for patch in (2, 4, 8))
 #: The largest sizes, far above those of any DiT: a size comes from a file or is typed, and tables are made of it. The published
 #: one at 1024 px has an input of 128 positions a side, 4,096 tokens of width 1,152 and 675 million parameters.
 LARGEST = {
-    "input_size": 2**14, "patch_size": 2**10, "in_channels": 2**12, "hidden_size": 2**16, "depth": 2**10, "num_heads": 2**12,
-    "num_classes": 2**20, "frequency_size": 2**16, "mlp_ratio": 2**10,
-}  # fmt: skip
+    "input_size": 2**14,
+    "patch_size": 2**10,
+    "in_channels": 2**12,
+    "hidden_size": 2**16,
+    "depth": 2**10,
+    "num_heads": 2**12,
+    "num_classes": 2**20,
+    "frequency_size": 2**16,
+    "mlp_ratio": 2**10,
+}
 MAX_TOKENS, MAX_POSITION_VALUES, MAX_PARAMETERS = 2**16, 2**27, 2**40
 
 #: Sites inside a block that can be quantized, and the linear layer each one feeds (None: an attention product).
 BLOCK_SITES = {
-    "adaLN_in": "adaLN", "qkv_in": "qkv", "q": None, "k": None, "v": None, "probs": None,
-    "proj_in": "proj", "fc1_in": "fc1", "fc2_in": "fc2",
-}  # fmt: skip
+    "adaLN_in": "adaLN",
+    "qkv_in": "qkv",
+    "q": None,
+    "k": None,
+    "v": None,
+    "probs": None,
+    "proj_in": "proj",
+    "fc1_in": "fc1",
+    "fc2_in": "fc2",
+}
 #: The same outside the blocks.
 EDGE_SITES = {
-    "patch_in": "patch_embed", "time_in": "time_fc1", "time_hidden": "time_fc2",
-    "final_adaLN_in": "final_adaLN", "final_in": "final",
-}  # fmt: skip
+    "patch_in": "patch_embed",
+    "time_in": "time_fc1",
+    "time_hidden": "time_fc2",
+    "final_adaLN_in": "final_adaLN",
+    "final_in": "final",
+}
 #: The site that feeds each linear layer, both by their full names.
 SITE_OF_LAYER = {f"blocks.{layer}": f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer} | {
     layer: name for name, layer in EDGE_SITES.items()
@@ -196,11 +213,17 @@ class DiTConfig:
         """(K, N) of every linear layer; block layers are named ``blocks.<layer>``."""
         D, F, P = self.hidden_size, self.mlp_size, self.patch_size**2
         return {
-            "patch_embed": (P * self.in_channels, D), "time_fc1": (self.frequency_size, D), "time_fc2": (D, D),
-            "blocks.adaLN": (D, 6 * D), "blocks.qkv": (D, 3 * D), "blocks.proj": (D, D),
-            "blocks.fc1": (D, F), "blocks.fc2": (F, D),
-            "final_adaLN": (D, 2 * D), "final": (D, P * self.out_channels),
-        }  # fmt: skip
+            "patch_embed": (P * self.in_channels, D),
+            "time_fc1": (self.frequency_size, D),
+            "time_fc2": (D, D),
+            "blocks.adaLN": (D, 6 * D),
+            "blocks.qkv": (D, 3 * D),
+            "blocks.proj": (D, D),
+            "blocks.fc1": (D, F),
+            "blocks.fc2": (F, D),
+            "final_adaLN": (D, 2 * D),
+            "final": (D, P * self.out_channels),
+        }
 
     @property
     def site_features(self) -> dict[str, tuple[int, ...]]:

@@ -78,9 +78,13 @@ class InputMoments:
         """Of no tokens yet."""
         K, zeros = shift.shape[0], Compensated.zeros
         return cls(
-            second=zeros(K, K), cross=zeros(K, K), first=zeros(K), drift=zeros(K), count=zeros(),
+            second=zeros(K, K),
+            cross=zeros(K, K),
+            first=zeros(K),
+            drift=zeros(K),
+            count=zeros(),
             shift=shift.astype(jnp.float32),
-        )  # fmt: skip
+        )
 
     def about_mean(self) -> InputMoments:
         """Of no tokens yet, about the mean of those that these are of."""
@@ -98,10 +102,12 @@ class InputMoments:
         weighted = x * weight
         product = partial(jnp.einsum, "btk,btj->kj", precision=precision)
         return self.replace(  # type: ignore[attr-defined]
-            second=self.second.add(product(x, weighted)), cross=self.cross.add(product(difference, weighted)),
-            first=self.first.add(weighted.sum((0, 1))), drift=self.drift.add((difference * weight).sum((0, 1))),
+            second=self.second.add(product(x, weighted)),
+            cross=self.cross.add(product(difference, weighted)),
+            first=self.first.add(weighted.sum((0, 1))),
+            drift=self.drift.add((difference * weight).sum((0, 1))),
             count=self.count.add(weight.sum() * x.shape[1]),
-        )  # fmt: skip
+        )
 
     @classmethod
     def total(cls, parts: Sequence[InputMoments]) -> InputMoments:
@@ -144,8 +150,13 @@ class _Codes(NamedTuple):
 
 
 def round_weight(
-    kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch = "mse", follow: bool = True,
-) -> RoundedWeight:  # fmt: skip
+    kernel: jax.Array,
+    nearest: QTensor,
+    moments: InputMoments,
+    *,
+    search: RangeSearch = "mse",
+    follow: bool = True,
+) -> RoundedWeight:
     """Rounds a kernel (K, N) so that the layer's output errs least for inputs of these moments. Computes in float64.
 
     Ranges are searched anew, for the target. Each output channel takes the best of three: GPTQ's codes, the target rounded to

@@ -130,9 +130,17 @@ def quantize(
 
 
 def _quantized(
-    model: FloatDiT, config: QuantConfig, key: jax.Array, calibration: CalibrationData | None, row_batch: int | None,
-    mesh: Mesh | None, journal: Journal | None, source_sha256: str, keep_poor: bool, report: StageProgress,
-) -> QuantizedDiT:  # fmt: skip
+    model: FloatDiT,
+    config: QuantConfig,
+    key: jax.Array,
+    calibration: CalibrationData | None,
+    row_batch: int | None,
+    mesh: Mesh | None,
+    journal: Journal | None,
+    source_sha256: str,
+    keep_poor: bool,
+    report: StageProgress,
+) -> QuantizedDiT:
     """:func:`quantize` with arguments that were checked and the journal open."""
     # On one device, as is all that is made of it: what several run is a program of each (:func:`sharding.deal_out`), and the
     # rest is the program of one.
@@ -142,10 +150,17 @@ def _quantized(
     if calibration is None:
         report("sample calibration rows", 0, config.calib_rows)
         calibration = sample_trajectories(
-            model, key, config.walk, steps=config.calib_steps, rows=config.calib_rows, cfg_scale=config.cfg_scale,
-            cfg_channels=config.cfg_channels, row_batch=row_batch, mesh=mesh,
+            model,
+            key,
+            config.walk,
+            steps=config.calib_steps,
+            rows=config.calib_rows,
+            cfg_scale=config.cfg_scale,
+            cfg_channels=config.cfg_channels,
+            row_batch=row_batch,
+            mesh=mesh,
             progress=lambda done, total: report("sample calibration rows", done, total),
-        )  # fmt: skip
+        )
     calibration = CalibrationData(x=np.asarray(calibration.x), t=np.asarray(calibration.t), y=np.asarray(calibration.y))
     some = some_rows(calibration)
 
@@ -187,21 +202,31 @@ def _quantized(
         facts["balancing"] = {site: chosen.to_dict() for site, chosen in balancing.chosen.items()}
     if config.resolved_rounding == "gptq":
         quantized, rounded = round_closed_form(
-            folded, quantized, calibration, search=config.range_search, mesh=mesh,
+            folded,
+            quantized,
+            calibration,
+            search=config.range_search,
+            mesh=mesh,
             announce=lambda plan: report("plan rounding", 1, 1, f"{plan}"),
             progress=lambda part, done, total, error: report(f"round {part}", done, total, f"error {error:.3f} x nearest"),
-        )  # fmt: skip
+        )
         facts["rounding"] = {row.pop("part"): row for row in rounded}
         _check_result(quantized)
     if config.learning is not None:
         quantized, learned = reconstruct(
-            folded, quantized, calibration, config.learning, key=jax.random.fold_in(key, 1), journal=journal,
-            search=config.range_search, mesh=mesh,
+            folded,
+            quantized,
+            calibration,
+            config.learning,
+            key=jax.random.fold_in(key, 1),
+            journal=journal,
+            search=config.range_search,
+            mesh=mesh,
             announce=lambda plan: report("plan reconstruction", 1, 1, f"{plan}"),
             progress=lambda part, done, total, error: report(
                 f"reconstruct {part}", done, total, f"error {error:.3f} x nearest"
             ),
-        )  # fmt: skip
+        )
         facts["reconstruction"] = {row.pop("part"): row for row in learned}
         _check_result(quantized)
     report("measure the result", 0, 1)
@@ -238,9 +263,14 @@ def _check_result(quantized: QuantizedDiT) -> None:
 
 
 def _journal(
-    config: QuantConfig, model: FloatDiT, source_sha256: str, key: jax.Array, calibration: CalibrationData | None,
-    state: str | os.PathLike[str] | None, fresh: bool,
-) -> contextlib.AbstractContextManager[Journal | None]:  # fmt: skip
+    config: QuantConfig,
+    model: FloatDiT,
+    source_sha256: str,
+    key: jax.Array,
+    calibration: CalibrationData | None,
+    state: str | os.PathLike[str] | None,
+    fresh: bool,
+) -> contextlib.AbstractContextManager[Journal | None]:
     """Opened before any long work, so that a run that does not match is refused at once.
 
     The number of devices is no part of the fingerprint: no integer depends on it, or with ``parts=1`` no more than last bits of
@@ -250,12 +280,14 @@ def _journal(
         return contextlib.nullcontext()
     given = None if calibration is None else content_hash({name: getattr(calibration, name) for name in ("x", "t", "y")})
     fingerprint = {
-        "weights": source_sha256, "network": model_meta(model.config, model.schedule),
+        "weights": source_sha256,
+        "network": model_meta(model.config, model.schedule),
         "settings": config.to_dict() | {"rounding": config.resolved_rounding},
-        "key": jax.random.key_data(key).tolist(), "calibration rows": given or "sampled by these settings and key",
+        "key": jax.random.key_data(key).tolist(),
+        "calibration rows": given or "sampled by these settings and key",
         "software": {name: _version(name) for name in ("ptq4dit-jax", "jax", "jaxlib")},
         "device": {"platform": default().platform, "kind": default().device_kind},
-    }  # fmt: skip
+    }
     return Journal(Path(state), fingerprint, fresh=fresh)
 
 
@@ -318,12 +350,21 @@ def balance(
         _, groups, _ = step_groups(model.schedule, calibration.t, config.step_groups)
         blocks = apply_balancing(model, out.factors)[0].params["blocks"]
         layers = {f"blocks.{name}": name.removesuffix("_in") for name in names}
-        out.chosen.update(balance_search.search(
-            model, extremes, calibration, groups, {site: blocks[layer]["kernel"] for site, layer in layers.items()},
-            {site: config.rules[f"blocks.{layer}"].weight_bits for site, layer in layers.items()},
-            dynamic=config.dynamic_sites, act_bits=config.act_bits, temperature=config.temperature,
-            range_search=config.range_search, progress=progress,
-        ))  # fmt: skip
+        out.chosen.update(
+            balance_search.search(
+                model,
+                extremes,
+                calibration,
+                groups,
+                {site: blocks[layer]["kernel"] for site, layer in layers.items()},
+                {site: config.rules[f"blocks.{layer}"].weight_bits for site, layer in layers.items()},
+                dynamic=config.dynamic_sites,
+                act_bits=config.act_bits,
+                temperature=config.temperature,
+                range_search=config.range_search,
+                progress=progress,
+            )
+        )
     if names and config.balance == "csb+ssc" and config.ssc == "rows":
         sites = tuple(f"blocks.{name}" for name in names)
         by_row = channel_extremes(model, calibration, sites=sites, per_row=True, row_batch=row_batch, mesh=mesh)
@@ -391,9 +432,7 @@ def activation_quantizers(
             jax.ops.segment_max(high, groups, num_segments=G),
         )
     if ranges:
-        counted = histograms(
-            folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch, mesh=mesh
-        )  # fmt: skip
+        counted = histograms(folded, calibration, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch, mesh=mesh)
     else:  # nothing is parted by steps
         counted, edges = {}, edges[:0]
 
@@ -408,9 +447,13 @@ def activation_quantizers(
         )
     for name in filter(partial(_is_integer, config), config.dynamic_sites):
         acts[name] = ActQuantizer(
-            scale=None, zero_point=None, balance=residual.get(name.removeprefix("blocks.")), bits=config.act_bits,
-            dynamic=True, nonnegative=name == "blocks.probs",
-        )  # fmt: skip
+            scale=None,
+            zero_point=None,
+            balance=residual.get(name.removeprefix("blocks.")),
+            bits=config.act_bits,
+            dynamic=True,
+            nonnegative=name == "blocks.probs",
+        )
     return acts, edges
 
 

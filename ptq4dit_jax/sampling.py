@@ -124,9 +124,17 @@ def sample(
       Ptq4ditError: an argument that makes no sense, or a sample that holds NaN or infinity; the sentence names the step.
     """
     request = _prepare(
-        model, labels, key, Sampler(name=sampler, steps=steps, eta=eta), cfg_scale, cfg_channels, noise, step_noise, decoder,
+        model,
+        labels,
+        key,
+        Sampler(name=sampler, steps=steps, eta=eta),
+        cfg_scale,
+        cfg_channels,
+        noise,
+        step_noise,
+        decoder,
         mesh,
-    )  # fmt: skip
+    )
     return request.collect(request.batch_size(batch_size), progress)[0]
 
 
@@ -157,9 +165,17 @@ def sample_batches(
       Ptq4ditError: as :func:`sample`; a sample that is not finite is reported with its batch.
     """
     request = _prepare(
-        model, labels, key, Sampler(name=sampler, steps=steps, eta=eta), cfg_scale, cfg_channels, noise, step_noise, decoder,
+        model,
+        labels,
+        key,
+        Sampler(name=sampler, steps=steps, eta=eta),
+        cfg_scale,
+        cfg_channels,
+        noise,
+        step_noise,
+        decoder,
         mesh,
-    )  # fmt: skip
+    )
     batch = request.batch_size(batch_size)
     return ((start, images) for start, images, _ in request.batches(batch))
 
@@ -183,9 +199,7 @@ def run_chain(
 ) -> tuple[np.ndarray, np.ndarray]:
     """:func:`sample`, returning besides the images the inputs of the steps ``keep_steps`` (positions in the chain, noisiest 0):
     (len(keep_steps), N, H, W, C). ``what`` is the word for a sample in an error."""
-    request = _prepare(
-        model, labels, key, walk, cfg_scale, cfg_channels, noise, step_noise, decoder, mesh, keep_steps, what
-    )  # fmt: skip
+    request = _prepare(model, labels, key, walk, cfg_scale, cfg_channels, noise, step_noise, decoder, mesh, keep_steps, what)
     return request.collect(request.batch_size(batch_size), progress)
 
 
@@ -214,10 +228,19 @@ def kept_inputs(
 
 
 def _prepare(
-    model: Network, labels: ArrayLike | None, key: jax.Array, walk: Sampler, cfg_scale: float | None, channels: GuidedChannels,
-    noise: ArrayLike | None, step_noise: ArrayLike | None, decoder: VAEDecoder | None, mesh: Mesh | None,
-    keep_steps: np.ndarray | None = None, what: str = "Image",
-) -> Request:  # fmt: skip
+    model: Network,
+    labels: ArrayLike | None,
+    key: jax.Array,
+    walk: Sampler,
+    cfg_scale: float | None,
+    channels: GuidedChannels,
+    noise: ArrayLike | None,
+    step_noise: ArrayLike | None,
+    decoder: VAEDecoder | None,
+    mesh: Mesh | None,
+    keep_steps: np.ndarray | None = None,
+    what: str = "Image",
+) -> Request:
     """The request of :func:`run_chain`, checked and placed."""
     config, walk = model.config, walk.resolve(model.schedule)
     labels_N = check_labels(labels, config)
@@ -238,9 +261,21 @@ def _prepare(
     # took 1.5 ms of every call on an H200, about a step of DiT-XL/2 for one image.
     tables, key, cfg_scale = small if mesh is None else sharding.replicate(mesh, small)
     return Request(
-        model=model, labels_N=labels_N, walk=walk, tables=tables, key=key, cfg_scale=cfg_scale, guidance=scale,
-        channels=channels, noise=noise, step_noise=step_noise, decoder=decoder, mesh=mesh, keep_steps=keep_steps, what=what,
-    )  # fmt: skip
+        model=model,
+        labels_N=labels_N,
+        walk=walk,
+        tables=tables,
+        key=key,
+        cfg_scale=cfg_scale,
+        guidance=scale,
+        channels=channels,
+        noise=noise,
+        step_noise=step_noise,
+        decoder=decoder,
+        mesh=mesh,
+        keep_steps=keep_steps,
+        what=what,
+    )
 
 
 def to_uint8(images: ArrayLike) -> np.ndarray:

@@ -63,9 +63,14 @@ _Model = TypeVar("_Model", bound=checkpoints.Model)
 def stages(console: Console = console) -> Iterator[StageProgress]:
     """A live list of stages, each with a bar and times past and left; yields ``report(stage, done, total)``."""
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, Any] = {}
 

@@ -23,9 +23,15 @@ PLAIN: dict[str, Any] = {"balance": "csb+ssc", "rounding": "nearest"}
 def tiny_config(**overrides: Any) -> DiTConfig:
     """A DiT that compiles in a second. Its 9 tokens are a size that no other axis has, so a token axis can be recognized."""
     shape = {
-        "input_size": 6, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 4, "num_classes": 5,
+        "input_size": 6,
+        "patch_size": 2,
+        "in_channels": 3,
+        "hidden_size": 32,
+        "depth": 2,
+        "num_heads": 4,
+        "num_classes": 5,
         "frequency_size": 16,
-    }  # fmt: skip
+    }
     return DiTConfig(**{**shape, **overrides})
 
 
@@ -87,9 +93,21 @@ def lowered_sampler(model: Any, steps: int, rows: int = 3) -> Any:
     tables = Sampler(name="ddim", steps=steps).tables(model.schedule)
     noise = jnp.zeros((rows, *model.config.image_shape), jnp.float32)
     return sample_batch.lower(
-        model, tables, jax.random.key(0), jnp.arange(rows), jnp.zeros(rows, jnp.int32), jnp.float32(1.5), noise, None, None,
-        stochastic=False, learned_variance=False, guided=True, channels="first3", num_kept=0,
-    )  # fmt: skip
+        model,
+        tables,
+        jax.random.key(0),
+        jnp.arange(rows),
+        jnp.zeros(rows, jnp.int32),
+        jnp.float32(1.5),
+        noise,
+        None,
+        None,
+        stochastic=False,
+        learned_variance=False,
+        guided=True,
+        channels="first3",
+        num_kept=0,
+    )
 
 
 def relative_error(actual: ArrayLike, expected: ArrayLike) -> float:

@@ -125,9 +125,11 @@ class Campaign:
         checkpoints.save(model, self.start / "tiny")
         export_meta(model, self.start / "tiny.safetensors")
         self.environment = os.environ | {
-            "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }  # fmt: skip
+        }
         self.references: dict[tuple[str, bool], Reference] = {}
 
     def prepare(self, name: str, overwrite: bool, folder: Path) -> None:
@@ -152,9 +154,13 @@ class Campaign:
         told = folder.with_suffix(".changes")
         words = COMMANDS[name].words.split() + (["--overwrite"] if overwrite else [])
         with subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(at), str(told), *words], cwd=folder, env=self.environment, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        ) as process:  # fmt: skip
+            [sys.executable, "-c", PROGRAM, str(at), str(told), *words],
+            cwd=folder,
+            env=self.environment,
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        ) as process:
             try:
                 error = process.communicate(timeout=after)[1]
             except subprocess.TimeoutExpired:

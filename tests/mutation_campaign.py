@@ -75,9 +75,10 @@ class Caller:
 
 def _tree(mark: Path | None = None) -> dict[str, Any]:
     return {
-        "params": {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": {"c": np.ones(3, np.int64)}}, "step": 3,
+        "params": {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": {"c": np.ones(3, np.int64)}},
+        "step": 3,
         "args": {"lr": 1e-4, "names": ["x", "y"]},
-    } | ({} if mark is None else {"call": Caller(mark)})  # fmt: skip
+    } | ({} if mark is None else {"call": Caller(mark)})
 
 
 _FLAT = {"a.b": np.arange(6, dtype=np.float32).reshape(2, 3), "c": np.ones(4, np.float32)}

@@ -10,10 +10,35 @@ import numpy as np
 
 #: What a value becomes. Numbers at and beyond the ends of what computers and people use, and every other type of JSON.
 VALUES = (
-    0, 1, 2, 3, 5, 7, 8, -1, -8, 16, 255, 1000, 32768, 65536, 2**20, 2**31 - 1, 2**31, 2**40, 2**53 + 1, 2**63, 2**70, 10**99,
-    0.0, -0.0, 0.5, 1.0, -1.0, 1e-300, 1e300, 1e38, 3.7, True, False, None, "", "8", "float32", "object", "O", "V8", "x" * 5000,
-    "\x1b[2J\x07\n", [], [0], [2**70], [-1, 0], [0] * 70, {}, {"a": {}}, {"shape": [0, 2**70], "dtype": "float32"},
-)  # fmt: skip
+    *(
+        0,
+        1,
+        2,
+        3,
+        5,
+        7,
+        8,
+        -1,
+        -8,
+        16,
+        255,
+        1000,
+        32768,
+        65536,
+        2**20,
+        2**31 - 1,
+        2**31,
+        2**40,
+        2**53 + 1,
+        2**63,
+        2**70,
+        10**99,
+    ),
+    *(0.0, -0.0, 0.5, 1.0, -1.0, 1e-300, 1e300, 1e38, 3.7),
+    *(True, False, None),
+    *("", "8", "float32", "object", "O", "V8", "x" * 5000, "\x1b[2J\x07\n"),
+    *([], [0], [2**70], [-1, 0], [0] * 70, {}, {"a": {}}, {"shape": [0, 2**70], "dtype": "float32"}),
+)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

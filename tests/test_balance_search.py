@@ -99,9 +99,17 @@ def test_each_block_takes_what_errs_least(name, model, rows, extremes, inputs):
     assert list(tried)[:3] == ["none", "csb", "csb+ssc"]
     assert len(tried) == 8
     [found] = balance_search.search(
-        model, extremes, rows, np.array([0, 0, 1, 1]), {f"blocks.{name}": kernel}, {f"blocks.{name}": 4},
-        dynamic=DYNAMIC, act_bits=8, temperature=1.0, range_search="mse",
-    ).values()  # fmt: skip
+        model,
+        extremes,
+        rows,
+        np.array([0, 0, 1, 1]),
+        {f"blocks.{name}": kernel},
+        {f"blocks.{name}": 4},
+        dynamic=DYNAMIC,
+        act_bits=8,
+        temperature=1.0,
+        range_search="mse",
+    ).values()
     for block in range(model.config.depth):
         of = lambda factors, block=block: relative_error(
             np.asarray(kernel[block], np.float64), inputs[name][:, block], seen, name, factors[block], block

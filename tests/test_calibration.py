@@ -299,9 +299,21 @@ def test_statistics_do_not_grow_with_the_rows(model: FloatDiT, data: Calibration
 
 @pytest.mark.parametrize(
     ("rows", "sizes"),
-    [(1, [1]), (3, [3]), (8, [8]), (64, [8] * 8), (12, [6, 6]), (30, [6] * 5), (20, [5] * 4), (28, [7] * 4), (44, [4] * 11),
-     (13, [8, 5]), (26, [8, 8, 8, 2]), (9, [8, 1])],
-)  # fmt: skip
+    [
+        (1, [1]),
+        (3, [3]),
+        (8, [8]),
+        (64, [8] * 8),
+        (12, [6, 6]),
+        (30, [6] * 5),
+        (20, [5] * 4),
+        (28, [7] * 4),
+        (44, [4] * 11),
+        (13, [8, 5]),
+        (26, [8, 8, 8, 2]),
+        (9, [8, 1]),
+    ],
+)
 def test_micro_batches_are_decided_by_the_number_of_rows(rows: int, sizes: list[int]) -> None:
     cuts = micro_batches(rows)
     assert [cut.stop - cut.start for cut in cuts] == sizes

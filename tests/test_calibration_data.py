@@ -51,9 +51,7 @@ def test_trajectories_without_guidance_are_all_conditional(model: FloatDiT) -> N
     """Every step of the chain this time."""
     walk, key = Sampler(name="ddim", steps=4), jax.random.key(0)
     reported: list[tuple[int, int]] = []
-    data = sample_trajectories(
-        model, key, walk, steps=4, rows=11, cfg_scale=1.0, progress=lambda *done: reported.append(done)
-    )  # fmt: skip
+    data = sample_trajectories(model, key, walk, steps=4, rows=11, cfg_scale=1.0, progress=lambda *done: reported.append(done))
     np.testing.assert_array_equal(data.t, [750, 500, 250, 0])
     assert data.x.shape == (4, 11, *CONFIG.image_shape)
     np.testing.assert_array_equal(data.y, [[0, 1, 2, 3, 4] * 2 + [0]] * 4)

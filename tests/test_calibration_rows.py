@@ -91,9 +91,14 @@ def test_channels_first_or_last_is_asked_where_the_shape_does_not_tell(raises_se
 
 @pytest.mark.parametrize(
     ("x", "t", "y"),
-    [((2, 3, 6, 6, 3), (3,), (2, 3)), ((2, 3, 6, 6, 3), (2, 3), (2,)), ((6, 6, 6, 3), (2, 3), (2, 3)),
-     ((0, 6, 6, 3), (0,), (0,)), ((2, 2, 2, 6, 6, 3), (8,), (8,))],
-)  # fmt: skip
+    [
+        ((2, 3, 6, 6, 3), (3,), (2, 3)),
+        ((2, 3, 6, 6, 3), (2, 3), (2,)),
+        ((6, 6, 6, 3), (2, 3), (2, 3)),
+        ((0, 6, 6, 3), (0,), (0,)),
+        ((2, 2, 2, 6, 6, 3), (8,), (8,)),
+    ],
+)
 def test_shapes_that_do_not_fit_together(x: Any, t: Any, y: Any, raises_sentence: Any) -> None:
     with raises_sentence("Calibration rows must be x (M, 6, 6, 3)", str(x), "steps"):
         ptq.stored_rows(np.zeros(x), np.zeros(t, int), np.zeros(y, int), CONFIG)

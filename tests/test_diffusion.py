@@ -101,10 +101,15 @@ def test_dpmpp_timesteps(count):
 @pytest.mark.parametrize(
     ("name", "steps", "spacing"),
     [
-        ("ddpm", 50, "50"), ("ddpm", "250", "250"), ("ddpm", "ddim50", "ddim50"),
-        ("ddim", 50, "ddim50"), ("ddim", "10", "ddim10"), ("ddim", "ddim250", "ddim250"), ("dpm++2m", "ddim10", "ddim10"),
+        ("ddpm", 50, "50"),
+        ("ddpm", "250", "250"),
+        ("ddpm", "ddim50", "ddim50"),
+        ("ddim", 50, "ddim50"),
+        ("ddim", "10", "ddim10"),
+        ("ddim", "ddim250", "ddim250"),
+        ("dpm++2m", "ddim10", "ddim10"),
     ],
-)  # fmt: skip
+)
 def test_which_spacing_a_sampler_takes(name, steps, spacing):
     sampler = Sampler(name=name, steps=steps)
     np.testing.assert_array_equal(sampler.timesteps(1000), GOLDEN[f"timesteps_{spacing}"][::-1])
@@ -142,10 +147,12 @@ def test_dpmpp_refuses_to_visit_a_timestep_twice(raises_sentence):
 @pytest.mark.parametrize(
     ("sampler", "stochastic"),
     [
-        (Sampler(name="ddpm"), True), (Sampler(name="ddim"), False),
-        (Sampler(name="ddim", eta=0.1), True), (Sampler(name="dpm++2m"), False),
+        (Sampler(name="ddpm"), True),
+        (Sampler(name="ddim"), False),
+        (Sampler(name="ddim", eta=0.1), True),
+        (Sampler(name="dpm++2m"), False),
     ],
-)  # fmt: skip
+)
 def test_which_samplers_add_noise(sampler, stochastic):
     assert sampler.stochastic is stochastic
 
@@ -294,9 +301,15 @@ def test_whole_chains_state_by_state(golden, dtype, jit):
     assert tables.num_steps == steps
     noise = GOLDEN["chain_z"] if sampler.stochastic else None
     x, kept = run_denoise(
-        jit, toy_predict, tables, GOLDEN["chain_x"], noise,
-        learned_variance=sampler.name == "ddpm", keep_slots=np.arange(steps, dtype=np.int32), num_kept=steps,
-    )  # fmt: skip
+        jit,
+        toy_predict,
+        tables,
+        GOLDEN["chain_x"],
+        noise,
+        learned_variance=sampler.name == "ddpm",
+        keep_slots=np.arange(steps, dtype=np.int32),
+        num_kept=steps,
+    )
     for state, expected in zip([*kept, x], states, strict=True):
         assert_close(state, expected, TOLERANCE[dtype])
 

@@ -181,9 +181,7 @@ def test_timestep_frequencies(meta_model, jit):
 
 @pytest.mark.parametrize(("patch_size", "in_channels"), [(2, 4), (4, 1), (1, 3), (8, 2)])
 def test_patchify_orders_row_column_channel(patch_size, in_channels):
-    config = DiTConfig(
-        input_size=8, patch_size=patch_size, in_channels=in_channels, hidden_size=8, depth=1, num_heads=2
-    )  # fmt: skip
+    config = DiTConfig(input_size=8, patch_size=patch_size, in_channels=in_channels, hidden_size=8, depth=1, num_heads=2)
     x = np.random.default_rng(0).standard_normal((2, 8, 8, in_channels)).astype(np.float32)
     tokens = np.asarray(dit.patchify(config, jnp.asarray(x)))
     side = 8 // patch_size

@@ -101,7 +101,7 @@ def test_activations_of_any_size_are_searched(size: float, outlier: float) -> No
     counts, edges = np.histogram(x.astype(np.float64), 2048)
     scale, zero_point = activation_parameters(
         jnp.float32(edges[0]), jnp.float32(edges[-1]), jnp.asarray(counts, jnp.float32), 8
-    )  # fmt: skip
+    )
     scale, zero_point = float(scale), int(zero_point)
     wide = x.astype(np.float64)
     found = (np.clip(np.rint(wide / scale) + zero_point, -128, 127) - zero_point) * scale

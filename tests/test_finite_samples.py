@@ -83,8 +83,15 @@ def test_images_before_a_fault_are_streamed_and_those_after_never_made(raises_se
 def test_on_a_mesh(mesh8, raises_sentence):
     with raises_sentence("Image 9 (label 7)", "step 2 of 3"):
         labels = [1] * 9 + [7]
-        ptq.sample(breaking(np.nan, 7, 600), labels, KEY, steps=3, mesh=mesh8, noise=np.ones((10, 4, 4, 4)),
-                   step_noise=np.ones((3, 10, 4, 4, 4)))  # fmt: skip
+        ptq.sample(
+            breaking(np.nan, 7, 600),
+            labels,
+            KEY,
+            steps=3,
+            mesh=mesh8,
+            noise=np.ones((10, 4, 4, 4)),
+            step_noise=np.ones((3, 10, 4, 4, 4)),
+        )
 
 
 def test_latents_that_are_finite_and_pictures_that_are_not(raises_sentence):
@@ -133,8 +140,9 @@ def test_statistics_must_be_finite(raises_sentence):
     model = model.replace(params={**model.params, "blocks": blocks})
     rows = calibration.CalibrationData(
         x=np.random.default_rng(0).standard_normal((2, 2, *model.config.image_shape), np.float32),
-        t=np.array([900, 100], np.int32), y=np.zeros((2, 2), np.int32),
-    )  # fmt: skip
+        t=np.array([900, 100], np.int32),
+        y=np.zeros((2, 2), np.int32),
+    )
     with raises_sentence("blocks.fc2_in", "calibration step 1 of 2 (t = 900)"):
         ptq.quantize(model, ptq.QuantConfig(**PLAIN), key=KEY, calibration=rows)
 

@@ -143,9 +143,12 @@ def test_sums_lose_nothing_to_rounding_and_do_not_depend_on_batches() -> None:
     start, run = InputMoments.start(shift), jax.jit(InputMoments.observe)
     exact_x, d, weight = case.x.astype(np.float64) - np.asarray(shift), case.d.astype(np.float64), case.weight[:, None, None]
     expected = {
-        "second": np.einsum("btk,btj->kj", exact_x, exact_x * weight), "cross": np.einsum("btk,btj->kj", d, exact_x * weight),
-        "first": (exact_x * weight).sum((0, 1)), "drift": (d * weight).sum((0, 1)), "count": case.weight.sum(dtype=float) * 40,
-    }  # fmt: skip
+        "second": np.einsum("btk,btj->kj", exact_x, exact_x * weight),
+        "cross": np.einsum("btk,btj->kj", d, exact_x * weight),
+        "first": (exact_x * weight).sum((0, 1)),
+        "drift": (d * weight).sum((0, 1)),
+        "count": case.weight.sum(dtype=float) * 40,
+    }
     parts = []
     for half in (slice(0, 32), slice(32, 64)):
         seen = start
@@ -155,9 +158,12 @@ def test_sums_lose_nothing_to_rounding_and_do_not_depend_on_batches() -> None:
     total = jax.jit(InputMoments.total)(parts)
     sizes = np.sqrt(np.diag(expected["second"]))
     scale = {
-        "second": np.outer(sizes, sizes), "cross": np.outer(sizes, sizes), "first": sizes * 50, "drift": sizes * 50,
+        "second": np.outer(sizes, sizes),
+        "cross": np.outer(sizes, sizes),
+        "first": sizes * 50,
+        "drift": sizes * 50,
         "count": expected["count"],
-    }  # fmt: skip
+    }
     for name, value in expected.items():
         assert (np.abs(np.asarray(getattr(total, name), np.float64) - value) / scale[name]).max() < 1e-6, name
 

@@ -19,12 +19,19 @@ def affine(rows: int) -> int:
 @pytest.mark.parametrize(
     ("total", "parts", "most", "batch"),
     [
-        (1, 1, 256, 1), (7, 1, 256, 7), (256, 1, 256, 256),
+        (1, 1, 256, 1),
+        (7, 1, 256, 7),
+        (256, 1, 256, 256),
         (257, 1, 256, 136),  # two batches of 129, as a multiple of 8, not 256 and a row
-        (300, 1, 256, 152), (1000, 1, 256, 256), (50_000, 1, 256, 256),
-        (5, 8, 256, 8), (100, 3, 256, 102), (5000, 8, 256, 1728), (3, 1, 2, 2),
+        (300, 1, 256, 152),
+        (1000, 1, 256, 256),
+        (50_000, 1, 256, 256),
+        (5, 8, 256, 8),
+        (100, 3, 256, 102),
+        (5000, 8, 256, 1728),
+        (3, 1, 2, 2),
     ],
-)  # fmt: skip
+)
 def test_batches_are_equal_and_as_few_as_possible(total: int, parts: int, most: int, batch: int) -> None:
     assert largest_batch(total, parts, most, None, lambda rows: pytest.fail("nothing is measured")) == batch
     assert largest_batch(total, parts, most, 10**12, affine) == batch

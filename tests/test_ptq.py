@@ -113,7 +113,7 @@ def test_weights_hold_codes_of_their_width(w4a8: ptq.QuantizedDiT) -> None:
 def test_dynamic_sites_keep_no_ranges(model: FloatDiT, rows: CalibrationData) -> None:
     q = ptq.quantize(
         model, ptq.QuantConfig(**PLAIN, dynamic_sites=("blocks.qkv_in", "blocks.fc2_in")), key=KEY, calibration=rows
-    )  # fmt: skip
+    )
     for layer, dynamic in (("blocks.qkv", True), ("blocks.fc2", True), ("blocks.fc1", False)):
         act = q.linears[layer].act
         assert act.dynamic is dynamic
@@ -192,9 +192,13 @@ def test_progress_tells_each_stage_to_its_end(model: FloatDiT) -> None:
     ptq.quantize(model, config, key=KEY, progress=lambda stage, done, total, note="": seen.append((stage, done, total)))
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
     assert stages == [
-        "sample calibration rows", "gather channel statistics", "try ways of balancing", "choose activation ranges",
-        "choose weight ranges", "measure the result",
-    ]  # fmt: skip
+        "sample calibration rows",
+        "gather channel statistics",
+        "try ways of balancing",
+        "choose activation ranges",
+        "choose weight ranges",
+        "measure the result",
+    ]
     for stage in stages:
         counts = [(done, total) for name, done, total in seen if name == stage]
         assert counts[-1][0] == counts[-1][1]
@@ -278,7 +282,7 @@ def digits() -> tuple[FloatDiT, FloatDiT]:
 def trajectories(model: FloatDiT, seed: int) -> CalibrationData:
     return ptq.sample_trajectories(
         model, jax.random.key(seed), ptq.Sampler(name="ddpm", steps=10), steps=5, rows=20, cfg_scale=1.5
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")

@@ -106,8 +106,9 @@ def test_a_poor_model_is_warned_of_and_the_culprit_is_named(model: FloatDiT, row
     found = q.provenance.facts["quality"]
     assert 5 < found["sqnr_mean_db"] < 15
     assert [(layer["layer"], layer["block"]) for layer in found["worst_layers"][:2]] in (
-        [("blocks.fc1", 0), ("blocks.fc1", 1)], [("blocks.fc1", 1), ("blocks.fc1", 0)],
-    )  # fmt: skip
+        [("blocks.fc1", 0), ("blocks.fc1", 1)],
+        [("blocks.fc1", 1), ("blocks.fc1", 0)],
+    )
 
 
 @pytest.mark.slow

@@ -437,11 +437,16 @@ def test_dynamic_scales_see_the_balanced_channels() -> None:
 @pytest.mark.parametrize(
     "x",
     [
-        np.zeros((1, 4)), np.full((1, 4), 3.0), np.full((1, 4), -3.0), np.full((1, 1), 0.7), np.zeros((1, 1)),
-        np.array([[-1e30, 1e30, 0, 1]]), np.array([[-1e-30, 2e-30, 0, 1e-31]]),
+        np.zeros((1, 4)),
+        np.full((1, 4), 3.0),
+        np.full((1, 4), -3.0),
+        np.full((1, 1), 0.7),
+        np.zeros((1, 1)),
+        np.array([[-1e30, 1e30, 0, 1]]),
+        np.array([[-1e-30, 2e-30, 0, 1e-31]]),
     ],
     ids=["zeros", "constant", "negative constant", "single channel", "single zero", "huge", "tiny"],
-)  # fmt: skip
+)
 def test_degenerate_inputs_are_quantized_to_half_a_step(x: np.ndarray, dynamic: bool, bits: int) -> None:
     x = x.astype(np.float32)
     if dynamic:

@@ -140,7 +140,7 @@ def test_any_number_of_samples_in_any_batches(toy, key, drawn, request, batch_si
     mesh = request.getfixturevalue("mesh8") if devices == 8 else None
     images = sample(
         toy, labels, key, steps=STEPS, batch_size=batch_size, mesh=mesh, progress=lambda *call: calls.append(call), **drawn
-    )  # fmt: skip
+    )
     assert_close(images, sample(toy, labels, key, steps=STEPS, **drawn))
     per_call = -(-min(batch_size or 11, 11) // devices) * devices
     assert calls == [(min(start + per_call, 11), 11) for start in range(0, 11, per_call)]
@@ -203,9 +203,17 @@ def test_kept_steps_are_the_networks_inputs(toy, key, explicit, request, batch_s
     model, walk = changed(toy, learn_sigma=False), Sampler(name="ddpm", steps=STEPS)
     keep, x, z = np.array([4, 0, 2]), explicit["noise"], explicit["step_noise"]
     images, kept = run_chain(
-        model, LABELS, key, walk, cfg_scale=1.0, noise=x, step_noise=z, batch_size=batch_size,
-        mesh=request.getfixturevalue("mesh8") if mesh else None, keep_steps=keep,
-    )  # fmt: skip
+        model,
+        LABELS,
+        key,
+        walk,
+        cfg_scale=1.0,
+        noise=x,
+        step_noise=z,
+        batch_size=batch_size,
+        mesh=request.getfixturevalue("mesh8") if mesh else None,
+        keep_steps=keep,
+    )
     assert kept.shape == (3, 5, 4, 4, 4)
 
     tables, states = walk.tables(model.schedule, dtype=np.float64), []

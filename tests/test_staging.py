@@ -63,9 +63,15 @@ def test_a_second_process_is_told_at_once_and_disturbs_nothing(holder, tmp_path,
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_what_a_killed_process_left_is_removed_by_the_next_claim_and_nothing_else_is(how, holder, tmp_path):
     mine = [
-        ".out.tmp", ".out.0123456789ab.txt", ".out.0123456789AB.tmp", ".out.0123456789abc.tmp", "out.0123456789ab.tmp",
-        ".outer.0123456789ab.tmp", ".out.ptq4dit.lock.bak", ".out.x.0123456789ab.tmp",
-    ]  # fmt: skip
+        ".out.tmp",
+        ".out.0123456789ab.txt",
+        ".out.0123456789AB.tmp",
+        ".out.0123456789abc.tmp",
+        "out.0123456789ab.tmp",
+        ".outer.0123456789ab.tmp",
+        ".out.ptq4dit.lock.bak",
+        ".out.x.0123456789ab.tmp",
+    ]
     for name in mine:
         (tmp_path / "new" / name).write_text("mine")
     holder.send_signal(how)

@@ -121,10 +121,14 @@ def test_small_sums_and_choices_are_the_same():
         codes = jnp.arange(48, dtype=jnp.int32).reshape(6, 8) % 16
         learned = LearnedQuantizer(jnp.full(4, 0.1, jnp.float32), jnp.int32([0, 1, 2, 3]), jnp.exp(rows[0]), 8)
         return (
-            average_ranks(rows), spearman(rows, rows[::-1]), order_free_sum(rows, (0,)), unpack_nibbles(pack_nibbles(codes), 6),
-            step_group(jnp.asarray(edges), jnp.int32([900, 400, 3])), step_group(jnp.asarray(edges), jnp.float32([350.5])),
+            average_ranks(rows),
+            spearman(rows, rows[::-1]),
+            order_free_sum(rows, (0,)),
+            unpack_nibbles(pack_nibbles(codes), 6),
+            step_group(jnp.asarray(edges), jnp.int32([900, 400, 3])),
+            step_group(jnp.asarray(edges), jnp.float32([350.5])),
             jax.value_and_grad(lambda r: learned(r).sum())(rows),
-        )  # fmt: skip
+        )
 
     assert_same_bits(make)
 
@@ -231,8 +235,10 @@ def some_models():
     rows = ptq.stored_rows(
         x=weights(2, *model.config.image_shape), t=np.int32([5, 900]), y=np.int32([1, 2]), config=model.config
     )
-    made = [ptq.quantize(model, QuantConfig(policy=policy), key=jax.random.key(0), calibration=rows) for policy in
-            ("edges8-float", "uniform")]  # fmt: skip
+    made = [
+        ptq.quantize(model, QuantConfig(policy=policy), key=jax.random.key(0), calibration=rows)
+        for policy in ("edges8-float", "uniform")
+    ]
     return [model, *made, ptq.reference(made[0])]
 
 
@@ -298,8 +304,10 @@ def digests(*switches: str) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment |= dict(line.split("=") for line in switches) | {
         # Compiling takes most of the time.
-        "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    }  # fmt: skip
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
     done = subprocess.run(
         [sys.executable, ROOT / "tests/switches_program.py"], env=environment, capture_output=True, text=True, check=False
     )

@@ -244,9 +244,19 @@ def test_what_stands_for_labels_without_classes():
 
 
 @pytest.mark.parametrize(
-    ("labels", "part"), [([0, 7, 3], "Label 7"), ([-1], "Label -1"), (0, "not 0"), (-2, "not -2"), (1.5, "1.5"), ([], "[]"),
-                         ([[0]], "[[0]]"), ("0-9", "'0-9'"), (True, "True")],
-)  # fmt: skip
+    ("labels", "part"),
+    [
+        ([0, 7, 3], "Label 7"),
+        ([-1], "Label -1"),
+        (0, "not 0"),
+        (-2, "not -2"),
+        (1.5, "1.5"),
+        ([], "[]"),
+        ([[0]], "[[0]]"),
+        ("0-9", "'0-9'"),
+        (True, "True"),
+    ],
+)
 def test_labels_that_a_model_without_classes_refuses(labels, part, raises_sentence):
     with raises_sentence("no", "classes" if "Label" not in part else "number of images", part):
         check_labels(labels, tiny_config(**KINDS["no classes"]))

@@ -54,22 +54,35 @@ def main() -> None:
     with stages() as report:
         first = settings[0]
         rows = ptq.sample_trajectories(
-            dit, key, first.walk, steps=first.calib_steps, rows=first.calib_rows, cfg_scale=first.cfg_scale,
+            dit,
+            key,
+            first.walk,
+            steps=first.calib_steps,
+            rows=first.calib_rows,
+            cfg_scale=first.cfg_scale,
             progress=lambda done, total: report("sample calibration rows", done, total),
-        )  # fmt: skip
+        )
         for config in settings:
             name = f"W{config.weight_bits}A{config.act_bits}"
             quantized = ptq.quantize(
-                dit, config, key=key, calibration=rows,
+                dit,
+                config,
+                key=key,
+                calibration=rows,
                 progress=partial(_report_under, report, name),
-            )  # fmt: skip
+            )
             folder = ptq.save(quantized, out / f"digits-{name.lower()}", provenance={"source": "models/digits"}, overwrite=True)
             models[name] = ptq.load(folder)
         labels = np.repeat(np.arange(10), SAMPLES_PER_CLASS)
         comparison = compare(
-            dit, models, labels=labels, key=jax.random.key(1), steps=first.steps, cfg_scale=first.cfg_scale,
+            dit,
+            models,
+            labels=labels,
+            key=jax.random.key(1),
+            steps=first.steps,
+            cfg_scale=first.cfg_scale,
             progress=lambda done, total: report("sample and compare on the same noise", done, total),
-        )  # fmt: skip
+        )
 
     rows_shown = describe(models["W4A8"])
     integer = sum(row["integer"] for row in rows_shown)
@@ -80,16 +93,29 @@ def main() -> None:
 
     judge = train_classifier()
     recognized = {name: float(np.mean(judge.predict(images) == labels)) for name, images in comparison.images.items()}
-    table = [{"model": "float", "size": megabytes(comparison.reference_bytes), SQNR_MEAN: "", SQNR_POOLED: "",
-              "PSNR of images (dB)": "", "SSIM": "",
-              "recognized": f"{recognized['float32']:.1%}"}]  # fmt: skip
+    table = [
+        {
+            "model": "float",
+            "size": megabytes(comparison.reference_bytes),
+            SQNR_MEAN: "",
+            SQNR_POOLED: "",
+            "PSNR of images (dB)": "",
+            "SSIM": "",
+            "recognized": f"{recognized['float32']:.1%}",
+        }
+    ]
     for name, figures in comparison.figures.items():
-        table.append({
-            "model": name, "size": megabytes(figures.num_bytes),
-            SQNR_MEAN: f"{figures.sqnr_mean_db:.1f}", SQNR_POOLED: f"{figures.sqnr_pooled_db:.1f}",
-            "PSNR of images (dB)": f"{figures.psnr_interval.mean:.1f}", "SSIM": f"{figures.ssim_interval.mean:.3f}",
-            "recognized": f"{recognized[name]:.1%}",
-        })  # fmt: skip
+        table.append(
+            {
+                "model": name,
+                "size": megabytes(figures.num_bytes),
+                SQNR_MEAN: f"{figures.sqnr_mean_db:.1f}",
+                SQNR_POOLED: f"{figures.sqnr_pooled_db:.1f}",
+                "PSNR of images (dB)": f"{figures.psnr_interval.mean:.1f}",
+                "SSIM": f"{figures.ssim_interval.mean:.3f}",
+                "recognized": f"{recognized[name]:.1%}",
+            }
+        )
     print_table(f"{len(labels)} images, DDPM {first.steps} steps, guidance {first.cfg_scale}, same noise", table)
     console.print("SQNR: of the guided noise prediction. bfloat16 shows the noise floor.")
 
@@ -98,10 +124,15 @@ def main() -> None:
     picture = out / "samples.png"
     sample_grid(shown, np.arange(10)).save(picture)
     page = write_report(
-        out / "report", comparison, title="Digits: W8A8 and W4A8 against float", describe_rows=rows_shown,
-        settings=dataclasses.asdict(settings[1]), rounding=models["W4A8"].provenance.facts.get("rounding"),
-        balancing=models["W4A8"].provenance.facts.get("balancing"), overwrite=True,
-    )  # fmt: skip
+        out / "report",
+        comparison,
+        title="Digits: W8A8 and W4A8 against float",
+        describe_rows=rows_shown,
+        settings=dataclasses.asdict(settings[1]),
+        rounding=models["W4A8"].provenance.facts.get("rounding"),
+        balancing=models["W4A8"].provenance.facts.get("balancing"),
+        overwrite=True,
+    )
     console.print(f"Models:  {out / 'digits-w8a8'}, {out / 'digits-w4a8'}")
     console.print(f"Picture: {picture}")
     console.print(f"Report:  {page / 'report.md'}")

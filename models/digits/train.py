@@ -83,9 +83,14 @@ class WarpedDigits:
 
 
 def train(
-    recipe: Recipe, seed: int, images: np.ndarray, labels: np.ndarray, *, config: DiTConfig = CONFIG,
+    recipe: Recipe,
+    seed: int,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    config: DiTConfig = CONFIG,
     progress: training.Progress | None = None,
-) -> FloatDiT:  # fmt: skip
+) -> FloatDiT:
     """A model trained on images (N, H, W, C) in [-1, 1] and labels (N,): the moving average of its parameters.
 
     ``progress`` is called with (steps done, mean losses since the last call).
@@ -119,10 +124,14 @@ def main() -> None:
     print(f"Recognized: {rate:.1%} of 1000 guided samples (DDPM 50); {accuracy:.1%} of real digits held out.")
 
     provenance = {
-        "recipe": dataclasses.asdict(recipe), "seed": args.seed, "data": "scikit-learn load_digits (1797 images)",
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-        "recognized_ddpm50_cfg1.5": rate, "classifier_held_out_accuracy": accuracy,
-    }  # fmt: skip
+        "recipe": dataclasses.asdict(recipe),
+        "seed": args.seed,
+        "data": "scikit-learn load_digits (1797 images)",
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "recognized_ddpm50_cfg1.5": rate,
+        "classifier_held_out_accuracy": accuracy,
+    }
     checkpoints.save(model, args.out, provenance=provenance, overwrite=True)
     print(f"Wrote {args.out}.")
 

@@ -51,11 +51,21 @@ class Photograph(NamedTuple):
 
 
 _SKIMAGE = {
-    "astronaut": "astronaut.png", "cat": "chelsea.png", "coffee": "coffee.png", "galaxies": "hubble_deep_field.jpg",
-    "tissue": "ihc.png", "retina": "retina.jpg", "rocket": "rocket.jpg", "motorcycle": "motorcycle_left.png",
-    "cameraman": "camera.png", "coins": "coins.png", "bricks": "brick.png", "grass": "grass.png", "gravel": "gravel.png",
+    "astronaut": "astronaut.png",
+    "cat": "chelsea.png",
+    "coffee": "coffee.png",
+    "galaxies": "hubble_deep_field.jpg",
+    "tissue": "ihc.png",
+    "retina": "retina.jpg",
+    "rocket": "rocket.jpg",
+    "motorcycle": "motorcycle_left.png",
+    "cameraman": "camera.png",
+    "coins": "coins.png",
+    "bricks": "brick.png",
+    "grass": "grass.png",
+    "gravel": "gravel.png",
     "page": "page.png",
-}  # fmt: skip
+}
 _SKLEARN = {"pagoda": "china.jpg", "dahlia": "flower.jpg"}
 #: The classes, in the order of their labels; the last six of scikit-image's are grey.
 PHOTOGRAPHS = (

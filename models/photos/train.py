@@ -36,9 +36,15 @@ from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.sampling import sample
 
 CONFIG = DiTConfig(
-    input_size=photos.CROP, patch_size=2, in_channels=3, hidden_size=288, depth=7, num_heads=4,
-    num_classes=len(photos.NAMES), learn_sigma=True,
-)  # fmt: skip
+    input_size=photos.CROP,
+    patch_size=2,
+    in_channels=3,
+    hidden_size=288,
+    depth=7,
+    num_heads=4,
+    num_classes=len(photos.NAMES),
+    learn_sigma=True,
+)
 #: Timesteps at which the error of the predicted noise is measured.
 TIMESTEPS = (10, 50, 100, 200, 300, 400, 500, 600, 800, 950)
 
@@ -54,9 +60,14 @@ class Recipe(training.Recipe):
 
 
 def train(
-    recipe: Recipe, seed: int, data: photos.PhotoData, *, config: DiTConfig = CONFIG,
-    progress: training.Progress | None = None, max_seconds: float | None = None,
-) -> tuple[FloatDiT, int]:  # fmt: skip
+    recipe: Recipe,
+    seed: int,
+    data: photos.PhotoData,
+    *,
+    config: DiTConfig = CONFIG,
+    progress: training.Progress | None = None,
+    max_seconds: float | None = None,
+) -> tuple[FloatDiT, int]:
     """A model trained on the crops to train on, and the steps taken; the moving average of its parameters, as bfloat16."""
     model, steps = training.train(recipe, seed, data.train, config, progress=progress, max_seconds=max_seconds)
     return model.astype(jnp.bfloat16), steps
@@ -112,11 +123,13 @@ def measure(model: FloatDiT, data: photos.PhotoData, picture: Path, *, per_class
     predicted = judge.predict(np.nan_to_num(images, nan=-1.0))
     by_class = {name: float(np.mean(predicted[labels == label] == label)) for label, name in enumerate(photos.NAMES)}
     return {
-        "samples": len(labels), f"recognized_ddpm{steps}_cfg1.5": recognition_rate(images, labels, judge),
-        "classifier_held_out_accuracy": judge.held_out_accuracy, "recognized_by_class": by_class,
+        "samples": len(labels),
+        f"recognized_ddpm{steps}_cfg1.5": recognition_rate(images, labels, judge),
+        "classifier_held_out_accuracy": judge.held_out_accuracy,
+        "recognized_by_class": by_class,
         "noise_mse": {name: float(np.mean(values)) for name, values in errors.items()},
         "noise_mse_by_timestep": {"t": list(TIMESTEPS), **errors},
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -140,9 +153,14 @@ def main() -> None:
     progress = training.progress_printer(recipe, every=200)
     model, steps = train(recipe, args.seed, data, progress=progress, max_seconds=args.max_seconds)
     facts = {
-        "recipe": dataclasses.asdict(recipe), "steps": steps, "seed": args.seed, "device": device, "jax": jax.__version__,
-        "data": f"crops of {len(photos.NAMES)} photographs from scikit-image and scikit-learn", "classes": list(photos.NAMES),
-    }  # fmt: skip
+        "recipe": dataclasses.asdict(recipe),
+        "steps": steps,
+        "seed": args.seed,
+        "device": device,
+        "jax": jax.__version__,
+        "data": f"crops of {len(photos.NAMES)} photographs from scikit-image and scikit-learn",
+        "classes": list(photos.NAMES),
+    }
     # Saved before anything is measured, so that no fault of the measurement costs the training.
     checkpoints.save(model, args.out, provenance=facts, overwrite=True)
     print(f"Wrote {args.out} after {steps} steps: {model.num_params / 1e6:.2f} M parameters.", flush=True)
@@ -153,8 +171,10 @@ def main() -> None:
         args.json.write_text(json.dumps({**facts, **figures}, indent=1) + "\n")
     rate = next(value for name, value in figures.items() if name.startswith("recognized_ddpm"))
     mse = figures["noise_mse"]
-    print(f"Recognized: {rate:.1%} of {figures['samples']} guided samples (DDPM 50); "
-          f"{figures['classifier_held_out_accuracy']:.1%} of held-out crops.")  # fmt: skip
+    print(
+        f"Recognized: {rate:.1%} of {figures['samples']} guided samples (DDPM 50); "
+        f"{figures['classifier_held_out_accuracy']:.1%} of held-out crops."
+    )
     print(f"Squared error of the noise: {mse['train']:.4f} on crops trained on, {mse['held_out']:.4f} on held-out ones.")
     checkpoints.save(model, args.out, provenance={**facts, **figures}, overwrite=True)
 

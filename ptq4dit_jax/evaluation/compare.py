@@ -252,15 +252,34 @@ def compare(
     trajectories = partial(report, "sample trajectories of the reference")
     trajectories(0, len(rows))
     sampled, inputs = run_chain(
-        reference, y_B, key, walk, cfg_scale=cfg_scale, cfg_channels=cfg_channels, decoder=decoder, mesh=mesh,
-        keep_steps=kept, progress=trajectories, what="The reference's image",
-    )  # fmt: skip
+        reference,
+        y_B,
+        key,
+        walk,
+        cfg_scale=cfg_scale,
+        cfg_channels=cfg_channels,
+        decoder=decoder,
+        mesh=mesh,
+        keep_steps=kept,
+        progress=trajectories,
+        what="The reference's image",
+    )
     # Where the trajectories are those of all labels, their ends are the reference's images.
     pending = models if len(rows) == len(labels_N) else {REFERENCE: reference, **models}
     images = {REFERENCE: sampled} | same_noise_images(
-        pending, labels_N, key, progress=progress, decoder=decoder, mesh=mesh,
-        steps=walk.steps, sampler=walk.name, eta=eta, cfg_scale=cfg_scale, cfg_channels=cfg_channels, batch_size=batch_size,
-    )  # fmt: skip
+        pending,
+        labels_N,
+        key,
+        progress=progress,
+        decoder=decoder,
+        mesh=mesh,
+        steps=walk.steps,
+        sampler=walk.name,
+        eta=eta,
+        cfg_scale=cfg_scale,
+        cfg_channels=cfg_channels,
+        batch_size=batch_size,
+    )
 
     images, data_range = _full_scale(images)
 
@@ -294,11 +313,22 @@ def compare(
         )
     report("measure", len(models), len(models))
     return Comparison(
-        figures=figures, reference_bytes=num_bytes(reference), timesteps=t_S, labels=labels_N, images=images,
+        figures=figures,
+        reference_bytes=num_bytes(reference),
+        timesteps=t_S,
+        labels=labels_N,
+        images=images,
         data_range=data_range,
         settings={
-            "objective": reference.schedule.objective, "sampler": walk.name, "steps": walk.steps, "eta": eta,
-            "cfg_scale": cfg_scale, "cfg_channels": cfg_channels,
-            "images": len(labels_N), "sqnr_steps": len(kept), "sqnr_rows": len(rows), "bootstrap_seed": seed,
+            "objective": reference.schedule.objective,
+            "sampler": walk.name,
+            "steps": walk.steps,
+            "eta": eta,
+            "cfg_scale": cfg_scale,
+            "cfg_channels": cfg_channels,
+            "images": len(labels_N),
+            "sqnr_steps": len(kept),
+            "sqnr_rows": len(rows),
+            "bootstrap_seed": seed,
         },
-    )  # fmt: skip
+    )

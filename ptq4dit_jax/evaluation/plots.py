@@ -29,8 +29,13 @@ _WIDTH = 8.0  # inches; 960 pixels at the report's 120 dpi
 _STRIP_POINTS = 1000
 
 _SITE_TITLES = {
-    "q": "q", "k": "k", "proj_out": "attention projection", "fc1_out": "fc1", "fc2_out": "fc2", "block_out": "block output",
-}  # fmt: skip
+    "q": "q",
+    "k": "k",
+    "proj_out": "attention projection",
+    "fc1_out": "fc1",
+    "fc2_out": "fc2",
+    "block_out": "block output",
+}
 
 
 def step_sqnr_figure(comparison: Comparison) -> Figure:
@@ -186,9 +191,13 @@ def salience_figure(
             axes.set_yscale("log")
             # Filled steps with an outline: a bar among thousands would be too thin to see. Dead channels lie on the floor.
             axes.fill_between(
-                np.arange(len(salience) + 1) - 0.5, floor / 2, np.append(salience, salience[-1]).clip(floor / 2),
-                step="post", color=_COLORS[row], linewidth=0.7,
-            )  # fmt: skip
+                np.arange(len(salience) + 1) - 0.5,
+                floor / 2,
+                np.append(salience, salience[-1]).clip(floor / 2),
+                step="post",
+                color=_COLORS[row],
+                linewidth=0.7,
+            )
             axes.set_xlim(-0.5, len(salience) - 0.5)
             median = np.median(salience)
             if median > 0:
@@ -216,8 +225,11 @@ def _line(comparison: Comparison, name: str) -> dict[str, Any]:
         return {"color": _GRAY, "linestyle": "--", "linewidth": 1.5}
     index = [other for other in comparison.figures if other != NOISE_FLOOR].index(name)
     return {
-        "color": _COLORS[index % len(_COLORS)], "marker": _MARKERS[index % len(_MARKERS)], "markersize": 4, "linewidth": 1.8,
-    }  # fmt: skip
+        "color": _COLORS[index % len(_COLORS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "markersize": 4,
+        "linewidth": 1.8,
+    }
 
 
 def _style(axes: Axes) -> Axes:

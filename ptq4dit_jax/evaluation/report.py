@@ -103,9 +103,11 @@ def _provenance() -> dict[str, Any]:
 
 
 def _write_pictures(
-    folder: Path, comparison: Comparison, reconstruction: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    comparison: Comparison,
+    reconstruction: Mapping[str, Mapping[str, Any]],
     rounding: Mapping[str, Mapping[str, Any]],
-) -> dict[str, str]:  # fmt: skip
+) -> dict[str, str]:
     """Writes the PNGs and returns file name -> alternative text."""
     from ptq4dit_jax.evaluation import plots  # loads matplotlib
 

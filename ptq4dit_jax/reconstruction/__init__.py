@@ -8,6 +8,13 @@ from ptq4dit_jax.reconstruction.units import units
 from ptq4dit_jax.reconstruction.walk import MemoryPlan
 
 __all__ = [
-    "Journal", "MemoryPlan", "UnitProgress", "check_mesh", "forget_journal", "journal_beside", "reconstruct",
-    "round_closed_form", "units",
-]  # fmt: skip
+    "Journal",
+    "MemoryPlan",
+    "UnitProgress",
+    "check_mesh",
+    "forget_journal",
+    "journal_beside",
+    "reconstruct",
+    "round_closed_form",
+    "units",
+]

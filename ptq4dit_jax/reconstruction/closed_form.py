@@ -47,9 +47,16 @@ class ClosedFormWalk(Walk):
         parts = _PARTS if default_device().platform == "cpu" and _PARTS % devices == 0 else devices
         batch_size = -(-_BATCH // parts) * parts
         super().__init__(
-            folded, quantized, calibration, mesh, batch_size=batch_size, parts=parts, dtype="float32", precision=CALIBRATION,
+            folded,
+            quantized,
+            calibration,
+            mesh,
+            batch_size=batch_size,
+            parts=parts,
+            dtype="float32",
+            precision=CALIBRATION,
             rows_on=rows_on,
-        )  # fmt: skip
+        )
 
     def _step_bytes(self, size: int, on_host: bool) -> int:
         return rounding_bytes(self)

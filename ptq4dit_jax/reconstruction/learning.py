@@ -43,9 +43,16 @@ _rounded_kernel, _rounded_around = jax.jit(RoundedKernel.of), jax.jit(_around)
 
 @lru_cache(maxsize=32)
 def _compiled(
-    structure: Any, shapes: tuple[Any, ...], mesh: Mesh | None, config: DiTConfig, kind: Kind, settings: Reconstruction,
-    dtype: str, parts: int, drawn: bool,
-) -> Any:  # fmt: skip
+    structure: Any,
+    shapes: tuple[Any, ...],
+    mesh: Mesh | None,
+    config: DiTConfig,
+    kind: Kind,
+    settings: Reconstruction,
+    dtype: str,
+    parts: int,
+    drawn: bool,
+) -> Any:
     """The program of :func:`optimize.train` for arguments of that structure: rows sharded over their strata, the rest whole."""
     static = {"config": config, "kind": kind, "settings": settings, "dtype": dtype, "parts": parts, "drawn": drawn}
     train: Any = partial(cast(Any, optimize.train), **static, devices=sharding.data_size(mesh))
@@ -88,10 +95,15 @@ class LearningWalk(Walk):
         self.settings = settings
         platform = default_device().platform
         super().__init__(
-            folded, quantized, calibration, mesh, batch_size=settings.batch_size, parts=settings.gradient_parts(platform),
+            folded,
+            quantized,
+            calibration,
+            mesh,
+            batch_size=settings.batch_size,
+            parts=settings.gradient_parts(platform),
             dtype=settings.dtype if settings.dtype != "auto" else ("float32" if platform == "cpu" else "bfloat16"),
             rows_on=settings.rows_on,
-        )  # fmt: skip
+        )
 
     def _step_bytes(self, size: int, on_host: bool) -> int:
         lead = (_BATCHES_SENT if on_host else size, self.batch_size)

@@ -89,9 +89,16 @@ def start(variables: Variables, settings: Reconstruction) -> TrainState:
 
 
 def predict(
-    task: Task, kernels: Mapping[str, jax.Array], log_scale: Mapping[str, jax.Array], inputs: tuple[Any, ...],
-    group_B: jax.Array, config: DiTConfig, kind: Kind, dtype: DTypeLike, precision: jax.lax.Precision = EXACT,
-) -> jax.Array:  # fmt: skip
+    task: Task,
+    kernels: Mapping[str, jax.Array],
+    log_scale: Mapping[str, jax.Array],
+    inputs: tuple[Any, ...],
+    group_B: jax.Array,
+    config: DiTConfig,
+    kind: Kind,
+    dtype: DTypeLike,
+    precision: jax.lax.Precision = EXACT,
+) -> jax.Array:
     """The fake-quantized part's output for one batch, with the given kernels."""
     params = task.constants | {name: {"kernel": kernel, "bias": task.biases[name]} for name, kernel in kernels.items()}
     return apply_unit(config, kind, params, for_rows(task.acts, log_scale, group_B), inputs, dtype, precision)
@@ -146,10 +153,21 @@ def _on_grid(step: jax.Array) -> jax.Array:
 
 
 def train(
-    state: TrainState, task: Task, rows: Rows, start_error: jax.Array, key: jax.Array, stop: jax.Array,
-    *, config: DiTConfig, kind: Kind, settings: Reconstruction, dtype: str, parts: int, drawn: bool = False,
+    state: TrainState,
+    task: Task,
+    rows: Rows,
+    start_error: jax.Array,
+    key: jax.Array,
+    stop: jax.Array,
+    *,
+    config: DiTConfig,
+    kind: Kind,
+    settings: Reconstruction,
+    dtype: str,
+    parts: int,
+    drawn: bool = False,
     devices: int = 1,
-) -> TrainState:  # fmt: skip
+) -> TrainState:
     """Iterations from the state's next one up to ``stop``. To be compiled with the state donated.
 
     ``rows`` are all rows, or with ``drawn`` the batches (n, B, ...) of the next n iterations. With several ``devices`` this is
@@ -215,9 +233,14 @@ def train(
 
 
 def rounded_outputs(
-    shared: tuple[Mapping[str, Any], Mapping[str, ActQuantizer]], rows: Rows,
-    *, config: DiTConfig, kind: Kind, dtype: str, precision: jax.lax.Precision = EXACT,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    shared: tuple[Mapping[str, Any], Mapping[str, ActQuantizer]],
+    rows: Rows,
+    *,
+    config: DiTConfig,
+    kind: Kind,
+    dtype: str,
+    precision: jax.lax.Precision = EXACT,
+) -> tuple[jax.Array, jax.Array]:
     """The output (B, ...) that the next part is fed, and the mean squared error (); ``shared`` are the de-quantized parameters
     and the quantizers of activations (G,) by site."""
     params, acts = shared
@@ -227,9 +250,14 @@ def rounded_outputs(
 
 
 def float_outputs(
-    shared: tuple[Mapping[str, Any], Mapping[str, Any]], inputs: tuple[Any, ...],
-    *, config: DiTConfig, kind: Kind, dtype: str, precision: jax.lax.Precision = EXACT,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    shared: tuple[Mapping[str, Any], Mapping[str, Any]],
+    inputs: tuple[Any, ...],
+    *,
+    config: DiTConfig,
+    kind: Kind,
+    dtype: str,
+    precision: jax.lax.Precision = EXACT,
+) -> tuple[jax.Array, jax.Array]:
     """The float part's output (B, ...), and 0; ``shared`` are its parameters and what folding left at its sites."""
     params, balances = shared
     return apply_unit(config, kind, params, balances, inputs, dtype, precision), jnp.zeros((), jnp.float32)
@@ -237,10 +265,17 @@ def float_outputs(
 
 @partial(jax.jit, static_argnames=("function", "config", "kind", "dtype", "precision", "parts", "mesh"))
 def over_rows(
-    function: Any, shared: Any, rows: Any,
-    *, config: DiTConfig, kind: Kind, dtype: str, precision: jax.lax.Precision = EXACT, parts: int = 1,
+    function: Any,
+    shared: Any,
+    rows: Any,
+    *,
+    config: DiTConfig,
+    kind: Kind,
+    dtype: str,
+    precision: jax.lax.Precision = EXACT,
+    parts: int = 1,
     mesh: Mesh | None = None,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:
     """One of the two functions above over rows (M, B, ...): outputs (M, B, ...) and errors (M, parts)."""
     devices = sharding.data_size(mesh)
 
@@ -252,6 +287,6 @@ def over_rows(
     if mesh is None:
         return local(shared, rows)
     strata = PartitionSpec(None, "data")
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(PartitionSpec(), strata), out_specs=(strata, strata), check_vma=False
-    )(shared, rows)  # fmt: skip
+    return jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), strata), out_specs=(strata, strata), check_vma=False)(
+        shared, rows
+    )

@@ -134,9 +134,17 @@ def _check_error(unit: Unit, error: Any, dtype: str) -> None:
 
 
 def _learned(
-    unit: Unit, position: int, walk: LearningWalk, rows: Rows, before: jax.Array, key: jax.Array, journal: Journal | None,
-    save_every: int, search: RangeSearch, progress: UnitProgress | None,
-) -> tuple[PartResult, Any]:  # fmt: skip
+    unit: Unit,
+    position: int,
+    walk: LearningWalk,
+    rows: Rows,
+    before: jax.Array,
+    key: jax.Array,
+    journal: Journal | None,
+    save_every: int,
+    search: RangeSearch,
+    progress: UnitProgress | None,
+) -> tuple[PartResult, Any]:
     """What learning makes of a part, or the start if that is better; and its outputs."""
     work = None if journal is None else journal.current(position, _like_work(walk, unit))
     start = None
@@ -160,9 +168,19 @@ def _learned(
 
 
 def _optimize(
-    unit: Unit, position: int, task: Task, work: _Work, rows: Rows, before: jax.Array, error: jax.Array, walk: LearningWalk,
-    key: jax.Array, journal: Journal | None, save_every: int, progress: UnitProgress | None,
-) -> TrainState:  # fmt: skip
+    unit: Unit,
+    position: int,
+    task: Task,
+    work: _Work,
+    rows: Rows,
+    before: jax.Array,
+    error: jax.Array,
+    walk: LearningWalk,
+    key: jax.Array,
+    journal: Journal | None,
+    save_every: int,
+    progress: UnitProgress | None,
+) -> TrainState:
     """Iterates to the end from the state of ``work``; ``before`` is the error of rounding to the nearest, and ``error`` that of
     the start, which the loss counts from."""
     settings, state = walk.settings, work.state

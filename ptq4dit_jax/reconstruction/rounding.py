@@ -59,9 +59,12 @@ class RoundedKernel:
     def _between(cls, base: jax.Array, weight: QTensor) -> RoundedKernel:
         low, high = weight.code_range
         return cls(
-            base=base.astype(jnp.int8), scale=weight.scale, low=low.astype(jnp.int8), high=high.astype(jnp.int8),
+            base=base.astype(jnp.int8),
+            scale=weight.scale,
+            low=low.astype(jnp.int8),
+            high=high.astype(jnp.int8),
             bits=weight.bits,
-        )  # fmt: skip
+        )
 
     def soft(self, variables: jax.Array) -> jax.Array:
         """The de-quantized kernel with fractional codes, differentiable in ``variables``."""

@@ -122,9 +122,15 @@ def site_input(
 
 
 def _run(
-    config: DiTConfig, kind: Kind, params: Mapping[str, Any], quantizers: Mapping[str, Any], inputs: tuple[Any, ...],
-    dtype: DTypeLike, precision: jax.lax.Precision, observers: Mapping[str, Any] | None = None,
-) -> Any:  # fmt: skip
+    config: DiTConfig,
+    kind: Kind,
+    params: Mapping[str, Any],
+    quantizers: Mapping[str, Any],
+    inputs: tuple[Any, ...],
+    dtype: DTypeLike,
+    precision: jax.lax.Precision,
+    observers: Mapping[str, Any] | None = None,
+) -> Any:
     """What the part's module returns, and with ``observers`` the variables that they have become beside it."""
     variables = {"params": params} | ({"quantizers": quantizers} if quantizers else {})
     more: dict[str, Any] = {} if kind == "block" else {"method": kind}

@@ -163,9 +163,16 @@ class Walk(abc.ABC):
     def _over_rows(self, function: Any, shared: Any, unit: Unit, rows: Any) -> tuple[Any, Any]:
         """A function of :mod:`optimize` over rows (M, B, ...), batch by batch where they are on the host."""
         run = partial(
-            optimize.over_rows, function, shared, config=self.config, kind=unit.kind, dtype=self.dtype,
-            precision=self.precision, parts=self.parts, mesh=self.mesh,
-        )  # fmt: skip
+            optimize.over_rows,
+            function,
+            shared,
+            config=self.config,
+            kind=unit.kind,
+            dtype=self.dtype,
+            precision=self.precision,
+            parts=self.parts,
+            mesh=self.mesh,
+        )
         if not self.plan.on_host:
             return run(rows)
 

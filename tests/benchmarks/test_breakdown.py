@@ -35,16 +35,26 @@ def test_the_floor_is_the_larger_of_both() -> None:
 
 def test_kernels_are_told_by_their_names() -> None:
     names = [
-        "int8_matmul_residual_1152x4608_mosaic_gpu_kernel", "int8_matmul_residual_1152x1152_mosaic_gpu_kernel",
-        "int8_matmul_gelu_4608x1152_mosaic_gpu_kernel", "int8_matmul_store_3456x1152_mosaic_gpu_kernel",
-        "modulate_quantize_mosaic_gpu_kernel", "attention_mosaic_gpu_kernel",
-        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "loop_add_fusion", "modulate_quantize_mosaic_gpu_kernel",
-    ]  # fmt: skip
+        "int8_matmul_residual_1152x4608_mosaic_gpu_kernel",
+        "int8_matmul_residual_1152x1152_mosaic_gpu_kernel",
+        "int8_matmul_gelu_4608x1152_mosaic_gpu_kernel",
+        "int8_matmul_store_3456x1152_mosaic_gpu_kernel",
+        "modulate_quantize_mosaic_gpu_kernel",
+        "attention_mosaic_gpu_kernel",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop",
+        "loop_add_fusion",
+        "modulate_quantize_mosaic_gpu_kernel",
+    ]
     found = breakdown.sorted_out([(name, 1e-6) for name in names], breakdown.work(XL, 2))
     assert {kind: count for kind, (count, _) in found.items()} == {
-        "norms with modulation and codes": 2, "qkv": 1, "attention with codes": 2, "proj with gate and residual": 1,
-        "fc1 with GELU and codes": 1, "fc2 with gate and residual": 1, breakdown.REST: 1,
-    }  # fmt: skip
+        "norms with modulation and codes": 2,
+        "qkv": 1,
+        "attention with codes": 2,
+        "proj with gate and residual": 1,
+        "fc1 with GELU and codes": 1,
+        "fc2 with gate and residual": 1,
+        breakdown.REST: 1,
+    }
     assert found["norms with modulation and codes"][1] == pytest.approx(2e-6)
 
 
@@ -57,10 +67,16 @@ def test_the_table_has_a_row_an_operation_and_a_column_a_size() -> None:
         return {"guided": guided, "step_seconds": 5e-6, "kernels": kernels}
 
     document = {
-        "date": "2026-11-28", "commit": "abc1234", "jax": "0.11.2", "hardware": "one GPU", "model": "DiT-XL/2",
-        "input_size": 32, "steps": 10, "ceilings": {"bandwidth": 4.3e12, "int8": 1.4e15, "bfloat16": 7.9e14},
+        "date": "2026-11-28",
+        "commit": "abc1234",
+        "jax": "0.11.2",
+        "hardware": "one GPU",
+        "model": "DiT-XL/2",
+        "input_size": 32,
+        "steps": 10,
+        "ceilings": {"bandwidth": 4.3e12, "int8": 1.4e15, "bfloat16": 7.9e14},
         "entries": [entry(1), entry(8)],
-    }  # fmt: skip
+    }
     lines = breakdown.markdown(document).splitlines()
     assert "4.30 TB/s, 1400 TOPS" in lines[0]
     assert lines[2:] == [

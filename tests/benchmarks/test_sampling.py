@@ -21,14 +21,21 @@ def entry(guided: int, step_ms: float, **facts: Any) -> dict[str, Any]:
 def document() -> dict[str, Any]:
     """Of a run before peak memory was measured, but for one engine."""
     return {
-        "date": "2026-11-23", "commit": "abc1234", "jax": "0.11.2", "hardware": "one GPU",
-        "model": "DiT-XL/2", "input_size": 32, "guided": [1, 8], "steps": 20, "repeats": 2,
+        "date": "2026-11-23",
+        "commit": "abc1234",
+        "jax": "0.11.2",
+        "hardware": "one GPU",
+        "model": "DiT-XL/2",
+        "input_size": 32,
+        "guided": [1, 8],
+        "steps": 20,
+        "repeats": 2,
         "engines": {
             "bf16": [entry(1, 4.0), entry(8, 10.0)],
             "torch": [entry(1, 5.0), entry(8, 12.0)],
             "w8a8": [entry(1, 2.0, sampling_bytes=1_480_000_000, software={"Qwix": "0.1.8"}), entry(8, 5.0)],
         },
-    }  # fmt: skip
+    }
 
 
 def test_the_compact_table_has_a_row_an_engine_in_a_fixed_order(document: dict[str, Any]) -> None:
@@ -60,9 +67,11 @@ def test_the_picture_shows_images_a_second_of_what_was_measured(document: dict[s
 
 def test_partial_results_are_joined_by_engine_and_number_of_images(document: dict[str, Any]) -> None:
     part = {
-        **document, "guided": [8, 64], "engines": {"qwix": [entry(64, 50.0)], "bf16": [entry(8, 9.0), entry(64, 60.0)]},
+        **document,
+        "guided": [8, 64],
+        "engines": {"qwix": [entry(64, 50.0)], "bf16": [entry(8, 9.0), entry(64, 60.0)]},
         "failed": {"w8a8": "too late", "torchao-fp8": "no such product"},
-    }  # fmt: skip
+    }
     whole = sampling_tables.joined([document, part])
     assert whole["guided"] == [1, 8, 64]
     assert whole["engines"].keys() == {"bf16", "torch", "w8a8", "qwix"}
@@ -101,9 +110,16 @@ def test_measurements_are_read_as_they_come(engine_process: Any) -> None:
 def test_what_an_engine_measured_before_it_failed_stays(engine_process: Any, tmp_path: Path) -> None:
     engine_process("""echo '{"guided": 1, "seconds": [1.0], "first_s": 2.0}'; exit 3""")
     arguments = argparse.Namespace(
-        engines=["bf16"], guided=[1, 8], model="DiT-S/2", input_size=32, steps=2, repeats=1, limit=30,
-        hardware="none", commit="0",
-    )  # fmt: skip
+        engines=["bf16"],
+        guided=[1, 8],
+        model="DiT-S/2",
+        input_size=32,
+        steps=2,
+        repeats=1,
+        limit=30,
+        hardware="none",
+        commit="0",
+    )
     sampling.run(arguments, tmp_path / "out.json")
     document = json.loads((tmp_path / "out.json").read_text())
     assert [entry["guided"] for entry in document["engines"]["bf16"]] == [1]

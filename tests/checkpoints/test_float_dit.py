@@ -18,9 +18,20 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 
 CONFIG = DiTConfig(
-    input_size=4, patch_size=2, in_channels=3, hidden_size=16, depth=2, num_heads=2, mlp_ratio=2.5, num_classes=5,
-    null_class=False, learn_sigma=False, frequency_size=32, freq_shift=1.0, mlp_norm_eps=1e-5,
-)  # fmt: skip
+    input_size=4,
+    patch_size=2,
+    in_channels=3,
+    hidden_size=16,
+    depth=2,
+    num_heads=2,
+    mlp_ratio=2.5,
+    num_classes=5,
+    null_class=False,
+    learn_sigma=False,
+    frequency_size=32,
+    freq_shift=1.0,
+    mlp_norm_eps=1e-5,
+)
 SCHEDULE = NoiseSchedule(num_timesteps=400, beta_start=2e-4, beta_end=0.03)
 
 

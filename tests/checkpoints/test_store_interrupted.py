@@ -68,9 +68,13 @@ def test_killed_at_every_step_it_is_the_old_model_or_the_new_one_and_the_next_ru
     paths = [str(ROOT / "tests"), str(ROOT)]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), kind, *paths], env=env, capture_output=True, text=True, check=False,
+        [sys.executable, "-c", SCRIPT, str(tmp_path), kind, *paths],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
         timeout=600,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes = json.loads(done.stdout)
     whole = ["m", "m/arrays", *(["m/card.md"] if kind != "absent" else []), "m/config.json"]

@@ -36,8 +36,12 @@ def test_exit_status_of_the_program(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "ptq4dit_jax.cli", "info", "random:DiT-XXL/2"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert done.stdout == ""
     assert re.fullmatch(r"Error: Unknown DiT preset 'DiT-XXL/2'; .*\.\n", done.stderr)

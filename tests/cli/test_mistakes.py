@@ -179,5 +179,8 @@ def test_unusable_vaes(refused):
 )
 def test_mistakes_in_evaluate(arguments, words, refused, monkeypatch):
     monkeypatch.setattr(chain, "sample_batch", lambda *_, **__: pytest.fail("long work began"))
-    refused(f"evaluate {arguments} --labels 0 --out new/r" if "--labels" not in arguments else f"evaluate {arguments} --out r",
-            *words, started=True)  # fmt: skip
+    refused(
+        f"evaluate {arguments} --labels 0 --out new/r" if "--labels" not in arguments else f"evaluate {arguments} --out r",
+        *words,
+        started=True,
+    )

@@ -177,9 +177,16 @@ def test_all_layers_at_once(bits: int, cut: Tiles) -> None:
     weights = pack_nibbles(jnp.asarray(codes, jnp.uint8)) if bits == 4 else jnp.asarray(codes)
     scale = np.asarray([0.5, 0.7, 1.1], np.float32)
     parts = gemm.int8_matmul(
-        jnp.asarray(a), weights, jnp.asarray(scale), jnp.asarray(column), jnp.asarray(bias), None,
-        tiles=cut, weight_zero=jnp.asarray(zero) if bits == 4 else None, outputs=2,
-    )  # fmt: skip
+        jnp.asarray(a),
+        weights,
+        jnp.asarray(scale),
+        jnp.asarray(column),
+        jnp.asarray(bias),
+        None,
+        tiles=cut,
+        weight_zero=jnp.asarray(zero) if bits == 4 else None,
+        outputs=2,
+    )
     assert [part.shape for part in parts] == [(L, M, N // 2)] * 2
     for index, got in enumerate(np.concatenate([np.asarray(part, np.float64) for part in parts], -1)):
         centered = codes[index].astype(int) - zero[index][:, None]
@@ -192,9 +199,7 @@ def test_one_scale_several_outputs_and_every_layer_of_a_stack(chosen: int) -> No
     weights, scales = (0 * b, b, b[::-1]), (0.7, 0.3, 1.1)
     stack = lambda arrays: jnp.asarray(np.stack(arrays))
     vectors = stack([column, 2 * column, 3 * column]), stack([bias, -bias, 0 * bias]), jnp.asarray([chosen], jnp.int32)
-    parts = gemm.int8_matmul(
-        a, stack(weights), jnp.asarray(scales, jnp.float32), *vectors, tiles=Tiles(64, 64, 2), outputs=2
-    )  # fmt: skip
+    parts = gemm.int8_matmul(a, stack(weights), jnp.asarray(scales, jnp.float32), *vectors, tiles=Tiles(64, 64, 2), outputs=2)
     assert [part.shape for part in parts] == [(70, N // 2)] * 2
     of_layer = np.full(70, scales[chosen], np.float32), (chosen + 1) * column, (1, -1, 0)[chosen] * bias
     near(np.concatenate([np.asarray(p, np.float32) for p in parts], 1), exact(a, weights[chosen], *of_layer))
@@ -208,9 +213,7 @@ def test_gate_and_residual(cut: Tiles, alone: bool) -> None:
     residual, gate = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((192, N), (3, N)))
     finish = GatedResidual(residual, stacked(gate, alone=alone), 64)
     stacks = (stacked(array, alone=alone) for array in (column, bias))
-    [y] = gemm.int8_matmul(
-        a, stacked(b, alone=alone), jnp.asarray(row)[:, None], *stacks, layer(), tiles=cut, finish=finish
-    )  # fmt: skip
+    [y] = gemm.int8_matmul(a, stacked(b, alone=alone), jnp.asarray(row)[:, None], *stacks, layer(), tiles=cut, finish=finish)
     wide = np.asarray(residual, np.float64), np.repeat(np.asarray(gate, np.float64), 64, 0)
     near(y, wide[0] + wide[1] * exact(a, b, row, column, bias))
 
@@ -222,13 +225,16 @@ def test_gelu_and_codes(cut: Tiles, balanced: bool, bits: int, alone: bool) -> N
     balance = np.random.default_rng(2).uniform(0.5, 2, N).astype(np.float32) if balanced else np.ones(N, np.float32)
     low, high, zero_point = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, -20
     finish = GeluRequantize(
-        stacked(0.03, alone=alone, dtype=np.float32), stacked(zero_point, alone=alone, dtype=np.int32),
-        stacked(balance, alone=alone) if balanced else None, low, high,
-    )  # fmt: skip
+        stacked(0.03, alone=alone, dtype=np.float32),
+        stacked(zero_point, alone=alone, dtype=np.int32),
+        stacked(balance, alone=alone) if balanced else None,
+        low,
+        high,
+    )
     stacks = (stacked(array, alone=alone) for array in (column, bias))
     [codes] = gemm.int8_matmul(
         a, stacked(b, alone=alone), jnp.asarray(row)[:, None], *stacks, layer(), tiles=cut, finish=finish
-    )  # fmt: skip
+    )
     y = exact(a, b, row, column, bias)
     gelu = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
     assert codes.dtype == jnp.int8
@@ -244,9 +250,16 @@ def test_norm_modulation_and_codes(D: int, per_row: bool, alone: bool) -> None:
     shift, scale = (jnp.asarray(rng.normal(size=(2, D)), jnp.bfloat16) for _ in range(2))
     ranges = stacked(0.04, alone=alone, dtype=np.float32), stacked(7, alone=alone, dtype=np.int32)
     codes, *own = rows.modulate_quantize(
-        x, stacked(shift, alone=alone), stacked(scale, alone=alone), None if per_row else ranges, layer(),
-        tokens=16, eps=1e-6, low=-128, high=127,
-    )  # fmt: skip
+        x,
+        stacked(shift, alone=alone),
+        stacked(scale, alone=alone),
+        None if per_row else ranges,
+        layer(),
+        tokens=16,
+        eps=1e-6,
+        low=-128,
+        high=127,
+    )
     wide = np.asarray(x, np.float64)
     centered = wide - wide.mean(1, keepdims=True)
     y = centered / np.sqrt(np.square(centered).mean(1, keepdims=True) + 1e-6)
@@ -272,9 +285,14 @@ def test_codes(balanced: bool, alone: bool) -> None:
     x = jnp.asarray(rng.normal(size=(16, 192)), jnp.bfloat16)
     balance = rng.uniform(0.5, 2, 192).astype(np.float32)
     codes = rows.quantize(
-        x, stacked(0.03, alone=alone, dtype=np.float32), stacked(-90, alone=alone, dtype=np.int32),
-        stacked(balance, alone=alone) if balanced else None, layer(), low=-128, high=127,
-    )  # fmt: skip
+        x,
+        stacked(0.03, alone=alone, dtype=np.float32),
+        stacked(-90, alone=alone, dtype=np.int32),
+        stacked(balance, alone=alone) if balanced else None,
+        layer(),
+        low=-128,
+        high=127,
+    )
     value = np.asarray(x, np.float64) * (balance if balanced else 1) / np.float64(np.float32(0.03))
     assert_codes(codes, value, -90)
 
@@ -310,7 +328,7 @@ def test_a_whole_model_is_its_reference() -> None:
     """Every layer reads what is its own: nearer to the reference than that is to the float model, by far."""
     config = DiTConfig(
         input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=2, num_heads=2, num_classes=10, mlp_ratio=1.0
-    )  # fmt: skip
+    )
     dit = jax.tree.map(jnp.asarray, helpers.tiny_model(**config.to_dict()))
     settings = ptq.QuantConfig(**PLAIN, steps=2, calib_steps=2, calib_rows=2, step_groups=2)
     q = ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16)

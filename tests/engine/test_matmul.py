@@ -27,9 +27,7 @@ def drawn_weight(bits: int, N: int, K: int, seed: int = 0) -> tuple[QTensor, np.
         codes, zero_point = rng.integers(-127, 128, (N, K)), np.zeros(N, int)
     else:
         codes, zero_point = rng.integers(0, 2**bits, (N, K)), rng.integers(0, 2**bits, N)
-    weight = QTensor.from_codes(
-        jnp.asarray(codes, jnp.float32), jnp.asarray(scale), jnp.asarray(zero_point, jnp.float32), bits
-    )  # fmt: skip
+    weight = QTensor.from_codes(jnp.asarray(codes, jnp.float32), jnp.asarray(scale), jnp.asarray(zero_point, jnp.float32), bits)
     return weight, codes - zero_point[:, None]
 
 
@@ -79,9 +77,13 @@ def test_accumulators_are_exact_for_any_shape(lead: list[int], N: int, K: int, b
 
 
 @given(
-    B=st.integers(1, 3), A=st.integers(1, 3), M=st.integers(1, 6), N=st.integers(1, 6), K=st.integers(1, 40),
+    B=st.integers(1, 3),
+    A=st.integers(1, 3),
+    M=st.integers(1, 6),
+    N=st.integers(1, 6),
+    K=st.integers(1, 40),
     seed=st.integers(0, 2**16),
-)  # fmt: skip
+)
 @settings(max_examples=15, deadline=None)
 def test_batched_products_are_exact_for_any_shape(B: int, A: int, M: int, N: int, K: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -67,9 +67,14 @@ def test_so_have_those_of_other_transformations(transformed: Any, models: list[p
 def test_outside_of_programs_it_stays(models: list[ptq.QuantizedDiT]) -> None:
     for model, name in zip(models, ("first", "second"), strict=True):
         kept = [
-            jax.tree.map(lambda leaf: leaf + 0, model), jax.device_put(model), jax.device_get(model), model.astype("bfloat16"),
-            jax.block_until_ready(model), jax.tree.map(jax.typeof, model), jax.jit(lambda model=model: model)(),
-        ]  # fmt: skip
+            jax.tree.map(lambda leaf: leaf + 0, model),
+            jax.device_put(model),
+            jax.device_get(model),
+            model.astype("bfloat16"),
+            jax.block_until_ready(model),
+            jax.tree.map(jax.typeof, model),
+            jax.jit(lambda model=model: model)(),
+        ]
         assert [name_of(other) for other in kept] == [name] * len(kept)
 
 

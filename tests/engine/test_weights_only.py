@@ -82,8 +82,9 @@ def test_the_table_says_in_what_it_runs(w4: ptq.QuantizedDiT, dtype: str, backen
         (f"{dtype} on de-quantized weights", bits, "none")
     }
     assert [(row["layer"], row["runs"], row["weight_bits"], row["act_bits"]) for row in products] == [
-        ("blocks.q @ k", dtype, bits, bits), ("blocks.probs @ v", dtype, bits, bits),
-    ]  # fmt: skip
+        ("blocks.q @ k", dtype, bits, bits),
+        ("blocks.probs @ v", dtype, bits, bits),
+    ]
     assert not any(row["integer"] for row in rows)
     program = jax.jit(lambda q: q.apply(jnp.zeros((1, 6, 6, 3)), T, jnp.array([0]))).lower(w4.astype(dtype)).as_text()
     products_of = [line for line in program.splitlines() if "dot_general" in line]

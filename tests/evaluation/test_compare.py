@@ -31,9 +31,15 @@ def result(model):
     others = {"fine": rounded(model, 2**-9), "coarse": rounded(model, 2**-4), "same": model}
     calls: list[tuple[int, int]] = []
     done = compare(
-        model, others, labels=LABELS, key=jax.random.key(3), sqnr_steps=3, batch_size=2,
-        progress=lambda *call: calls.append(call), **SETTINGS,
-    )  # fmt: skip
+        model,
+        others,
+        labels=LABELS,
+        key=jax.random.key(3),
+        sqnr_steps=3,
+        batch_size=2,
+        progress=lambda *call: calls.append(call),
+        **SETTINGS,
+    )
     return done, others, calls
 
 
@@ -51,9 +57,14 @@ def test_where_steps_are_compared_on_all_rows_nothing_is_sampled_twice(result, m
     comparison, others, _ = result
     calls: list[tuple[int, int]] = []
     few = compare(
-        model, {"fine": others["fine"]}, labels=LABELS[:2], key=jax.random.key(3), sqnr_steps=3,
-        progress=lambda *call: calls.append(call), **SETTINGS,
-    )  # fmt: skip
+        model,
+        {"fine": others["fine"]},
+        labels=LABELS[:2],
+        key=jax.random.key(3),
+        sqnr_steps=3,
+        progress=lambda *call: calls.append(call),
+        **SETTINGS,
+    )
     assert list(few.images) == ["float32", "bfloat16", "fine"]
     for name, images in few.images.items():
         np.testing.assert_allclose(images, comparison.images[name][:2], atol=1e-3)

@@ -48,8 +48,13 @@ def test_infinite_figures_leave_gaps(comparison):
 def test_layer_figure_has_a_panel_per_site(comparison):
     figure = plots.layer_sqnr_figure(comparison)
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
-        "q", "k", "attention projection", "fc1", "fc2", "block output",
-    ]  # fmt: skip
+        "q",
+        "k",
+        "attention projection",
+        "fc1",
+        "fc2",
+        "block output",
+    ]
     np.testing.assert_array_equal(figure.axes[3].lines[2].get_ydata(), comparison.figures["W4A8"].layer_sqnr_db["fc1_out"])
     _drawn(figure)
 

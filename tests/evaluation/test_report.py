@@ -27,8 +27,13 @@ def _table(page: str, heading: str) -> list[list[str]]:
 def test_everything_is_there(tmp_path, comparison):
     folder = write_report(tmp_path / "new" / "report", comparison, **ARGUMENTS)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "psnr.png", "report.json", "report.md", "samples.png", "sqnr_layers.png", "sqnr_steps.png",
-    ]  # fmt: skip
+        "psnr.png",
+        "report.json",
+        "report.md",
+        "samples.png",
+        "sqnr_layers.png",
+        "sqnr_steps.png",
+    ]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["report"]
     page = (folder / "report.md").read_text()
     pictures = re.findall(r"!\[.+\]\((.+)\)", page)
@@ -208,8 +213,9 @@ def test_rounding_and_balancing_are_tabulated_by_layer(tmp_path, comparison):
     page = (folder / "report.md").read_text()
     assert _table(page, "Rounding in closed form")[3] == ["block 1", "0.2", "0.05", "0.250", "qkv 0.500, fc2 0.250"]
     assert _table(page, "Balancing chosen by measurement")[:2] == [
-        ["block", "qkv_in", "fc2_in"], ["0", "rms 0.5 (0.81, 0.90)", "csb (0.50, 1.00)"],
-    ]  # fmt: skip
+        ["block", "qkv_in", "fc2_in"],
+        ["0", "rms 0.5 (0.81, 0.90)", "csb (0.50, 1.00)"],
+    ]
     with Image.open(folder / "rounding.png") as image:
         image.verify()
     assert "(rounding.png)" in page

@@ -124,9 +124,15 @@ def main() -> None:
     torch.manual_seed(1)
     folder = HERE / "diffusers"
     model = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=12, in_channels=CHANNELS, out_channels=2 * CHANNELS, num_layers=DEPTH,
-        sample_size=SIDE, num_embeds_ada_norm=CLASSES, norm_eps=1e-3,
-    ).eval()  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=CHANNELS,
+        out_channels=2 * CHANNELS,
+        num_layers=DEPTH,
+        sample_size=SIDE,
+        num_embeds_ada_norm=CLASSES,
+        norm_eps=1e-3,
+    ).eval()
     randomize(model)
     embedders = model.transformer_blocks[0].norm1.emb.state_dict()
     for block in model.transformer_blocks:

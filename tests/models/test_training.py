@@ -138,9 +138,16 @@ def test_no_update_is_left_at_the_end_of_a_cooldown() -> None:
         params = jax.tree.map(jnp.copy, start)
         state = {"params": params, "optimizer": RECIPE.optimizer().init(params), "ema": jax.tree.map(jnp.copy, params)}
         state, _ = training.train_steps(
-            state, jax.random.key(1), tables, data, jnp.int32(first), tuple(map(jnp.int32, window)),
-            config=CONFIG, recipe=RECIPE, count=20,
-        )  # fmt: skip
+            state,
+            jax.random.key(1),
+            tables,
+            data,
+            jnp.int32(first),
+            tuple(map(jnp.int32, window)),
+            config=CONFIG,
+            recipe=RECIPE,
+            count=20,
+        )
         return float(abs(state["params"]["blocks"]["qkv"]["kernel"] - start["blocks"]["qkv"]["kernel"]).max())
 
     whole, nothing = change((100, 101), 40), change((20, 40), 40)

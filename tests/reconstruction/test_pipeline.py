@@ -271,8 +271,12 @@ def test_a_run_killed_inside_a_block_goes_on_there_and_ends_with_the_same_bytes(
     )
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert sorted(path.name for path in (tmp_path / "state").iterdir()) == [
-        "current.npz", "fingerprint.json", "part-000.npz", "part-001.npz", "part-002.npz",
-    ]  # fmt: skip
+        "current.npz",
+        "fingerprint.json",
+        "part-000.npz",
+        "part-001.npz",
+        "part-002.npz",
+    ]
     iterations: list[int] = []
 
     def watch(stage: str, done: int, total: int, note: str = "") -> None:

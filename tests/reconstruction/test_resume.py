@@ -62,8 +62,12 @@ def test_what_was_stored_comes_back_in_another_run_of_the_same(tmp_path):
         assert_same(journal.current(3, LIKE), result(3))
     assert sorted(os.listdir(tmp_path / "deep")) == ["state"]
     assert sorted(os.listdir(tmp_path / "deep/state")) == [
-        "current.npz", "fingerprint.json", "part-000.npz", "part-001.npz", "part-002.npz",
-    ]  # fmt: skip
+        "current.npz",
+        "fingerprint.json",
+        "part-000.npz",
+        "part-001.npz",
+        "part-002.npz",
+    ]
 
 
 # Files that are not this part of this run.

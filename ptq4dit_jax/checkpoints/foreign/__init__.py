@@ -9,6 +9,18 @@ from ptq4dit_jax.checkpoints.foreign.tensors import Tensor, TensorFile, find_ten
 from ptq4dit_jax.checkpoints.foreign.vaes import ImportedVAE, import_vae, load_vae
 
 __all__ = [
-    "KNOWN", "Imported", "ImportedVAE", "NothingFound", "Tensor", "TensorFile", "export_meta", "find_tensors",
-    "import_checkpoint", "import_vae", "is_foreign", "load_vae", "local_copy", "open_tensors",
-]  # fmt: skip
+    "KNOWN",
+    "Imported",
+    "ImportedVAE",
+    "NothingFound",
+    "Tensor",
+    "TensorFile",
+    "export_meta",
+    "find_tensors",
+    "import_checkpoint",
+    "import_vae",
+    "is_foreign",
+    "load_vae",
+    "local_copy",
+    "open_tensors",
+]

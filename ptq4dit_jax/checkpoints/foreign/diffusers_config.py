@@ -18,17 +18,31 @@ from ptq4dit_jax.schedules import NoiseSchedule
 _CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 #: Keys of the transformer whose only value is that of a DiT.
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "activation_fn": ("gelu-approximate",), "norm_type": ("ada_norm_zero",), "attention_bias": (True,),
-    "norm_elementwise_affine": (False,), "cross_attention_dim": (None,), "only_cross_attention": (False,),
-    "double_self_attention": (False,), "num_vector_embeds": (None,), "caption_channels": (None,),
+    "activation_fn": ("gelu-approximate",),
+    "norm_type": ("ada_norm_zero",),
+    "attention_bias": (True,),
+    "norm_elementwise_affine": (False,),
+    "cross_attention_dim": (None,),
+    "only_cross_attention": (False,),
+    "double_self_attention": (False,),
+    "num_vector_embeds": (None,),
+    "caption_channels": (None,),
     "use_additional_conditions": (None, False),
-    "attention_type": ("default",), "interpolation_scale": (None, 1, 1.0), "use_linear_projection": (False,),
-}  # fmt: skip
+    "attention_type": ("default",),
+    "interpolation_scale": (None, 1, 1.0),
+    "use_linear_projection": (False,),
+}
 #: Keys of the transformer that decide, as for any configuration.
 _DECIDES = (
-    "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "num_layers", "sample_size", "patch_size",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "num_layers",
+    "sample_size",
+    "patch_size",
     "num_embeds_ada_norm",
-)  # fmt: skip
+)
 #: Keys of the transformer on which what it computes does not depend.
 _IDLE = ("dropout", "norm_num_groups", "upcast_attention", "norm_eps", "gradient_checkpointing", "dtype", "torch_dtype")
 
@@ -44,38 +58,72 @@ _USUAL, _HEUN = _Family(1e-4, 0.02), _Family(0.00085, 0.012)
 SCHEDULERS = {
     f"{name}Scheduler": _USUAL
     for name in (
-        "DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "DDIMInverse", "DPMSolverMultistep",
-        "DPMSolverMultistepInverse", "DPMSolverSinglestep",
-        "DEISMultistep", "UniPCMultistep", "SASolver", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete",
+        "DDPM",
+        "DDPMParallel",
+        "DDIM",
+        "DDIMParallel",
+        "DDIMInverse",
+        "DPMSolverMultistep",
+        "DPMSolverMultistepInverse",
+        "DPMSolverSinglestep",
+        "DEISMultistep",
+        "UniPCMultistep",
+        "SASolver",
+        "PNDM",
+        "EulerDiscrete",
+        "EulerAncestralDiscrete",
+        "LMSDiscrete",
     )
-}  # fmt: skip
+}
 SCHEDULERS |= {
     f"{name}Scheduler": _HEUN for name in ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
 }
 #: Keys of the scheduler that must have one of these values, since the model or its samples would be others.
 _SCHEDULE_MUST: dict[str, tuple[Any, ...]] = {
-    "beta_schedule": ("linear",), "prediction_type": ("epsilon",), "trained_betas": (None,),
+    "beta_schedule": ("linear",),
+    "prediction_type": ("epsilon",),
+    "trained_betas": (None,),
     "rescale_betas_zero_snr": (False, None),
-    "clip_sample": (False, None), "thresholding": (False, None), "use_flow_sigmas": (False, None), "predict_x0": (True, None),
-}  # fmt: skip
+    "clip_sample": (False, None),
+    "thresholding": (False, None),
+    "use_flow_sigmas": (False, None),
+    "predict_x0": (True, None),
+}
 #: The variance that DDPM's step has here: the posterior's, or learned between two bounds.
 _VARIANCES = (None, "fixed_small", "fixed_small_log", "learned_range")
 _SCHEDULE_FIELDS = {"num_train_timesteps": "num_timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
 #: Keys that choose how to sample, which --sampler and --steps do here, with their plainest values.
 _SAMPLING: dict[str, tuple[Any, ...]] = {
-    "timestep_spacing": ("leading", "linspace"), "steps_offset": (0,), "set_alpha_to_one": (True,),
+    "timestep_spacing": ("leading", "linspace"),
+    "steps_offset": (0,),
+    "set_alpha_to_one": (True,),
     "skip_prk_steps": (True, False),
-    "solver_order": (2,), "algorithm_type": ("dpmsolver++",), "solver_type": ("midpoint",), "lower_order_final": (True,),
-    "euler_at_final": (False,), "use_karras_sigmas": (False, None), "use_exponential_sigmas": (False, None),
+    "solver_order": (2,),
+    "algorithm_type": ("dpmsolver++",),
+    "solver_type": ("midpoint",),
+    "lower_order_final": (True,),
+    "euler_at_final": (False,),
+    "use_karras_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
     "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None), "final_sigmas_type": ("zero",), "lambda_min_clipped": (),
+    "use_lu_lambdas": (False, None),
+    "final_sigmas_type": ("zero",),
+    "lambda_min_clipped": (),
     "interpolation_type": ("linear",),
-    "sigma_min": (None,), "sigma_max": (None,), "timestep_type": ("discrete",), "flow_shift": (None, 1, 1.0),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "timestep_type": ("discrete",),
+    "flow_shift": (None, 1, 1.0),
     "solver_p": (None,),
-    "disable_corrector": ((), None), "corrector_order": (), "predictor_order": (), "tau_func": (None,),
+    "disable_corrector": ((), None),
+    "corrector_order": (),
+    "predictor_order": (),
+    "tau_func": (None,),
     "noise_sampler_seed": (None,),
-    "use_dynamic_shifting": (False, None), "time_shift_type": (), "rescale_sigmas": (False, None),
-}  # fmt: skip
+    "use_dynamic_shifting": (False, None),
+    "time_shift_type": (),
+    "rescale_sigmas": (False, None),
+}
 #: Keys that mean something only together with one that is refused above.
 _BOUND = ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value")
 
@@ -180,6 +228,8 @@ def _read_scheduler(path: Path, evidence: Evidence, ignored: Ignored) -> NoiseSc
 UNDERSTOOD = {
     "config.json of diffusers": ((*_DECIDES, "norm_eps"), _PLAIN, ()),
     "scheduler_config.json of diffusers": (
-        ("_class_name", *_SCHEDULE_FIELDS), {**_SCHEDULE_MUST, "variance_type": _VARIANCES}, tuple(_SAMPLING)
+        ("_class_name", *_SCHEDULE_FIELDS),
+        {**_SCHEDULE_MUST, "variance_type": _VARIANCES},
+        tuple(_SAMPLING),
     ),
-}  # fmt: skip
+}

@@ -24,26 +24,29 @@ from ptq4dit_jax.errors import Ptq4ditError
 
 #: Files beside the weights that configurations are written to; a file of the same name as the weights' counts, too.
 CONFIG_FILES = tuple(
-    f"{stem}.{end}" for stem in ("config", "args", "hparams", "model_config", "options",
-    "metadata") for end in ("json", "yaml", "yml")
-)  # fmt: skip
+    f"{stem}.{end}"
+    for stem in ("config", "args", "hparams", "model_config", "options", "metadata")
+    for end in ("json", "yaml", "yml")
+)
 #: Folders of checkpoints, whose run writes its configuration one level up.
 _STEPS = re.compile(r"(checkpoints?|ckpts?|models?|weights|(step|epoch|iter|checkpoint)[-_]?)?\d*")
 #: Parts of names that libraries of configurations add: OmegaConf, ml_collections.
 _INNER = {"_content", "_val", "_fields", "_store", "_metadata"}
 #: Words in the name of a container of settings, and of sections that speak of something else than the network.
-_SETTINGS = {
-    "args", "arg", "config", "configs", "cfg", "conf", "hparams", "hyper", "hyperparameters", "options", "opts",
-    "opt", "settings",
-    "kwargs", "metadata", "flags", "hp", "meta", "spec", "diffusion",
-}  # fmt: skip
-_ELSEWHERE = {
-    "vae", "autoencoder", "tokenizer", "stage", "encoder", "repa", "optimizer", "optim", "lr", "dataset", "dataloader", "data",
-    "ema", "logger", "wandb", "trainer", "callbacks", "sample", "sampler", "sampling", "eval", "evaluation", "test",
-    "validation",
-    "teacher", "discriminator", "text", "clip", "fid", "accelerate", "deepspeed", "distributed", "groups", "inference", "infer",
-    "val", "generate", "generation", "ae", "vqvae", "projector", "feature", "classifier", "guide", "ddconfig",
-}  # fmt: skip
+_SETTINGS = frozenset(
+    """
+    args arg config configs cfg conf hparams hyper hyperparameters options opts opt settings kwargs metadata flags hp
+    meta spec diffusion
+    """.split()
+)
+_ELSEWHERE = frozenset(
+    """
+    vae autoencoder tokenizer stage encoder repa optimizer optim lr dataset dataloader data ema logger wandb trainer
+    callbacks sample sampler sampling eval evaluation test validation teacher discriminator text clip fid accelerate
+    deepspeed distributed groups inference infer val generate generation ae vqvae projector feature classifier guide
+    ddconfig
+    """.split()
+)
 #: Sections that may tell the classes and the size of images all the same.
 _DATA = {"data", "dataset", "dataloader"}
 #: A key that only names its section: ``model: {name: SiT-XL/2}``.

@@ -111,10 +111,18 @@ def _preset(value: Any) -> Preset:
 #: ``v`` is the velocity of a flow, or a mixture of noise and image along a noise schedule, which is not supported.
 _OBJECTIVES = {
     "flow_prediction": "velocity",
-    "noise": "noise", "eps": "noise", "epsilon": "noise", "pred_noise": "noise",
-    "v": "v", "pred_v": "v", "velocity": "velocity", "flow": "velocity", "flow_matching": "velocity",
-    "rectified_flow": "velocity", "sit": "velocity",
-}  # fmt: skip
+    "noise": "noise",
+    "eps": "noise",
+    "epsilon": "noise",
+    "pred_noise": "noise",
+    "v": "v",
+    "pred_v": "v",
+    "velocity": "velocity",
+    "flow": "velocity",
+    "flow_matching": "velocity",
+    "rectified_flow": "velocity",
+    "sit": "velocity",
+}
 
 
 def _objective(value: Any) -> str:
@@ -149,8 +157,10 @@ def _interface(value: Any) -> str:
 TABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "number of heads": (_count, "num_heads n_heads heads num_attention_heads attention_heads n_head nhead attn_heads"),
     "width of a head": (_count, "head_dim attention_head_dim head_width dim_head dim_per_head"),
-    "classes": (_classes, "num_classes n_classes nb_classes num_class class_num classes num_labels "
-    "num_embeds_ada_norm label_dim"),
+    "classes": (
+        _classes,
+        "num_classes n_classes nb_classes num_class class_num classes num_labels num_embeds_ada_norm label_dim",
+    ),
     "dropout of labels": (
         _positive,
         "class_dropout_prob label_dropout_prob label_dropout label_drop_prob class_dropout class_drop_prob drop_label_prob "
@@ -168,14 +178,14 @@ TABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "learned variance": (_flag, "learn_sigma learned_sigma learn_variance"),
     "time frequencies": (_count, "frequency_embedding_size frequency_size freq_dim"),
     "objective": (
-        _objective, "prediction prediction_type prediction_target pred_type objective parameterization model_prediction pred"
+        _objective,
+        "prediction prediction_type prediction_target pred_type objective parameterization model_prediction pred",
     ),
     "interface": (_interface, "interface"),
     "path": (_PATH, "path_type flow_path interpolant interpolant_type probability_path"),
     "timesteps": (
         _count,
-        "num_train_timesteps num_diffusion_timesteps num_diffusion_steps diffusion_steps num_timesteps "
-        "timesteps",
+        "num_train_timesteps num_diffusion_timesteps num_diffusion_steps diffusion_steps num_timesteps timesteps",
     ),
     "first beta": (_positive, "beta_start"),
     "last beta": (_positive, "beta_end"),
@@ -185,7 +195,7 @@ TABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
     "betas": (_BETAS, "beta_schedule noise_schedule beta_schedule_type"),
     "training": (lambda value: str(value).lower(), "train_type"),
     "data at time 0": (lambda value: True, "proj_coeff enc_type encoder_depth"),
-}  # fmt: skip
+}
 #: By key: every configuration is searched for these.
 KEYS = {name: Key(what, read) for what, (read, names) in TABLE.items() for name in names.split()}
 #: Keys that a section on data or sampling may tell as well.
@@ -209,7 +219,9 @@ def _without_rotation(value: Any) -> bool:
 _ANOTHER = "which makes it another network than DiT"
 MUST_TABLE: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     (
-        "off", _off, _ANOTHER,
+        "off",
+        _off,
+        _ANOTHER,
         "use_rope rope rotary use_rotary use_rotary_emb use_swiglu swiglu use_rmsnorm rmsnorm rms_norm "
         "use_rms_norm qk_norm use_qk_norm "
         "use_qknorm qknorm normalize_qk gated_mlp use_gated_mlp use_glu wo_shift causal use_conv adaln_single share_adaln "
@@ -218,37 +230,53 @@ MUST_TABLE: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
         "sandwich_norm layer_scale use_layerscale register_tokens num_register_tokens use_attention_sink softcap logit_softcap",
     ),
     (
-        "off", _off, "and only networks that predict noise or the velocity of a straight flow can be sampled",
+        "off",
+        _off,
+        "and only networks that predict noise or the velocity of a straight flow can be sampled",
         "predict_xstart predict_x0 predict_v pred_x0 x0_prediction",
     ),
     (
-        "off", _off, "and only the linear schedule is supported",
+        "off",
+        _off,
+        "and only the linear schedule is supported",
         "rescale_betas_zero_snr zero_terminal_snr zero_snr trained_betas use_zero_terminal_snr",
     ),
     (
         "gelu (tanh)",
         _one_of(
-            "gelu", "gelu_tanh", "gelu-approximate", "gelu_approximate", "approx_gelu", "gelu_new", "gelu_pytorch_tanh",
+            "gelu",
+            "gelu_tanh",
+            "gelu-approximate",
+            "gelu_approximate",
+            "approx_gelu",
+            "gelu_new",
+            "gelu_pytorch_tanh",
             "tanh_gelu",
         ),
-        "and only the tanh approximation of GELU is supported", "activation act act_fn act_layer mlp_act "
-        "hidden_act activation_fn",
+        "and only the tanh approximation of GELU is supported",
+        "activation act act_fn act_layer mlp_act hidden_act activation_fn",
     ),
     (
-        "1e-6", lambda value: value is None or abs(float(value) - 1e-6) < 1e-9, "and the norms of a DiT have 1e-6",
+        "1e-6",
+        lambda value: value is None or abs(float(value) - 1e-6) < 1e-9,
+        "and the norms of a DiT have 1e-6",
         "norm_eps layer_norm_eps layernorm_eps ln_eps",
     ),
     ("10000", _one_of(10000), "and the embedding of time has 10000", "max_period time_max_period"),
     (
-        "1", _one_of(0, 1), "and only 1 is supported",
+        "1",
+        _one_of(0, 1),
+        "and only 1 is supported",
         "time_scale t_scale time_factor timestep_scale time_scaling num_experts t_conditioning",
     ),
     (
-        "no rotation", _without_rotation, _ANOTHER,
+        "no rotation",
+        _without_rotation,
+        _ANOTHER,
         "pos_embed pos_embed_type pos_emb pos_emb_type position_embedding position_embedding_type "
         "positional_embedding pos_encoding",
     ),
-)  # fmt: skip
+)
 
 
 def _safely(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:

@@ -15,9 +15,18 @@ HEAD = 512
 _LFS = b"version https://git-lfs"
 #: What other files start with.
 _OTHERS = {
-    b"\x1f\x8b": "gzip", b"\x89HDF": "HDF5", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"%PDF": "PDF", b"GGUF": "GGUF",
-    b"\x93NUMPY": "NumPy array", b"<": "HTML or XML", b"7z\xbc\xaf": "7-zip", b"(\xb5/\xfd": "Zstandard", b"BZh": "bzip2",
-}  # fmt: skip
+    b"\x1f\x8b": "gzip",
+    b"\x89HDF": "HDF5",
+    b"\x89PNG": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"%PDF": "PDF",
+    b"GGUF": "GGUF",
+    b"\x93NUMPY": "NumPy array",
+    b"<": "HTML or XML",
+    b"7z\xbc\xaf": "7-zip",
+    b"(\xb5/\xfd": "Zstandard",
+    b"BZh": "bzip2",
+}
 
 
 def kind_of(path: Path) -> str:

@@ -31,9 +31,20 @@ _JOINED = re.compile(
 )
 #: Parts of names of an optimizer's state, which mirrors the names of the weights.
 _OPTIMIZER = {
-    "opt", "opt_state", "optim", "optimizer", "optimizers", "optimizer_state", "optimizer_states", "mu", "nu", "exp_avg",
-    "exp_avg_sq", "momentum_buffer", "param_groups",
-}  # fmt: skip
+    "opt",
+    "opt_state",
+    "optim",
+    "optimizer",
+    "optimizers",
+    "optimizer_state",
+    "optimizer_states",
+    "mu",
+    "nu",
+    "exp_avg",
+    "exp_avg_sq",
+    "momentum_buffer",
+    "param_groups",
+}
 
 
 def parts_of(name: str) -> list[str]:

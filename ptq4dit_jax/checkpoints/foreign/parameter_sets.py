@@ -148,9 +148,12 @@ def _unread_averages(file: TensorFile, names: Mapping[str, str], sets: list[Para
     return [
         written
         for name, written in names.items()
-        if "." in name and is_average(name.rpartition(".")[0]) and not is_optimizer(name) and len(file[written].shape) >= 2
+        if "." in name
+        and is_average(name.rpartition(".")[0])
+        and not is_optimizer(name)
+        and len(file[written].shape) >= 2
         and not (roots and name.startswith(roots))
-    ]  # fmt: skip
+    ]
 
 
 def _of_one_device(file: TensorFile, layout: Layout, view: View) -> View:

@@ -194,9 +194,10 @@ def _lay_out(files: Any, sizes: dict[str, int], places: dict[str, Path]) -> None
     whole = [name for name in places if _is_json(name, sizes)]
     arrays = {place.parent for place in places.values() if place.name in ("manifest.ocdbt", ".zarray", "zarr.json")}
     heads = [
-        name for name, place in places.items()
+        name
+        for name, place in places.items()
         if name not in whole and sizes[name] and is_candidate(place.name) and not arrays.intersection(place.parents)
-    ]  # fmt: skip
+    ]
     heads = heads[:_MAX_HEADS]
     for name, content in zip(whole, files.cat_ranges(whole, 0, None) if whole else (), strict=True):
         places[name].write_bytes(content)

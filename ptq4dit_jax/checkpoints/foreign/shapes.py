@@ -185,9 +185,15 @@ def _config(
     if int(hidden * ratio) != sizes["mlp"]:
         ratio = (sizes["mlp"] + 0.5) / hidden
     told = {
-        "width": hidden, "depth": depth, "patch size": patch, "channels": channels, "MLP ratio": ratio,
-        "output channels": outputs, "learned variance": outputs == 2 * channels, "time frequencies": sizes["frequencies"],
-    }  # fmt: skip
+        "width": hidden,
+        "depth": depth,
+        "patch size": patch,
+        "channels": channels,
+        "MLP ratio": ratio,
+        "output channels": outputs,
+        "learned variance": outputs == 2 * channels,
+        "time frequencies": sizes["frequencies"],
+    }
     _check_sizes(evidence, layout, told)
     classes, null_class = _classes(file, evidence, sizes.get("rows", 0), given)
     settings: dict[str, Any] = {} if norm_eps is None else {"freq_shift": 1.0, "mlp_norm_eps": norm_eps}

@@ -33,8 +33,11 @@ from ptq4dit_jax.errors import Ptq4ditError
 __all__ = ["Tensor", "TensorFile", "find_tensors", "is_foreign", "local_path", "open_tensors"]
 
 _READERS: dict[str, Callable[[Path], Contents]] = {
-    "torch": read_torch, "safetensors": read_safetensors, "pickle": read_pickle, "msgpack": read_msgpack,
-}  # fmt: skip
+    "torch": read_torch,
+    "safetensors": read_safetensors,
+    "pickle": read_pickle,
+    "msgpack": read_msgpack,
+}
 _Found = TypeVar("_Found")
 
 

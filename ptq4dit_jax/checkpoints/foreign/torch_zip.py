@@ -27,10 +27,17 @@ from ptq4dit_jax.checkpoints.foreign.snapshot import Cursor, Snapshot, Span
 from ptq4dit_jax.edges import quoted, shown
 
 _STORAGES = {
-    "FloatStorage": "float32", "DoubleStorage": "float64", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
+    "FloatStorage": "float32",
+    "DoubleStorage": "float64",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
     "BoolStorage": "bool",
-}  # fmt: skip
+}
 #: Bytes of a zip's directory, which takes some ten times as much when it is read: 80,000 members or more.
 MAX_DIRECTORY = 2**23
 _CHUNK = 2**20
@@ -121,14 +128,18 @@ _TORCH: Rebuild = {
     **{
         ("torch._utils", name): lambda data, *_: data
         for name in (
-            "_rebuild_parameter", "_rebuild_parameter_with_state", "_rebuild_buffer", "_rebuild_device_tensor_from_numpy",
-            "_rebuild_device_tensor_from_cpu_tensor", "_rebuild_xla_tensor",
+            "_rebuild_parameter",
+            "_rebuild_parameter_with_state",
+            "_rebuild_buffer",
+            "_rebuild_device_tensor_from_numpy",
+            "_rebuild_device_tensor_from_cpu_tensor",
+            "_rebuild_xla_tensor",
         )
     },
     ("torch._tensor", "_rebuild_from_type"): _rebuild_from_type,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
     ("torch", "Size"): lambda shape=(), *_: Inert(Name("torch", "Size")),
-}  # fmt: skip
+}
 
 
 class _Directory(io.FileIO):

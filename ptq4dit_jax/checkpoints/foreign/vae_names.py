@@ -17,9 +17,10 @@ from ptq4dit_jax.errors import Ptq4ditError
 
 #: Names that every decoder has, of its middle block, and what they are called.
 _MARKERS = {
-    "decoder.mid_block.resnets.0.conv1.weight": "diffusers", "decoder.mid_block.resnets_0.conv1.kernel": "diffusers (Flax)",
+    "decoder.mid_block.resnets.0.conv1.weight": "diffusers",
+    "decoder.mid_block.resnets_0.conv1.kernel": "diffusers (Flax)",
     "decoder.mid.block_1.conv1.weight": "latent-diffusion",
-}  # fmt: skip
+}
 #: Our name of a layer in attention, which is Flax's and torch's former one, torch's present one, and latent-diffusion's.
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _LDM_ATTENTION = {"group_norm": "norm", "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}

@@ -132,7 +132,7 @@ def _import(where: Path, scaling_factor: float | None) -> tuple[VAEDecoder, Impo
         notes = (*notes, "its averaged weights (model_ema) are not read")
     return VAEDecoder(params=params, config=config), ImportedVAE(
         family, file.files, tuple(map(printable, (*file.notes, *notes))), tuple(map(printable, guesses))
-    )  # fmt: skip
+    )
 
 
 def _read_off(

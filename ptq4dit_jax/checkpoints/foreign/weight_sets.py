@@ -33,10 +33,12 @@ _FORMATS = ("safetensors", "torch", "msgpack", "pickle")
 _STATE = re.compile(r"(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|dataloader)([._-].*)?")
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack"}
 #: Files that are never opened to see whether they hold weights.
-_NEVER = {
-    ".bmp", ".cfg", ".csv", ".gif", ".html", ".ipynb", ".jpeg", ".jpg", ".json", ".jsonl", ".log", ".md", ".mp4", ".npy",
-    ".npz", ".pdf", ".png", ".py", ".sh", ".svg", ".toml", ".txt", ".webp", ".yaml", ".yml",
-}  # fmt: skip
+_NEVER = frozenset(
+    """
+    .bmp .cfg .csv .gif .html .ipynb .jpeg .jpg .json .jsonl .log .md .mp4 .npy .npz .pdf .png .py .sh .svg .toml .txt
+    .webp .yaml .yml
+    """.split()
+)
 _SHOWN = 8
 
 

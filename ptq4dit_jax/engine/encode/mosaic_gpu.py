@@ -45,9 +45,16 @@ def modulate_encode(x_BTD: jax.Array, shift_BD: Leaf, scale_BD: Leaf, act: ActQu
     low, high = act_code_range(act.bits)
     ranges = None if act.dynamic else (stack_of(act.scale), stack_of(act.zero_point))
     codes, *scale = rows.modulate_quantize(
-        x_BTD.reshape(B * T, D), stack_of(shift_BD), stack_of(scale_BD), ranges, layer_of(shift_BD, scale_BD, act),
-        tokens=T, eps=eps, low=low, high=high,
-    )  # fmt: skip
+        x_BTD.reshape(B * T, D),
+        stack_of(shift_BD),
+        stack_of(scale_BD),
+        ranges,
+        layer_of(shift_BD, scale_BD, act),
+        tokens=T,
+        eps=eps,
+        low=low,
+        high=high,
+    )
     values = codes.reshape(B, T, D)
     if act.dynamic:
         return Encoded(values, scale[0].reshape(B, T, 1), None)

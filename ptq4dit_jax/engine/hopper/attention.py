@@ -143,16 +143,23 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, tokens: int, heads: i
     """
     M, D = q.shape
     plan = _Plan(
-        images=M // tokens, tokens=tokens, heads=heads, d=D // heads,
-        codes=None if finish is None else (finish.low, finish.high), cores=core_count(),
-    )  # fmt: skip
+        images=M // tokens,
+        tokens=tokens,
+        heads=heads,
+        d=D // heads,
+        codes=None if finish is None else (finish.low, finish.high),
+        cores=core_count(),
+    )
     kernel = common.kernel(
-        partial(_body, plan), out_type=jax.ShapeDtypeStruct((M, D), plan.out_dtype), grid=(plan.blocks,),
-        grid_names=("block",), num_threads=3, thread_name="warpgroup", kernel_name="attention",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
-    )  # fmt: skip
+        partial(_body, plan),
+        out_type=jax.ShapeDtypeStruct((M, D), plan.out_dtype),
+        grid=(plan.blocks,),
+        grid_names=("block",),
+        num_threads=3,
+        thread_name="warpgroup",
+        kernel_name="attention",
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )
     return kernel(q, k, v, *([] if finish is None else [finish.zero_point, finish.layer]))
 
 

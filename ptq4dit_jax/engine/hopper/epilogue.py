@@ -25,9 +25,17 @@ def fetch_residual(
 
 
 def finish_tile(
-    plan: Plan, acc: jax.Array, vectors: dict[str, Any], layer: jax.Array, staging: Any, fetched: Any,
-    warpgroup: jax.Array, outs: tuple[Any, ...], m0: jax.Array, n0: jax.Array,
-) -> None:  # fmt: skip
+    plan: Plan,
+    acc: jax.Array,
+    vectors: dict[str, Any],
+    layer: jax.Array,
+    staging: Any,
+    fetched: Any,
+    warpgroup: jax.Array,
+    outs: tuple[Any, ...],
+    m0: jax.Array,
+    n0: jax.Array,
+) -> None:
     """The epilogue of a warpgroup's tile, piece by piece through shared memory to the outputs.
 
     A residual is read by the warps that write the result in its place, so they need not wait for one another.

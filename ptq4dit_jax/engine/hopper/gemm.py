@@ -92,13 +92,17 @@ def int8_matmul(
         tokens, residual = finish.tokens, [finish.residual]
     plan = Plan(M, N, K, tiles, outputs, tuple(vectors), requantized, tokens, core_count(), weight_zero is not None, groups)
     kernel = common.kernel(
-        partial(_body, plan), out_type=[jax.ShapeDtypeStruct((*of_all, M, N // outputs), plan.out_dtype)] * outputs,
-        grid=(plan.blocks,), grid_names=("block",), num_threads=4 if plan.packed else 3, thread_name="warpgroup",
+        partial(_body, plan),
+        out_type=[jax.ShapeDtypeStruct((*of_all, M, N // outputs), plan.out_dtype)] * outputs,
+        grid=(plan.blocks,),
+        grid_names=("block",),
+        num_threads=4 if plan.packed else 3,
+        thread_name="warpgroup",
         kernel_name=f"int8_matmul_{'gelu' if requantized else 'residual' if residual else 'store'}_{N}x{K}",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=True
         ),
-    )  # fmt: skip
+    )
     outs = kernel(a, b.reshape(-1, b.shape[-1]), *vectors.values(), *residual)
     return [out[..., :given, :] for out in outs]
 
@@ -113,12 +117,10 @@ def _body(plan: Plan, a: Any, b: Any, *rest: Any) -> None:
     @partial(
         pl.run_scoped,
         ring=rings(plan),
-        staging=plgpu.SMEM(
-            (2, plan.slots, EPILOGUE_M, width), plan.out_dtype, transforms=swizzled(width, plan.out_dtype)
-        ),
+        staging=plgpu.SMEM((2, plan.slots, EPILOGUE_M, width), plan.out_dtype, transforms=swizzled(width, plan.out_dtype)),
         fetched=plgpu.Barrier(num_barriers=2 * plan.slots) if plan.tokens else None,
         collective_axes="warpgroup",
-    )  # fmt: skip
+    )
     def in_shared_memory(ring: Rings, staging: Any, fetched: Any) -> None:
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         in_group = plan.counts[0] * plan.counts[1]

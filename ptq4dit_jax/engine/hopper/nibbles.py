@@ -98,12 +98,17 @@ def unpacked(
             pl.when(mine)(partial(unpack, ends[0], *of_weight))
 
     kernel = common.kernel(
-        body, out_type=[jax.ShapeDtypeStruct(shape, jnp.int8) for shape in shapes], grid=(sum(counts),), grid_names=("tile",),
+        body,
+        out_type=[jax.ShapeDtypeStruct(shape, jnp.int8) for shape in shapes],
+        grid=(sum(counts),),
+        grid_names=("tile",),
         kernel_name="unpack",
         scratch_types=[
-            bytes_and_words((_HALF, TILE_K), jnp.uint8), bytes_and_words((PACKED_ROWS, TILE_K), jnp.int8), plgpu.Barrier(),
+            bytes_and_words((_HALF, TILE_K), jnp.uint8),
+            bytes_and_words((PACKED_ROWS, TILE_K), jnp.int8),
+            plgpu.Barrier(),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )  # fmt: skip
+    )
     rows = (of.reshape(-1, of.shape[-1]) for of in packed)
     return list(kernel(layer, after, *rows, *zero_points))

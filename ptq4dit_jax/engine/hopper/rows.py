@@ -29,9 +29,17 @@ _LAYOUT = plgpu.Layout.TILED(fragmented_array.Tiling(((4, COLUMNS), (COLUMNS // 
 
 
 def modulate_quantize(
-    x: jax.Array, shift: jax.Array, scale: jax.Array, ranges: tuple[jax.Array, jax.Array] | None, layer: jax.Array, *,
-    tokens: int, eps: float, low: int, high: int,
-) -> list[jax.Array]:  # fmt: skip
+    x: jax.Array,
+    shift: jax.Array,
+    scale: jax.Array,
+    ranges: tuple[jax.Array, jax.Array] | None,
+    layer: jax.Array,
+    *,
+    tokens: int,
+    eps: float,
+    low: int,
+    high: int,
+) -> list[jax.Array]:
     """``layer_norm(x) * (1 + scale) + shift`` as int8 codes.
 
     Args:
@@ -113,6 +121,10 @@ def _held(ref: Any, at: Any) -> jax.Array:
 def _over_rows(name: str, body: Any, outs: list[jax.ShapeDtypeStruct]) -> Any:
     """The kernel that runs ``body`` for every eight rows."""
     return common.kernel(
-        body, out_type=outs, grid=(outs[0].shape[0] // ROWS,), grid_names=("rows",), kernel_name=name,
+        body,
+        out_type=outs,
+        grid=(outs[0].shape[0] // ROWS,),
+        grid_names=("rows",),
+        kernel_name=name,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )  # fmt: skip
+    )

@@ -121,9 +121,16 @@ def linear_each(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, 
     require_bfloat16(dtype)
     _require_float32_scales(x, weight)
     return gemm.int8_matmul(
-        x.values, weight.values, x.scale, weight.scale, bias.astype(jnp.float32), None,
-        tiles=tiles.choose_for_few_rows(N), weight_zero=weight.zero_point, outputs=parts,
-    )  # fmt: skip
+        x.values,
+        weight.values,
+        x.scale,
+        weight.scale,
+        bias.astype(jnp.float32),
+        None,
+        tiles=tiles.choose_for_few_rows(N),
+        weight_zero=weight.zero_point,
+        outputs=parts,
+    )
 
 
 def linear_gelu(x: Encoded, weight: QTensor, bias: Leaf, act: ActQuantizer) -> Encoded:

@@ -318,10 +318,14 @@ def test_other_spellings_that_are_refused(settings, part, meta, tmp_path, raises
 @pytest.mark.parametrize(
     "settings",
     [
-        {"noise_scheduler": "cosine"}, {"timestep_scaling_factor": 1000}, {"loss_target": "x0"}, {"attn_scaling": 2.0},
-        {"scheduler": "FlowMatchEuler"}, {"activation": "gelu"},
+        {"noise_scheduler": "cosine"},
+        {"timestep_scaling_factor": 1000},
+        {"loss_target": "x0"},
+        {"attn_scaling": 2.0},
+        {"scheduler": "FlowMatchEuler"},
+        {"activation": "gelu"},
     ],
-)  # fmt: skip
+)
 def test_suspicious_settings_are_named(settings, meta, tmp_path):
     path = save_safetensors(tmp_path / "x.safetensors", meta)
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 3, **settings}))

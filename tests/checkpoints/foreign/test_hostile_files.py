@@ -402,17 +402,24 @@ FLOODS = {
     "nested lists": b"]" * 900_000 + b"a" * 899_999 + b".",
     "copies": b"cbuiltins\ndict\nq\0}("
     + b"".join(number(i) + b"N" for i in range(200_000))
-    + b"u\x85q\1(" + b"h\0h\1R" * 10_000 + b"t.",
-    "pairs": b"ccollections\nOrderedDict\nq\0](" + b"".join(number(i) + b"N\x86" for i in range(100_000)) + b"e\x85q\1("
-    + b"h\0h\1R" * 10_000 + b"t.",
+    + b"u\x85q\1("
+    + b"h\0h\1R" * 10_000
+    + b"t.",
+    "pairs": b"ccollections\nOrderedDict\nq\0]("
+    + b"".join(number(i) + b"N\x86" for i in range(100_000))
+    + b"e\x85q\1("
+    + b"h\0h\1R" * 10_000
+    + b"t.",
     "references": b"](" + b"N" * 100_000 + b"eq\0(" + b"h\0" * 1_000_000 + b"t.",
     "integers of equal hashes": b"}("
-    + b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(200_000)) + b"u.",
+    + b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(200_000))
+    + b"u.",
     "tuples of equal hashes": b"}("
-    + b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"\x85N" for i in range(200_000)) + b"u.",
+    + b"".join(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"\x85N" for i in range(200_000))
+    + b"u.",
     "floats of equal hashes": b"}(" + b"".join(b"G" + struct.pack(">d", 0.5) + b"N" for _ in range(200_000)) + b"u.",
     "texts of four bytes a character": b"(" + (text("a" * 60_000 + "\U0001f600")) * 1000 + b"t.",
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -445,8 +452,11 @@ def test_floods_take_neither_time_nor_memory(tmp_path):
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True, text=True, timeout=1200, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
     results = dict(line.split() for line in done.stdout.splitlines())
     assert len(results) == len(FLOODS) + 3, done.stderr
     assert set(results.values()) == {"0"}, results

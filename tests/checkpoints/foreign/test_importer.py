@@ -51,7 +51,7 @@ def test_meta_training_file(ema, name):
     assert found.config == model.config
     assert model.config == DiTConfig(
         input_size=8, patch_size=2, in_channels=4, hidden_size=24, depth=2, num_heads=3, num_classes=10
-    )  # fmt: skip
+    )
     assert found.parameters == model.num_params == sum(leaf.size for leaf in jax.tree.leaves(model.params))
     assert seen == [(i + 1, 31) for i in range(31)]
 
@@ -217,9 +217,11 @@ def test_everything_wrong_is_named_at_once(meta, tmp_path, raises_sentence):
     arrays["blocks.0.mlp.fc2.bias"] = np.zeros(24, np.int32)
     arrays["extra.weight"] = np.zeros(1, np.float32)
     with raises_sentence(
-        "missing: t_embedder.mlp.2.bias", "unexpected: extra.weight", "blocks.1.attn.proj.bias (23,) instead of (24,)",
+        "missing: t_embedder.mlp.2.bias",
+        "unexpected: extra.weight",
+        "blocks.1.attn.proj.bias (23,) instead of (24,)",
         "blocks.0.mlp.fc2.bias of int32",
-    ):  # fmt: skip
+    ):
         import_checkpoint(save(tmp_path / "x", arrays), num_heads=3)
 
 

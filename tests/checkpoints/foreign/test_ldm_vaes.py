@@ -154,9 +154,12 @@ def test_sizes_are_read_off_shapes(changes, tmp_path):
     config = load_vae(save_safetensors(tmp_path / "x.safetensors", made), scaling_factor=1.0).config
     wanted = {"widths": WIDTHS, "blocks": BLOCKS, "z": Z, "attention": True, "post": True} | changes
     assert wanted == {
-        "widths": config.block_out_channels, "blocks": config.layers_per_block, "z": config.latent_channels,
-        "attention": config.mid_block_add_attention, "post": config.use_post_quant_conv,
-    }  # fmt: skip
+        "widths": config.block_out_channels,
+        "blocks": config.layers_per_block,
+        "z": config.latent_channels,
+        "attention": config.mid_block_add_attention,
+        "post": config.use_post_quant_conv,
+    }
 
 
 def diffusers_names(tensors, flax):
@@ -289,9 +292,11 @@ def test_faults_in_their_names(tensors, tmp_path, raises_sentence):
     faulty["decoder.mid.attn_1.k.weight"] = np.ones((64, 3, 1, 1), np.float32)
     file = save_safetensors(tmp_path / "x.safetensors", faulty)
     with raises_sentence(
-        "by what its shapes tell", "missing: decoder.mid.attn_1.q.bias, decoder.up.2.block.1.conv2.weight;",
-        "unexpected: decoder.up.0.attn.0.norm.weight;", "decoder.mid.attn_1.k.weight (64, 3, 1, 1) instead of (64, 64, 1, 1)",
-    ):  # fmt: skip
+        "by what its shapes tell",
+        "missing: decoder.mid.attn_1.q.bias, decoder.up.2.block.1.conv2.weight;",
+        "unexpected: decoder.up.0.attn.0.norm.weight;",
+        "decoder.mid.attn_1.k.weight (64, 3, 1, 1) instead of (64, 64, 1, 1)",
+    ):
         load_vae(file, scaling_factor=1.0)
 
 

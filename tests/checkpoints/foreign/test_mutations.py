@@ -122,9 +122,19 @@ def test_random_trees(tmp_path):
     ocp.PyTreeCheckpointer().save(orbax, TREE)
     folders = ["transformer", "vae", "snapshots", "refs", "1000", "step_2", "models--a--b", "default", "x", "arrays"]
     names = [
-        "model.safetensors", "model.fp16.safetensors", "model-1-of-2.bin", "model-2-of-2.bin", "optimizer.bin", "main",
-        "model.safetensors.index.json", "model.bin.index.fp16.json", "config.json", "manifest.ocdbt", "x.pt", "1000",
-    ]  # fmt: skip
+        "model.safetensors",
+        "model.fp16.safetensors",
+        "model-1-of-2.bin",
+        "model-2-of-2.bin",
+        "optimizer.bin",
+        "main",
+        "model.safetensors.index.json",
+        "model.bin.index.fp16.json",
+        "config.json",
+        "manifest.ocdbt",
+        "x.pt",
+        "1000",
+    ]
     contents = [*small_files(tmp_path).values(), b"", b"{}", b"0", b'{"weight_map": {"a": "model.safetensors"}}', b"\x89PNG"]
     for i in range(300):
         root = tmp_path / str(i)

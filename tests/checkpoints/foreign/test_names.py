@@ -155,8 +155,11 @@ def test_paths_as_keys(tmp_path):
     model = kvfrans(tmp_path, flat)
     out = np.asarray(model.jitted()(golden["x"], golden["t"], golden["y"]))
     assert np.abs(out - golden["out"]).max() <= 2e-5 * np.abs(golden["out"]).max()
-    for keys in ({jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)},
-                 traverse_util.flatten_dict(tree, sep="/"), flax.core.freeze(tree)):  # fmt: skip
+    for keys in (
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)},
+        traverse_util.flatten_dict(tree, sep="/"),
+        flax.core.freeze(tree),
+    ):
         again = kvfrans(tmp_path, keys)
         assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), again.params, model.params))
 

@@ -16,8 +16,12 @@ from ptq4dit_jax.errors import Ptq4ditError
 SAID = {
     "model": {"num_heads": 3, "num_classes": 10, "input_size": 8, "mlp_ratio": 4.0, "hidden_size": 24, "depth": 2},
     "diffusion": {"noise_schedule": "linear", "diffusion_steps": 1000, "beta_start": 1e-4, "beta_end": 0.02},
-    "prediction_type": "epsilon", "class_dropout_prob": 0.1, "learn_sigma": True, "lr": 1e-4, "names": ["a", "b"],
-}  # fmt: skip
+    "prediction_type": "epsilon",
+    "class_dropout_prob": 0.1,
+    "learn_sigma": True,
+    "lr": 1e-4,
+    "names": ["a", "b"],
+}
 
 
 def imports(act):

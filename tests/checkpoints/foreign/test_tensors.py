@@ -24,7 +24,7 @@ TREE = {
     "a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "half": np.ones(3, ml_dtypes.bfloat16)},
     "step": np.int64(7),
     "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-}  # fmt: skip
+}
 
 
 def assert_equal(file, expected):
@@ -105,8 +105,10 @@ def test_train_states_are_walked(tmp_path):
     file = open_tensors(foreign_files.write_pickle(tmp_path / "x", {"state": state}))
     assert "state.params.w" in file
     assert [name for name in file if name.startswith("state.opt_state")] == [
-        "state.opt_state.0.0", "state.opt_state.0.1.w", "state.opt_state.0.2.w",
-    ]  # fmt: skip
+        "state.opt_state.0.0",
+        "state.opt_state.0.1.w",
+        "state.opt_state.0.2.w",
+    ]
 
 
 def test_flax_msgpack(tmp_path, monkeypatch):

@@ -131,9 +131,7 @@ def test_full_precision_beside_half(folder, tensors, expected):
     foreign_files.write_torch(folder / "diffusion_pytorch_model.bin", tensors)
     vae, found = import_vae(folder)
     assert_same(vae, expected)
-    assert found.notes == (
-        "diffusion_pytorch_model.bin, full precision, beside diffusion_pytorch_model.fp16.safetensors",
-    )  # fmt: skip
+    assert found.notes == ("diffusion_pytorch_model.bin, full precision, beside diffusion_pytorch_model.fp16.safetensors",)
 
 
 @pytest.mark.parametrize("inner", [".", "vae"])
@@ -193,10 +191,12 @@ def test_all_faults_are_named_at_once(folder, tensors, raises_sentence):
     faulty["decoder.conv_norm_out.bias"] = np.zeros(4, np.int64)
     write_file(folder / WEIGHTS, faulty)
     with raises_sentence(
-        WEIGHTS, "missing: decoder.conv_in.bias, decoder.mid_block.attentions.0.to_out.0.weight;",
-        "unexpected: decoder.extra.weight;", "decoder.conv_out.weight (3, 3, 4, 3) instead of (3, 4, 3, 3)",
+        WEIGHTS,
+        "missing: decoder.conv_in.bias, decoder.mid_block.attentions.0.to_out.0.weight;",
+        "unexpected: decoder.extra.weight;",
+        "decoder.conv_out.weight (3, 3, 4, 3) instead of (3, 4, 3, 3)",
         "decoder.conv_norm_out.bias of int64",
-    ):  # fmt: skip
+    ):
         load_vae(folder)
 
 

@@ -25,12 +25,15 @@ DIFFUSERS = Layout(
         *torch_linear("final", "proj_out_2"),
     ),
     sizes={
-        "hidden": ("pos_embed.proj.weight", 0), "channels": ("pos_embed.proj.weight", 1), "patch": ("pos_embed.proj.weight", 2),
+        "hidden": ("pos_embed.proj.weight", 0),
+        "channels": ("pos_embed.proj.weight", 1),
+        "patch": ("pos_embed.proj.weight", 2),
         "rows": ("transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight", 0),
         "mlp": ("transformer_blocks.0.ff.net.0.proj.weight", 0),
         "frequencies": ("transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.weight", 1),
-        "outputs": ("proj_out_2.weight", 0), "tokens": ("pos_embed.pos_embed", 1),
+        "outputs": ("proj_out_2.weight", 0),
+        "tokens": ("pos_embed.pos_embed", 1),
     },
     pos_embed="pos_embed.pos_embed",
     is_shared=True,
-)  # fmt: skip
+)

@@ -34,14 +34,18 @@ JAX_SIT = Layout(
         *flax_linear("final", "final_layer.proj"),
     ),
     sizes={
-        "hidden": ("x_embedder.proj.kernel", 3), "channels": ("x_embedder.proj.kernel", 2),
-        "patch": ("x_embedder.proj.kernel", 0), "tokens": ("pos_embed", 1),
-        "rows": ("y_embedder.embedding.embedding", 0), "mlp": ("blocks_0.mlp.fc1.kernel", 1),
-        "frequencies": ("t_embedder.0.kernel", 0), "outputs": ("final_layer.proj.kernel", 1),
+        "hidden": ("x_embedder.proj.kernel", 3),
+        "channels": ("x_embedder.proj.kernel", 2),
+        "patch": ("x_embedder.proj.kernel", 0),
+        "tokens": ("pos_embed", 1),
+        "rows": ("y_embedder.embedding.embedding", 0),
+        "mlp": ("blocks_0.mlp.fc1.kernel", 1),
+        "frequencies": ("t_embedder.0.kernel", 0),
+        "outputs": ("final_layer.proj.kernel", 1),
     },
     pos_embed="pos_embed",
     schedule=FlowSchedule(data_time=0),
-)  # fmt: skip
+)
 
 _QKV = tuple(f"DiTBlock_{{i}}.Dense_{n}" for n in (2, 1, 3))  # it makes k first, then q and v
 SHORTCUT = Layout(
@@ -62,9 +66,12 @@ SHORTCUT = Layout(
         *flax_linear("final", "FinalLayer_0.Dense_1"),
     ),
     sizes={
-        "hidden": ("PatchEmbed_0.Conv_0.kernel", 3), "channels": ("PatchEmbed_0.Conv_0.kernel", 2),
-        "patch": ("PatchEmbed_0.Conv_0.kernel", 0), "rows": ("LabelEmbedder_0.Embed_0.embedding", 0),
-        "mlp": ("DiTBlock_0.MlpBlock_0.Dense_0.kernel", 1), "frequencies": ("TimestepEmbedder_0.Dense_0.kernel", 0),
+        "hidden": ("PatchEmbed_0.Conv_0.kernel", 3),
+        "channels": ("PatchEmbed_0.Conv_0.kernel", 2),
+        "patch": ("PatchEmbed_0.Conv_0.kernel", 0),
+        "rows": ("LabelEmbedder_0.Embed_0.embedding", 0),
+        "mlp": ("DiTBlock_0.MlpBlock_0.Dense_0.kernel", 1),
+        "frequencies": ("TimestepEmbedder_0.Dense_0.kernel", 0),
         "outputs": ("FinalLayer_0.Dense_1.kernel", 1),
     },
     ignored=(r"Embed_0\..*",),  # of the uncertainty of training
@@ -77,7 +84,7 @@ SHORTCUT = Layout(
         seen=lambda steps: math.floor(math.log2(steps)),
         default=128,
     ),
-)  # fmt: skip
+)
 
 _MF = "net.blocks.layers_{i}."
 _LINEAR = "._flax_linear"
@@ -99,7 +106,8 @@ MEANFLOW = Layout(
         *flax_linear("final", "net.final_layer.linear" + _LINEAR),
     ),
     sizes={
-        "hidden": ("net.x_embedder.proj.kernel", 3), "channels": ("net.x_embedder.proj.kernel", 2),
+        "hidden": ("net.x_embedder.proj.kernel", 3),
+        "channels": ("net.x_embedder.proj.kernel", 2),
         "patch": ("net.x_embedder.proj.kernel", 0),
         "rows": ("net.y_embedder.embedding_table._flax_embedding.embedding", 0),
         "mlp": ("net.blocks.layers_0.mlp.fc1._flax_linear.kernel", 1),
@@ -115,7 +123,7 @@ MEANFLOW = Layout(
         seen=lambda steps: 1 / steps,
         default=1,
     ),
-)  # fmt: skip
+)
 
 _NNX = "network.blocks.{i}."
 DIFFUSE_NNX = Layout(
@@ -135,17 +143,20 @@ DIFFUSE_NNX = Layout(
         *flax_linear("final", "network.final_layer.linear"),
     ),
     sizes={
-        "hidden": ("network.x_proj.kernel", 3), "channels": ("network.x_proj.kernel", 2),
-        "patch": ("network.x_proj.kernel", 0), "rows": ("network.y_embedder.embedding_table.embedding", 0),
+        "hidden": ("network.x_proj.kernel", 3),
+        "channels": ("network.x_proj.kernel", 2),
+        "patch": ("network.x_proj.kernel", 0),
+        "rows": ("network.y_embedder.embedding_table.embedding", 0),
         "mlp": ("network.blocks.0.mlp.linear1.kernel", 1),
         "frequencies": ("network.t_embedder.mlp.layers.0.kernel", 0),
-        "outputs": ("network.final_layer.linear.kernel", 1), "tokens": ("network.x_embedder.pe", 1),
+        "outputs": ("network.final_layer.linear.kernel", 1),
+        "tokens": ("network.x_embedder.pe", 1),
         "heads": ("network.blocks.0.attn.query.kernel", 1),
     },
     pos_embed="network.x_embedder.pe",
     ignored=(r".*\.rngs\..*",),
     schedule=FlowSchedule(data_time=0),
-)  # fmt: skip
+)
 
 #: Known, so that it can be named.
 IMEANFLOW = Layout(

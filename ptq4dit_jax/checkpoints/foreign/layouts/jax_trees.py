@@ -28,15 +28,19 @@ KVFRANS = Layout(
         *flax_linear("final", "FinalLayer_0.Dense_1"),
     ),
     sizes={
-        "hidden": ("PatchEmbed_0.Conv_0.kernel", 3), "channels": ("PatchEmbed_0.Conv_0.kernel", 2),
-        "patch": ("PatchEmbed_0.Conv_0.kernel", 0), "rows": ("LabelEmbedder_0.Embed_0.embedding", 0),
-        "mlp": ("DiTBlock_0.MlpBlock_0.Dense_0.kernel", 1), "frequencies": ("TimestepEmbedder_0.Dense_0.kernel", 0),
-        "outputs": ("FinalLayer_0.Dense_1.kernel", 1), "tokens": ("pos_embed", 1),
+        "hidden": ("PatchEmbed_0.Conv_0.kernel", 3),
+        "channels": ("PatchEmbed_0.Conv_0.kernel", 2),
+        "patch": ("PatchEmbed_0.Conv_0.kernel", 0),
+        "rows": ("LabelEmbedder_0.Embed_0.embedding", 0),
+        "mlp": ("DiTBlock_0.MlpBlock_0.Dense_0.kernel", 1),
+        "frequencies": ("TimestepEmbedder_0.Dense_0.kernel", 0),
+        "outputs": ("FinalLayer_0.Dense_1.kernel", 1),
+        "tokens": ("pos_embed", 1),
         "heads": ("DiTBlock_0.MultiHeadDotProductAttention_0.query.kernel", 1),
     },
     pos_embed="pos_embed",
     schedule=NoiseSchedule(num_timesteps=500, beta_start=2e-4, beta_end=0.04),
-)  # fmt: skip
+)
 
 JAX_DIT = Layout(
     name="demon2036/jax-dit",
@@ -56,11 +60,15 @@ JAX_DIT = Layout(
         *flax_linear("final", "final_layer.linear"),
     ),
     sizes={
-        "hidden": ("x_embedder.proj.kernel", 3), "channels": ("x_embedder.proj.kernel", 2),
-        "patch": ("x_embedder.proj.kernel", 0), "tokens": ("pos_embed", 1),
-        "rows": ("y_embedder.embedding_table.embedding", 0), "mlp": ("blocks_0.mlp.fc1.kernel", 1),
-        "frequencies": ("t_embedder.mlp.layers_0.kernel", 0), "outputs": ("final_layer.linear.kernel", 1),
+        "hidden": ("x_embedder.proj.kernel", 3),
+        "channels": ("x_embedder.proj.kernel", 2),
+        "patch": ("x_embedder.proj.kernel", 0),
+        "tokens": ("pos_embed", 1),
+        "rows": ("y_embedder.embedding_table.embedding", 0),
+        "mlp": ("blocks_0.mlp.fc1.kernel", 1),
+        "frequencies": ("t_embedder.mlp.layers_0.kernel", 0),
+        "outputs": ("final_layer.linear.kernel", 1),
     },
     pos_embed="pos_embed",
     is_shared=True,
-)  # fmt: skip
+)

@@ -59,14 +59,18 @@ META = Layout(
         *torch_linear("final", "final_layer.linear"),
     ),
     sizes={
-        "hidden": ("x_embedder.proj.weight", 0), "channels": ("x_embedder.proj.weight", 1),
+        "hidden": ("x_embedder.proj.weight", 0),
+        "channels": ("x_embedder.proj.weight", 1),
         "patch": ("x_embedder.proj.weight", 2),
-        "rows": (_LABELS, 0), "mlp": ("blocks.0.mlp.fc1.weight", 0),
-        "frequencies": ("t_embedder.mlp.0.weight", 1), "outputs": ("final_layer.linear.weight", 0), "tokens": ("pos_embed", 1),
+        "rows": (_LABELS, 0),
+        "mlp": ("blocks.0.mlp.fc1.weight", 0),
+        "frequencies": ("t_embedder.mlp.0.weight", 1),
+        "outputs": ("final_layer.linear.weight", 0),
+        "tokens": ("pos_embed", 1),
     },
     pos_embed="pos_embed",
     is_shared=True,
     ignored=(r"projectors\..*",),
     renamed=_renamed,
     told=_told_by_content,
-)  # fmt: skip
+)
