@@ -20,9 +20,9 @@ from flax import struct
 
 from ptq4dit_jax import salience
 from ptq4dit_jax.calibration import MICRO_BATCH, CalibrationData, ChannelExtremes
-from ptq4dit_jax.dit import flatten_sites, nest_sites
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
 from ptq4dit_jax.numerics import CALIBRATION, along_last
 from ptq4dit_jax.quantizers import ActQuantizer, QTensor, affine_parameters
 from ptq4dit_jax.ranges import RangeSearch, quantize_weight

@@ -23,9 +23,10 @@ from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration_rows import ImageLayout, flat_rows, order_by_steps, whole_numbers
 from ptq4dit_jax.config import calibration_steps
 from ptq4dit_jax.diffusion import Sampler, resolve_guidance
-from ptq4dit_jax.dit import DiTConfig, GuidedChannels, flatten_sites, nest_sites
+from ptq4dit_jax.dit import DiTConfig, GuidedChannels
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
 from ptq4dit_jax.numerics import at_least_float32
 from ptq4dit_jax.sampling import Progress, check_labels, kept_inputs
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
@@ -259,10 +260,6 @@ def check_finite(statistics: Mapping[str, ChannelExtremes], t: ArrayLike) -> Non
         )
 
 
-def _leading(config: DiTConfig, name: str) -> tuple[int, ...]:
-    return (config.depth,) if name.startswith("blocks.") else ()
-
-
 def channel_extremes(
     model: FloatDiT,
     data: CalibrationData,
@@ -296,7 +293,7 @@ def channel_extremes(
             found = [_merged_extremes(found[0], seen) if found else seen]
     if not per_row:
         return found[0]
-    row_axis = lambda name: 1 + len(_leading(model.config, name))
+    row_axis = lambda name: 1 + len(model.config.spec.sites[name].place.lead)
     join = lambda name: jax.tree.map(lambda *parts: jnp.concatenate(parts, row_axis(name)), *[part[name] for part in found])
     return {name: join(name) for name in sites}
 
@@ -380,7 +377,8 @@ def extremes_of_rows(
     rows = data.num_rows
 
     def start(name: str) -> ChannelExtremes:
-        shape = _leading(config, name) + ((rows,) if per_row else ()) + config.site_features[name]
+        site = config.spec.sites[name]
+        shape = site.place.lead + ((rows,) if per_row else ()) + site.features
         dtype = at_least_float32(model.dtype)
         low, high = jnp.full(shape, jnp.inf, dtype), jnp.full(shape, -jnp.inf, dtype)
         return ChannelExtremes(low=low, high=high, power=jnp.zeros(shape, dtype), per_row=per_row)

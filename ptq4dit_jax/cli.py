@@ -32,13 +32,15 @@ from ptq4dit_jax.cli_options import (
     Vae,
     VaeScale,
 )
-from ptq4dit_jax.config import ATTENTION, LAYERS, POLICIES, QuantConfig, Reconstruction
+from ptq4dit_jax.config import QuantConfig, Reconstruction
 from ptq4dit_jax.diffusion import Sampler, resolve_guidance
 from ptq4dit_jax.engine import QuantizedDiT, backends, describe
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare, num_bytes, plain, write_report
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.registry import known_specs
 from ptq4dit_jax.outputs import check_picture, write_picture, write_samples
+from ptq4dit_jax.policy import POLICIES, attention_of
 from ptq4dit_jax.quality import REFUSE_BELOW, WARN_BELOW, PoorQuality, Quality
 from ptq4dit_jax.reconstruction import forget_journal, journal_beside
 from ptq4dit_jax.staging import claim
@@ -79,6 +81,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+#: The tables of a DiT, for the names in help.
+_DIT = known_specs()[0]
 
 
 def _provenance(path: str | Path) -> dict[str, Any]:
@@ -157,8 +162,8 @@ def quantize(
     policy: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(POLICIES)}; then layer=bits or layer=bits:float, or {ATTENTION}=float. "
-            f"Layers: {', '.join(LAYERS)}.",
+            help=f"{', '.join(POLICIES)}; then layer=bits or layer=bits:float, or {attention_of(_DIT)}=float. "
+            f"Layers: {', '.join(_DIT.linears)}.",
             show_default=QuantConfig.policy,
         ),
     ] = None,
@@ -169,7 +174,7 @@ def quantize(
         str | None,
         typer.Option(
             help="Sites scaled per token at run time, comma-separated, or none.",
-            show_default=",".join(QuantConfig.dynamic_sites),
+            show_default=",".join(name for name, site in _DIT.sites.items() if site.reduced),
         ),
     ] = None,
     paper: Annotated[

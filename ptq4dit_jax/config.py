@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 from ptq4dit_jax.diffusion import Sampler, SamplerName, check_guidance, resolve_guidance
-from ptq4dit_jax.dit import BLOCK_SITES, EDGE_SITES, DiTConfig, GuidedChannels
-from ptq4dit_jax.edges import quoted, shown, whole_number
+from ptq4dit_jax.dit import GuidedChannels
+from ptq4dit_jax.edges import shown
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.networks.ops import Network
+from ptq4dit_jax.networks.registry import known_specs
+from ptq4dit_jax.networks.spec import NetworkSpec
+from ptq4dit_jax.policy import LayerRule, Policy, Rules
 from ptq4dit_jax.quantizers import check_bits
 from ptq4dit_jax.ranges import RangeSearch
 from ptq4dit_jax.schedules import Schedule
@@ -24,12 +28,6 @@ Start = Literal["nearest", "gptq"]
 _CALIBRATION_STEPS = 25
 #: The balancings that a setting of balancing serves.
 _SERVES = {"ssc": ("csb+ssc",), "temperature": ("csb+ssc", "search"), "exponent": ("csb", "csb+ssc")}
-EDGE_LAYERS = tuple(EDGE_SITES.values())
-LAYERS = (*EDGE_LAYERS, *(f"blocks.{layer}" for layer in BLOCK_SITES.values() if layer))
-
-
-#: Attention's two products in a policy; they have no weights.
-ATTENTION = "blocks.attention"
 #: The ``act_bits`` of a model that quantizes weights only.
 FLOAT_ACTS = 16
 #: The largest numbers that a run may ask for, far above what is of use; memory may allow less.
@@ -40,74 +38,12 @@ _TEMPERATURES = (1e-6, 1e6)
 _MAX_RATE = 1e6
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerRule:
-    """Width of a layer's weights, and whether its input is quantized (then the product runs on integers)."""
-
-    weight_bits: int
-    integer: bool = True
-
-
-class Rules(NamedTuple):
-    """What a policy decides: each layer's rule, and whether attention's two products run on integers."""
-
-    layers: dict[str, LayerRule]
-    integer_attention: bool
-
-
-#: What each named policy changes against "uniform", where every layer has ``weight_bits`` and integer inputs (the paper).
-POLICIES: dict[str, dict[str, LayerRule]] = {
-    "uniform": {},
-    "edges8": {layer: LayerRule(8) for layer in EDGE_LAYERS},
-    "edges8-float": {layer: LayerRule(8, integer=False) for layer in EDGE_LAYERS},
-    "small8": {layer: LayerRule(8) for layer in (*EDGE_LAYERS, "blocks.adaLN")},
-    "weights-only": {layer: LayerRule(8, integer=False) for layer in EDGE_LAYERS},
-}
-#: The one that leaves all activations in float, within the blocks as well.
-_WEIGHTS_ONLY = "weights-only"
-
-
-def read_policy(policy: str, weight_bits: int) -> Rules:
-    """What a policy such as ``edges8`` or ``uniform,blocks.adaLN=8,final=8:float,blocks.attention=float`` decides.
-
-    A policy is a name from ``POLICIES``, then any number of ``layer=bits`` or ``layer=bits:float`` (integer weights, float
-    input), and ``blocks.attention=float`` or ``=integer``. ``weights-only`` is ``edges8-float`` with float inputs everywhere.
-    """
-    name, *overrides = [part.strip() for part in policy.split(",")]
-    if name not in POLICIES:
-        raise Ptq4ditError(f"Unknown policy {name!r}; the policies are {', '.join(POLICIES)}, then layer=bits for exceptions.")
-    integer = name != _WEIGHTS_ONLY
-    layers = {layer: LayerRule(weight_bits, integer) for layer in LAYERS} | POLICIES[name]
-    for override in overrides:
-        layer, _, value = override.partition("=")
-        if layer == ATTENTION:
-            if value not in ("float", "integer"):
-                raise Ptq4ditError(f"Policy {override!r} must read {ATTENTION}=float or {ATTENTION}=integer.")
-            integer = value == "integer"
-            continue
-        bits, _, kind = value.partition(":")
-        if layer not in layers:
-            raise Ptq4ditError(
-                f"Unknown layer {layer!r} in the policy; the layers are {', '.join(LAYERS)}, and {ATTENTION} for its products."
-            )
-        width = whole_number(bits)
-        if width is None or kind not in ("", "float"):
-            raise Ptq4ditError(f"Policy {quoted(override)} must read layer=bits or layer=bits:float, for example final=8.")
-        layers[layer] = LayerRule(check_bits(f"The width of {layer}", width), integer=kind != "float")
-    return Rules(layers, integer)
-
-
-def layer_rules(policy: str, weight_bits: int) -> dict[str, LayerRule]:
-    """The rule of every layer; see :func:`read_policy`."""
-    return read_policy(policy, weight_bits).layers
-
-
 def _check_act_bits(bits: int) -> None:
     try:
         check_bits("act_bits", bits)
     except Ptq4ditError as error:
         raise Ptq4ditError(
-            f"{str(error).rstrip('.')}; or {FLOAT_ACTS}, which like policy {_WEIGHTS_ONLY} leaves all activations float."
+            f"{str(error).rstrip('.')}; or {FLOAT_ACTS}, which like policy weights-only leaves all activations float."
         ) from None
 
 
@@ -231,10 +167,10 @@ class QuantConfig:
       range_search: how ranges are chosen, see :mod:`ptq4dit_jax.ranges`.
       weigh_inputs: weight ranges minimize the expected output error (each input channel counts by its mean square) instead of
         the plain error of the weights.
-      policy: widths of single layers, and what stays float; see :func:`read_policy`.
+      policy: widths of single layers, and what stays float; see :meth:`ptq4dit_jax.policy.Policy.parse`.
       step_groups: activation ranges per group of steps, at most one a calibration step; 1 is the paper's.
       dynamic_sites: sites scaled per token at run time instead of by calibrated ranges; ``blocks.probs`` per query and head.
-        By default those where a row is reduced anyway, by a norm or the softmax. What each is worth:
+        None is the network's where a row is reduced anyway, by a norm or the softmax. What each is worth:
         docs/journal/quantization.md.
       calib_steps, calib_rows: evenly spaced steps of the sampling chain, and rows at each. None steps are 25, or all of a
         shorter chain.
@@ -260,7 +196,7 @@ class QuantConfig:
     weigh_inputs: bool = True
     policy: str = "edges8-float"
     step_groups: int = 5
-    dynamic_sites: tuple[str, ...] = ("blocks.qkv_in", "blocks.probs", "blocks.fc1_in")
+    dynamic_sites: tuple[str, ...] | None = None
     calib_steps: int | None = None
     calib_rows: int = 64
     sampler: SamplerName = "auto"
@@ -304,11 +240,11 @@ class QuantConfig:
             raise Ptq4ditError(f"step_groups must be at least 1 and at most {MAX_ROWS}, not {shown(self.step_groups)}.")
         if self.calib_rows > MAX_ROWS:
             raise Ptq4ditError(f"Calibration rows must be at most {MAX_ROWS} at each step, not {shown(self.calib_rows)}.")
-        possible = {f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer or name == "probs"} | set(EDGE_SITES)
-        for name in self.dynamic_sites:
+        possible = {name for spec in known_specs() for name in _possibly_dynamic(spec)}
+        for name in self.dynamic_sites or ():
             _check_choice("dynamic_sites", name, tuple(sorted(possible)))
         _ = self.walk
-        self._policy  # noqa: B018  (raises on a policy that cannot be read)
+        Policy.parse(self.policy)
 
     @classmethod
     def paper(cls, weight_bits: int = 8, **overrides: Any) -> QuantConfig:
@@ -346,7 +282,21 @@ class QuantConfig:
     def walk(self) -> Sampler:
         return Sampler(name=self.sampler, steps=self.steps, eta=self.eta)
 
-    def resolve(self, schedule: Schedule, network: DiTConfig) -> QuantConfig:
+    def for_network(self, network: Network) -> QuantConfig:
+        """The same settings with everything filled in that depends on the network alone.
+
+        Raises:
+          Ptq4ditError: the network lacks a layer or a site that they name.
+        """
+        self.rules(network.spec)
+        if self.dynamic_sites is None:
+            reduced = tuple(name for name, site in network.spec.sites.items() if site.reduced)
+            return dataclasses.replace(self, dynamic_sites=reduced)
+        for name in self.dynamic_sites:
+            _check_choice("dynamic_sites", name, tuple(sorted(_possibly_dynamic(network.spec))))
+        return self
+
+    def resolve(self, schedule: Schedule, network: Any) -> QuantConfig:
         """The same settings with everything filled in that depends on the model: sampler, steps, guidance and calibration
         steps."""
         walk = self.walk.resolve(schedule)
@@ -358,27 +308,18 @@ class QuantConfig:
             calib_steps=calibration_steps(self.calib_steps, walk.tables(schedule).num_steps),
         )
 
-    @property
-    def _policy(self) -> Rules:
-        rules = read_policy(self.policy, self.weight_bits)
+    def rules(self, spec: NetworkSpec) -> Rules:
+        """What the policy and the widths decide for each layer of a network."""
+        rules = Policy.parse(self.policy).rules(spec, self.weight_bits)
         if self.act_bits != FLOAT_ACTS:
             return rules
         return Rules({name: LayerRule(rule.weight_bits, integer=False) for name, rule in rules.layers.items()}, False)
 
     @property
-    def rules(self) -> dict[str, LayerRule]:
-        """The rule of every layer."""
-        return self._policy.layers
-
-    @property
-    def integer_attention(self) -> bool:
-        """Whether attention's two products run on integers."""
-        return self._policy.integer_attention
-
-    @property
     def weights_only(self) -> bool:
         """Whether no activation is quantized."""
-        return not (self.integer_attention or any(rule.integer for rule in self.rules.values()))
+        policy, specs = Policy.parse(self.policy), known_specs()
+        return any(self.rules(spec).weights_only for spec in specs if all(layer in spec.linears for layer, _ in policy.layers))
 
     @property
     def name(self) -> str:
@@ -387,3 +328,8 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def _possibly_dynamic(spec: NetworkSpec) -> set[str]:
+    """Sites that can be scaled per token: inputs of layers, and attention's probabilities."""
+    return {name for name, site in spec.sites.items() if site.feeds is not None or site.nonnegative}

@@ -1,35 +1,34 @@
-"""The Diffusion Transformer (Peebles & Xie, 2023) in Flax: float only, knows nothing of integers.
-
-Dimension letters, used as name suffixes throughout the package:
-
-    B batch    T tokens    D width (hidden size)    A attention heads    d head width    K/N in/out features of a linear
-    H, W, C    height, width and channels of an image (NHWC)             L depth (stacked blocks)
-
-**Sites.** Every activation that can be quantized or observed passes through :func:`site`, which looks for two variable
-collections. ``quantizers`` holds callables ``x -> x`` (fake quantization, or a balancing factor); ``observers`` holds objects
-with ``observe(x) -> observer``, run after the quantizer, so they see what the layer receives. Both are pytrees; with neither
-present the site is the identity. The float model, calibration and fake quantization are therefore one code path, chosen by the
-variables that are passed in. Blocks are scanned, so a block's variables carry a leading depth axis L.
-"""
+"""The Diffusion Transformer (Peebles & Xie, 2023): its settings, its tables, and its forward in verbs."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import einops
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from ptq4dit_jax.devices import default_device
 from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.numerics import EXACT, at_least_float32, product_precision, threefry
+from ptq4dit_jax.networks.float_network import FloatNetwork
+from ptq4dit_jax.networks.ops import Activation, Network, Norm, Ops
+from ptq4dit_jax.networks.parts import patchify, sine_cosine_positions, timestep_frequencies, unpatchify
+from ptq4dit_jax.networks.spec import (
+    Columns,
+    Linear,
+    Modulation,
+    NetworkSpec,
+    Place,
+    Residual,
+    Role,
+    Site,
+    Stack,
+    Table,
+    UnitKind,
+)
+from ptq4dit_jax.numerics import at_least_float32, threefry
 
 #: Depth, width and heads of the published sizes; each exists with patch size 2, 4 and 8.
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -50,36 +49,9 @@ LARGEST = {
 }
 MAX_TOKENS, MAX_POSITION_VALUES, MAX_PARAMETERS = 2**16, 2**27, 2**40
 
-#: Sites inside a block that can be quantized, and the linear layer each one feeds (None: an attention product).
-BLOCK_SITES = {
-    "adaLN_in": "adaLN",
-    "qkv_in": "qkv",
-    "q": None,
-    "k": None,
-    "v": None,
-    "probs": None,
-    "proj_in": "proj",
-    "fc1_in": "fc1",
-    "fc2_in": "fc2",
-}
-#: The same outside the blocks.
-EDGE_SITES = {
-    "patch_in": "patch_embed",
-    "time_in": "time_fc1",
-    "time_hidden": "time_fc2",
-    "final_adaLN_in": "final_adaLN",
-    "final_in": "final",
-}
-#: The site that feeds each linear layer, both by their full names.
-SITE_OF_LAYER = {f"blocks.{layer}": f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer} | {
-    layer: name for name, layer in EDGE_SITES.items()
-}
-#: Outputs that balancing leaves unchanged; only ever observed, to compare two models layer by layer.
-PROBE_SITES = ("proj_out", "fc1_out", "fc2_out", "block_out")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiTConfig:
+class DiTConfig(Network):
     """Shape of a DiT. ``input_size`` is the side of the (square) image or latent.
 
     ``num_classes`` 0 (with ``null_class`` False) is an unconditional DiT: it has no table of labels, and its condition is the
@@ -168,13 +140,6 @@ class DiTConfig:
             )
 
     @property
-    def num_parameters(self) -> int:
-        """Of the float network: weights, biases, the table of labels, and that of positions where it is a parameter."""
-        tables = (self.num_labels + self.num_tokens * self.position_table) * self.hidden_size
-        layers = self.linear_shapes.items()
-        return tables + sum((K + 1) * N * (self.depth if name.startswith("blocks.") else 1) for name, (K, N) in layers)
-
-    @property
     def num_tokens(self) -> int:
         return (self.input_size // self.patch_size) ** 2
 
@@ -208,71 +173,86 @@ class DiTConfig:
     def image_shape(self) -> tuple[int, int, int]:
         return (self.input_size, self.input_size, self.in_channels)
 
-    @property
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(K, N) of every linear layer; block layers are named ``blocks.<layer>``."""
-        D, F, P = self.hidden_size, self.mlp_size, self.patch_size**2
-        return {
-            "patch_embed": (P * self.in_channels, D),
-            "time_fc1": (self.frequency_size, D),
-            "time_fc2": (D, D),
-            "blocks.adaLN": (D, 6 * D),
-            "blocks.qkv": (D, 3 * D),
-            "blocks.proj": (D, D),
-            "blocks.fc1": (D, F),
-            "blocks.fc2": (F, D),
-            "final_adaLN": (D, 2 * D),
-            "final": (D, P * self.out_channels),
-        }
-
-    @property
-    def site_features(self) -> dict[str, tuple[int, ...]]:
-        """Trailing shape of the activation at every site that can be quantized; block sites are named ``blocks.<site>``."""
-        shapes = self.linear_shapes
-        heads = (self.num_heads, self.head_width)
-        features = {f"blocks.{name}": heads if name in "qkv" else (self.num_tokens,) for name in BLOCK_SITES}
-        features |= {f"blocks.{name}": shapes[f"blocks.{layer}"][:1] for name, layer in BLOCK_SITES.items() if layer}
-        return features | {name: shapes[layer][:1] for name, layer in EDGE_SITES.items()}
-
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    @classmethod
+    def example(cls) -> DiTConfig:
+        return cls(input_size=2, patch_size=1, in_channels=1, hidden_size=4, depth=1, num_heads=1, num_classes=1)
 
-def site(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
-    """Quantizes and observes ``x`` if the variables of ``module`` say so; see the module docstring."""
-    if module.has_variable("quantizers", name):
-        x = module.get_variable("quantizers", name)(x)
-    if module.has_variable("observers", name):
-        module.put_variable("observers", name, module.get_variable("observers", name).observe(x))
-    return x
+    def _make_spec(self) -> NetworkSpec:
+        D, F, P = self.hidden_size, self.mlp_size, self.patch_size**2
+        blocks = Stack("blocks", self.depth)
+        edge = lambda name, K, N: Linear(Place(name), K, N, edge=True)
+        inner = lambda name, K, N: Linear(Place(name, blocks), K, N)
+        at = lambda linear, name, **more: Site(linear.place.beside(name), (linear.K,), feeds=linear, **more)
+        heads = (self.num_heads, self.head_width)
+        of_attention = lambda name, features, **more: Site(Place(name, blocks), features, **more)
 
+        patch_embed = edge("patch_embed", P * self.in_channels, D)
+        time_fc1, time_fc2 = edge("time_fc1", self.frequency_size, D), edge("time_fc2", D, D)
+        final_adaLN, final = edge("final_adaLN", D, 2 * D), edge("final", D, P * self.out_channels)
+        adaLN, qkv, proj = inner("adaLN", D, 6 * D), inner("qkv", D, 3 * D), inner("proj", D, D)
+        fc1, fc2 = inner("fc1", D, F), inner("fc2", F, D)
+        block_sites = (
+            at(adaLN, "adaLN_in"),
+            at(qkv, "qkv_in", home=Modulation("adaLN", shift=0, scale=1, of=6), reduced=True),
+            of_attention("q", heads),
+            of_attention("k", heads),
+            of_attention("v", heads, home=Columns("qkv", part=2, of=3, undone="proj_in")),
+            of_attention("probs", (self.num_tokens,), nonnegative=True, reduced=True),
+            at(proj, "proj_in", home=Residual()),
+            at(fc1, "fc1_in", home=Modulation("adaLN", shift=3, scale=4, of=6), reduced=True),
+            at(fc2, "fc2_in", home=Residual(), in_paper=False),
+        )
+        tables = {"position_embed": Table(self.num_tokens, D, deviation=0.02)} if self.position_table else {}
+        tables |= {"label_embed": Table(self.num_labels, D)} if self.num_labels else {}
+        return NetworkSpec.of(
+            (
+                UnitKind(Role.IMAGE, (patch_embed,), (at(patch_embed, "patch_in"),), tables=("position_embed",)),
+                UnitKind(
+                    Role.CONDITION,
+                    (time_fc1, time_fc2),
+                    (at(time_fc1, "time_in"), at(time_fc2, "time_hidden")),
+                    tables=("label_embed",),
+                ),
+                UnitKind(Role.BLOCK, (adaLN, qkv, proj, fc1, fc2), block_sites, stack=blocks),
+                UnitKind(Role.HEAD, (final_adaLN, final), (at(final_adaLN, "final_adaLN_in"), at(final, "final_in"))),
+            ),
+            tables,
+            outputs=(Place(name, blocks) for name in ("q", "k", "proj_out", "fc1_out", "fc2_out", "block_out")),
+        )
 
-def nest_sites(by_name: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns ``{"blocks.q": a, "final_in": b}`` into the tree of a variable collection, ``{"blocks": {"q": a}, "final_in":
-    b}``."""
-    tree: dict[str, Any] = {name: value for name, value in by_name.items() if not name.startswith("blocks.")}
-    blocks = {name.removeprefix("blocks."): value for name, value in by_name.items() if name.startswith("blocks.")}
-    return tree | ({"blocks": blocks} if blocks else {})
+    def embed_image(self, ops: Ops, x_BHWC: ArrayLike) -> jax.Array:
+        tokens = patchify(jnp.asarray(x_BHWC, ops.dtype), self.patch_size)
+        learned = ops.table("position_embed")
+        table = position_embedding(self) if learned is None else learned
+        return ops.linear("patch_embed", tokens) + jnp.asarray(table, ops.dtype)[None]
 
+    def embed_condition(self, ops: Ops, t_B: ArrayLike, y_B: ArrayLike | None) -> jax.Array:
+        frequencies = timestep_frequencies(self.frequency_size, jnp.asarray(t_B), self.freq_shift)
+        hidden = jax.nn.silu(ops.linear("time_fc1", frequencies.astype(ops.dtype)))
+        condition = ops.linear("time_fc2", hidden)
+        if self.num_labels:
+            condition = condition + ops.look_up("label_embed", required_labels(self, y_B))
+        return jax.nn.silu(condition)
 
-def flatten_sites(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`nest_sites`."""
-    blocks = {f"blocks.{name}": value for name, value in tree.get("blocks", {}).items()}
-    return {name: value for name, value in tree.items() if name != "blocks"} | blocks
+    def block(self, ops: Ops, stack: Stack, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = ops.modulation("adaLN", c_BD, 6)
+        q, k, v = ops.split("qkv", ops.normed("qkv", x_BTD, shift_attn, scale_attn, Norm()), 3)
+        x_BTD = ops.gated("proj", ops.attend(q, k, v, self.num_heads, "proj"), gate_attn, x_BTD)
+        fed = ops.normed("fc1", x_BTD, shift_mlp, scale_mlp, Norm(self.mlp_norm_eps))
+        return ops.gated("fc2", ops.activated("fc1", fed, Activation.GELU, "fc2"), gate_mlp, x_BTD)
+
+    def head(self, ops: Ops, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
+        shift, scale = ops.modulation("final_adaLN", c_BD, 2)
+        out_BTK = ops.product("final", ops.normed("final", x_BTD, shift, scale, Norm()))
+        return unpatchify(out_BTK, self.patch_size, self.input_size // self.patch_size)
 
 
 def position_embedding(config: DiTConfig) -> np.ndarray:
-    """Fixed 2-D sine-cosine table (T, D); the first half of D encodes the column, the second half the row."""
-    side, quarter = config.input_size // config.patch_size, config.hidden_size // 4
-    omega = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
-    angles = np.arange(side)[:, None] * omega
-    along = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
-    return np.concatenate([np.tile(along, (side, 1)), np.repeat(along, side, axis=0)], axis=1)
-
-
-def positions(config: DiTConfig, learned: ArrayLike | None, dtype: DTypeLike) -> jax.Array:
-    """What is added to the patch embedding, (1, T, D): the model's own table (T, D), or without one the fixed table."""
-    return jnp.asarray(position_embedding(config) if learned is None else learned, dtype)[None]
+    """The fixed table of positions (T, D)."""
+    return sine_cosine_positions(config.input_size // config.patch_size, config.hidden_size)
 
 
 def required_labels(config: DiTConfig, y_B: ArrayLike | None) -> jax.Array:
@@ -286,203 +266,8 @@ def required_labels(config: DiTConfig, y_B: ArrayLike | None) -> jax.Array:
     return jnp.asarray(y_B)
 
 
-def condition_of_rows(silu_c_BD: jax.Array, rows: int) -> jax.Array:
-    """The condition of every row, (B, D), also where all rows share one, (1, D): without labels the time may be all it is."""
-    return jnp.broadcast_to(silu_c_BD, (rows, silu_c_BD.shape[-1]))
-
-
-def timestep_frequencies(config: DiTConfig, t_B: jax.Array) -> jax.Array:
-    """Sinusoidal features (B, frequency_size) of the timestep, cosines first."""
-    half = config.frequency_size // 2
-    frequencies = np.exp(-math.log(10000.0) * np.arange(half) / (half - config.freq_shift)).astype(np.float32)
-    angles = t_B.astype(jnp.float32)[:, None] * frequencies[None]
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def patchify(config: DiTConfig, x_BHWC: jax.Array) -> jax.Array:
-    """(B, H, W, C) to tokens (B, T, P*P*C), row-major; inside a token (row, column, channel), channel fastest."""
-    p = config.patch_size
-    return einops.rearrange(x_BHWC, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
-
-
-def unpatchify(config: DiTConfig, x_BTK: jax.Array) -> jax.Array:
-    """The inverse of :func:`patchify`, for any number of channels."""
-    p, side = config.patch_size, config.input_size // config.patch_size
-    return einops.rearrange(x_BTK, "b (h w) (p q c) -> b (h p) (w q) c", h=side, w=side, p=p, q=p)
-
-
-def compute_dtype(stored: DTypeLike, asked: str | None = None) -> DTypeLike:
-    """The type to compute in: the one asked for, else the type of the stored parameters, for float16 however float32.
-
-    Activations of a network that was trained in another type may exceed 65504, float16's largest number, and become
-    infinite. bfloat16 would not hold the weights: it has 8 significant bits, and float16 has 11.
-    """
-    if asked is not None:
-        return jnp.dtype(asked)
-    return jnp.dtype(jnp.float32 if jnp.dtype(stored) == jnp.float16 else stored)
-
-
-def asked_dtype(dtype: DTypeLike) -> str | None:
-    """What to remember of a type that is asked for: nothing where :func:`compute_dtype` gives it anyway."""
-    name = jnp.dtype(dtype).name
-    return None if compute_dtype(dtype) == name else name
-
-
-def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """LayerNorm without affine parameters over the last axis; statistics in float32 at least."""
-    wide = x.astype(at_least_float32(x.dtype))
-    centered = wide - wide.mean(-1, keepdims=True)
-    return (centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)).astype(x.dtype)
-
-
-def modulate(x_BTD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
-    """adaLN: ``x * (1 + scale) + shift``."""
-    return x_BTD * (1 + scale_BD[:, None]) + shift_BD[:, None]
-
-
-def softmax(logits: jax.Array) -> jax.Array:
-    """Softmax over the last axis in float32 at least, returned in the input's dtype."""
-    wide = logits.astype(at_least_float32(logits.dtype))
-    # A product with the reciprocal: XLA compiles the gradient of the quotient otherwise for several devices than for one.
-    exp = jnp.exp(wide - jax.lax.stop_gradient(wide.max(-1, keepdims=True)))
-    return (exp * (1 / exp.sum(-1, keepdims=True))).astype(logits.dtype)
-
-
-def can_fuse_attention(dtype: DTypeLike, head_width: int) -> bool:
-    """Whether :func:`fused_attention` runs on the default device: cuDNN's, for 16-bit types and GPUs since Ampere."""
-    fitting = jnp.dtype(dtype).itemsize == 2 and head_width % 8 == 0 and head_width <= 128
-    return fitting and default_device().capability >= (8, 0)
-
-
-def fused_attention(q_BTAd: jax.Array, k_BTAd: jax.Array, v_BTAd: jax.Array) -> jax.Array:
-    """Softmax attention (B, T, A, d) as one kernel of cuDNN, which keeps no probabilities."""
-    return jax.nn.dot_product_attention(q_BTAd, k_BTAd, v_BTAd, implementation="cudnn")
-
-
-def float_attention(
-    q_BTAd: jax.Array,
-    k_BTAd: jax.Array,
-    v_BTAd: jax.Array,
-    watch: Callable[[jax.Array], jax.Array] | None = None,
-    precision: jax.lax.Precision = EXACT,
-) -> jax.Array:
-    """Softmax attention (B, T, A, d), by :func:`fused_attention` where that runs. With ``watch``, its probabilities
-    (B, A, T, T) are what that makes of them. ``precision`` is that of float32 products."""
-    if watch is None and can_fuse_attention(q_BTAd.dtype, q_BTAd.shape[-1]):
-        return fused_attention(q_BTAd, k_BTAd, v_BTAd)
-    precision = product_precision(q_BTAd.dtype, precision)
-    logits_BATT = jnp.einsum("bqad,bkad->baqk", q_BTAd, k_BTAd, precision=precision) * q_BTAd.shape[-1] ** -0.5
-    probs_BATT = softmax(logits_BATT) if watch is None else watch(softmax(logits_BATT))
-    return jnp.einsum("baqk,bkad->bqad", probs_BATT, v_BTAd, precision=precision)
-
-
-class Block(nn.Module):
-    """One transformer block with adaLN-Zero modulation: (B, T, D) and silu of the condition (B, D) to (B, T, D)."""
-
-    config: DiTConfig
-    dtype: DTypeLike
-    precision: jax.lax.Precision = EXACT
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array, silu_c_BD: jax.Array) -> tuple[jax.Array, None]:
-        config, precision = self.config, product_precision(self.dtype, self.precision)
-        D, A = config.hidden_size, config.num_heads
-        init = nn.initializers.xavier_uniform()
-
-        def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, precision=precision, kernel_init=init, name=name)
-
-        modulation = dense(6 * D, "adaLN")(site(self, "adaLN_in", silu_c_BD))
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = jnp.split(modulation, 6, axis=-1)
-
-        h_BTD = site(self, "qkv_in", modulate(layer_norm(x_BTD), shift_attn, scale_attn))
-        qkv = einops.rearrange(dense(3 * D, "qkv")(h_BTD), "b t (n a d) -> n b t a d", n=3, a=A)
-        q_BTAd, k_BTAd, v_BTAd = (site(self, name, part) for name, part in zip("qkv", qkv, strict=True))
-        watched = any(self.has_variable(kind, "probs") for kind in ("quantizers", "observers"))
-        watch = (lambda probs_BATT: site(self, "probs", probs_BATT)) if watched else None
-        out_BTAd = float_attention(q_BTAd, k_BTAd, v_BTAd, watch, precision)
-        out_BTD = einops.rearrange(out_BTAd, "b t a d -> b t (a d)")
-        out_BTD = site(self, "proj_out", dense(D, "proj")(site(self, "proj_in", out_BTD)))
-        x_BTD = x_BTD + gate_attn[:, None] * out_BTD
-
-        h_BTD = site(self, "fc1_in", modulate(layer_norm(x_BTD, config.mlp_norm_eps), shift_mlp, scale_mlp))
-        h_BTF = nn.gelu(site(self, "fc1_out", dense(config.mlp_size, "fc1")(h_BTD)), approximate=True)
-        h_BTD = site(self, "fc2_out", dense(D, "fc2")(site(self, "fc2_in", h_BTF)))
-        x_BTD = site(self, "block_out", x_BTD + gate_mlp[:, None] * h_BTD)
-        return x_BTD, None
-
-
-class DiT(nn.Module):
-    """The network. ``dtype`` is the compute type; LayerNorm and softmax always reduce in float32. ``precision`` is that of
-    float32 products.
-
-    Variables: ``params``, with all block parameters stacked on a leading depth axis, and optionally ``quantizers`` and
-    ``observers`` (module docstring). Kernels are (K, N), Flax's order.
-    """
-
-    config: DiTConfig
-    dtype: DTypeLike = jnp.float32
-    precision: jax.lax.Precision = EXACT
-
-    def setup(self) -> None:
-        config, precision = self.config, product_precision(self.dtype, self.precision)
-        init = nn.initializers.xavier_uniform()
-
-        def dense(features: int) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, precision=precision, kernel_init=init)
-
-        self.patch_embed = dense(config.hidden_size)
-        self.time_fc1, self.time_fc2 = dense(config.hidden_size), dense(config.hidden_size)
-        if config.position_table:
-            self.position_embed = nn.Embed(
-                config.num_tokens, config.hidden_size, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02)
-            )
-        if config.num_labels:
-            self.label_embed = nn.Embed(config.num_labels, config.hidden_size, dtype=self.dtype)
-        self.blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0, "quantizers": 0, "observers": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=config.depth,
-        )(config, self.dtype, self.precision)
-        self.final_adaLN = dense(2 * config.hidden_size)
-        self.final = dense(config.patch_size**2 * config.out_channels)
-
-    def __call__(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None) -> jax.Array:
-        """Raw network output (B, H, W, out_channels): predicted noise, then the variance channels if sigma is learned.
-
-        Args:
-          x_BHWC: noised images or latents, (B, input_size, input_size, in_channels).
-          t_B: timesteps of the training schedule (0 is the cleanest), (B,), integer or float; (1,) where all rows share it.
-          y_B: class labels, (B,) int32; ``config.null_label`` for "no class". Ignored, and may be None, without classes.
-        """
-        x_BTD = self.embed_image(x_BHWC)
-        silu_c_BD = condition_of_rows(self.embed_condition(t_B, y_B), x_BTD.shape[0])
-        x_BTD, _ = self.blocks(x_BTD, silu_c_BD)
-        return self.head(x_BTD, silu_c_BD)
-
-    def embed_image(self, x_BHWC: ArrayLike) -> jax.Array:
-        """Tokens (B, T, D) of images, with their positions."""
-        tokens = site(self, "patch_in", patchify(self.config, jnp.asarray(x_BHWC, self.dtype)))
-        learned = self.position_embed.embedding if self.config.position_table else None
-        return self.patch_embed(tokens) + positions(self.config, learned, self.dtype)
-
-    def embed_condition(self, t_B: ArrayLike, y_B: ArrayLike | None) -> jax.Array:
-        """silu of the embedded timestep and label, (B, D): all that modulation sees of either."""
-        frequencies = site(self, "time_in", timestep_frequencies(self.config, jnp.asarray(t_B)).astype(self.dtype))
-        hidden = site(self, "time_hidden", nn.silu(self.time_fc1(frequencies)))
-        condition = self.time_fc2(hidden)
-        if self.config.num_labels:
-            condition = condition + self.label_embed(required_labels(self.config, y_B))
-        return nn.silu(condition)
-
-    def head(self, x_BTD: jax.Array, silu_c_BD: jax.Array) -> jax.Array:
-        """The last hidden state to the network's output (B, H, W, out_channels)."""
-        modulation = self.final_adaLN(site(self, "final_adaLN_in", silu_c_BD))
-        shift, scale = jnp.split(modulation, 2, axis=-1)
-        h_BTD = site(self, "final_in", modulate(layer_norm(x_BTD), shift, scale))
-        return unpatchify(self.config, self.final(h_BTD))
+class DiT(FloatNetwork):
+    """The network in Flax; see :class:`ptq4dit_jax.networks.float_network.FloatNetwork`."""
 
 
 def init_params(config: DiTConfig, key: jax.Array, *, adaln_zero: bool = True) -> dict[str, Any]:

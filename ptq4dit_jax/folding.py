@@ -2,7 +2,7 @@
 13-21).
 
 For a factor b on the input channels of a layer, ``X' = X b`` and ``W' = W / b``. The second half is a division of the
-kernel's rows. The first half needs a place:
+kernel's rows. The first half needs a home, which the network's tables name (:data:`ptq4dit_jax.networks.spec.Home`). In a DiT:
 
     qkv_in, fc1_in   the adaLN linear that makes their shift and scale: ``shift' = b shift``, ``1 + scale' = b (1 + scale)``
     v                the v columns of the qkv linear (used to give v's channels equal ranges; its inverse joins proj_in)
@@ -18,46 +18,65 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-#: Block sites that can be balanced, and where their adaLN shift and scale sit among the six chunks.
-ADALN_CHUNKS = {"qkv_in": (0, 1), "fc1_in": (3, 4)}
-RESIDUAL_SITES = ("proj_in", "fc2_in")
+from ptq4dit_jax.networks.ops import Network
+from ptq4dit_jax.networks.spec import Columns, Modulation, Place, Residual
 
 
-def fold(blocks: Mapping[str, Any], factors: Mapping[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """Folds factors into stacked block parameters.
+def fold(
+    network: Network, params: Mapping[str, Any], factors: Mapping[str, jax.Array]
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """Folds factors into parameters.
 
     Args:
-      blocks: the ``blocks`` part of a DiT's parameters, every leaf with a leading depth axis L.
-      factors: by site, (L, K) with K the features of ``qkv_in``, ``proj_in``, ``fc1_in``, ``fc2_in`` or ``v``; absent means 1.
+      network: whose tables say where each factor goes.
+      params: the network's parameters; those of a stack's blocks carry a leading depth axis L.
+      factors: by the full name of a site, ([L,] K) with K its features; absent means 1.
 
     Returns:
-      New block parameters, and the factors that remain at ``proj_in`` and ``fc2_in``. With these applied at their sites the
-      model's output is the same function as before.
+      New parameters, and the factors that remain at sites. With these applied there the model's output is the same function as
+      before.
     """
-    blocks = {name: dict(layer) for name, layer in blocks.items()}
-    for name, factor in factors.items():
-        if name.endswith("_in"):
-            layer = name.removesuffix("_in")
-            blocks[layer]["kernel"] = blocks[layer]["kernel"] / factor[..., None]
-    for name, (shift, scale) in ADALN_CHUNKS.items():
-        if name in factors:
-            blocks["adaLN"] = _fold_adaln(blocks["adaLN"], factors[name], shift, scale)
+    sites = {name: site for name, site in network.spec.sites.items() if name in factors}
+    for name, site in sites.items():
+        if site.feeds is not None:
+            layer = site.feeds.place.of(params)
+            params = _with_layer(params, site.feeds.place, {**layer, "kernel": layer["kernel"] / factors[name][..., None]})
 
-    residual = {name: factors[name] for name in RESIDUAL_SITES if name in factors}
-    if "v" in factors:
-        gain = jnp.concatenate([jnp.ones_like(factors["v"])] * 2 + [factors["v"]], axis=-1)
-        qkv = blocks["qkv"]
-        blocks["qkv"] = {"kernel": qkv["kernel"] * gain[..., None, :], "bias": qkv["bias"] * gain}
-        residual["proj_in"] = residual.get("proj_in", 1.0) / factors["v"]
-    return blocks, residual
+    residual = {name: factors[name] for name, site in sites.items() if isinstance(site.home, Residual)}
+    for name, site in sites.items():
+        factor, home = factors[name], site.home
+        if isinstance(home, Modulation):
+            place = site.place.beside(home.linear)
+            params = _with_layer(params, place, _fold_modulation(place.of(params), factor, home))
+        elif isinstance(home, Columns):
+            place = site.place.beside(home.linear)
+            params = _with_layer(params, place, _fold_columns(place.of(params), factor, home))
+            if home.undone is not None:
+                undone = str(site.place.beside(home.undone))
+                residual[undone] = residual.get(undone, 1.0) / factor
+    return dict(params), residual
 
 
-def _fold_adaln(layer: Mapping[str, jax.Array], factor: jax.Array, shift: int, scale: int) -> dict[str, jax.Array]:
-    """Multiplies the shift and scale chunks by ``factor`` (L, D) and adds ``factor - 1`` to the scale's bias."""
+def _with_layer(params: Mapping[str, Any], place: Place, layer: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """The parameters with another layer at a place."""
+    if place.stack is None:
+        return {**params, place.name: dict(layer)}
+    return {**params, place.stack.name: {**params[place.stack.name], place.name: dict(layer)}}
+
+
+def _fold_modulation(layer: Mapping[str, jax.Array], factor: jax.Array, home: Modulation) -> dict[str, jax.Array]:
+    """Multiplies the shift and scale chunks by ``factor`` ([L,] D) and adds ``factor - 1`` to the scale's bias."""
     D = factor.shape[-1]
     gain = jnp.ones(layer["bias"].shape, factor.dtype)
     offset = jnp.zeros_like(gain)
-    for chunk in (shift, scale):
-        gain = gain.at[..., chunk * D : (chunk + 1) * D].set(factor)
-    offset = offset.at[..., scale * D : (scale + 1) * D].set(factor - 1)
+    for chunk in (home.shift, home.scale):
+        if chunk is not None:
+            gain = gain.at[..., chunk * D : (chunk + 1) * D].set(factor)
+    offset = offset.at[..., home.scale * D : (home.scale + 1) * D].set(factor - 1)
     return {"kernel": layer["kernel"] * gain[..., None, :], "bias": layer["bias"] * gain + offset}
+
+
+def _fold_columns(layer: Mapping[str, jax.Array], factor: jax.Array, home: Columns) -> dict[str, jax.Array]:
+    """Multiplies a chunk of the columns by ``factor`` ([L,] K)."""
+    gain = jnp.concatenate([factor if part == home.part else jnp.ones_like(factor) for part in range(home.of)], axis=-1)
+    return {"kernel": layer["kernel"] * gain[..., None, :], "bias": layer["bias"] * gain}

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import ArrayLike, DTypeLike
 
-from ptq4dit_jax.dit import DiT, DiTConfig, asked_dtype, compute_dtype, flatten_sites, init_params, nest_sites
-from ptq4dit_jax.numerics import EXACT
+from ptq4dit_jax.dit import DiTConfig, init_params
+from ptq4dit_jax.networks.float_network import FloatNetwork
+from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
+from ptq4dit_jax.numerics import EXACT, asked_dtype, compute_dtype
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 from ptq4dit_jax.waiting import ready
 
@@ -20,7 +22,7 @@ class FloatDiT:
     """A float model; a pytree whose leaves are the parameters.
 
     ``params`` is the tree of :func:`ptq4dit_jax.dit.init_params`; block parameters carry a leading depth axis. ``quantizers``
-    (see the module docstring of :mod:`ptq4dit_jax.dit`) is empty for a plain model; where they hold tables over groups of
+    (see :mod:`ptq4dit_jax.networks.float_network`) is empty for a plain model; where they hold tables over groups of
     steps, ``group_edges`` (G - 1,) are the noise levels (timesteps, int32, of a noise schedule; float32 of a flow) that part
     the groups. The model computes in the type of its kernels, or in float32 if that is float16, unless ``compute`` names
     another type (:meth:`astype` sets it). ``precision`` is that of float32 products.
@@ -46,12 +48,12 @@ class FloatDiT:
 
     @property
     def dtype(self) -> DTypeLike:
-        """The type to compute in; see :func:`ptq4dit_jax.dit.compute_dtype`."""
+        """The type to compute in; see :func:`ptq4dit_jax.numerics.compute_dtype`."""
         return compute_dtype(self.param_dtype, self.compute)
 
     @property
-    def _network(self) -> DiT:
-        return DiT(self.config, self.dtype, self.precision)
+    def _network(self) -> FloatNetwork:
+        return FloatNetwork(self.config, self.dtype, self.precision)
 
     def _variables(self, t_B: ArrayLike) -> dict[str, Any]:
         if not self.quantizers:
@@ -75,10 +77,7 @@ class FloatDiT:
 
     def layer(self, name: str) -> Any:
         """The kernel ([L,] K, N) and bias ([L,] N) of a linear layer, by its name in ``config.linear_shapes``."""
-        tree: Any = self.params
-        for part in name.split("."):
-            tree = tree[part]
-        return tree
+        return self.config.spec.linears[name].place.of(self.params)
 
     def astype(self, dtype: DTypeLike) -> FloatDiT:
         """The same model stored and computing in ``dtype``, float16 included."""

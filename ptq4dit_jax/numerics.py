@@ -77,3 +77,20 @@ def threefry(key: jax.Array) -> jax.Array:
 def _described(key: Any) -> str:
     shape, dtype = getattr(key, "shape", None), getattr(key, "dtype", None)
     return repr(key)[:40] if shape is None else f"an array of {dtype} {tuple(shape)}"
+
+
+def compute_dtype(stored: DTypeLike, asked: str | None = None) -> DTypeLike:
+    """The type to compute in: the one asked for, else the type of the stored parameters, for float16 however float32.
+
+    Activations of a network that was trained in another type may exceed 65504, float16's largest number, and become
+    infinite. bfloat16 would not hold the weights: it has 8 significant bits, and float16 has 11.
+    """
+    if asked is not None:
+        return jnp.dtype(asked)
+    return jnp.dtype(jnp.float32 if jnp.dtype(stored) == jnp.float16 else stored)
+
+
+def asked_dtype(dtype: DTypeLike) -> str | None:
+    """What to remember of a type that is asked for: nothing where :func:`compute_dtype` gives it anyway."""
+    name = jnp.dtype(dtype).name
+    return None if compute_dtype(dtype) == name else name

@@ -33,11 +33,11 @@ from ptq4dit_jax.checkpoints.float_dit import model_meta, source_hash
 from ptq4dit_jax.checkpoints.store import content_hash
 from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.devices import default
-from ptq4dit_jax.dit import BLOCK_SITES, SITE_OF_LAYER, nest_sites
 from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
+from ptq4dit_jax.networks.spec import Columns, NetworkSpec, nest_sites
 from ptq4dit_jax.numerics import CALIBRATION, threefry
 from ptq4dit_jax.quality import REFUSE_BELOW, PoorQuality, Quality, measure, some_rows
 from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
@@ -52,13 +52,9 @@ class StageProgress(Protocol):
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
 
 
-_ATTENTION_SITES = tuple(f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer is None)
-_BALANCED_SITES = ("qkv_in", "proj_in", "fc1_in")
-
-
 @struct.dataclass
 class Balancing:
-    """What balancing decided, for each balanced block site: ``factors`` (L, K), and what the paper plots.
+    """What balancing decided, for each balanced site by its full name: ``factors`` (L, K), and what the paper plots.
 
     ``activation_salience`` (S, L, K) and ``weight_salience`` (L, K) before balancing; SSC's ``eta`` and ``rho``, (S, L) or
     (S * R, L), empty without SSC; what was ``chosen`` by measurement, empty where nothing was.
@@ -112,7 +108,7 @@ def quantize(
       Ptq4ditError: an argument that makes no sense; NaN or infinity in the weights, the calibration rows, what is observed of
         them, or the result; a result of too poor quality, unless ``keep_poor``.
     """
-    config, key = config or QuantConfig(), threefry(key)
+    config, key = (config or QuantConfig()).for_network(model.config), threefry(key)
     if row_batch is not None and row_batch < 1:
         raise Ptq4ditError(f"row_batch must be positive, not {row_batch}.")
     if calibration is None:
@@ -175,17 +171,16 @@ def _quantized(
     report("choose activation ranges", 0, 1)
     acts, edges = activation_quantizers(folded, config, calibration, extremes, balancing.factors, residual, row_batch, mesh)
     report("choose activation ranges", 1, 1)
-    layers = list(SITE_OF_LAYER)
+    spec = model.config.spec
     linears = {}
-    for done, name in enumerate(layers):
-        report("choose weight ranges", done, len(layers))
-        site = SITE_OF_LAYER[name]
+    for done, (name, site) in enumerate(spec.site_of.items()):
+        report("choose weight ranges", done, len(spec.linears))
         importance = _input_power(extremes[site], site, balancing.factors) if config.weigh_inputs else None
         linears[name] = quantize_linear(folded, config, name, acts.get(site), importance)
-    report("choose weight ranges", len(layers), len(layers))
+    report("choose weight ranges", len(spec.linears), len(spec.linears))
     quantized = QuantizedDiT(
         linears=linears,
-        sites={name: acts[name] for name in _ATTENTION_SITES if name in acts},
+        sites={name: acts[name] for name in spec.attention if name in acts},
         label_embed=folded.params["label_embed"]["embedding"] if model.config.num_labels else None,
         position_embed=folded.params["position_embed"]["embedding"] if model.config.position_table else None,
         group_edges=edges,
@@ -309,20 +304,28 @@ def _report_resumed(journal: Journal, model: FloatDiT, report: StageProgress) ->
     report("resume reconstruction", len(finished), len(names), note)
 
 
-def _static_sites(config: QuantConfig) -> tuple[str, ...]:
-    """Sites that need calibrated ranges; balanced sites need channel extremes in any case."""
-    integer = [site for layer, site in SITE_OF_LAYER.items() if config.rules[layer].integer]
-    balanced = [f"blocks.{name}" for name in _balanced(config)]
-    attention = _ATTENTION_SITES if config.integer_attention else ()
-    return tuple(dict.fromkeys((*integer, *attention, *balanced)))
+def _integer_sites(config: QuantConfig, spec: NetworkSpec) -> tuple[str, ...]:
+    """Sites whose activations are quantized."""
+    rules = config.rules(spec)
+    return tuple(name for name in spec.sites if rules.is_integer(spec, name))
 
 
-def _balanced(config: QuantConfig) -> tuple[str, ...]:
-    """Block sites to balance; balancing serves a quantized input, so layers fed by floats are left alone."""
+def _balanced(config: QuantConfig, spec: NetworkSpec) -> tuple[str, ...]:
+    """Sites to balance; balancing serves a quantized input, so layers fed by floats are left alone."""
     if config.balance == "none":
         return ()
-    names = (*_BALANCED_SITES, "fc2_in") if config.balance_fc2 else _BALANCED_SITES
-    return tuple(name for name in names if _is_integer(config, f"blocks.{name}"))
+    homes = [name for name, site in spec.sites.items() if site.home is not None and site.feeds is not None]
+    wanted = [name for name in homes if config.balance_fc2 or spec.sites[name].in_paper]
+    return tuple(name for name in wanted if name in _integer_sites(config, spec))
+
+
+def _equalized(config: QuantConfig, spec: NetworkSpec) -> dict[str, str]:
+    """Inputs of attention's products that are given equal ranges (v), and the sites that undo it."""
+    integer, found = _integer_sites(config, spec), {}
+    for name, site in spec.sites.items():
+        if site.feeds is None and isinstance(site.home, Columns) and site.home.undone is not None:
+            found[name] = str(site.place.beside(site.home.undone))
+    return {name: other for name, other in found.items() if config.equalize_v and name in integer and other in integer}
 
 
 def balance(
@@ -340,24 +343,27 @@ def balance(
     ``row_batch`` and ``mesh`` are those of :func:`ptq4dit_jax.calibration.channel_extremes`. ``progress`` is called with the
     sites done and all sites where balancing is chosen by measurement.
     """
-    names = _balanced(config)
+    config, spec = config.for_network(model.config), model.config.spec
+    rules = config.rules(spec)
+    names = _balanced(config, spec)
+    layers = {name: str(spec.sites[name].feeds.place) for name in names}  # type: ignore[union-attr]
     out = Balancing(factors={}, activation_salience={}, weight_salience={}, eta={}, rho={})
     by_row: dict[str, ChannelExtremes] = {}
-    if config.equalize_v and config.integer_attention and _is_integer(config, "blocks.proj_in"):
-        s_v = extremes["blocks.v"].salience.max(0)
-        out.factors["v"] = salience.equalizing_factors(s_v.reshape(s_v.shape[0], -1))
+    for name in _equalized(config, spec):
+        s_v = extremes[name].salience.max(0)
+        out.factors[name] = salience.equalizing_factors(s_v.reshape(s_v.shape[0], -1))
     if config.balance == "search":
+        assert config.dynamic_sites is not None
         _, groups, _ = step_groups(model.schedule, calibration.t, config.step_groups)
-        blocks = apply_balancing(model, out.factors)[0].params["blocks"]
-        layers = {f"blocks.{name}": name.removesuffix("_in") for name in names}
+        equalized = apply_balancing(model, out.factors)[0]
         out.chosen.update(
             balance_search.search(
                 model,
                 extremes,
                 calibration,
                 groups,
-                {site: blocks[layer]["kernel"] for site, layer in layers.items()},
-                {site: config.rules[f"blocks.{layer}"].weight_bits for site, layer in layers.items()},
+                {site: equalized.layer(layer)["kernel"] for site, layer in layers.items()},
+                {site: rules.layers[layer].weight_bits for site, layer in layers.items()},
                 dynamic=config.dynamic_sites,
                 act_bits=config.act_bits,
                 temperature=config.temperature,
@@ -366,21 +372,19 @@ def balance(
             )
         )
     if names and config.balance == "csb+ssc" and config.ssc == "rows":
-        sites = tuple(f"blocks.{name}" for name in names)
-        by_row = channel_extremes(model, calibration, sites=sites, per_row=True, row_batch=row_batch, mesh=mesh)
+        by_row = channel_extremes(model, calibration, sites=names, per_row=True, row_batch=row_batch, mesh=mesh)
     for name in names:
-        site, layer = f"blocks.{name}", name.removesuffix("_in")
-        s_x = extremes[site].salience
-        s_w = salience.weight_salience(model.params["blocks"][layer]["kernel"])
+        s_x = extremes[name].salience
+        s_w = salience.weight_salience(model.layer(layers[name])["kernel"])
         if config.balance == "search":
-            out.factors[name] = out.chosen[site].factors
+            out.factors[name] = out.chosen[name].factors
             out.activation_salience[name], out.weight_salience[name] = s_x, s_w
             continue
         if config.balance == "csb":
             chosen = s_x[s_x.shape[0] // 2]
         else:
             if by_row:
-                rows = jnp.moveaxis(by_row[site].salience, 2, 1)  # (S, R, L, K)
+                rows = jnp.moveaxis(by_row[name].salience, 2, 1)  # (S, R, L, K)
                 samples = rows.reshape(-1, *rows.shape[2:])
             else:
                 samples = s_x
@@ -390,11 +394,13 @@ def balance(
     return out
 
 
+_fold = jax.jit(fold, static_argnums=0)
+
+
 def apply_balancing(model: FloatDiT, factors: Mapping[str, jax.Array]) -> tuple[FloatDiT, dict[str, jax.Array]]:
-    """The folded float model, the same function as before, and the factors (L, K) that remain at proj_in and fc2_in."""
-    blocks, residual = jax.jit(fold)(model.params["blocks"], dict(factors))
-    quantizers = nest_sites({f"blocks.{name}": Balance(factor) for name, factor in residual.items()})
-    params = {**model.params, "blocks": blocks}
+    """The folded float model, the same function as before, and the factors (L, K) that remain, by site."""
+    params, residual = _fold(model.config, model.params, dict(factors))
+    quantizers = nest_sites({name: Balance(factor) for name, factor in residual.items()})
     return model.replace(params=params, quantizers=quantizers), residual  # type: ignore[attr-defined]
 
 
@@ -416,16 +422,18 @@ def activation_quantizers(
     G, groups, edges = step_groups(folded.schedule, calibration.t, config.step_groups)
 
     ranges = {}
-    for name in _static_sites(config):
-        if name in config.dynamic_sites or not _is_integer(config, name):
+    config, spec = config.for_network(folded.config), folded.config.spec
+    dynamic = config.dynamic_sites or ()
+    undone = {other: factors[name] for name, other in _equalized(config, spec).items() if name in factors}
+    for name in _integer_sites(config, spec):
+        if name in dynamic:
             continue
         low, high = extremes[name].low, extremes[name].high
-        block_site = name.removeprefix("blocks.")
-        factor = residual.get(block_site, factors.get(block_site, jnp.ones((), jnp.float32)))
-        if block_site == "proj_in" and "v" in factors:
-            factor = factor * factors["v"]  # the extremes were seen before v was equalized
+        factor = residual.get(name, factors.get(name, jnp.ones((), jnp.float32)))
+        if name in undone:
+            factor = factor * undone[name]  # the extremes were seen before v was equalized
         factor = factor.reshape(1, factor.shape[0], *low.shape[2:]) if factor.ndim else factor
-        feature_axes = tuple(range(2 if name.startswith("blocks.") else 1, low.ndim))
+        feature_axes = tuple(range(1 + len(spec.sites[name].place.lead), low.ndim))
         low, high = (low * factor).min(feature_axes), (high * factor).max(feature_axes)
         ranges[name] = (
             jax.ops.segment_min(low, groups, num_segments=G),
@@ -442,17 +450,17 @@ def activation_quantizers(
         acts[name] = ActQuantizer(
             scale=jnp.moveaxis(scale, 0, -1),
             zero_point=jnp.moveaxis(zero_point, 0, -1),
-            balance=residual.get(name.removeprefix("blocks.")),
+            balance=residual.get(name),
             bits=config.act_bits,
         )
-    for name in filter(partial(_is_integer, config), config.dynamic_sites):
+    for name in (name for name in dynamic if name in _integer_sites(config, spec)):
         acts[name] = ActQuantizer(
             scale=None,
             zero_point=None,
-            balance=residual.get(name.removeprefix("blocks.")),
+            balance=residual.get(name),
             bits=config.act_bits,
             dynamic=True,
-            nonnegative=name == "blocks.probs",
+            nonnegative=spec.sites[name].nonnegative,
         )
     return acts, edges
 
@@ -471,16 +479,11 @@ def step_groups(schedule: Schedule, t: ArrayLike, wanted: int) -> tuple[int, np.
     return G, level_groups[step_levels], jnp.asarray(-levels[last_of_group], schedule.time_dtype)
 
 
-def _is_integer(config: QuantConfig, site: str) -> bool:
-    layers = [layer for layer, name in SITE_OF_LAYER.items() if name == site]
-    return config.rules[layers[0]].integer if layers else config.integer_attention
-
-
 def quantize_linear(
     folded: FloatDiT, config: QuantConfig, name: str, act: ActQuantizer | None, importance: jax.Array | None = None
 ) -> QLinear:
     """Quantizes and packs one layer (for a block layer: all blocks at once); ``importance`` ([L,] K) weighs its inputs."""
-    layer, bits = folded.layer(name), config.rules[name].weight_bits
+    layer, bits = folded.layer(name), config.rules(folded.config.spec).layers[name].weight_bits
     weight = _quantize_kernels(layer["kernel"], importance, bits=bits, search=config.range_search)
     return _pack(weight, layer["bias"], act)
 
@@ -501,5 +504,5 @@ _pack = jax.jit(QLinear.pack)
 
 def _input_power(statistics: ChannelExtremes, site: str, factors: Mapping[str, jax.Array]) -> jax.Array:
     """Mean square of each balanced input channel over all steps, ([L,] K), as :func:`salience.balanced_power` counts it."""
-    power, factor = statistics.power.mean(0), factors.get(site.removeprefix("blocks."))
+    power, factor = statistics.power.mean(0), factors.get(site)
     return power if factor is None else salience.balanced_power(power, factor)

@@ -12,11 +12,11 @@ import numpy as np
 from flax import struct
 
 from ptq4dit_jax.calibration import MICRO_BATCH, CalibrationData
-from ptq4dit_jax.dit import SITE_OF_LAYER, flatten_sites, nest_sites
 from ptq4dit_jax.engine import QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.model import FloatDiT, step_group
+from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
 from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.quantizers import ActQuantizer
 from ptq4dit_jax.waiting import ready
@@ -162,8 +162,9 @@ def _costs(folded: FloatDiT, quantized: QuantizedDiT, step: CalibrationData) -> 
     """By site, leaves ([L])."""
     group = step_group(quantized.group_edges, quantized.schedule.noise_level(step.t))
     observers = {name: _Costs(act=act.at_group(group)) for name, act in quantized.sites.items()}
+    site_of = folded.config.spec.site_of
     for name, layer in quantized.linears.items():
-        observers[SITE_OF_LAYER[name]] = _Costs(kernel=folded.layer(name)["kernel"], layer=layer.at_group(group))
+        observers[site_of[name]] = _Costs(kernel=folded.layer(name)["kernel"], layer=layer.at_group(group))
     return flatten_sites(folded.observe(nest_sites(observers), step.x, step.t, step.y)[1])
 
 
@@ -172,7 +173,7 @@ def _worst_layers(folded: FloatDiT, quantized: QuantizedDiT, rows: CalibrationDa
     at = lambda step: jax.tree.map(lambda leaf: leaf[step], rows)
     with jax.transfer_guard_host_to_device("allow"):
         batches = [jax.device_get(ready(_costs(folded, quantized, at(step)))) for step in range(rows.num_steps)]
-    layer_of = {site: layer for layer, site in SITE_OF_LAYER.items()}
+    layer_of = {site: layer for layer, site in folded.config.spec.site_of.items()}
     found = []
     for site in batches[0]:
         decibels = metrics.pooled_db([batch[site] for batch in batches])

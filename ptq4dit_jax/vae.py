@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import ArrayLike, DTypeLike
 
-from ptq4dit_jax.dit import asked_dtype, compute_dtype, softmax
 from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.numerics import along_last, at_least_float32, threefry
+from ptq4dit_jax.networks.parts import softmax
+from ptq4dit_jax.numerics import along_last, asked_dtype, at_least_float32, compute_dtype, threefry
 
 _EPS = 1e-6
 _MAX_SIZE = 2**16
@@ -226,7 +226,7 @@ class VAEDecoder:
 
     @property
     def dtype(self) -> DTypeLike:
-        """The type to compute in; see :func:`ptq4dit_jax.dit.compute_dtype`."""
+        """The type to compute in; see :func:`ptq4dit_jax.numerics.compute_dtype`."""
         return compute_dtype(self.params["decoder"]["conv_in"]["kernel"].dtype, self.compute)
 
     def astype(self, dtype: DTypeLike) -> VAEDecoder:

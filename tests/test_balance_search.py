@@ -12,8 +12,8 @@ from helpers import Capture, random_inputs, same_bytes, tiny_model
 import ptq4dit_jax as ptq
 from ptq4dit_jax import balance_search
 from ptq4dit_jax.calibration import CalibrationData, ChannelExtremes, channel_extremes
-from ptq4dit_jax.dit import nest_sites
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.spec import nest_sites
 from ptq4dit_jax.ptq import apply_balancing, balance
 from ptq4dit_jax.ranges import quantize_weight
 

@@ -27,8 +27,8 @@ from ptq4dit_jax.calibration import (
     histograms_of_rows,
     micro_batches,
 )
-from ptq4dit_jax.dit import flatten_sites, nest_sites
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
 
 STEPS, ROWS = 3, 4
 CONFIG = tiny_config()

@@ -9,13 +9,25 @@ from typing import Any
 
 import pytest
 
-from ptq4dit_jax.config import EDGE_LAYERS, LAYERS, POLICIES, LayerRule, QuantConfig, layer_rules, read_policy
+from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.policy import POLICIES, LayerRule, Policy, Rules
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule
 
 BLOCK_LAYERS = {"blocks.adaLN", "blocks.qkv", "blocks.proj", "blocks.fc1", "blocks.fc2"}
+SPEC = DiTConfig.example().spec
+LAYERS = tuple(SPEC.linears)
+EDGE_LAYERS = tuple(name for name, linear in SPEC.linears.items() if linear.edge)
 Sentence = Callable[..., AbstractContextManager[None]]
+
+
+def read_policy(policy: str, weight_bits: int) -> Rules:
+    return Policy.parse(policy).rules(SPEC, weight_bits)
+
+
+def layer_rules(policy: str, weight_bits: int) -> dict[str, LayerRule]:
+    return read_policy(policy, weight_bits).layers
 
 
 def test_layers_are_those_of_the_network() -> None:
@@ -59,11 +71,11 @@ def test_attention_is_left_in_float_or_taken_back() -> None:
 @pytest.mark.parametrize("weight_bits", [3, 8])
 def test_activations_of_16_bits_leave_the_widths_of_the_policy(policy: str, weight_bits: int) -> None:
     config = QuantConfig(weight_bits=weight_bits, act_bits=16, policy=policy)
-    assert {name: rule.weight_bits for name, rule in config.rules.items()} == {
+    assert {name: rule.weight_bits for name, rule in config.rules(SPEC).layers.items()} == {
         name: rule.weight_bits for name, rule in layer_rules(policy, weight_bits).items()
     }
-    assert not any(rule.integer for rule in config.rules.values())
-    assert not config.integer_attention
+    assert not any(rule.integer for rule in config.rules(SPEC).layers.values())
+    assert not config.rules(SPEC).integer_attention
     assert (config.weights_only, config.name) == (True, f"W{weight_bits}A16")
 
 
@@ -84,7 +96,7 @@ def test_exceptions_follow_the_name_and_the_last_one_holds() -> None:
 
 def test_a_policy_leaves_the_named_ones_as_they_were() -> None:
     layer_rules("edges8,final=2", 4)
-    assert POLICIES["edges8"]["final"] == LayerRule(8)
+    assert POLICIES["edges8"](SPEC, SPEC.linears["final"]) == LayerRule(8)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +165,7 @@ def test_a_setting_that_cannot_be(settings: dict[str, Any], parts: tuple[str, ..
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_every_width_is_allowed(bits: int) -> None:
     config = QuantConfig(weight_bits=bits, act_bits=bits, policy="uniform")
-    assert {rule.weight_bits for rule in config.rules.values()} == {bits}
+    assert {rule.weight_bits for rule in config.rules(SPEC).layers.values()} == {bits}
 
 
 def test_the_paper() -> None:
@@ -169,7 +181,7 @@ def test_the_paper() -> None:
         assert (paper.step_groups, paper.dynamic_sites) == (1, ())
         resolved = paper.resolve(NoiseSchedule(), DiTConfig.preset("DiT-S/2"))
         assert (resolved.calib_steps, resolved.calib_rows) == (25, 64)
-        assert set(paper.rules.values()) == {LayerRule(bits)}
+        assert set(paper.rules(SPEC).layers.values()) == {LayerRule(bits)}
 
 
 def test_the_paper_with_exceptions() -> None:
@@ -195,7 +207,7 @@ def test_a_setting_that_the_balancing_does_not_use_is_refused(settings, words, r
 def test_defaults_run_every_block_on_integers() -> None:
     config = QuantConfig()
     assert (config.weight_bits, config.act_bits, config.balance) == (8, 8, "search")
-    assert {name for name, rule in config.rules.items() if rule.integer} == BLOCK_LAYERS
+    assert {name for name, rule in config.rules(SPEC).layers.items() if rule.integer} == BLOCK_LAYERS
 
 
 def test_the_walk_is_the_samplers() -> None:

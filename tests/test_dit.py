@@ -14,11 +14,14 @@ from flax.traverse_util import unflatten_dict
 
 from ptq4dit_jax import dit
 from ptq4dit_jax.diffusion import guided_apply
-from ptq4dit_jax.dit import BLOCK_SITES, EDGE_SITES, PROBE_SITES, DiTConfig
+from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
+from ptq4dit_jax.networks import parts
+from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "dit.npz"))
 TOLERANCE = 2e-5
+SITES = DiTConfig.example().spec.sites
 #: For programs that XLA optimizes on CPU for far longer than they run.
 UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -172,8 +175,8 @@ def test_position_embedding(meta_model):
 
 @pytest.mark.parametrize("jit", [False, True])
 def test_timestep_frequencies(meta_model, jit):
-    function = jax.jit(dit.timestep_frequencies, static_argnums=0) if jit else dit.timestep_frequencies
-    features = function(meta_model.config, jnp.asarray(T))
+    function = jax.jit(parts.timestep_frequencies, static_argnums=0) if jit else parts.timestep_frequencies
+    features = function(meta_model.config.frequency_size, jnp.asarray(T))
     # An angle of t radians in float32 is off by up to t * 2**-24 and a frequency by as much again.
     for row, t in enumerate(T):
         np.testing.assert_allclose(features[row], GOLDEN["time_features"][row], rtol=0, atol=2e-7 + t * 2.0**-23)
@@ -183,14 +186,16 @@ def test_timestep_frequencies(meta_model, jit):
 def test_patchify_orders_row_column_channel(patch_size, in_channels):
     config = DiTConfig(input_size=8, patch_size=patch_size, in_channels=in_channels, hidden_size=8, depth=1, num_heads=2)
     x = np.random.default_rng(0).standard_normal((2, 8, 8, in_channels)).astype(np.float32)
-    tokens = np.asarray(dit.patchify(config, jnp.asarray(x)))
+    tokens = np.asarray(parts.patchify(jnp.asarray(x), config.patch_size))
     side = 8 // patch_size
     assert tokens.shape == (2, config.num_tokens, patch_size**2 * in_channels)
     for token in range(side**2):
         row, column = (i * patch_size for i in divmod(token, side))
         patch = x[:, row : row + patch_size, column : column + patch_size]
         np.testing.assert_array_equal(tokens[:, token], patch.reshape(2, -1))
-    np.testing.assert_array_equal(dit.unpatchify(config, jnp.asarray(tokens)), x)
+    np.testing.assert_array_equal(
+        parts.unpatchify(jnp.asarray(tokens), config.patch_size, config.input_size // config.patch_size), x
+    )
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
@@ -203,7 +208,7 @@ def test_layer_norm_and_modulate(eps, jit):
     norm = (x64 - x64.mean(-1, keepdims=True)) / np.sqrt(x64.var(-1, keepdims=True) + eps)
 
     def function(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-        return dit.modulate(dit.layer_norm(x, eps), shift, scale)
+        return parts.modulate(parts.layer_norm(x, eps), shift, scale)
 
     out = (jax.jit(function) if jit else function)(*map(jnp.asarray, (x, shift, scale)))
     np.testing.assert_allclose(out, norm * (1.0 + scale[:, None]) + shift[:, None], rtol=1e-5, atol=1e-5)
@@ -213,8 +218,8 @@ def test_layer_norm_and_softmax_reduce_half_precision_in_float32():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 4096)), jnp.bfloat16)
     x64 = np.asarray(x, np.float64)
     exact = {
-        dit.layer_norm: (x64 - x64.mean(-1, keepdims=True)) / x64.std(-1, keepdims=True),
-        dit.softmax: np.exp(x64) / np.exp(x64).sum(-1, keepdims=True),
+        parts.layer_norm: (x64 - x64.mean(-1, keepdims=True)) / x64.std(-1, keepdims=True),
+        parts.softmax: np.exp(x64) / np.exp(x64).sum(-1, keepdims=True),
     }
     for function, expected in exact.items():
         out = function(x)
@@ -251,14 +256,14 @@ def record(model: FloatDiT, names: list[str], *args: Any) -> tuple[jax.Array, di
     @jax.jit
     def run(model: FloatDiT, *args: Any) -> tuple[jax.Array, Any]:
         empty = {name: Recorder(jnp.zeros(model.config.depth * name.startswith("blocks."))) for name in names}
-        return model.observe(dit.nest_sites(empty), *args)
+        return model.observe(nest_sites(empty), *args)
 
     out, seen = run(model, *args)
-    return out, {name: np.asarray(recorder.value) for name, recorder in dit.flatten_sites(seen).items()}
+    return out, {name: np.asarray(recorder.value) for name, recorder in flatten_sites(seen).items()}
 
 
 def all_sites(config: DiTConfig) -> list[str]:
-    return [*config.site_features, *(f"blocks.{name}" for name in PROBE_SITES)]
+    return [*config.site_features, *map(str, config.spec.outputs[2:])]
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +288,7 @@ def apply_with_factors(tiny_model, batch) -> Callable[..., np.ndarray]:
 
     @jax.jit
     def run(params: Any, factors: dict[str, jax.Array]) -> jax.Array:
-        quantizers = dit.nest_sites({name: Multiply(factor) for name, factor in factors.items()})
+        quantizers = nest_sites({name: Multiply(factor) for name, factor in factors.items()})
         return tiny_model.replace(params=params, quantizers=quantizers).apply(*batch)
 
     def apply(factors: dict[str, np.ndarray], params: Any = None) -> np.ndarray:
@@ -311,7 +316,7 @@ def test_every_observer_is_given_its_activation(tiny_model, batch, recorded):
     for name, features in config.site_features.items():
         lead = (L, B) if name.startswith("blocks.") else (B,)
         assert seen[name].shape == lead + middle.get(name.removeprefix("blocks."), ()) + features, name
-    for name in PROBE_SITES:
+    for name in ("proj_out", "fc1_out", "fc2_out", "block_out"):
         assert seen[f"blocks.{name}"].shape == (L, B, T, config.mlp_size if name == "fc1_out" else D), name
     np.testing.assert_allclose(out, APPLY["jit"](tiny_model, *batch), rtol=1e-5, atol=1e-5)
 
@@ -324,7 +329,7 @@ def test_observed_activations_are_the_layers_inputs_and_outputs(tiny_model, batc
         return np.einsum("lbtk,lkn->lbtn", x, blocks[layer]["kernel"]) + blocks[layer]["bias"][:, None, None]
 
     close = {"rtol": 1e-4, "atol": 1e-4}
-    np.testing.assert_array_equal(seen["patch_in"], dit.patchify(config, jnp.asarray(batch[0])))
+    np.testing.assert_array_equal(seen["patch_in"], parts.patchify(jnp.asarray(batch[0]), config.patch_size))
     np.testing.assert_allclose(through("proj", seen["blocks.proj_in"]), seen["blocks.proj_out"], **close)
     np.testing.assert_allclose(through("fc1", seen["blocks.fc1_in"]), seen["blocks.fc1_out"], **close)
     np.testing.assert_allclose(through("fc2", seen["blocks.fc2_in"]), seen["blocks.fc2_out"], **close)
@@ -337,7 +342,9 @@ def test_observed_activations_are_the_layers_inputs_and_outputs(tiny_model, batc
     attended = np.einsum("lbaqk,lbkad->lbqad", seen["blocks.probs"], seen["blocks.v"])
     np.testing.assert_allclose(attended.reshape(seen["blocks.proj_in"].shape), seen["blocks.proj_in"], **close)
     tokens = seen["final_in"] @ params["final"]["kernel"] + params["final"]["bias"]
-    np.testing.assert_allclose(dit.unpatchify(config, jnp.asarray(tokens)), out, **close)
+    np.testing.assert_allclose(
+        parts.unpatchify(jnp.asarray(tokens), config.patch_size, config.input_size // config.patch_size), out, **close
+    )
 
 
 def test_a_model_without_variables_and_one_with_factors_of_one_agree(tiny_model, batch, apply_with_factors):
@@ -345,18 +352,18 @@ def test_a_model_without_variables_and_one_with_factors_of_one_agree(tiny_model,
     assert largest_relative_difference(apply_with_factors({}), plain) < 1e-6
 
 
-@pytest.mark.parametrize("name", [*EDGE_SITES, *(f"blocks.{site}" for site in BLOCK_SITES)])
+@pytest.mark.parametrize("name", SITES)
 def test_zero_at_any_site_changes_the_output(tiny_config, apply_with_factors, name):
     assert name in tiny_config.site_features
     assert largest_relative_difference(apply_with_factors({name: np.float32(0)}), apply_with_factors({})) > 1e-3
 
 
-@pytest.mark.parametrize("name", [*EDGE_SITES, *(f"blocks.{site}" for site, layer in BLOCK_SITES.items() if layer)])
+@pytest.mark.parametrize("name", [name for name, site in SITES.items() if site.feeds is not None])
 def test_a_site_reaches_the_layer_it_names_and_no_other(tiny_model, apply_with_factors, name):
     """Scaling an input channel is scaling that row of the kernel, in each block on its own."""
     params, config = tiny_model.params, tiny_model.config
     in_block = name.startswith("blocks.")
-    layer = (BLOCK_SITES if in_block else EDGE_SITES)[name.removeprefix("blocks.")]
+    layer = SITES[name].feeds.place.name
     shape = ((config.depth,) if in_block else ()) + config.site_features[name]
     factor = np.random.default_rng(2).uniform(0.5, 1.5, shape).astype(np.float32)
     part = params["blocks"] if in_block else params
@@ -388,9 +395,7 @@ def test_a_factor_on_probs_is_one_on_v(apply_with_factors):
 
 def test_observers_see_what_the_quantizer_returns(tiny_model, batch, recorded):
     factor = np.array([2.0, 3.0, 4.0], np.float32)
-    model = tiny_model.replace(
-        quantizers=dit.nest_sites({"blocks.qkv_in": Multiply(factor), "patch_in": Multiply(np.float32(1))})
-    )
+    model = tiny_model.replace(quantizers=nest_sites({"blocks.qkv_in": Multiply(factor), "patch_in": Multiply(np.float32(1))}))
     _, seen = record(model, ["blocks.qkv_in", "patch_in"], *batch)
     np.testing.assert_allclose(seen["blocks.qkv_in"][0], 2 * recorded[1]["blocks.qkv_in"][0], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(seen["patch_in"], recorded[1]["patch_in"])
@@ -399,9 +404,9 @@ def test_observers_see_what_the_quantizer_returns(tiny_model, batch, recorded):
 def test_nest_and_flatten_sites_are_inverse():
     flat = {"blocks.q": 1, "final_in": 2, "blocks.fc1_in": 3}
     tree = {"blocks": {"q": 1, "fc1_in": 3}, "final_in": 2}
-    assert dit.nest_sites(flat) == tree
-    assert dit.flatten_sites(tree) == flat
-    assert dit.nest_sites({"final_in": 2}) == dit.flatten_sites({"final_in": 2}) == {"final_in": 2}
+    assert nest_sites(flat) == tree
+    assert flatten_sites(tree) == flat
+    assert nest_sites({"final_in": 2}) == flatten_sites({"final_in": 2}) == {"final_in": 2}
 
 
 # The model as a value --------------------------------------------------------------------------------

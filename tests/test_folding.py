@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 from flax import struct
-from helpers import random_inputs, relative_error, salient_model, tiny_model
+from helpers import random_inputs, relative_error, salient_model, tiny_config, tiny_model
 
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.model import FloatDiT
@@ -55,8 +57,14 @@ def random_factors(model: FloatDiT, sites: tuple[str, ...], seed: int = 0) -> di
     return {name: np.exp(rng.normal(size=(config.depth, width(name)))).astype(np.float32) for name in sites}
 
 
+def fold_blocks(blocks: Any, factors: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """:func:`fold` of the blocks alone, factors and what remains by the sites' names inside them."""
+    params, residual = fold(tiny_config(), {"blocks": blocks}, {f"blocks.{name}": factor for name, factor in factors.items()})
+    return params["blocks"], {name.removeprefix("blocks."): factor for name, factor in residual.items()}
+
+
 def folded_model(model: FloatDiT, factors: dict[str, np.ndarray]) -> FloatDiT:
-    blocks, residual = fold(model.params["blocks"], factors)
+    blocks, residual = fold_blocks(model.params["blocks"], factors)
     quantizers = {"blocks": {name: Balance(factor) for name, factor in residual.items()}} if residual else {}
     return model.replace(params={**model.params, "blocks": blocks}, quantizers=quantizers)
 
@@ -104,8 +112,8 @@ def test_folding_leaves_the_output_unchanged(salient: FloatDiT, sites: tuple[str
 @all_subsets
 def test_folding_under_jit_equals_folding_plain(salient: FloatDiT, sites: tuple[str, ...]) -> None:
     factors = random_factors(salient, sites)
-    plain_result = fold(salient.params["blocks"], factors)
-    compiled = jax.jit(fold)(salient.params["blocks"], factors)
+    plain_result = fold_blocks(salient.params["blocks"], factors)
+    compiled = jax.jit(fold_blocks)(salient.params["blocks"], factors)
     assert jax.tree.structure(compiled) == jax.tree.structure(plain_result)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), compiled, plain_result)
 
@@ -133,7 +141,7 @@ def test_channels_reach_their_layers_multiplied(salient: FloatDiT) -> None:
 def test_kernels_are_divided_and_v_is_multiplied(salient: FloatDiT) -> None:
     factors = random_factors(salient, SUBSETS[4])
     old = jax.tree.map(np.asarray, salient.params["blocks"])
-    new, residual = fold(old, factors)
+    new, residual = fold_blocks(old, factors)
     for layer in ("proj", "fc1", "fc2"):
         np.testing.assert_allclose(new[layer]["kernel"], old[layer]["kernel"] / factors[f"{layer}_in"][:, :, None], rtol=1e-6)
         np.testing.assert_array_equal(new[layer]["bias"], old[layer]["bias"])
@@ -151,7 +159,7 @@ def test_kernels_are_divided_and_v_is_multiplied(salient: FloatDiT) -> None:
 def test_gates_are_not_touched(salient: FloatDiT) -> None:
     width = salient.config.hidden_size
     old = salient.params["blocks"]["adaLN"]
-    new = fold(salient.params["blocks"], random_factors(salient, ("qkv_in", "fc1_in")))[0]["adaLN"]
+    new = fold_blocks(salient.params["blocks"], random_factors(salient, ("qkv_in", "fc1_in")))[0]["adaLN"]
     for gate in (2, 5):
         columns = slice(gate * width, (gate + 1) * width)
         np.testing.assert_array_equal(new["kernel"][..., columns], old["kernel"][..., columns])
@@ -159,7 +167,7 @@ def test_gates_are_not_touched(salient: FloatDiT) -> None:
 
 
 def test_nothing_to_fold_returns_the_parameters(salient: FloatDiT) -> None:
-    blocks, residual = fold(salient.params["blocks"], {})
+    blocks, residual = fold_blocks(salient.params["blocks"], {})
     assert residual == {}
     jax.tree.map(np.testing.assert_array_equal, blocks, dict(salient.params["blocks"]))
 
@@ -167,7 +175,7 @@ def test_nothing_to_fold_returns_the_parameters(salient: FloatDiT) -> None:
 def test_fold_does_not_change_what_it_is_given(salient: FloatDiT) -> None:
     blocks = jax.tree.map(np.array, salient.params["blocks"])
     kept = jax.tree.map(np.copy, blocks)
-    fold(blocks, random_factors(salient, SUBSETS[4]))
+    fold_blocks(blocks, random_factors(salient, SUBSETS[4]))
     jax.tree.map(np.testing.assert_array_equal, blocks, kept)
 
 

@@ -18,12 +18,13 @@ from jax.sharding import Mesh
 import ptq4dit_jax as ptq
 from ptq4dit_jax.calibration import CalibrationData, ChannelExtremes, channel_extremes
 from ptq4dit_jax.checkpoints.float_dit import source_hash
-from ptq4dit_jax.config import EDGE_LAYERS, LAYERS
+from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.ptq import apply_balancing, balance
 
 DIGITS = Path(__file__).parents[1] / "models" / "digits"
 KEY = jax.random.key(0)
+LINEARS = DiTConfig.example().spec.linears
 Sentence = Callable[..., AbstractContextManager[None]]
 
 apply = jax.jit(lambda model, x, t, y: model.apply(x, t, y))
@@ -70,7 +71,8 @@ def error(model: FloatDiT, q: ptq.QuantizedDiT) -> float:
 def test_the_result_says_where_it_comes_from(model: FloatDiT, w4a8: ptq.QuantizedDiT) -> None:
     facts = w4a8.provenance.facts
     assert facts["source_sha256"] == source_hash(model.params)
-    assert facts["settings"] == ptq.QuantConfig(**PLAIN, weight_bits=4).to_dict()
+    assert facts["settings"] == ptq.QuantConfig(**PLAIN, weight_bits=4).for_network(model.config).to_dict()
+    assert facts["settings"]["dynamic_sites"] == ("blocks.qkv_in", "blocks.probs", "blocks.fc1_in")
     assert facts["calibration"] == {"rows": "given", "steps": 3, "rows_per_step": 8}
     assert w4a8.config == model.config
     assert w4a8.schedule == model.schedule
@@ -83,8 +85,8 @@ def test_the_source_is_left_as_it_was(model: FloatDiT, w4a8: ptq.QuantizedDiT) -
 
 def test_the_default_feeds_the_edges_with_floats(w4a8: ptq.QuantizedDiT) -> None:
     table = {row["layer"]: row for row in ptq.describe(w4a8)}
-    for name in LAYERS:
-        edge = name in EDGE_LAYERS
+    for name, linear in LINEARS.items():
+        edge = linear.edge
         assert table[name]["integer"] is not edge
         assert table[name]["weight_bits"] == (8 if edge else 4)
         assert table[name]["act_bits"] == (32 if edge else 8)
@@ -95,8 +97,8 @@ def test_a_policy_gives_each_layer_the_width_asked_for(model: FloatDiT, rows: Ca
     policy = "uniform,blocks.adaLN=6,final=8:float,blocks.fc2=3,blocks.qkv=4:float"
     q = ptq.quantize(model, ptq.QuantConfig(**PLAIN, weight_bits=4, policy=policy), key=KEY, calibration=rows)
     bits = {row["layer"]: row["weight_bits"] for row in ptq.describe(q)}
-    expected = dict.fromkeys(LAYERS, 4) | {"blocks.adaLN": 6, "final": 8, "blocks.fc2": 3}
-    assert {name: bits[name] for name in LAYERS} == expected
+    expected = dict.fromkeys(LINEARS, 4) | {"blocks.adaLN": 6, "final": 8, "blocks.fc2": 3}
+    assert {name: bits[name] for name in LINEARS} == expected
     assert {row["layer"] for row in ptq.describe(q) if not row["integer"]} == {"final", "blocks.qkv"}
     assert q.linears["blocks.fc2"].act.balance is not None
     assert error(model, q) < 0.5
@@ -210,12 +212,12 @@ def test_progress_tells_each_stage_to_its_end(model: FloatDiT) -> None:
 
 def test_csb_takes_the_middle_step(model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes]) -> None:
     found = balance(model, ptq.QuantConfig(balance="csb"), extremes, rows)
-    assert set(found.factors) == {"qkv_in", "proj_in", "fc1_in", "fc2_in", "v"}
+    assert set(found.factors) == {f"blocks.{name}" for name in ("qkv_in", "proj_in", "fc1_in", "fc2_in", "v")}
     for name, layer in (("qkv_in", "qkv"), ("proj_in", "proj"), ("fc1_in", "fc1"), ("fc2_in", "fc2")):
         seen = extremes[f"blocks.{name}"]
         s_x = np.maximum(np.abs(seen.low[1]), np.abs(seen.high[1]))
         s_w = np.abs(model.params["blocks"][layer]["kernel"]).max(-1)
-        np.testing.assert_allclose(found.factors[name], np.sqrt(s_w / s_x), rtol=1e-5)
+        np.testing.assert_allclose(found.factors[f"blocks.{name}"], np.sqrt(s_w / s_x), rtol=1e-5)
     assert found.eta == found.rho == {}
 
 
@@ -225,7 +227,7 @@ def test_ssc_weighs_steps_or_single_rows(
 ) -> None:
     found = balance(model, ptq.QuantConfig(balance="csb+ssc", ssc=ssc, temperature=0.5), extremes, rows)  # type: ignore[arg-type]
     samples = 3 if ssc == "steps" else 3 * 8
-    for name in ("qkv_in", "proj_in", "fc1_in", "fc2_in"):
+    for name in ("blocks.qkv_in", "blocks.proj_in", "blocks.fc1_in", "blocks.fc2_in"):
         eta, rho = np.asarray(found.eta[name], np.float64), np.asarray(found.rho[name], np.float64)
         assert eta.shape == rho.shape == (samples, model.config.depth)
         assert found.activation_salience[name].shape[:2] == (3, model.config.depth)
@@ -235,7 +237,10 @@ def test_ssc_weighs_steps_or_single_rows(
 
 
 def test_what_is_not_balanced(model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes]) -> None:
-    sites = lambda **settings: set(balance(model, ptq.QuantConfig(**settings), extremes, rows).factors)
+    def sites(**settings: Any) -> set[str]:
+        found = balance(model, ptq.QuantConfig(**settings), extremes, rows).factors
+        return {name.removeprefix("blocks.") for name in found}
+
     assert sites(balance="none", equalize_v=False) == set()
     assert sites(balance="none") == {"v"}
     assert sites(balance="csb", balance_fc2=False, equalize_v=False) == {"qkv_in", "proj_in", "fc1_in"}

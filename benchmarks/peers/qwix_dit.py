@@ -15,8 +15,9 @@ import qwix
 from flax import struct
 from jax.typing import ArrayLike
 
-from ptq4dit_jax.dit import Block, DiT, DiTConfig
+from ptq4dit_jax.dit import DiT, DiTConfig
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.float_network import Block
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 
 LAYERS = ("adaLN", "qkv", "proj", "fc1", "fc2")
@@ -45,7 +46,7 @@ def quantize(dit: FloatDiT) -> QwixDiT:
     """The model in bfloat16 with W8A8 linears. ``qwix.quantize_params`` shares one scale between the blocks of a scanned stack,
     so it is mapped over single blocks."""
     config, params = dit.config, dit.astype(jnp.bfloat16).params
-    block = qwix.quantize_model(Block(config, jnp.bfloat16), _provider())
+    block = qwix.quantize_model(Block(config, config.spec.stacks[0], jnp.bfloat16), _provider())
     tokens = jax.ShapeDtypeStruct((1, config.num_tokens, config.hidden_size), jnp.bfloat16)
     condition = jax.ShapeDtypeStruct((1, config.hidden_size), jnp.bfloat16)
     shapes = jax.eval_shape(block.init, jax.random.key(0), tokens, condition)["params"]

@@ -13,7 +13,7 @@ import numpy as np
 
 from ptq4dit_jax.checkpoints import store
 from ptq4dit_jax.checkpoints.float_dit import FLOATS, check_arrays, model_meta, read_model_meta
-from ptq4dit_jax.dit import BLOCK_SITES, DiTConfig
+from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.edges import edge, quoted, shown
 from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
@@ -24,7 +24,6 @@ KIND = "quantized_dit"
 #: Whose codes share a byte where they have 4 bits or fewer: now those of two rows (:func:`pack_nibbles`); in models that do not
 #: say, byte j of a row holds its codes j and j + ceil(K / 2).
 _ROWS, _COLUMNS = "rows", "columns"
-_SITES = tuple(f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer is None)
 
 
 def save_quantized(
@@ -40,7 +39,7 @@ def save_quantized(
     if missing := [name for name in model.config.linear_shapes if name not in model.linears]:
         raise Ptq4ditError(f"{cannot}; it lacks the layer {', '.join(missing)}.")
     # All of them or none: without sites attention is computed in float.
-    if model.sites and (missing := [name for name in _SITES if name not in model.sites]):
+    if model.sites and (missing := [name for name in model.config.spec.attention if name not in model.sites]):
         raise Ptq4ditError(f"{cannot}; it lacks the site {', '.join(missing)}.")
     if np.ndim(model.group_edges) != 1:
         raise Ptq4ditError(f"{cannot}; group_edges must be of shape (groups - 1,), not {np.shape(model.group_edges)}.")
@@ -147,7 +146,8 @@ def _skeleton(
         )
 
     def linear(name: str, spec: Mapping[str, Any]) -> QLinear:
-        lead, (K, N) = _lead(config, name), config.linear_shapes[name]
+        shape = config.spec.linears[name]
+        lead, K, N = shape.place.lead, shape.K, shape.N
         bits = check_bits(f"The width of {name}", _entry(spec, "weight_bits"))
         packed = bits <= 4
         values = leaf("uint8", *lead, -(-N // 2), K) if packed else leaf("int8", *lead, N, K)
@@ -156,16 +156,15 @@ def _skeleton(
         groups = 1 if quantizer is None or quantizer.dynamic else num_groups
         return QLinear(weight=weight, bias=leaf("float32", *lead, groups, N), act=quantizer)
 
+    spec = config.spec
+    attention = spec.attention if sites else ()
+    inputs = {name: act(_entry(sites, name), spec.sites[name].place.lead, config.hidden_size) for name in attention}
     return QuantizedDiT(
-        linears={name: linear(name, _entry(linears, name)) for name in config.linear_shapes},
-        sites={name: act(_entry(sites, name), _lead(config, name), config.hidden_size) for name in (_SITES if sites else ())},
+        linears={name: linear(name, _entry(linears, name)) for name in spec.linears},
+        sites=inputs,
         label_embed=leaf("float32", config.num_labels, config.hidden_size) if config.num_labels else None,
         position_embed=leaf("float32", config.num_tokens, config.hidden_size) if config.position_table else None,
         group_edges=leaf(schedule.time_dtype, num_groups - 1),
         config=config,
         schedule=schedule,
     )
-
-
-def _lead(config: DiTConfig, name: str) -> tuple[int, ...]:
-    return (config.depth,) if name.startswith("blocks.") else ()

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
-from ptq4dit_jax import dit
 from ptq4dit_jax.engine import encode, matmul
 from ptq4dit_jax.engine.stacks import Leaf, in_turns, taken
+from ptq4dit_jax.networks import parts
 from ptq4dit_jax.numerics import along_last, product_precision
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
@@ -65,7 +65,7 @@ class QLinear:
     def feed_modulated(self, x_BTD: jax.Array, shift_BD: Leaf, scale_BD: Leaf, eps: float, backend: str) -> Fed:
         """:meth:`feed` of ``layer_norm(x) * (1 + scale) + shift``."""
         if self.act is None:
-            return dit.modulate(dit.layer_norm(x_BTD, eps), taken(shift_BD), taken(scale_BD))
+            return parts.modulate(parts.layer_norm(x_BTD, eps), taken(shift_BD), taken(scale_BD))
         return encode.modulate_encode(x_BTD, shift_BD, scale_BD, self.act, eps, backend=backend)
 
     def __call__(self, x: jax.Array, backend: str) -> jax.Array:

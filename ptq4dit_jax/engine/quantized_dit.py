@@ -18,6 +18,9 @@ from ptq4dit_jax.engine.attention import attention, attention_codes, covers_code
 from ptq4dit_jax.engine.layers import Fed, QLinear, in_unit_steps
 from ptq4dit_jax.engine.stacks import Leaf, of_layer
 from ptq4dit_jax.model import FloatDiT, step_group
+from ptq4dit_jax.networks import parts
+from ptq4dit_jax.networks.ops import condition_of_rows
+from ptq4dit_jax.networks.spec import nest_sites
 from ptq4dit_jax.quantizers import ActQuantizer
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 from ptq4dit_jax.straight_through import StraightThrough
@@ -95,27 +98,36 @@ def _split_blocks(by_name: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("blocks."): value for name, value in by_name.items() if name.startswith("blocks.")}
 
 
+def _positions(model: QuantizedDiT) -> jax.Array:
+    learned = model.position_embed
+    return jnp.asarray(dit.position_embedding(model.config) if learned is None else learned, model.dtype)[None]
+
+
 def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: ArrayLike | None) -> jax.Array:
     config, backend = model.config, model.backend_choice.name
     group = step_group(model.group_edges, model.schedule.noise_level(t_B))
     linears = {name: layer.at_group(group) for name, layer in model.linears.items()}
     sites = _split_blocks({name: quantizer.at_group(group) for name, quantizer in model.sites.items()})
 
-    tokens = linears["patch_embed"](dit.patchify(config, x_BHWC), backend)
-    x_BTD = tokens + dit.positions(config, model.position_embed, model.dtype)
-    hidden = jax.nn.silu(linears["time_fc1"](dit.timestep_frequencies(config, t_B).astype(model.dtype), backend))
+    tokens = linears["patch_embed"](parts.patchify(x_BHWC, config.patch_size), backend)
+    x_BTD = tokens + _positions(model)
+    hidden = jax.nn.silu(
+        linears["time_fc1"](
+            parts.timestep_frequencies(config.frequency_size, t_B, config.freq_shift).astype(model.dtype), backend
+        )
+    )
     condition = linears["time_fc2"](hidden, backend)
     if model.label_embed is not None:
         condition = condition + model.label_embed[dit.required_labels(config, y_B)].astype(model.dtype)
-    silu_c_BD = dit.condition_of_rows(jax.nn.silu(condition), x_BTD.shape[0])
+    silu_c_BD = condition_of_rows(jax.nn.silu(condition), x_BTD.shape[0])
 
     layers = _split_blocks(linears)
     modulation = layers.pop("adaLN").product_each(silu_c_BD, 6, backend)  # all blocks see the same condition
     x_BTD = _blocks(config, (layers, sites, modulation), x_BTD, backend)
 
     shift, scale = jnp.split(linears["final_adaLN"](silu_c_BD, backend), 2, axis=-1)
-    h_BTD = dit.modulate(dit.layer_norm(x_BTD), shift, scale)
-    return dit.unpatchify(config, linears["final"](h_BTD, backend))
+    h_BTD = parts.modulate(parts.layer_norm(x_BTD), shift, scale)
+    return parts.unpatchify(linears["final"](h_BTD, backend), config.patch_size, config.input_size // config.patch_size)
 
 
 #: A block's linears, the sites of its attention (None where a kernel of ours ends it in codes), and its modulation in six
@@ -167,7 +179,8 @@ def _block(config: DiTConfig, of_block: _OfBlock, x_BTD: jax.Array, backend: str
 
 def site_quantizers(model: QuantizedDiT) -> dict[str, Any]:
     """All quantizers by site, those of the products without weights and those at the inputs of layers."""
-    fed = {dit.SITE_OF_LAYER[name]: layer.act for name, layer in model.linears.items() if layer.act is not None}
+    site_of = model.config.spec.site_of
+    fed = {site_of[name]: layer.act for name, layer in model.linears.items() if layer.act is not None}
     return {**model.sites, **fed}
 
 
@@ -186,13 +199,7 @@ def reference(model: QuantizedDiT, *, straight_through: bool = False) -> FloatDi
     """
     tables = {"label_embed": model.label_embed, "position_embed": model.position_embed}
     params: dict[str, Any] = {name: {"embedding": table} for name, table in tables.items() if table is not None}
-    params["blocks"] = {}
-    for name, layer in model.linears.items():
-        tree = _float_layer(layer)
-        if name.startswith("blocks."):
-            params["blocks"][name.removeprefix("blocks.")] = tree
-        else:
-            params[name] = tree
+    params |= nest_sites({name: _float_layer(layer) for name, layer in model.linears.items()})
     quantizers = site_quantizers(model)
     if straight_through:
         quantizers = {name: StraightThrough(act) for name, act in quantizers.items()}
@@ -200,7 +207,7 @@ def reference(model: QuantizedDiT, *, straight_through: bool = False) -> FloatDi
         params=params,
         config=model.config,
         schedule=model.schedule,
-        quantizers=dit.nest_sites(quantizers),
+        quantizers=nest_sites(quantizers),
         group_edges=model.group_edges,
     )
 
@@ -273,7 +280,7 @@ def _what_runs(model: QuantizedDiT) -> tuple[dict[str, _Runs], _Runs]:
         before = index + 1
     attention = next((call for call in ran if call.package == "attention"), None)
     if attention is None:  # a float model's, which is no operation of a backend
-        return by_layer, _Runs("cudnn" if dit.can_fuse_attention(model.dtype, model.config.head_width) else "xla", "")
+        return by_layer, _Runs("cudnn" if parts.can_fuse_attention(model.dtype, model.config.head_width) else "xla", "")
     # Where no kernel of ours fits, Hopper's backend runs cuDNN's.
     cudnn = attention.backend == "mosaic_gpu" and attention.operation == "attention"
     return by_layer, _Runs("cudnn" if cudnn else attention.backend, attention.why)

@@ -24,14 +24,13 @@ from ptq4dit_jax.evaluation.metrics import (
     ssim,
     steps_sqnr,
 )
-from ptq4dit_jax.evaluation.probes import LAYER_SITES, layer_sqnr, predicted_noise, step_sqnr
+from ptq4dit_jax.evaluation.probes import layer_sqnr, predicted_noise, step_sqnr
 from ptq4dit_jax.evaluation.report import write_report
 
 if TYPE_CHECKING:
     from ptq4dit_jax.evaluation.plots import reconstruction_figure, salience_figure, step_sqnr_figure
 
 __all__ = [
-    "LAYER_SITES",
     "NOISE_FLOOR",
     "REFERENCE",
     "SQNR_MEAN",

@@ -62,7 +62,7 @@ def layer_sqnr_figure(comparison: Comparison) -> Figure:
         for name, figures in comparison.figures.items():
             values = figures.layer_sqnr_db[site]
             axes.plot(np.arange(len(values)), _finite(values), label=caption(name), **_line(comparison, name))
-        axes.set_title(_SITE_TITLES.get(site, site), loc="left", fontsize=10)
+        axes.set_title(_SITE_TITLES.get(site.rpartition(".")[2], site), loc="left", fontsize=10)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if index % grid.shape[1] == 0:
             axes.set_ylabel(SQNR_POOLED)

@@ -12,15 +12,13 @@ from flax import struct
 from jax.typing import ArrayLike
 
 from ptq4dit_jax.diffusion import Network, guided_apply, resolve_guidance
-from ptq4dit_jax.dit import PROBE_SITES, GuidedChannels
+from ptq4dit_jax.dit import GuidedChannels
 from ptq4dit_jax.engine import reference
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
 from ptq4dit_jax.sampling import check_labels
 from ptq4dit_jax.waiting import ready
-
-#: Block sites whose float value balancing leaves unchanged, so that they can be compared between models.
-LAYER_SITES = ("q", "k", *PROBE_SITES)
 
 
 @struct.dataclass
@@ -45,17 +43,17 @@ class _Against:
 
 @jax.jit
 def _captured(reference: FloatDiT, x: jax.Array, t: jax.Array, y: jax.Array | None) -> dict[str, _Against]:
-    nothing = _Capture(jnp.zeros(reference.config.depth))
-    _, seen = reference.observe({"blocks": dict.fromkeys(LAYER_SITES, nothing)}, x, t, y)
-    return {name: _Against(capture.value) for name, capture in seen["blocks"].items()}
+    nothing = {str(place): _Capture(jnp.zeros(place.lead)) for place in reference.config.spec.outputs}
+    _, seen = reference.observe(nest_sites(nothing), x, t, y)
+    return {name: _Against(capture.value) for name, capture in flatten_sites(seen).items()}
 
 
 @jax.jit
 def _deviation(
     other: FloatDiT, against: dict[str, _Against], x: jax.Array, t: jax.Array, y: jax.Array | None
 ) -> dict[str, metrics.Powers]:
-    _, powers = other.observe({"blocks": against}, x, t, y)
-    return powers["blocks"]
+    _, powers = other.observe(nest_sites(against), x, t, y)
+    return flatten_sites(powers)
 
 
 def _layer_powers(
@@ -76,7 +74,7 @@ def _with_sites(model: Any) -> FloatDiT:
 def layer_sqnr(
     reference_model: FloatDiT, other: Network, x: ArrayLike, t: ArrayLike, y: ArrayLike | None
 ) -> dict[str, np.ndarray]:
-    """SQNR in dB of every block's :data:`LAYER_SITES`, each model fed by its own earlier layers: site -> (L,).
+    """SQNR in dB of the network's ``spec.outputs``, each model fed by its own earlier layers: full name of a site -> (L,).
 
     Args:
       reference_model: the float model.
@@ -105,7 +103,7 @@ def layer_sqnr_along(
 
 
 def _layer_decibels(batches: list[dict[str, metrics.Powers]]) -> dict[str, np.ndarray]:
-    return {name: metrics.pooled_db([batch[name] for batch in batches]) for name in LAYER_SITES}
+    return {name: metrics.pooled_db([batch[name] for batch in batches]) for name in batches[0]}
 
 
 @partial(jax.jit, static_argnames=("guided", "channels"))

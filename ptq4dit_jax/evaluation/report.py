@@ -203,7 +203,7 @@ def _page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping
 
 
 def _balancing(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    columns = ["block", *(site.removeprefix("blocks.") for site in sites)]
+    columns = ["block", *(site.rpartition(".")[2] for site in sites)]
     depth = len(next(iter(sites.values()))["chosen"])
     cell = lambda site, block: f"{_text(site['chosen'][block])} ({site['to_none'][block]:.2f}, {site['to_paper'][block]:.2f})"
     rows = [[str(block), *(cell(site, block) for site in sites.values())] for block in range(depth)]

@@ -15,17 +15,18 @@ from ptq4dit_jax import memory, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.devices import default_device
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.gptq import RoundedWeight
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.ops import Network
+from ptq4dit_jax.networks.spec import UnitKind
 from ptq4dit_jax.numerics import EXACT, threefry
 from ptq4dit_jax.reconstruction import optimize
 from ptq4dit_jax.reconstruction.closed_form import rounding_bytes
 from ptq4dit_jax.reconstruction.optimize import Rows, Task, TrainState, Variables
 from ptq4dit_jax.reconstruction.rounding import RoundedKernel
-from ptq4dit_jax.reconstruction.units import Kind, Unit
+from ptq4dit_jax.reconstruction.units import Unit
 from ptq4dit_jax.reconstruction.walk import TINY, Walk
 from ptq4dit_jax.waiting import ready
 
@@ -46,8 +47,8 @@ def _compiled(
     structure: Any,
     shapes: tuple[Any, ...],
     mesh: Mesh | None,
-    config: DiTConfig,
-    kind: Kind,
+    config: Network,
+    kind: UnitKind,
     settings: Reconstruction,
     dtype: str,
     parts: int,
@@ -112,15 +113,19 @@ class LearningWalk(Walk):
         condition = jax.ShapeDtypeStruct((*lead, D), self.dtype)
         group, weight = (jax.ShapeDtypeStruct(lead, dtype) for dtype in (jnp.int32, jnp.float32))
         rows = Rows(inputs=(hidden, condition), target=hidden, group=group, weight=weight)
-        task, variables = jax.eval_shape(partial(self.task, Unit("block")))
-        state = jax.eval_shape(lambda variables: optimize.start(variables, self.settings), variables)
         others = jax.eval_shape(lambda: (jnp.float32(0), threefry(jax.random.key(0)), jnp.int32(0)))
-        needed = memory.program_bytes(self._program("block", on_host, state, task, rows, *others))
+
+        def program(kind: UnitKind) -> Any:
+            task, variables = jax.eval_shape(partial(self.task, Unit(kind)))
+            state = jax.eval_shape(lambda variables: optimize.start(variables, self.settings), variables)
+            return self._program(kind, on_host, state, task, rows, *others)
+
+        needed = max(memory.program_bytes(program(kind)) for kind in self.config.spec.kinds if kind.stack is not None)
         of_rows = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(rows)) // sharding.data_size(self.mesh)
         learning = max(0, needed - (0 if on_host else of_rows))
         return max(learning, rounding_bytes(self)) if self.settings.resolved_start == "gptq" else learning
 
-    def _program(self, kind: Kind, drawn: bool, *arguments: Any) -> Any:
+    def _program(self, kind: UnitKind, drawn: bool, *arguments: Any) -> Any:
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         return _compiled(structure, shapes, self.mesh, self.config, kind, self.settings, self.dtype, self.parts, drawn)
@@ -134,7 +139,7 @@ class LearningWalk(Walk):
         for layer, name in unit.layers.items():
             tree = self.params(unit, layer)
             if start is None:
-                weight = unit.of_depth(name, self.quantized.linears[name].weight)
+                weight = unit.of_depth(self.quantized.linears[name].weight)
                 kernels[layer], rounding[layer] = _rounded_kernel(tree["kernel"], weight)
                 biases[layer] = tree["bias"]
             else:
@@ -146,7 +151,7 @@ class LearningWalk(Walk):
 
     def rows(self, unit: Unit) -> Rows:
         rows = super().rows(unit)
-        if self.settings.row_weights == "steps" and unit.kind == "block":
+        if self.settings.row_weights == "steps" and unit.kind.stack is not None:
             weight = self._place(np.asarray(_step_weights(self.float_x, rows.target, self.step, self.num_steps)))
             rows = rows.replace(weight=weight)  # type: ignore[attr-defined]
         return rows

@@ -11,11 +11,12 @@ from flax import struct
 from jax.sharding import Mesh
 
 from ptq4dit_jax import sharding
-from ptq4dit_jax.dit import SITE_OF_LAYER, DiTConfig
 from ptq4dit_jax.gptq import InputMoments
+from ptq4dit_jax.networks.ops import Network
+from ptq4dit_jax.networks.spec import UnitKind
 from ptq4dit_jax.numerics import CALIBRATION
 from ptq4dit_jax.reconstruction.parts import RoundedPart
-from ptq4dit_jax.reconstruction.units import Kind, Unit, site_input
+from ptq4dit_jax.reconstruction.units import Unit, site_input
 from ptq4dit_jax.reconstruction.walk import Walk
 from ptq4dit_jax.waiting import ready
 
@@ -62,7 +63,7 @@ class PartInputs:
         unit, (home, *_) = self._unit, self._devices
         _, params, _ = self._fixed[home]
         networks = {device: _Networks(jax.device_put(rounded, device), *fixed) for device, fixed in self._fixed.items()}
-        site = SITE_OF_LAYER[unit.layers[layer]].removeprefix("blocks.")
+        site = unit.site_of[layer]
         program = partial(_observe, config=self._walk.config, kind=unit.kind, site=site)
 
         def through(device: Any, lane: _Seen, moments: InputMoments, until: int) -> InputMoments:
@@ -110,7 +111,7 @@ def _split(array: Any, parts: int) -> list[Any]:
 
 @partial(jax.jit, static_argnames=("config", "kind", "site"))
 def _observe(
-    networks: _Networks, moments: InputMoments, rows: _Seen, until: jax.Array, *, config: DiTConfig, kind: Kind, site: str
+    networks: _Networks, moments: InputMoments, rows: _Seen, until: jax.Array, *, config: Network, kind: UnitKind, site: str
 ) -> InputMoments:
     """``moments`` with the batches of rows (M, b, ...) before ``until``: a program of one device."""
 

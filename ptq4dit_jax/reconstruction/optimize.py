@@ -14,13 +14,14 @@ from jax.typing import DTypeLike
 
 from ptq4dit_jax import sharding
 from ptq4dit_jax.config import Reconstruction
-from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.networks.ops import Network
+from ptq4dit_jax.networks.spec import UnitKind
 from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.quantizers import ActQuantizer
 from ptq4dit_jax.reconstruction.adam import Adam
 from ptq4dit_jax.reconstruction.fake_quant import for_rows
 from ptq4dit_jax.reconstruction.rounding import RoundedKernel, indecision
-from ptq4dit_jax.reconstruction.units import Kind, apply_unit
+from ptq4dit_jax.reconstruction.units import apply_unit
 
 
 @struct.dataclass
@@ -94,8 +95,8 @@ def predict(
     log_scale: Mapping[str, jax.Array],
     inputs: tuple[Any, ...],
     group_B: jax.Array,
-    config: DiTConfig,
-    kind: Kind,
+    config: Network,
+    kind: UnitKind,
     dtype: DTypeLike,
     precision: jax.lax.Precision = EXACT,
 ) -> jax.Array:
@@ -160,8 +161,8 @@ def train(
     key: jax.Array,
     stop: jax.Array,
     *,
-    config: DiTConfig,
-    kind: Kind,
+    config: Network,
+    kind: UnitKind,
     settings: Reconstruction,
     dtype: str,
     parts: int,
@@ -236,8 +237,8 @@ def rounded_outputs(
     shared: tuple[Mapping[str, Any], Mapping[str, ActQuantizer]],
     rows: Rows,
     *,
-    config: DiTConfig,
-    kind: Kind,
+    config: Network,
+    kind: UnitKind,
     dtype: str,
     precision: jax.lax.Precision = EXACT,
 ) -> tuple[jax.Array, jax.Array]:
@@ -253,8 +254,8 @@ def float_outputs(
     shared: tuple[Mapping[str, Any], Mapping[str, Any]],
     inputs: tuple[Any, ...],
     *,
-    config: DiTConfig,
-    kind: Kind,
+    config: Network,
+    kind: UnitKind,
     dtype: str,
     precision: jax.lax.Precision = EXACT,
 ) -> tuple[jax.Array, jax.Array]:
@@ -269,8 +270,8 @@ def over_rows(
     shared: Any,
     rows: Any,
     *,
-    config: DiTConfig,
-    kind: Kind,
+    config: Network,
+    kind: UnitKind,
     dtype: str,
     precision: jax.lax.Precision = EXACT,
     parts: int = 1,

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from ptq4dit_jax import dit
 from ptq4dit_jax.engine import QLinear, QuantizedDiT
 from ptq4dit_jax.quantizers import ActQuantizer, QTensor
 from ptq4dit_jax.reconstruction.units import Unit
@@ -44,6 +43,7 @@ def scaled(act: ActQuantizer, log_scale: Any) -> ActQuantizer:
 
 def assemble(quantized: QuantizedDiT, parts: Sequence[tuple[Unit, RoundedPart]]) -> QuantizedDiT:
     """The model with the weights, biases and scales of its parts; zero points are folded into the biases anew."""
+    spec = quantized.config.spec
     weights: dict[str, list[QTensor]] = {}
     biases: dict[str, list[Any]] = {}
     scales: dict[str, list[Any]] = {}
@@ -56,12 +56,13 @@ def assemble(quantized: QuantizedDiT, parts: Sequence[tuple[Unit, RoundedPart]])
                 scales.setdefault(name, []).append(part.log_scale[site])
 
     def learned(site: str, act: Any) -> Any:
-        return act if site not in scales else _scaled(act, scales[site], stacked=site.startswith("blocks."))
+        stacked = bool(spec.sites[site].place.lead)
+        return act if site not in scales else _scaled(act, scales[site], stacked=stacked)
 
     linears = {}
     for name, linear in quantized.linears.items():
-        act = learned(dit.SITE_OF_LAYER[name], linear.act)
-        linears[name] = _pack(weights[name], biases[name], act, stacked=name.startswith("blocks."))
+        act = learned(spec.site_of[name], linear.act)
+        linears[name] = _pack(weights[name], biases[name], act, stacked=bool(spec.linears[name].place.lead))
     sites = {name: learned(name, act) for name, act in quantized.sites.items()}
     return quantized.replace(linears=linears, sites=sites)  # type: ignore[attr-defined]
 

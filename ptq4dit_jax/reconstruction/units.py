@@ -3,59 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import jax
 from flax import struct
 from jax.typing import DTypeLike
 
-from ptq4dit_jax.dit import BLOCK_SITES, Block, DiT, DiTConfig
+from ptq4dit_jax.networks.float_network import Block, FloatNetwork
+from ptq4dit_jax.networks.ops import Network
+from ptq4dit_jax.networks.spec import UnitKind
 from ptq4dit_jax.numerics import EXACT
-
-Kind = Literal["embed_image", "embed_condition", "block", "head"]
-
-#: Linear layers and sites of the kinds outside the blocks. Each of these kinds is a method of :class:`DiT`.
-_EDGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "embed_image": (("patch_embed",), ("patch_in",)),
-    "embed_condition": (("time_fc1", "time_fc2"), ("time_in", "time_hidden")),
-    "head": (("final_adaLN", "final"), ("final_adaLN_in", "final_in")),
-}
-_BLOCK_LAYERS = tuple(layer for layer in BLOCK_SITES.values() if layer)
 
 
 @struct.dataclass
 class Unit:
-    """One part. ``kind`` decides the program, ``index`` which block it is (0 outside the blocks)."""
+    """One part. ``kind`` decides the program, ``index`` which block of its stack it is (0 outside the stacks)."""
 
-    kind: Kind = struct.field(pytree_node=False)
+    kind: UnitKind = struct.field(pytree_node=False)
     index: int = struct.field(pytree_node=False, default=0)
 
     @property
     def name(self) -> str:
-        return f"block {self.index}" if self.kind == "block" else self.kind.replace("_", " ")
+        stack = self.kind.stack
+        return self.kind.role.value.replace("_", " ") if stack is None else f"{stack.block} {self.index}"
 
     @property
     def layers(self) -> dict[str, str]:
-        """The unit's linear layers: name inside the unit -> name in ``config.linear_shapes``."""
-        if self.kind == "block":
-            return {layer: f"blocks.{layer}" for layer in _BLOCK_LAYERS}
-        return {layer: layer for layer in _EDGES[self.kind][0]}
+        """The unit's linear layers: name inside the unit -> full name."""
+        return {linear.place.name: str(linear.place) for linear in self.kind.linears}
 
     @property
     def tables(self) -> tuple[str, ...]:
         """Parameters of the unit that are looked up or added, not multiplied; a model may lack them."""
-        return {"embed_image": ("position_embed",), "embed_condition": ("label_embed",)}.get(self.kind, ())
+        return self.kind.tables
 
     @property
     def sites(self) -> dict[str, str]:
-        """The unit's sites: name inside the unit -> name in ``config.site_features``."""
-        if self.kind == "block":
-            return {site: f"blocks.{site}" for site in BLOCK_SITES}
-        return {site: site for site in _EDGES[self.kind][1]}
+        """The unit's sites: name inside the unit -> full name."""
+        return {site.place.name: str(site.place) for site in self.kind.sites}
 
-    def of_depth(self, name: str, value: Any) -> Any:
-        """What a stacked tree holds for this unit: the slice at its depth for the names of blocks, else the whole."""
-        return _at(value, self.index) if name.startswith("blocks.") else value
+    @property
+    def site_of(self) -> dict[str, str]:
+        """The site that feeds each linear layer, both by their names inside the unit."""
+        return {site.feeds.place.name: site.place.name for site in self.kind.sites if site.feeds is not None}
+
+    def of_depth(self, value: Any) -> Any:
+        """The slice of a stacked tree for this block; outside the stacks the whole tree."""
+        return value if self.kind.stack is None else _at(value, self.index)
 
 
 @jax.jit
@@ -64,15 +58,16 @@ def _at(tree: Any, index: jax.Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-def units(config: DiTConfig) -> tuple[Unit, ...]:
+def units(network: Network) -> tuple[Unit, ...]:
     """All parts in the order in which a hidden state passes them."""
-    blocks = (Unit("block", index) for index in range(config.depth))
-    return (Unit("embed_image"), Unit("embed_condition"), *blocks, Unit("head"))
+    return tuple(
+        Unit(kind, index) for kind in network.spec.kinds for index in range(1 if kind.stack is None else kind.stack.depth)
+    )
 
 
 def apply_unit(
-    config: DiTConfig,
-    kind: Kind,
+    config: Network,
+    kind: UnitKind,
     params: Mapping[str, Any],
     quantizers: Mapping[str, Any],
     inputs: tuple[Any, ...],
@@ -85,13 +80,13 @@ def apply_unit(
       config: shape of the network.
       kind: which part.
       params: kernels (K, N) and biases (N,) by layer, and the unit's tables that the model has.
-      quantizers: callables by site, as in :mod:`ptq4dit_jax.dit`; may be empty.
+      quantizers: callables by site, as in :mod:`ptq4dit_jax.networks.float_network`; may be empty.
       inputs: ``embed_image`` (x_BHWC,), ``embed_condition`` (t_B, y_B), ``block`` and ``head`` (x_BTD, silu_c_BD).
       dtype: compute type.
       precision: of float32 products.
     """
     output = _run(config, kind, params, quantizers, inputs, dtype, precision)
-    return cast(jax.Array, output[0] if kind == "block" else output)
+    return cast(jax.Array, output if kind.stack is None else output[0])
 
 
 @struct.dataclass
@@ -103,8 +98,8 @@ class _Passing:
 
 
 def site_input(
-    config: DiTConfig,
-    kind: Kind,
+    config: Network,
+    kind: UnitKind,
     name: str,
     params: Mapping[str, Any],
     quantizers: Mapping[str, Any],
@@ -122,8 +117,8 @@ def site_input(
 
 
 def _run(
-    config: DiTConfig,
-    kind: Kind,
+    config: Network,
+    kind: UnitKind,
     params: Mapping[str, Any],
     quantizers: Mapping[str, Any],
     inputs: tuple[Any, ...],
@@ -133,8 +128,9 @@ def _run(
 ) -> Any:
     """What the part's module returns, and with ``observers`` the variables that they have become beside it."""
     variables = {"params": params} | ({"quantizers": quantizers} if quantizers else {})
-    more: dict[str, Any] = {} if kind == "block" else {"method": kind}
+    more: dict[str, Any] = {"method": kind.role.value} if kind.stack is None else {}
     if observers is not None:
         variables, more = variables | {"observers": observers}, more | {"mutable": ["observers"]}
-    module: Any = Block if kind == "block" else DiT
-    return module(config, dtype, precision).apply(variables, *inputs, **more)
+    stack, settings = kind.stack, (dtype, precision)
+    module: Any = FloatNetwork(config, *settings) if stack is None else Block(config, stack, *settings)
+    return module.apply(variables, *inputs, **more)

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ptq4dit_jax import dit, memory, sharding
+from ptq4dit_jax import memory, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import RowsOn
 from ptq4dit_jax.engine import QuantizedDiT, site_quantizers
 from ptq4dit_jax.model import FloatDiT, step_group
+from ptq4dit_jax.networks.spec import Role, flatten_sites
 from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.reconstruction import optimize
 from ptq4dit_jax.reconstruction.optimize import Rows
@@ -72,7 +73,7 @@ class Walk(abc.ABC):
         self.config = folded.config
         self.batch_size, self.parts, self.dtype, self.precision = batch_size, parts, dtype, precision
         self.acts = site_quantizers(quantized)
-        self.balances = dit.flatten_sites(folded.quantizers)
+        self.balances = flatten_sites(folded.quantizers)
 
         count = calibration.num_steps * calibration.num_rows
         size = -(-count // batch_size)
@@ -119,31 +120,29 @@ class Walk(abc.ABC):
 
     def params(self, unit: Unit, layer: str) -> Any:
         """The float kernel (K, N) and bias (N,) of a layer of a part."""
-        if unit.kind != "block":
-            return self.folded.params[layer]
-        return unit.of_depth(f"blocks.{layer}", self.folded.params["blocks"][layer])
+        return unit.of_depth(self.folded.layer(unit.layers[layer]))
 
     def float_part(self, unit: Unit) -> tuple[dict[str, Any], dict[str, Any]]:
         """The float parameters of a part, and what folding left at its sites."""
         params = {layer: self.params(unit, layer) for layer in unit.layers} | self.tables(unit)
         balanced = {site: name for site, name in unit.sites.items() if name in self.balances}
-        return params, {site: unit.of_depth(name, self.balances[name]) for site, name in balanced.items()}
+        return params, {site: unit.of_depth(self.balances[name]) for site, name in balanced.items()}
 
     def act_quantizers(self, unit: Unit) -> dict[str, Any]:
         """The activation quantizers of a part, by site; leaves are tables over groups of steps (G,)."""
-        return {site: unit.of_depth(name, self.acts[name]) for site, name in unit.sites.items() if name in self.acts}
+        return {site: unit.of_depth(self.acts[name]) for site, name in unit.sites.items() if name in self.acts}
 
     def nearest(self, unit: Unit) -> RoundedPart:
         """A part as range search has rounded it."""
-        weights = {layer: unit.of_depth(name, self.quantized.linears[name].weight) for layer, name in unit.layers.items()}
+        weights = {layer: unit.of_depth(self.quantized.linears[name].weight) for layer, name in unit.layers.items()}
         biases = {layer: self.params(unit, layer)["bias"] for layer in unit.layers}
         return RoundedPart(weights, biases, {})
 
     def inputs(self, unit: Unit) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """What a part is fed behind the quantized prefix, and behind the float one; as :func:`apply_unit` takes them."""
-        if unit.kind == "embed_image":
+        if unit.kind.role is Role.IMAGE:
             return (self.x,), (self.x,)
-        if unit.kind == "embed_condition":
+        if unit.kind.role is Role.CONDITION:
             return (self.t, self.y), (self.t, self.y)
         return (self.quant_x, self.quant_c), (self.float_x, self.float_c)
 
@@ -185,9 +184,9 @@ class Walk(abc.ABC):
 
     def advance(self, unit: Unit, quantized: Any, exact: Any) -> None:
         """Both hidden states move past the part."""
-        if unit.kind == "embed_condition":
+        if unit.kind.role is Role.CONDITION:
             self.quant_c, self.float_c = quantized, exact
-        elif unit.kind != "head":
+        elif unit.kind.role is not Role.HEAD:
             self.quant_x, self.float_x = quantized, exact
 
 

@@ -24,10 +24,10 @@ from helpers import PLAIN, as_float64, lowered_sampler, relative_error, tiny_mod
 from jax.sharding import Mesh
 
 import ptq4dit_jax as ptq
-from ptq4dit_jax import dit
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.engine import QLinear, quantized_dit
 from ptq4dit_jax.model import FloatDiT, step_group
+from ptq4dit_jax.networks.spec import flatten_sites
 
 DIGITS = Path(__file__).parents[2] / "models" / "digits"
 STEPS = 10
@@ -374,6 +374,6 @@ def test_the_twin_is_a_float_model_with_quantizers(tiny: tuple[FloatDiT, Calibra
     model, _, q = tiny
     twin = ptq.reference(q)
     assert jax.tree.structure(twin.params) == jax.tree.structure(model.params)
-    assert set(dit.flatten_sites(twin.quantizers)) == set(model.config.site_features)
+    assert set(flatten_sites(twin.quantizers)) == set(model.config.site_features)
     np.testing.assert_allclose(twin.params["final"]["bias"], model.params["final"]["bias"], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(twin.params["final"]["kernel"], model.params["final"]["kernel"], atol=0.01)

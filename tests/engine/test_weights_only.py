@@ -114,7 +114,7 @@ def test_attention_alone_in_float(dit: ptq.FloatDiT, policy: str) -> None:
     assert (rows["blocks.q @ k"]["runs"], rows["blocks.qkv"]["runs"]) == ("float32", "int8 x int8 -> int32")
     assert relative_error(apply(q), apply(ptq.reference(q))) < 0.02
     assert np.isfinite(
-        layer_sqnr(dit, q, *random_inputs(dit.config, 2)[:1], T, random_inputs(dit.config, 2)[1])["block_out"]
+        layer_sqnr(dit, q, *random_inputs(dit.config, 2)[:1], T, random_inputs(dit.config, 2)[1])["blocks.block_out"]
     ).all()
 
 

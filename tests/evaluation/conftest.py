@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ptq4dit_jax.dit import DiTConfig
-from ptq4dit_jax.evaluation import LAYER_SITES, Comparison, Interval, ModelFigures
+from ptq4dit_jax.evaluation import Comparison, Interval, ModelFigures
 from ptq4dit_jax.model import FloatDiT
 
 
@@ -32,7 +32,7 @@ def comparison() -> Comparison:
             sqnr_mean_db=level + 2,
             sqnr_pooled_db=level + 1.5,
             step_sqnr_db=level + np.arange(5.0),
-            layer_sqnr_db={site: level + np.arange(3.0) for site in LAYER_SITES},
+            layer_sqnr_db={site: level + np.arange(3.0) for site in map(str, DiTConfig.example().spec.outputs)},
             psnr_db=psnr,
             psnr_interval=Interval(psnr.mean(), level, level + 3),
             ssim=np.full(4, 0.9),

@@ -93,7 +93,7 @@ def test_rows_are_ordered_as_the_errors_made(result, model):
         assert steps.min() <= figures[name].sqnr_pooled_db <= steps.max()
         assert all(layer.shape == (model.config.depth,) for layer in figures[name].layer_sqnr_db.values())
     assert np.isposinf(figures["same"].step_sqnr_db).all()
-    assert np.isposinf(figures["same"].layer_sqnr_db["block_out"]).all()
+    assert np.isposinf(figures["same"].layer_sqnr_db["blocks.block_out"]).all()
 
 
 def test_sizes_count_every_array(result, model):
@@ -117,7 +117,7 @@ def test_json_is_finite_and_complete(result):
     for figure in ("sqnr_mean_db", "sqnr_pooled_db"):
         assert document["models"]["coarse"][figure] == getattr(comparison.figures["coarse"], figure)
     assert document["models"]["coarse"]["psnr_interval"]["low"] == comparison.figures["coarse"].psnr_interval.low
-    assert document["models"]["fine"]["layer_sqnr_db"]["q"] == comparison.figures["fine"].layer_sqnr_db["q"].tolist()
+    assert document["models"]["fine"]["layer_sqnr_db"]["q"] == comparison.figures["fine"].layer_sqnr_db["blocks.q"].tolist()
 
 
 def test_latents_are_measured_as_they_are_on_their_own_range():

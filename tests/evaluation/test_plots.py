@@ -55,7 +55,9 @@ def test_layer_figure_has_a_panel_per_site(comparison):
         "fc2",
         "block output",
     ]
-    np.testing.assert_array_equal(figure.axes[3].lines[2].get_ydata(), comparison.figures["W4A8"].layer_sqnr_db["fc1_out"])
+    np.testing.assert_array_equal(
+        figure.axes[3].lines[2].get_ydata(), comparison.figures["W4A8"].layer_sqnr_db["blocks.fc1_out"]
+    )
     _drawn(figure)
 
 

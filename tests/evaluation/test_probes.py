@@ -61,12 +61,14 @@ def _rounded(model: FloatDiT) -> FloatDiT:
 
 def test_layer_sqnr_is_the_power_ratio_of_what_observers_see(model, batch):
     other = _rounded(model)
-    tree = {"blocks": {name: Keep(jnp.zeros(model.config.depth)) for name in probes.LAYER_SITES}}
+    names = ("q", "k", "proj_out", "fc1_out", "fc2_out", "block_out")
+    tree = {"blocks": {name: Keep(jnp.zeros(model.config.depth)) for name in names}}
     observe = jax.jit(lambda model: model.observe(tree, *batch)[1]["blocks"])
     seen = [observe(m) for m in (model, other)]
     got = probes.layer_sqnr(model, other, *batch)
-    assert set(got) == {"q", "k", "proj_out", "fc1_out", "fc2_out", "block_out"}
-    for name, figures in got.items():
+    assert set(got) == {f"blocks.{name}" for name in names}
+    for name in names:
+        figures = got[f"blocks.{name}"]
         first, second = (np.asarray(s[name].value, np.float64).reshape(2, -1) for s in seen)
         expected = 10 * np.log10((first**2).sum(1) / ((first - second) ** 2).sum(1))
         np.testing.assert_allclose(figures, expected, atol=1e-3, err_msg=name)
@@ -75,10 +77,10 @@ def test_layer_sqnr_is_the_power_ratio_of_what_observers_see(model, batch):
 
 def test_layer_sqnr_finds_the_layer_that_is_wrong(model, batch):
     got = probes.layer_sqnr(model, _scaled(model, "proj", 1.01, block=1), *batch)
-    np.testing.assert_allclose(got["proj_out"][1], 40.0, atol=1e-2)
-    assert np.isposinf([got[name][0] for name in probes.LAYER_SITES]).all()
-    assert np.isposinf([got["q"][1], got["k"][1]]).all()
-    assert np.isfinite([got[name][1] for name in ("fc1_out", "fc2_out", "block_out")]).all()
+    np.testing.assert_allclose(got["blocks.proj_out"][1], 40.0, atol=1e-2)
+    assert np.isposinf([got[name][0] for name in got]).all()
+    assert np.isposinf([got["blocks.q"][1], got["blocks.k"][1]]).all()
+    assert np.isfinite([got[f"blocks.{name}"][1] for name in ("fc1_out", "fc2_out", "block_out")]).all()
 
 
 def test_layer_sqnr_observes_the_twin_of_a_quantized_model(model, batch, monkeypatch):
@@ -86,7 +88,7 @@ def test_layer_sqnr_observes_the_twin_of_a_quantized_model(model, batch, monkeyp
     wrong = _scaled(model, "fc2", 1.1, block=0)
     got, expected = (probes.layer_sqnr(model, other, *batch) for other in (Quantized(wrong), wrong))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
-    np.testing.assert_allclose(got["fc2_out"][0], 20.0, atol=1e-2)
+    np.testing.assert_allclose(got["blocks.fc2_out"][0], 20.0, atol=1e-2)
 
 
 def test_layers_along_a_trajectory_sum_powers_over_steps(model, chain):
@@ -95,7 +97,7 @@ def test_layers_along_a_trajectory_sum_powers_over_steps(model, chain):
     got = probes.layer_sqnr_along(model, other, inputs, t, labels)
     flat = inputs.reshape(-1, *inputs.shape[2:])
     expected = probes.layer_sqnr(model, other, flat, t.repeat(4), np.tile(labels, 3))
-    for name in probes.LAYER_SITES:
+    for name in expected:
         np.testing.assert_allclose(got[name], expected[name], atol=1e-3, err_msg=name)
 
 

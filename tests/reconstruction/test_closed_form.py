@@ -11,7 +11,7 @@ import ptq4dit_jax as ptq
 from ptq4dit_jax import gptq, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import Reconstruction
-from ptq4dit_jax.dit import SITE_OF_LAYER, nest_sites
+from ptq4dit_jax.networks.spec import nest_sites
 from ptq4dit_jax.reconstruction import closed_form, moments, round_closed_form, units
 from ptq4dit_jax.reconstruction.closed_form import ClosedFormWalk
 from ptq4dit_jax.reconstruction.moments import PartInputs
@@ -86,7 +86,7 @@ def test_moments_are_those_of_what_the_two_networks_feed_the_layer(layer, model,
     found = PartInputs(walk, unit).moments(name, walk.nearest(unit))
     of_block = (lambda a: a[:, 0]) if layer.startswith("blocks.") else (lambda a: a)
     K = model.config.linear_shapes[layer][0]
-    x, exact = (of_block(fed(m, SITE_OF_LAYER[layer], rows)).reshape(-1, K) for m in (twin, model))
+    x, exact = (of_block(fed(m, m.config.spec.site_of[layer], rows)).reshape(-1, K) for m in (twin, model))
     x, d = x - np.asarray(found.shift, np.float64), exact - x
     count = float(found.count)
     assert count == pytest.approx(120 * (9 if layer in TOKENWISE else 1), rel=1e-6)

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from helpers import random_inputs, tiny_model
 
-from ptq4dit_jax import dit
-from ptq4dit_jax.reconstruction.units import Unit, apply_unit, units
+from ptq4dit_jax.reconstruction.units import apply_unit, units
 
 
 def params_of(model, unit):
-    if unit.kind == "block":
+    if unit.kind.stack is not None:
         return jax.tree.map(lambda leaf: leaf[unit.index], model.params["blocks"])
     return {name: model.params[name] for name in (*unit.layers, *unit.tables) if name in model.params}
 
@@ -40,21 +39,23 @@ def test_in_a_row_they_are_the_network(tables):
 
 
 def test_quantizers_act_at_the_sites_of_a_part(tiny_model, tiny_config):
-    unit, seen = Unit("block", 1), []
+    unit, seen = units(tiny_config)[3], []
+    assert unit.name == "block 1"
     inputs = jnp.ones((2, tiny_config.num_tokens, 32), jnp.float32), jnp.ones((2, 32), jnp.float32)
 
     def watch(name):
         return jax.tree_util.Partial(lambda x: (seen.append((name, x.shape)), x)[1])
 
     apply_unit(
-        tiny_config, "block", params_of(tiny_model, unit), {site: watch(site) for site in unit.sites}, inputs, jnp.float32
+        tiny_config, unit.kind, params_of(tiny_model, unit), {site: watch(site) for site in unit.sites}, inputs, jnp.float32
     )
-    assert [name for name, _ in seen] == list(dit.BLOCK_SITES)
+    assert [name for name, _ in seen] == ["adaLN_in", "qkv_in", "q", "k", "v", "probs", "proj_in", "fc1_in", "fc2_in"]
     assert dict(seen)["fc2_in"] == (2, tiny_config.num_tokens, 128)
 
 
-@pytest.mark.parametrize("kind", ["block", "head"])
-def test_of_depth_takes_the_slice_of_a_block_only(kind):
-    unit, stacked = Unit(kind, 2), {"a": jnp.arange(12).reshape(4, 3)}
-    np.testing.assert_array_equal(unit.of_depth("blocks.q", stacked)["a"], [6, 7, 8])
-    np.testing.assert_array_equal(unit.of_depth("final_in", stacked)["a"], stacked["a"])
+def test_of_depth_takes_the_slice_of_a_block_only(tiny_config):
+    *_, block, head = units(tiny_config)
+    assert (block.name, head.name) == ("block 2", "head")
+    stacked = {"a": jnp.arange(12).reshape(4, 3)}
+    np.testing.assert_array_equal(block.of_depth(stacked)["a"], [6, 7, 8])
+    np.testing.assert_array_equal(head.of_depth(stacked)["a"], stacked["a"])

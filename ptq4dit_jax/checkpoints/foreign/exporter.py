@@ -15,10 +15,11 @@ from ptq4dit_jax.checkpoints.float_dit import check_arrays, expected_arrays, fla
 from ptq4dit_jax.checkpoints.foreign.layouts import META, Entry
 from ptq4dit_jax.checkpoints.foreign.objectives import add_variance, drop_variance
 from ptq4dit_jax.checkpoints.foreign.safetensors_file import write_safetensors
-from ptq4dit_jax.dit import SITE_OF_LAYER, DiTConfig, flatten_sites, position_embedding
+from ptq4dit_jax.dit import DiTConfig, position_embedding
 from ptq4dit_jax.engine import QuantizedDiT, reference
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.spec import flatten_sites
 from ptq4dit_jax.quantizers import ActQuantizer, Balance
 from ptq4dit_jax.schedules import FlowSchedule
 from ptq4dit_jax.staging import publish, staging
@@ -102,7 +103,7 @@ def _plain_params(model: FloatDiT | QuantizedDiT) -> dict[str, jax.Array]:
     twin = reference(model) if isinstance(model, QuantizedDiT) else model
     params = dict(flatten(twin.params))
     sites = flatten_sites(twin.quantizers)
-    for layer, site in SITE_OF_LAYER.items():
+    for layer, site in twin.config.spec.site_of.items():
         found = sites.get(site)
         factor = found.factor if isinstance(found, Balance) else found.balance if isinstance(found, ActQuantizer) else None
         if factor is not None:

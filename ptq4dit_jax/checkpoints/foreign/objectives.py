@@ -13,8 +13,9 @@ import numpy as np
 from ptq4dit_jax.checkpoints.foreign.evidence import Evidence, Said
 from ptq4dit_jax.checkpoints.foreign.layouts import Layout, View
 from ptq4dit_jax.checkpoints.foreign.lazy import TensorFile
-from ptq4dit_jax.dit import DiTConfig, timestep_frequencies
+from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.networks.parts import timestep_frequencies
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
 
 
@@ -199,7 +200,8 @@ def fold_step_size(
         np.asarray(params.pop(f"step_{layer}/{leaf}"), np.float64) for layer in ("fc1", "fc2") for leaf in ("kernel", "bias")
     )
     seen = layout.step_size.seen(schedule.steps) if schedule.steps else 0.0
-    hidden = np.asarray(timestep_frequencies(config, jnp.full(1, seen, jnp.float32)), np.float64) @ k1 + b1
+    features = timestep_frequencies(config.frequency_size, jnp.full(1, seen, jnp.float32), config.freq_shift)
+    hidden = np.asarray(features, np.float64) @ k1 + b1
     constant = (hidden / (1 + np.exp(-hidden))) @ k2 + b2
     bias = params["time_fc2/bias"]
     return {**params, "time_fc2/bias": jnp.asarray(np.asarray(bias, np.float64) + constant[0], bias.dtype)}

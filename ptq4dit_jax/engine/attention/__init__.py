@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ptq4dit_jax import dit
 from ptq4dit_jax.engine import backends
+from ptq4dit_jax.networks import parts
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded
 
 
@@ -26,7 +26,7 @@ def attention(
     model, whatever the backend."""
     if not sites:
         q, k, v = (einops.rearrange(x, "b t (a d) -> b t a d", a=num_heads) for x in (q_BTD, k_BTD, v_BTD))
-        return einops.rearrange(dit.float_attention(q, k, v), "b t a d -> b t (a d)")
+        return einops.rearrange(parts.float_attention(q, k, v), "b t a d -> b t (a d)")
     return backends.run(__name__, "attention", backend, q_BTD, k_BTD, v_BTD, num_heads, sites)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import einops
 import jax
 
-from ptq4dit_jax import dit
 from ptq4dit_jax.engine.backends import require
 from ptq4dit_jax.engine.hopper import attention as kernel
 from ptq4dit_jax.engine.hopper.requirements import require_axes, require_bfloat16, require_one_group
 from ptq4dit_jax.engine.stacks import layer_of, stack_of
+from ptq4dit_jax.networks import parts
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range
 
 
@@ -41,7 +41,7 @@ def attention(
     """See :func:`ptq4dit_jax.engine.attention.attention`."""
     _require_alike(q_BTD, k_BTD, v_BTD)
     d = q_BTD.shape[-1] // num_heads
-    fused = dit.can_fuse_attention(q_BTD.dtype, d)
+    fused = parts.can_fuse_attention(q_BTD.dtype, d)
     require(fused, f"cuDNN has no attention for {q_BTD.dtype} and heads of width {d} on this device")
     q, k, v = (einops.rearrange(x, "b t (a d) -> b t a d", a=num_heads) for x in (q_BTD, k_BTD, v_BTD))
-    return einops.rearrange(dit.fused_attention(q, k, v), "b t a d -> b t (a d)")
+    return einops.rearrange(parts.fused_attention(q, k, v), "b t a d -> b t (a d)")

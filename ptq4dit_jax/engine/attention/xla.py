@@ -6,9 +6,9 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from ptq4dit_jax import dit
 from ptq4dit_jax.engine import matmul
-from ptq4dit_jax.numerics import product_precision
+from ptq4dit_jax.networks import parts
+from ptq4dit_jax.numerics import at_least_float32, product_precision
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded
 
 
@@ -23,11 +23,11 @@ def attention(
 def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, act: ActQuantizer) -> Encoded:
     """See :func:`ptq4dit_jax.engine.attention.attention_codes`. Computes in float32 at least."""
     q, k, v = (
-        einops.rearrange(x.astype(dit.at_least_float32(x.dtype)), "b t (a d) -> b a t d", a=num_heads)
+        einops.rearrange(x.astype(at_least_float32(x.dtype)), "b t (a d) -> b a t d", a=num_heads)
         for x in (q_BTD, k_BTD, v_BTD)
     )
     precision = product_precision(q.dtype)
-    probs = dit.softmax(jnp.einsum("baqd,bakd->baqk", q, k, precision=precision) * q.shape[-1] ** -0.5)
+    probs = parts.softmax(jnp.einsum("baqd,bakd->baqk", q, k, precision=precision) * q.shape[-1] ** -0.5)
     out = jnp.einsum("baqk,bakd->baqd", probs, v, precision=precision)
     return act.encode(einops.rearrange(out, "b a t d -> b t (a d)"))
 
@@ -52,7 +52,7 @@ def attention_of_heads(q_BATd: jax.Array, k_BATd: jax.Array, v_BATd: jax.Array, 
     dtype = q_BATd.dtype
     q, k = sites["q"].encode(q_BATd), sites["k"].encode(k_BATd)
     logits_BATT = centered_product(q, k).astype(q.scale.dtype) * (q.scale * k.scale * q_BATd.shape[-1] ** -0.5)
-    probs, v = sites["probs"].encode(dit.softmax(logits_BATT)), sites["v"].encode(v_BATd)
+    probs, v = sites["probs"].encode(parts.softmax(logits_BATT)), sites["v"].encode(v_BATd)
     v = v._replace(values=jnp.swapaxes(v.values, -1, -2))
     out_BATd = centered_product(probs, v).astype(v.scale.dtype) * (probs.scale * v.scale)
     return out_BATd.astype(dtype)

@@ -10,8 +10,8 @@ import pytest
 from ptq4dit_jax import ptq
 from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, open_tensors
 from ptq4dit_jax.config import QuantConfig
-from ptq4dit_jax.dit import flatten_sites, nest_sites
 from ptq4dit_jax.engine import QLinear, QuantizedDiT, reference
+from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
 from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 from ptq4dit_jax.schedules import FlowSchedule
 

@@ -1,0 +1,154 @@
+"""The verbs that a network's forward is written in, and what a network is.
+
+A forward is one function of an interpreter (:class:`Ops`) and of the network's own settings. The float interpreter
+(:mod:`ptq4dit_jax.networks.float_network`) reads Flax parameters and visits sites; the integer interpreter
+(:mod:`ptq4dit_jax.engine`) holds packed layers and codes. So the network is written once, and interpreters are compared verb by
+verb.
+
+Layers are named as in a block, without the name of its stack.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+from jax.typing import ArrayLike, DTypeLike
+
+from ptq4dit_jax.networks.spec import NetworkSpec, Stack
+
+
+class NormKind(enum.Enum):
+    """What a norm without affine parameters divides by: the standard deviation about the mean, or the root mean square."""
+
+    LAYER = "layer"
+    RMS = "rms"
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """A norm over channels; ``eps`` is added to the variance, or to the mean square."""
+
+    eps: float = 1e-6
+    kind: NormKind = NormKind.LAYER
+
+
+class Activation(enum.Enum):
+    """Between two linear layers: GELU by tanh, or silu of the first half of the columns times the second (SwiGLU)."""
+
+    GELU = "gelu"
+    SWIGLU = "swiglu"
+
+
+class Ops(Protocol):
+    """An interpreter of a network's forward.
+
+    ``fed`` is the input of a layer as the interpreter makes it: floats, or integer codes with their scale. It is made for the
+    layer that ``feeds`` names, and goes to that layer.
+    """
+
+    @property
+    def dtype(self) -> DTypeLike:
+        """The type of everything between the products."""
+
+    def linear(self, name: str, x: jax.Array) -> jax.Array:
+        """A linear layer alone, (B, [T,] K) to (B, [T,] N)."""
+
+    def table(self, name: str) -> jax.Array | None:
+        """A parameter that is looked up or added, such as (T, D); None where the network has none."""
+
+    def look_up(self, name: str, rows: jax.Array) -> jax.Array:
+        """Rows of a table, by their numbers (B,) int32: (B, D)."""
+
+    def modulation(self, name: str, c_BD: jax.Array, parts: int) -> Sequence[Any]:
+        """What a linear layer makes of the condition, its columns in ``parts``, each (B, N / parts)."""
+
+    def normed(self, feeds: str, x_BTD: jax.Array, shift: Any, scale: Any, norm: Norm) -> Any:
+        """``norm(x) (1 + scale) + shift`` as input of a layer; ``shift`` may be None."""
+
+    def product(self, name: str, fed: Any) -> jax.Array:
+        """The output of a layer, (B, T, N)."""
+
+    def split(self, name: str, fed: Any, parts: int) -> Sequence[jax.Array]:
+        """:meth:`product`, its columns in ``parts`` arrays of equal width."""
+
+    def attend(self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, heads: int, feeds: str) -> Any:
+        """Softmax attention as input of a layer."""
+
+    def activated(self, name: str, fed: Any, activation: Activation, feeds: str) -> Any:
+        """The activation of a layer's output as input of another."""
+
+    def gated(self, name: str, fed: Any, gate: Any, x_BTD: jax.Array) -> jax.Array:
+        """``x + gate * output`` of a layer, (B, T, D)."""
+
+    def blocks(self, stack: Stack, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
+        """All blocks of a stack in turn."""
+
+
+class Network(abc.ABC):
+    """What a network's settings, a frozen dataclass, give beside themselves: its tables and its forward.
+
+    The parts of the forward are functions of their own, because they are rounded and reconstructed one by one.
+    """
+
+    @classmethod
+    @abc.abstractmethod
+    def example(cls) -> Network:
+        """A small network of this kind. Its layers and sites have the names that they have in all."""
+
+    @functools.cached_property
+    def spec(self) -> NetworkSpec:
+        """The tables of the network."""
+        return self._make_spec()
+
+    @abc.abstractmethod
+    def _make_spec(self) -> NetworkSpec: ...
+
+    @abc.abstractmethod
+    def embed_image(self, ops: Ops, x_BHWC: ArrayLike) -> jax.Array:
+        """Tokens (B, T, D) of images, with their positions."""
+
+    @abc.abstractmethod
+    def embed_condition(self, ops: Ops, t_B: ArrayLike, y_B: ArrayLike | None) -> jax.Array:
+        """All that modulation sees of time and labels, (B, D), or (1, D) where all rows share it."""
+
+    @abc.abstractmethod
+    def block(self, ops: Ops, stack: Stack, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
+        """One block of a stack, (B, T, D) to (B, T, D)."""
+
+    @abc.abstractmethod
+    def head(self, ops: Ops, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
+        """The last hidden state to the network's output (B, H, W, out_channels)."""
+
+    def forward(self, ops: Ops, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None) -> jax.Array:
+        """The whole network: raw output (B, H, W, out_channels)."""
+        x_BTD = self.embed_image(ops, x_BHWC)
+        c_BD = condition_of_rows(self.embed_condition(ops, t_B, y_B), x_BTD.shape[0])
+        for stack in self.spec.stacks:
+            x_BTD = ops.blocks(stack, x_BTD, c_BD)
+        return self.head(ops, x_BTD, c_BD)
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(K, N) of every linear layer, by its full name."""
+        return {name: (linear.K, linear.N) for name, linear in self.spec.linears.items()}
+
+    @property
+    def site_features(self) -> dict[str, tuple[int, ...]]:
+        """Trailing shape of the activation at every site that can be quantized, by its full name."""
+        return {name: site.features for name, site in self.spec.sites.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the float network: weights, biases, and tables."""
+        return self.spec.num_parameters
+
+
+def condition_of_rows(c_BD: jax.Array, rows: int) -> jax.Array:
+    """The condition of every row, (B, D), also where all rows share one, (1, D): without labels the time may be all it is."""
+    return jax.numpy.broadcast_to(c_BD, (rows, c_BD.shape[-1]))

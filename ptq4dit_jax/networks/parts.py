@@ -1,0 +1,109 @@
+"""Pieces of networks: norms, modulation, softmax attention, patches and features of time. Plain functions of float arrays.
+
+Dimension letters, used as name suffixes throughout the package:
+
+    B batch    T tokens    D width (hidden size)    A attention heads    d head width    K/N in/out features of a linear
+    H, W, C    height, width and channels of an image (NHWC)             L depth (stacked blocks)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from ptq4dit_jax.devices import default_device
+from ptq4dit_jax.networks.ops import Norm, NormKind
+from ptq4dit_jax.numerics import EXACT, at_least_float32, product_precision
+
+
+def timestep_frequencies(size: int, t_B: jax.Array, shift: float = 0.0) -> jax.Array:
+    """Sinusoidal features (B, size) of the timestep, cosines first. ``shift`` makes the frequencies fall faster."""
+    half = size // 2
+    frequencies = np.exp(-math.log(10000.0) * np.arange(half) / (half - shift)).astype(np.float32)
+    angles = t_B.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def sine_cosine_positions(side: int, width: int) -> np.ndarray:
+    """Fixed 2-D table (side * side, width) float32; the first half of the width encodes the column, the second the row."""
+    quarter = width // 4
+    omega = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
+    angles = np.arange(side)[:, None] * omega
+    along = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+    return np.concatenate([np.tile(along, (side, 1)), np.repeat(along, side, axis=0)], axis=1)
+
+
+def patchify(x_BHWC: jax.Array, patch: int) -> jax.Array:
+    """(B, H, W, C) to tokens (B, T, P*P*C), row-major; inside a token (row, column, channel), channel fastest."""
+    return einops.rearrange(x_BHWC, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(x_BTK: jax.Array, patch: int, side: int) -> jax.Array:
+    """The inverse of :func:`patchify` for ``side`` rows of patches, for any number of channels."""
+    return einops.rearrange(x_BTK, "b (h w) (p q c) -> b (h p) (w q) c", h=side, w=side, p=patch, q=patch)
+
+
+def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """LayerNorm without affine parameters over the last axis; statistics in float32 at least."""
+    wide = x.astype(at_least_float32(x.dtype))
+    centered = wide - wide.mean(-1, keepdims=True)
+    return (centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """RMSNorm without a gain over the last axis (Zhang & Sennrich, 2019); statistics in float32 at least."""
+    wide = x.astype(at_least_float32(x.dtype))
+    return (wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def normalize(x: jax.Array, norm: Norm) -> jax.Array:
+    """The norm over the last axis."""
+    return layer_norm(x, norm.eps) if norm.kind is NormKind.LAYER else rms_norm(x, norm.eps)
+
+
+def modulate(x_BTD: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array) -> jax.Array:
+    """adaLN: ``x * (1 + scale) + shift``; without a shift where that is None."""
+    scaled = x_BTD * (1 + scale_BD[:, None])
+    return scaled if shift_BD is None else scaled + shift_BD[:, None]
+
+
+def softmax(logits: jax.Array) -> jax.Array:
+    """Softmax over the last axis in float32 at least, returned in the input's dtype."""
+    wide = logits.astype(at_least_float32(logits.dtype))
+    # A product with the reciprocal: XLA compiles the gradient of the quotient otherwise for several devices than for one.
+    exp = jnp.exp(wide - jax.lax.stop_gradient(wide.max(-1, keepdims=True)))
+    return (exp * (1 / exp.sum(-1, keepdims=True))).astype(logits.dtype)
+
+
+def can_fuse_attention(dtype: DTypeLike, head_width: int) -> bool:
+    """Whether :func:`fused_attention` runs on the default device: cuDNN's, for 16-bit types and GPUs since Ampere."""
+    fitting = jnp.dtype(dtype).itemsize == 2 and head_width % 8 == 0 and head_width <= 128
+    return fitting and default_device().capability >= (8, 0)
+
+
+def fused_attention(q_BTAd: jax.Array, k_BTAd: jax.Array, v_BTAd: jax.Array) -> jax.Array:
+    """Softmax attention (B, T, A, d) as one kernel of cuDNN, which keeps no probabilities."""
+    return jax.nn.dot_product_attention(q_BTAd, k_BTAd, v_BTAd, implementation="cudnn")
+
+
+def float_attention(
+    q_BTAd: jax.Array,
+    k_BTAd: jax.Array,
+    v_BTAd: jax.Array,
+    watch: Callable[[jax.Array], jax.Array] | None = None,
+    precision: jax.lax.Precision = EXACT,
+) -> jax.Array:
+    """Softmax attention (B, T, A, d), by :func:`fused_attention` where that runs. With ``watch``, its probabilities
+    (B, A, T, T) are what that makes of them. ``precision`` is that of float32 products."""
+    if watch is None and can_fuse_attention(q_BTAd.dtype, q_BTAd.shape[-1]):
+        return fused_attention(q_BTAd, k_BTAd, v_BTAd)
+    precision = product_precision(q_BTAd.dtype, precision)
+    logits_BATT = jnp.einsum("bqad,bkad->baqk", q_BTAd, k_BTAd, precision=precision) * q_BTAd.shape[-1] ** -0.5
+    probs_BATT = softmax(logits_BATT) if watch is None else watch(softmax(logits_BATT))
+    return jnp.einsum("baqk,bkad->bqad", probs_BATT, v_BTAd, precision=precision)

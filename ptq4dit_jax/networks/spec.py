@@ -1,0 +1,221 @@
+"""What a network is made of: its layers, the sites between them, and where a factor on a site's channels finds a home.
+
+Everything outside a network's own file reads these tables: folding, policies, the skeleton of a checkpoint, parameter counts,
+``describe``, and the units of reconstruction. They name no framework and no network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Blocks of one shape. Their parameters, quantizers and observers carry a leading axis of size ``depth``."""
+
+    name: str
+    depth: int
+
+    @property
+    def block(self) -> str:
+        """What one of its blocks is called: "block" of "blocks"."""
+        return self.name.removesuffix("s").replace("_", " ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a layer or a site is: by its ``name`` in every block of ``stack``, or outside all stacks.
+
+    Its full name, ``str(place)``, is ``blocks.qkv`` or ``final``.
+    """
+
+    name: str
+    stack: Stack | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.stack is None else f"{self.stack.name}.{self.name}"
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The leading axes of what belongs to it: (depth,) in a stack, else ()."""
+        return () if self.stack is None else (self.stack.depth,)
+
+    def of(self, tree: Mapping[str, Any]) -> Any:
+        """What a tree, such as a network's parameters, holds for this place."""
+        return tree[self.name] if self.stack is None else tree[self.stack.name][self.name]
+
+    def beside(self, name: str) -> Place:
+        """The place of that name in the same blocks."""
+        return Place(name, self.stack)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A linear layer (K, N). ``edge``: it is at an end of the network, small and sensitive, which policies give more bits."""
+
+    place: Place
+    K: int
+    N: int
+    edge: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A parameter (rows, features) that is looked up or added. ``deviation`` is the standard deviation of random initial
+    values; None is ``features ** -0.5``, as Flax has it."""
+
+    rows: int
+    features: int
+    deviation: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Modulation:
+    """A factor's home in the linear that makes shift and scale of a norm: chunks ``shift`` (None: there is no shift) and
+    ``scale`` of its ``of`` chunks of columns. The factor b makes them ``b shift`` and ``b (1 + scale) - 1``."""
+
+    linear: str
+    shift: int | None
+    scale: int
+    of: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """A factor's home in chunk ``part`` of ``of`` of the columns of a linear, in which the site is linear.
+
+    ``undone`` names the site of the same block that takes the factor's inverse; None where the layer fed by the site does.
+    """
+
+    linear: str
+    part: int
+    of: int
+    undone: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """No home in any layer: the factor stays at the site, as a vector at its quantizer."""
+
+
+Home: TypeAlias = Modulation | Columns | Residual
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """An activation that can be quantized and observed.
+
+    Attributes:
+      place: where it is.
+      features: its trailing shape: channels, or (heads, width).
+      feeds: the linear layer whose input it is; None for an input of one of attention's products.
+      home: where a factor on its channels can live; None if it is not balanced.
+      in_paper: whether PTQ4DiT balances it, if it is balanced at all.
+      nonnegative: its values are, as probabilities.
+      reduced: its rows are reduced anyway, by a norm or the softmax, so ranges per row cost little.
+    """
+
+    place: Place
+    features: tuple[int, ...]
+    feeds: Linear | None = None
+    home: Home | None = None
+    in_paper: bool = True
+    nonnegative: bool = False
+    reduced: bool = False
+
+
+class Role(enum.Enum):
+    """What a unit is fed, and the method of the network that computes it.
+
+    ``embed_image`` is fed the image, ``embed_condition`` time and labels, ``block`` and ``head`` the hidden state and the
+    embedded condition.
+    """
+
+    IMAGE = "embed_image"
+    CONDITION = "embed_condition"
+    BLOCK = "block"
+    HEAD = "head"
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitKind:
+    """A piece of the network that is rounded and reconstructed by itself; each block of a stack is one unit of this kind.
+
+    ``tables`` are its parameters that are looked up or added; a network may lack them.
+    """
+
+    role: Role
+    linears: tuple[Linear, ...]
+    sites: tuple[Site, ...]
+    tables: tuple[str, ...] = ()
+    stack: Stack | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkSpec:
+    """The tables of a network.
+
+    Attributes:
+      linears: every linear layer by its full name, in the order in which they run.
+      sites: every site that can be quantized, by its full name.
+      kinds: of units, in the order in which a hidden state passes them; that of a stack stands for all its blocks.
+      tables: by name.
+      outputs: sites whose values balancing leaves unchanged, observed where two models are compared.
+    """
+
+    linears: Mapping[str, Linear]
+    sites: Mapping[str, Site]
+    kinds: tuple[UnitKind, ...]
+    tables: Mapping[str, Table]
+    outputs: tuple[Place, ...] = ()
+
+    @classmethod
+    def of(cls, kinds: Iterable[UnitKind], tables: Mapping[str, Table], outputs: Iterable[Place] = ()) -> NetworkSpec:
+        """The tables that the kinds of units add up to."""
+        kinds = tuple(kinds)
+        linears = {str(linear.place): linear for kind in kinds for linear in kind.linears}
+        sites = {str(site.place): site for kind in kinds for site in kind.sites}
+        return cls(linears, sites, kinds, dict(tables), tuple(outputs))
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        return tuple(kind.stack for kind in self.kinds if kind.stack is not None)
+
+    @property
+    def site_of(self) -> dict[str, str]:
+        """The site that feeds each linear layer, both by their full names."""
+        return {str(site.feeds.place): name for name, site in self.sites.items() if site.feeds is not None}
+
+    @property
+    def attention(self) -> tuple[str, ...]:
+        """Full names of the inputs of attention's products."""
+        return tuple(name for name, site in self.sites.items() if site.feeds is None)
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases of the linear layers, and the tables."""
+        layers = ((linear.K + 1) * linear.N * math.prod(linear.place.lead) for linear in self.linears.values())
+        return sum(table.rows * table.features for table in self.tables.values()) + sum(layers)
+
+
+def nest_sites(by_name: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns ``{"blocks.q": a, "final_in": b}`` into the tree of a variable collection, ``{"final_in": b, "blocks": {"q":
+    a}}``."""
+    tree: dict[str, Any] = {name: value for name, value in by_name.items() if "." not in name}
+    for name, value in by_name.items():
+        if "." in name:
+            stack, _, name = name.partition(".")
+            tree.setdefault(stack, {})[name] = value
+    return tree
+
+
+def flatten_sites(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`nest_sites`."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= {f"{name}.{inner}": leaf for inner, leaf in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found

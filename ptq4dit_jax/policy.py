@@ -1,0 +1,132 @@
+"""The policy that gives each layer its width, and says what stays float."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from ptq4dit_jax.edges import quoted, whole_number
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.networks.registry import known_specs
+from ptq4dit_jax.networks.spec import Linear, Modulation, NetworkSpec
+from ptq4dit_jax.quantizers import check_bits
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRule:
+    """Width of a layer's weights, and whether its input is quantized (then the product runs on integers)."""
+
+    weight_bits: int
+    integer: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a policy decides for a network: each layer's rule, and whether attention's two products run on integers."""
+
+    layers: dict[str, LayerRule]
+    integer_attention: bool
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether no activation is quantized."""
+        return not (self.integer_attention or any(rule.integer for rule in self.layers.values()))
+
+    def is_integer(self, spec: NetworkSpec, site: str) -> bool:
+        """Whether the activation at a site is quantized."""
+        feeds = spec.sites[site].feeds
+        return self.integer_attention if feeds is None else self.layers[str(feeds.place)].integer
+
+
+def _edges(rule: LayerRule) -> Callable[[NetworkSpec, Linear], LayerRule | None]:
+    return lambda spec, linear: rule if linear.edge else None
+
+
+def _small(spec: NetworkSpec, linear: Linear) -> LayerRule | None:
+    """The edges, and the layers that make shift and scale of the norms."""
+    homes = {str(site.place.beside(site.home.linear)) for site in spec.sites.values() if isinstance(site.home, Modulation)}
+    return LayerRule(8) if linear.edge or str(linear.place) in homes else None
+
+
+#: The policy that leaves all activations in float, within the blocks as well.
+_WEIGHTS_ONLY = "weights-only"
+#: What each named policy changes of a layer against "uniform", where every layer has ``weight_bits`` and integer inputs (the
+#: paper).
+POLICIES: dict[str, Callable[[NetworkSpec, Linear], LayerRule | None]] = {
+    "uniform": lambda spec, linear: None,
+    "edges8": _edges(LayerRule(8)),
+    "edges8-float": _edges(LayerRule(8, integer=False)),
+    "small8": _small,
+    _WEIGHTS_ONLY: _edges(LayerRule(8, integer=False)),
+}
+
+
+def attention_of(spec: NetworkSpec) -> str:
+    """What a policy calls attention's two products, which have no weights: ``blocks.attention``."""
+    return f"{spec.stacks[0].name}.attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A named policy with exceptions: widths and inputs of single layers, by their full names; and whether attention's
+    products run on integers, None if nothing is said of them."""
+
+    name: str
+    layers: tuple[tuple[str, LayerRule], ...] = ()
+    attention: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in POLICIES:
+            raise Ptq4ditError(
+                f"Unknown policy {self.name!r}; the policies are {', '.join(POLICIES)}, then layer=bits for exceptions."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Policy:
+        """Reads a policy such as ``edges8`` or ``uniform,blocks.adaLN=8,final=8:float,blocks.attention=float``.
+
+        It is a name from ``POLICIES``, then any number of ``layer=bits`` or ``layer=bits:float`` (integer weights, float
+        input), and ``blocks.attention=float`` or ``=integer``. ``weights-only`` is ``edges8-float`` with float inputs
+        everywhere.
+
+        Raises:
+          Ptq4ditError: a name that there is not, or words that cannot be read. A layer must be one of some known network.
+        """
+        name, *overrides = [part.strip() for part in text.split(",")]
+        policy, layers = cls(name), dict[str, LayerRule]()
+        specs = known_specs()
+        for override in overrides:
+            layer, _, value = override.partition("=")
+            if layer in map(attention_of, specs):
+                if value not in ("float", "integer"):
+                    raise Ptq4ditError(f"Policy {override!r} must read {layer}=float or {layer}=integer.")
+                policy = dataclasses.replace(policy, attention=value == "integer")
+                continue
+            if not any(layer in spec.linears for spec in specs):
+                raise _unknown(layer, specs[0])
+            bits, _, kind = value.partition(":")
+            width = whole_number(bits)
+            if width is None or kind not in ("", "float"):
+                raise Ptq4ditError(f"Policy {quoted(override)} must read layer=bits or layer=bits:float, for example final=8.")
+            layers[layer] = LayerRule(check_bits(f"The width of {layer}", width), integer=kind != "float")
+        return dataclasses.replace(policy, layers=tuple(layers.items()))
+
+    def rules(self, spec: NetworkSpec, weight_bits: int) -> Rules:
+        """What it decides for a network.
+
+        Raises:
+          Ptq4ditError: the network lacks a layer that is excepted.
+        """
+        if unknown := [layer for layer, _ in self.layers if layer not in spec.linears]:
+            raise _unknown(unknown[0], spec)
+        integer, changed = self.name != _WEIGHTS_ONLY, POLICIES[self.name]
+        plain = LayerRule(weight_bits, integer)
+        layers = {name: changed(spec, linear) or plain for name, linear in spec.linears.items()}
+        return Rules(layers | dict(self.layers), integer if self.attention is None else self.attention)
+
+
+def _unknown(layer: str, spec: NetworkSpec) -> Ptq4ditError:
+    return Ptq4ditError(
+        f"Unknown layer {layer!r} in the policy; the layers are {', '.join(spec.linears)}, and {attention_of(spec)} for its "
+        "products."
+    )
