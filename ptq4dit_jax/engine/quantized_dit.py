@@ -13,9 +13,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ptq4dit_jax import dit
 from ptq4dit_jax.dit import DiTConfig
-from ptq4dit_jax.engine import backends, matmul
-from ptq4dit_jax.engine.attention import attention, attention_codes, covers_codes
-from ptq4dit_jax.engine.layers import Fed, QLinear, in_unit_steps
+from ptq4dit_jax.engine import choice, xla
+from ptq4dit_jax.engine.dispatch import Dispatch, Kind, watched
+from ptq4dit_jax.engine.layers import Fed, QLinear, attention, in_unit_steps
 from ptq4dit_jax.engine.stacks import Leaf, of_layer
 from ptq4dit_jax.model import FloatDiT, step_group
 from ptq4dit_jax.quantizers import ActQuantizer
@@ -43,7 +43,7 @@ class QuantizedDiT:
     ``group_edges`` (G - 1,), of the schedule's
     ``time_dtype``, are the noise levels that part the groups of steps. ``dtype`` is the type of everything between the integer
     products. ``backend`` runs them: ``auto`` takes the fastest that the default device has for that type
-    (:func:`ptq4dit_jax.engine.backends.resolve`).
+    (:func:`ptq4dit_jax.engine.choice.resolve`). A name that no backend has is refused.
 
     Inside a function that JAX traces, and so in what ``jit`` returns, ``provenance`` is empty: the program would give every
     model that of the first. Set it with ``replace`` outside.
@@ -66,6 +66,7 @@ class QuantizedDiT:
             leaves = jax.tree.leaves((self.linears, self.sites, self.label_embed, self.group_edges, self.position_embed))
             if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
                 object.__setattr__(self, "provenance", Provenance())
+        object.__setattr__(self, "backend", choice.checked(self.backend))
 
     def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None = None) -> jax.Array:
         """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep, and the labels
@@ -77,9 +78,9 @@ class QuantizedDiT:
         return self.replace(dtype=jnp.dtype(dtype).name)  # type: ignore[attr-defined]
 
     @property
-    def backend_choice(self) -> backends.Choice:
+    def backend_choice(self) -> choice.Choice:
         """The backend that runs on the default device, and why it is not a faster one."""
-        return backends.resolve(self.backend, self.dtype)
+        return choice.resolve(self.backend, self.dtype)
 
     @property
     def num_groups(self) -> int:
@@ -96,26 +97,26 @@ def _split_blocks(by_name: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: ArrayLike | None) -> jax.Array:
-    config, backend = model.config, model.backend_choice.name
+    config, dispatch = model.config, model.backend_choice.dispatch
     group = step_group(model.group_edges, model.schedule.noise_level(t_B))
     linears = {name: layer.at_group(group) for name, layer in model.linears.items()}
     sites = _split_blocks({name: quantizer.at_group(group) for name, quantizer in model.sites.items()})
 
-    tokens = linears["patch_embed"](dit.patchify(config, x_BHWC), backend)
+    tokens = linears["patch_embed"](dit.patchify(config, x_BHWC), dispatch)
     x_BTD = tokens + dit.positions(config, model.position_embed, model.dtype)
-    hidden = jax.nn.silu(linears["time_fc1"](dit.timestep_frequencies(config, t_B).astype(model.dtype), backend))
-    condition = linears["time_fc2"](hidden, backend)
+    hidden = jax.nn.silu(linears["time_fc1"](dit.timestep_frequencies(config, t_B).astype(model.dtype), dispatch))
+    condition = linears["time_fc2"](hidden, dispatch)
     if model.label_embed is not None:
         condition = condition + model.label_embed[dit.required_labels(config, y_B)].astype(model.dtype)
     silu_c_BD = dit.condition_of_rows(jax.nn.silu(condition), x_BTD.shape[0])
 
     layers = _split_blocks(linears)
-    modulation = layers.pop("adaLN").product_each(silu_c_BD, 6, backend)  # all blocks see the same condition
-    x_BTD = _blocks(config, (layers, sites, modulation), x_BTD, backend)
+    modulation = layers.pop("adaLN").product_each(silu_c_BD, 6, dispatch)  # all blocks see the same condition
+    x_BTD = _blocks(config, (layers, sites, modulation), x_BTD, dispatch)
 
-    shift, scale = jnp.split(linears["final_adaLN"](silu_c_BD, backend), 2, axis=-1)
+    shift, scale = jnp.split(linears["final_adaLN"](silu_c_BD, dispatch), 2, axis=-1)
     h_BTD = dit.modulate(dit.layer_norm(x_BTD), shift, scale)
-    return dit.unpatchify(config, linears["final"](h_BTD, backend))
+    return dit.unpatchify(config, linears["final"](h_BTD, dispatch))
 
 
 #: A block's linears, the sites of its attention (None where a kernel of ours ends it in codes), and its modulation in six
@@ -123,20 +124,22 @@ def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: ArrayL
 _OfBlock: TypeAlias = tuple[dict[str, QLinear], dict[str, ActQuantizer] | None, Sequence[Leaf]]
 
 
-def _blocks(config: DiTConfig, of_blocks: _OfBlock, x_BTD: jax.Array, backend: str) -> jax.Array:
-    """All blocks in turn. XLA cuts each block's arrays out of their stacks; kernels are given the stacks and an index."""
-    if backend == "xla":
-        return jax.lax.scan(lambda x_BTD, block: (_block(config, block, x_BTD, backend), None), x_BTD, of_blocks)[0]
+def _blocks(config: DiTConfig, of_blocks: _OfBlock, x_BTD: jax.Array, dispatch: Dispatch) -> jax.Array:
+    """All blocks in turn. In a scan each block's arrays are cut out of their stacks; in line, backends are given the stacks and
+    an index."""
+    if dispatch.scans_blocks:
+        return jax.lax.scan(lambda x_BTD, block: (_block(config, block, x_BTD, dispatch), None), x_BTD, of_blocks)[0]
 
     linears, _, modulation = of_blocks
     proj = of_layer(linears["proj"], jnp.int32(0))
-    if proj.integer and covers_codes(x_BTD.shape, x_BTD.dtype, config.num_heads, proj.act, backend):
+    like_x = jax.ShapeDtypeStruct(x_BTD.shape, x_BTD.dtype)
+    if proj.integer and dispatch.covers(dispatch.attention_codes, like_x, like_x, like_x, config.num_heads, proj.act):
         qkv, proj = in_unit_steps(linears["qkv"], linears["proj"])
         of_blocks = linears | {"qkv": qkv, "proj": proj}, None, modulation
 
     @jax.jit
     def block(of_blocks: _OfBlock, index: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        return _block(config, of_layer(of_blocks, index), x_BTD, backend)
+        return _block(config, of_layer(of_blocks, index), x_BTD, dispatch)
 
     # One function that is called for each: in a loop its counter and the constants of a block would be launches of their own.
     for index in range(config.depth):
@@ -144,25 +147,25 @@ def _blocks(config: DiTConfig, of_blocks: _OfBlock, x_BTD: jax.Array, backend: s
     return x_BTD
 
 
-def _block(config: DiTConfig, of_block: _OfBlock, x_BTD: jax.Array, backend: str) -> jax.Array:
+def _block(config: DiTConfig, of_block: _OfBlock, x_BTD: jax.Array, dispatch: Dispatch) -> jax.Array:
     linears, sites, (shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp) = of_block
-    weights = matmul.prepared({name: layer.weight for name, layer in linears.items() if layer.integer}, x_BTD, backend=backend)
+    weights = dispatch.prepared({name: layer.weight for name, layer in linears.items() if layer.integer}, x_BTD)
     linears = {name: dataclasses.replace(layer, weight=weights.get(name, layer.weight)) for name, layer in linears.items()}
 
     qkv, proj = linears["qkv"], linears["proj"]
-    h = qkv.feed_modulated(x_BTD, shift_attn, scale_attn, 1e-6, backend)
-    q_BTD, k_BTD, v_BTD = qkv.product_parts(h, 3, x_BTD.dtype, backend)
+    h = qkv.feed_modulated(x_BTD, shift_attn, scale_attn, 1e-6, dispatch)
+    q_BTD, k_BTD, v_BTD = qkv.product_parts(h, 3, x_BTD.dtype, dispatch)
     fed: Fed
     if sites is None:
         assert proj.act is not None
-        fed = attention_codes(q_BTD, k_BTD, v_BTD, config.num_heads, proj.act, backend=backend)
+        fed = dispatch.attention_codes(q_BTD, k_BTD, v_BTD, config.num_heads, proj.act)
     else:
-        fed = proj.feed(attention(q_BTD, k_BTD, v_BTD, config.num_heads, sites, backend=backend), backend)
-    x_BTD = proj.product_residual(fed, gate_attn, x_BTD, backend)
+        fed = proj.feed(attention(q_BTD, k_BTD, v_BTD, config.num_heads, sites, dispatch), dispatch)
+    x_BTD = proj.product_residual(fed, gate_attn, x_BTD, dispatch)
 
     fc1, fc2 = linears["fc1"], linears["fc2"]
-    h = fc1.feed_modulated(x_BTD, shift_mlp, scale_mlp, config.mlp_norm_eps, backend)
-    return fc2.product_residual(fc1.product_gelu(h, fc2, x_BTD.dtype, backend), gate_mlp, x_BTD, backend)
+    h = fc1.feed_modulated(x_BTD, shift_mlp, scale_mlp, config.mlp_norm_eps, dispatch)
+    return fc2.product_residual(fc1.product_gelu(h, fc2, x_BTD.dtype, dispatch), gate_mlp, x_BTD, dispatch)
 
 
 def site_quantizers(model: QuantizedDiT) -> dict[str, Any]:
@@ -209,7 +212,7 @@ def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
     """What runs for each layer and each product of attention on the default device: name, shape, bits, input ranges, the
     arithmetic, and the backend, as the forward decides it while it is traced for rows of one timestep. Bits of what stays float
     are those of its type. ``why`` says why it is not, or not all of it, the model's backend; empty where it is."""
-    ran, attention = _what_runs(model)
+    ran, attention, on_codes = _what_runs(model)
     bits = 8 * jnp.dtype(model.dtype).itemsize
     rows = []
     for name in model.config.linear_shapes:  # JAX sorts the names of a pytree it rebuilds
@@ -224,13 +227,12 @@ def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
                 "act_bits": layer.act.bits if layer.act else bits,
                 "ranges": _ranges(layer.act),
                 "runs": "int8 x int8 -> int32" if layer.integer else f"{model.dtype} on de-quantized weights",
-                **ran.get(name, _Runs("xla", ""))._asdict(),
+                **ran.get(name, _Runs(xla.BACKEND.name, ""))._asdict(),
                 "integer": layer.integer,
             }
         )
     for product, (left, right) in {"q @ k": ("q", "k"), "probs @ v": ("probs", "v")}.items():
-        # The reference is what runs on codes; kernels compute in floats, and so do all where there is nothing to quantize by.
-        a, b = (model.sites.get(f"blocks.{side}") if attention.backend == "xla" else None for side in (left, right))
+        a, b = (model.sites.get(f"blocks.{side}") if on_codes else None for side in (left, right))
         rows.append(
             {
                 "layer": f"blocks.{product}",
@@ -253,30 +255,29 @@ class _Runs(NamedTuple):
     why: str
 
 
-def _what_runs(model: QuantizedDiT) -> tuple[dict[str, _Runs], _Runs]:
-    """What runs each integer layer, and what runs attention."""
+def _what_runs(model: QuantizedDiT) -> tuple[dict[str, _Runs], _Runs, bool]:
+    """What runs each integer layer, what runs attention, and whether that multiplies integer codes."""
     rows, shape = 2, jax.ShapeDtypeStruct
     x = shape((rows, *model.config.image_shape), model.dtype)
     t, y = shape((1,), model.schedule.time_dtype), shape((rows,), jnp.int32)
-    with backends.watched() as ran:
+    with watched() as ran:
         # A function of its own: one that JAX has traced for these shapes it would not trace again.
         jax.eval_shape(lambda *args: _forward(*args), model, x, t, y)
     # Layers run in the order of this table, each once: that of a block is traced once for all of them.
     integer = [name for name in model.config.linear_shapes if model.linears[name].integer]
-    products = [index for index, call in enumerate(ran) if call.operation.startswith("linear")]
+    products = [index for index, call in enumerate(ran) if call.kind is Kind.LINEAR]
     by_layer, before = {}, 0
     for name, index in zip(integer, products, strict=True):
-        product, codes = ran[index], [call for call in ran[before:index] if call.package == "encode"]
+        product, codes = ran[index], [call for call in ran[before:index] if call.kind is Kind.CODES]
         mixed = not {call.backend for call in codes} <= {product.backend}
-        backend = f"{product.backend}, codes by {codes[-1].backend}" if mixed else product.backend
+        backend = f"{product.backend.name}, codes by {codes[-1].backend.name}" if mixed else product.backend.name
         by_layer[name] = _Runs(backend, "; ".join(dict.fromkeys(call.why for call in (*codes, product) if call.why)))
         before = index + 1
-    attention = next((call for call in ran if call.package == "attention"), None)
+    attention = next((call for call in ran if call.kind is Kind.ATTENTION), None)
     if attention is None:  # a float model's, which is no operation of a backend
-        return by_layer, _Runs("cudnn" if dit.can_fuse_attention(model.dtype, model.config.head_width) else "xla", "")
-    # Where no kernel of ours fits, Hopper's backend runs cuDNN's.
-    cudnn = attention.backend == "mosaic_gpu" and attention.operation == "attention"
-    return by_layer, _Runs("cudnn" if cudnn else attention.backend, attention.why)
+        fused = dit.can_fuse_attention(model.dtype, model.config.head_width)
+        return by_layer, _Runs("cudnn" if fused else xla.BACKEND.name, ""), False
+    return by_layer, _Runs(attention.runs_on, attention.why), attention.backend.attends_on_codes
 
 
 def _ranges(act: ActQuantizer | None) -> str:

@@ -24,7 +24,7 @@ def _check(x_BTD: jax.Array, act: ActQuantizer) -> None:
 
 
 def encode(x: jax.Array, act: ActQuantizer) -> Encoded:
-    """See :func:`ptq4dit_jax.engine.encode.encode`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.encode`."""
     _check(x, act)
     require(not act.dynamic, "codes per token are made behind a norm only")
     low, high = act_code_range(act.bits)
@@ -36,7 +36,7 @@ def encode(x: jax.Array, act: ActQuantizer) -> Encoded:
 
 
 def modulate_encode(x_BTD: jax.Array, shift_BD: Leaf, scale_BD: Leaf, act: ActQuantizer, eps: float) -> Encoded:
-    """See :func:`ptq4dit_jax.engine.encode.modulate_encode`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.modulate_encode`."""
     _check(x_BTD, act)
     B, T, D = x_BTD.shape
     require(act.balance is None, "a balancing factor is left at the input")
