@@ -34,7 +34,7 @@ from ptq4dit_jax.cli_options import (
 )
 from ptq4dit_jax.config import QuantConfig, Reconstruction
 from ptq4dit_jax.diffusion import Sampler, resolve_guidance
-from ptq4dit_jax.engine import QuantizedDiT, backends, describe
+from ptq4dit_jax.engine import QuantizedDiT, choice, describe
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare, num_bytes, plain, write_report
 from ptq4dit_jax.model import FloatDiT
@@ -329,7 +329,7 @@ def sample(
             metavar="TYPE",
         ),
     ] = "auto",
-    backend: Annotated[str, typer.Option(help=f"What runs integer products: auto, {', '.join(backends.BACKENDS)}.")] = "auto",
+    backend: Annotated[str, typer.Option(help=f"What runs integer products: {', '.join(choice.names())}.")] = "auto",
     noise: Annotated[
         Path | None,
         typer.Option(help="An npz with noise (N, H, W, C) and, if wanted, step_noise (S, N, H, W, C).", metavar="FILE"),
@@ -345,6 +345,7 @@ def sample(
     claim_target(context, out, overwrite)
     claim_target(context, json, overwrite=True)
     parse_labels("0" if labels is None else labels, repeat)  # a mistake here costs no loading
+    choice.checked(backend)
     loaded = to_run(load_model(model), dtype, backend)
     wanted = wanted_labels(labels, "0", repeat, loaded.config)
     channels = loaded.config.in_channels

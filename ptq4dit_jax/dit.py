@@ -183,16 +183,16 @@ class DiTConfig(Network):
     def _make_spec(self) -> NetworkSpec:
         D, F, P = self.hidden_size, self.mlp_size, self.patch_size**2
         blocks = Stack("blocks", self.depth)
-        edge = lambda name, K, N: Linear(Place(name), K, N, edge=True)
-        inner = lambda name, K, N: Linear(Place(name, blocks), K, N)
+        edge = lambda name, K, N, **more: Linear(Place(name), K, N, edge=True, **more)
+        inner = lambda name, K, N, **more: Linear(Place(name, blocks), K, N, **more)
         at = lambda linear, name, **more: Site(linear.place.beside(name), (linear.K,), feeds=linear, **more)
         heads = (self.num_heads, self.head_width)
         of_attention = lambda name, features, **more: Site(Place(name, blocks), features, **more)
 
         patch_embed = edge("patch_embed", P * self.in_channels, D)
         time_fc1, time_fc2 = edge("time_fc1", self.frequency_size, D), edge("time_fc2", D, D)
-        final_adaLN, final = edge("final_adaLN", D, 2 * D), edge("final", D, P * self.out_channels)
-        adaLN, qkv, proj = inner("adaLN", D, 6 * D), inner("qkv", D, 3 * D), inner("proj", D, D)
+        final_adaLN, final = edge("final_adaLN", D, 2 * D, modulates=2), edge("final", D, P * self.out_channels)
+        adaLN, qkv, proj = inner("adaLN", D, 6 * D, modulates=6), inner("qkv", D, 3 * D), inner("proj", D, D)
         fc1, fc2 = inner("fc1", D, F), inner("fc2", F, D)
         block_sites = (
             at(adaLN, "adaLN_in"),

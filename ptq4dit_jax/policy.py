@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ptq4dit_jax.edges import quoted, whole_number
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.networks.registry import known_specs
-from ptq4dit_jax.networks.spec import Linear, Modulation, NetworkSpec
+from ptq4dit_jax.networks.spec import Linear, NetworkSpec
 from ptq4dit_jax.quantizers import check_bits
 
 
@@ -44,8 +44,7 @@ def _edges(rule: LayerRule) -> Callable[[NetworkSpec, Linear], LayerRule | None]
 
 def _small(spec: NetworkSpec, linear: Linear) -> LayerRule | None:
     """The edges, and the layers that make shift and scale of the norms."""
-    homes = {str(site.place.beside(site.home.linear)) for site in spec.sites.values() if isinstance(site.home, Modulation)}
-    return LayerRule(8) if linear.edge or str(linear.place) in homes else None
+    return LayerRule(8) if linear.edge or linear.modulates else None
 
 
 #: The policy that leaves all activations in float, within the blocks as well.

@@ -36,7 +36,7 @@ from ptq4dit_jax.devices import default_device, in_use
 from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import LARGEST, DiTConfig
 from ptq4dit_jax.edges import edge, quoted, shown, whole_number
-from ptq4dit_jax.engine import QuantizedDiT, backends
+from ptq4dit_jax.engine import QuantizedDiT, choice
 from ptq4dit_jax.errors import Ptq4ditError, printable
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.npz_file import read_npz
@@ -121,16 +121,16 @@ def to_run(model: _Model, dtype: str, backend: str) -> _Model:
         raise Ptq4ditError(f"The type to compute in must be auto, float32, bfloat16 or float16, not {dtype!r}.")
     device = default_device()
     quantized = isinstance(model, QuantizedDiT)
-    if backends.check(backend) == "mosaic_gpu":
-        if not quantized:
-            raise Ptq4ditError(f"The backend {backend} runs integer products, and this model is float; use auto or xla.")
-        if device.capability != (9, 0):
-            raise Ptq4ditError(f"The backend {backend} needs a GPU of compute capability 9.0 (Hopper); use auto or xla.")
+    if asked := choice.named(backend):
+        if not (quantized or asked.takes_float_models):
+            raise Ptq4ditError(f"The backend {asked.name} runs integer products, and this model is float; use auto or xla.")
+        if asked.unfit(device):
+            raise Ptq4ditError(f"The backend {asked.name} needs {asked.needs}; use auto or xla.")
     if not quantized:
         return model if dtype == "auto" else cast(_Model, model.astype(dtype))
     if dtype == "auto":
         dtype = np.dtype(model.dtype).name if device.platform == "cpu" else "bfloat16"
-    backends.resolve(backend, dtype)  # refuses a pair that cannot be
+    choice.resolve(backend, dtype)  # refuses a pair that cannot be
     return cast(_Model, dataclasses.replace(cast(Any, model), dtype=dtype, backend=backend))
 
 
@@ -141,8 +141,8 @@ def runs_line(model: checkpoints.Model) -> str:
         return f"in {computed}" + (f" (stored in {stored})" if stored != computed else "")
     if not model.sites and not any(layer.integer for layer in model.linears.values()):
         return f"in {model.dtype} on de-quantized weights"
-    choice = model.backend_choice
-    return f"in {model.dtype}, integer products by {choice.name}" + (f" ({choice.why})" if choice.why else "")
+    chosen = model.backend_choice
+    return f"in {model.dtype}, integer products by {chosen.name}" + (f" ({chosen.why})" if chosen.why else "")
 
 
 def walk_line(walk: Sampler, guidance: float) -> str:

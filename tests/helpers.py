@@ -13,9 +13,12 @@ from jax.typing import ArrayLike
 from ptq4dit_jax.chain import sample_batch
 from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import DiTConfig, init_params
-from ptq4dit_jax.engine import QLinear, QuantizedDiT
+from ptq4dit_jax.engine import QLinear, QuantizedDiT, choice
 from ptq4dit_jax.model import FloatDiT
 
+#: The integer operations by the reference, and by the kernels for Hopper with the reference behind them.
+XLA = choice.resolve("xla", "bfloat16").dispatch
+HOPPER = choice.resolve("hopper", "bfloat16").dispatch
 #: Settings that compile fastest, where a test is about other things.
 PLAIN: dict[str, Any] = {"balance": "csb+ssc", "rounding": "nearest"}
 

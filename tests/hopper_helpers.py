@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ptq4dit_jax.engine import backends
+from ptq4dit_jax.engine import choice
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
-IS_HOPPER = backends.resolve("auto", "bfloat16").name == "mosaic_gpu"
+IS_HOPPER = choice.resolve("auto", "bfloat16").name == "hopper"
 on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0")
 STATIC = ActQuantizer(scale=jnp.float32(0.03), zero_point=jnp.int32(-90))
 HAS_INTERPRETER = hasattr(plgpu, "force_gpu_interpret_mode")

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import PLAIN, random_inputs, relative_error, tiny_model
+from helpers import HOPPER, PLAIN, XLA, random_inputs, relative_error, tiny_model
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import quantizers
 from ptq4dit_jax.dit import DiTConfig
-from ptq4dit_jax.engine import encode, matmul
+from ptq4dit_jax.networks.ops import Norm
 from ptq4dit_jax.quantizers import ActQuantizer
 from ptq4dit_jax.straight_through import StraightThrough
 
@@ -88,7 +88,7 @@ def test_so_does_the_path_of_the_kernels(policy: str, raises_sentence: Any) -> N
     config = DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=128, depth=1, num_heads=2, num_classes=10)
     dit = jax.tree.map(jnp.asarray, tiny_model(**config.to_dict()))
     quantized = ptq.quantize(dit, ptq.QuantConfig(**PLAIN, policy=policy, **SETTINGS), key=jax.random.key(0))  # type: ignore[arg-type]
-    q = quantized.astype(jnp.bfloat16).replace(backend="mosaic_gpu")  # type: ignore[attr-defined]
+    q = quantized.astype(jnp.bfloat16).replace(backend="hopper")  # type: ignore[attr-defined]
     x, y = random_inputs(config, 2)
     with raises_sentence(*WAY_OUT):
         jax.eval_shape(jax.grad(lambda x: q.apply(x, jnp.array([5]), y).astype(jnp.float32).sum()), x)
@@ -100,15 +100,15 @@ def test_kernels_refuse_by_themselves(raises_sentence: Any) -> None:
     x, row = jnp.ones((2, 64, 128), jnp.bfloat16), jnp.ones((2, 128), jnp.bfloat16)
 
     def by_shift(shift: Any) -> Any:
-        return encode.modulate_encode(x, shift, row, act, 1e-6, backend="mosaic_gpu").scale.sum()
+        return HOPPER.modulate_encode(x, shift, row, act, Norm()).scale.sum()
 
     with raises_sentence(*WAY_OUT):
         jax.eval_shape(jax.grad(by_shift), row)
-    codes = encode.encode(x, act)
+    codes = XLA.encode(x, act)
     weight = quantizers.QTensor(jnp.ones((128, 128), jnp.int8), jnp.ones(128), None, 8)
 
     def by_bias(bias: Any) -> Any:
-        return matmul.linear(codes, weight, bias, jnp.bfloat16, backend="mosaic_gpu").astype(jnp.float32).sum()
+        return HOPPER.linear(codes, weight, bias, jnp.bfloat16).astype(jnp.float32).sum()
 
     with raises_sentence(*WAY_OUT):
         jax.eval_shape(jax.grad(by_bias), jnp.ones(128))

@@ -1,77 +1,25 @@
-"""Which implementation of the integer operations runs, and the seam through which it is called.
+"""What a backend is: the integer operations, one method each, and what it wants of the code around them.
 
-Every operation is a folder (:mod:`~ptq4dit_jax.engine.matmul`, ``encode``, ``attention``) with ``xla.py``, the reference that
-runs everywhere, and a module for each accelerated backend that covers it. A backend raises :class:`NotCovered` for a case that
-it does not cover, with the reason, which :func:`ptq4dit_jax.describe` shows. The reference runs then, on layers cut out of
-their stacks (:mod:`~ptq4dit_jax.engine.stacks`).
+:mod:`ptq4dit_jax.engine.xla` is the reference, which runs everywhere and covers everything. The others are faster where they
+run, and refuse what they have no kernel for. :class:`~ptq4dit_jax.engine.dispatch.Dispatch` asks several in turn.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.util
-from collections.abc import Iterator
-from contextvars import ContextVar
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping
+from typing import ClassVar, Generic, NamedTuple, NoReturn, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+from jax.typing import DTypeLike
 
-from ptq4dit_jax.devices import default_device
-from ptq4dit_jax.engine import stacks
-from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.quantizers import undifferentiable
-
-BACKENDS = ("xla", "mosaic_gpu")
-#: Versions of JAX whose Pallas the kernels were written for and tested with.
-_TESTED = ((0, 10, 2), (0, 12))
-
-
-class Choice(NamedTuple):
-    """The backend that runs, and why it is not a faster one (empty where there is none for this device)."""
-
-    name: str
-    why: str = ""
-
-
-def check(name: str) -> str:
-    """The name itself, or an error that lists those that exist."""
-    if name not in (*BACKENDS, "auto"):
-        raise Ptq4ditError(f"Unknown backend {name!r}; the backends are auto, {', '.join(BACKENDS)}.")
-    return name
-
-
-def resolve(name: str, dtype: str) -> Choice:
-    """What ``auto`` means on the default device for a model that computes in ``dtype``. Any other name is taken at its word
-    about the device.
-
-    Raises:
-      Ptq4ditError: there is no such backend, or it does not compute in that type.
-    """
-    if check(name) == "xla":
-        return Choice("xla")
-    if name == "auto":
-        device = default_device()
-        if device.platform != "gpu":
-            return Choice("xla")
-        if device.capability != (9, 0):
-            found = ".".join(map(str, device.capability))
-            return Choice("xla", f"the kernels are for GPUs of compute capability 9.0 (Hopper) and this one has {found}")
-        if not _TESTED[0] <= jax.__version_info__ < _TESTED[1]:
-            return Choice("xla", f"the kernels are for JAX 0.10.2 to 0.11 and this is {jax.__version__}")
-    if dtype != "bfloat16":
-        if name != "auto":
-            raise Ptq4ditError(
-                f"The backend {name} computes in bfloat16, not in {dtype}; use bfloat16, or the backend auto or xla."
-            )
-        return Choice("xla", f"the kernels compute in bfloat16 between the products and the model in {dtype}")
-    return Choice("mosaic_gpu")
+from ptq4dit_jax.devices import DeviceKind
+from ptq4dit_jax.engine.stacks import Leaf
+from ptq4dit_jax.networks.ops import Norm
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 
 class NotCovered(Exception):
-    """Raised by a backend for arguments that its implementation of an operation is not made for; says what of them."""
+    """Raised by a backend for arguments that its version of an operation does not cover. The message is the reason."""
 
 
 def require(covered: bool, reason: str) -> None:
@@ -80,72 +28,131 @@ def require(covered: bool, reason: str) -> None:
         raise NotCovered(reason)
 
 
-class Ran(NamedTuple):
-    """One call of an operation: its package and name, the backend that covered it, and why that is not the one asked for."""
-
-    package: str
-    operation: str
-    backend: str
-    why: str = ""
+def _no_kernel(operation: str) -> NoReturn:
+    raise NotCovered(f"there is no kernel for {operation}")
 
 
-_RAN: ContextVar[list[Ran] | None] = ContextVar("ran", default=None)
+class JaxVersions(NamedTuple):
+    """A range of JAX versions. Both ends belong to it, and so does every version that begins like ``last``."""
+
+    first: tuple[int, ...]
+    last: tuple[int, ...]
+
+    def __contains__(self, version: object) -> bool:
+        return isinstance(version, tuple) and self.first <= version and version[: len(self.last)] <= self.last
+
+    def __str__(self) -> str:
+        return " to ".join(".".join(map(str, end)) for end in (self.first, self.last))
 
 
-@contextlib.contextmanager
-def watched() -> Iterator[list[Ran]]:
-    """The calls that are traced meanwhile, in their order: what a program will run, by the code that decides it."""
-    ran: list[Ran] = []
-    token = _RAN.set(ran)
-    try:
-        yield ran
-    finally:
-        _RAN.reset(token)
+#: What a backend is given for an array of a layer: a :data:`~ptq4dit_jax.engine.stacks.Leaf` if it ``reads_stacks``, else the
+#: array itself.
+LeafT = TypeVar("LeafT", bound=Leaf)
 
 
-def run(package: str, operation: str, backend: str, *args: Any) -> Any:
-    """Calls ``operation`` of the package's module for the backend, or of its reference where that does not cover the case."""
-    out, name, why = _run(package, operation, check(backend), args)
-    if (ran := _RAN.get()) is not None:
-        ran.append(Ran(package.rpartition(".")[2], operation, name, why))
-    return out
+class Backend(Generic[LeafT]):
+    """One implementation of the integer operations.
 
+    A subclass names itself, overrides the operations that it has and raises :class:`NotCovered` for arguments that it does not
+    cover. This class refuses every operation. Accumulators are exact int32 in every backend, so backends can be compared bit by
+    bit before the epilogue.
 
-def _run(package: str, operation: str, backend: str, args: tuple[Any, ...]) -> tuple[Any, str, str]:
-    """The result, the backend that it comes from, and why not from the one asked for."""
-    why = ""
-    if backend != "xla" and importlib.util.find_spec(f"{package}.{backend}") is not None:
-        function = getattr(importlib.import_module(f"{package}.{backend}"), operation, None)
-        if function is None:
-            why = f"there is no kernel for {operation}"
-        else:
-            try:
-                return function(*_without_derivatives(args)), backend, ""
-            except NotCovered as refusal:
-                why = str(refusal)
-    return getattr(importlib.import_module(f"{package}.xla"), operation)(*stacks.taken(args)), "xla", why
+    Attributes:
+      name: what users call it.
+      platform: the platform that it is made for, ``gpu`` or ``tpu``; None for every one.
+      needs: a device that it runs on, in words.
+      jax_versions: versions that it was tested with; None for every one.
+      dtypes: types that a model can compute in between the products; None for every one.
+      takes_float_models: whether a float model may be asked to run by it.
+      reads_stacks: whether its operations read layers out of their stacks
+        (:class:`~ptq4dit_jax.engine.stacks.OfLayer`, in ``x``, ``weight`` and ``act`` too). Others are given layers cut out.
+      differentiable: whether JAX differentiates its operations. Derivatives through others are refused in a sentence.
+      scans_blocks: whether blocks run in a loop over their stacks. Otherwise they are calls of one function in line.
+      attends_on_codes: whether :meth:`attention` multiplies integer codes. Otherwise it computes in floats.
+      attention_library: whose kernel :meth:`attention` is, where it is not the backend's own.
+    """
 
+    name: ClassVar[str]
+    platform: ClassVar[str | None] = None
+    needs: ClassVar[str] = "any device"
+    jax_versions: ClassVar[JaxVersions | None] = None
+    dtypes: ClassVar[tuple[str, ...] | None] = None
+    takes_float_models: ClassVar[bool] = False
+    reads_stacks: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
+    scans_blocks: ClassVar[bool] = True
+    attends_on_codes: ClassVar[bool] = False
+    attention_library: ClassVar[str | None] = None
 
-def _without_derivatives(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments as kernels take them: JAX knows no derivative of those, and says so in other words than the reference."""
-    leaves, tree = jax.tree.flatten(args)
-    floats = [isinstance(leaf, (jax.Array, np.ndarray)) and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-    guarded = iter(undifferentiable([leaf for leaf, is_float in zip(leaves, floats, strict=True) if is_float]))
-    filled = [next(guarded) if is_float else leaf for leaf, is_float in zip(leaves, floats, strict=True)]
-    return cast(tuple[Any, ...], jax.tree.unflatten(tree, filled))
+    def unfit(self, device: DeviceKind) -> str:
+        """Why the backend does not run on a device; empty if it does."""
+        return ""
 
+    def why_not(self, device: DeviceKind, dtype: str) -> str:
+        """Why the backend does not run models that compute in ``dtype`` on a device, with this JAX; empty if it does."""
+        if reason := self.unfit(device):
+            return reason
+        if self.jax_versions is not None and jax.__version_info__ not in self.jax_versions:
+            return f"the kernels are for JAX {self.jax_versions} and this is {jax.__version__}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"the kernels compute in {' or '.join(self.dtypes)} between the products and the model in {dtype}"
+        return ""
 
-def covers(package: str, operation: str, backend: str, *args: Any) -> bool:
-    """Whether the backend itself, and not the reference in its place, runs the operation for arguments like these; arrays may
-    be ``jax.ShapeDtypeStruct``. Asked by tracing the call, so that what a backend covers is said in one place."""
-    leaves, tree = jax.tree.flatten(args)
-    is_array = [hasattr(leaf, "dtype") for leaf in leaves]
+    def prepared(self, weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
+        """Weights (N, K) of a block in the form that its products need, by name; their values stay the same.
 
-    def call(*arrays: Any) -> Any:
-        given = iter(arrays)
-        filled = [next(given) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
-        return run(package, operation, backend, *jax.tree.unflatten(tree, filled))
+        A backend may unpack all packed ones to int8 at once, but not before ``after`` (any array) has been computed.
+        """
+        _no_kernel("prepared")
 
-    with watched() as ran:
-        jax.eval_shape(call, *(leaf for leaf, array in zip(leaves, is_array, strict=True) if array))
-    return ran[-1].backend == backend
+    def linear(self, x: Encoded, weight: QTensor, bias: LeafT, dtype: DTypeLike) -> jax.Array:
+        """``scale * (values @ codes.T) + bias``: int8 (..., K) times a weight (N, K), to (..., N) in ``dtype``.
+
+        ``bias`` broadcasts against the result; the zero point of ``x`` is already in it. The epilogue is in float32 at least.
+        """
+        _no_kernel("linear")
+
+    def linear_parts(self, x: Encoded, weight: QTensor, bias: LeafT, dtype: DTypeLike, parts: int) -> list[jax.Array]:
+        """:meth:`linear`, its columns in ``parts`` arrays of equal width."""
+        _no_kernel("linear_parts")
+
+    def linear_each(self, x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
+        """:meth:`linear_parts` for a stack of layers that do not follow one another: values (L, B, K) and weights (L, N, K) to
+        ``parts`` arrays (L, B, N / parts)."""
+        _no_kernel("linear_each")
+
+    def linear_gelu(self, x: Encoded, weight: QTensor, bias: LeafT, act: ActQuantizer) -> Encoded:
+        """:meth:`linear`, then GELU (by tanh), quantized by ``act`` for the next layer."""
+        _no_kernel("linear_gelu")
+
+    def linear_residual(self, x: Encoded, weight: QTensor, bias: LeafT, gate_BD: LeafT, x_BTD: jax.Array) -> jax.Array:
+        """``x + gate * linear``, (B, T, D) in the type of ``x_BTD``."""
+        _no_kernel("linear_residual")
+
+    def batched(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """``a @ b^T`` over the last axes: int8 (B, A, M, K) and (B, A, N, K) to int32 (B, A, M, N)."""
+        _no_kernel("batched")
+
+    def encode(self, x: jax.Array, act: ActQuantizer) -> Encoded:
+        """``act.encode(x)``: (..., K) int8."""
+        _no_kernel("encode")
+
+    def modulate_encode(
+        self, x_BTD: jax.Array, shift_BD: LeafT | None, scale_BD: LeafT, act: ActQuantizer, norm: Norm
+    ) -> Encoded:
+        """``act`` of ``norm(x) * (1 + scale) + shift``, (B, T, D) int8; computed in float32 at least. None is no shift."""
+        _no_kernel("modulate_encode")
+
+    def attention(
+        self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, sites: dict[str, ActQuantizer]
+    ) -> jax.Array:
+        """Softmax attention, (B, T, D). A backend that ``attends_on_codes`` quantizes q, k, v and the probabilities by
+        ``sites``; another may compute in the type of q instead, where that is faster."""
+        _no_kernel("attention")
+
+    def attention_codes(
+        self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, act: ActQuantizer
+    ) -> Encoded:
+        """Softmax attention of floats, quantized by ``act`` for the next product. ``act`` is static, its scale is 1 and it
+        balances nothing: both lie in ``v_BTD`` (:func:`ptq4dit_jax.engine.layers.in_unit_steps`)."""
+        _no_kernel("attention_codes")

@@ -1,17 +1,19 @@
-"""The integer linear layer: a packed weight with its input quantizer, and what it does in a block."""
+"""The integer linear layer, a packed weight with its input quantizer, and what happens between layers in a block."""
 
 from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
-from ptq4dit_jax.engine import encode, matmul
+from ptq4dit_jax.engine.dispatch import Dispatch
 from ptq4dit_jax.engine.stacks import Leaf, in_turns, taken
-from ptq4dit_jax.networks import parts
+from ptq4dit_jax.networks.ops import Norm
+from ptq4dit_jax.networks.parts import float_attention, modulate, normalize
 from ptq4dit_jax.numerics import along_last, product_precision
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
@@ -58,50 +60,50 @@ class QLinear:
         act = self.act if self.act is None else self.act.at_group(group)
         return self.replace(act=act, bias=jnp.take(self.bias, group, axis=-2, mode="clip"))  # type: ignore[attr-defined]
 
-    def feed(self, x: jax.Array, backend: str) -> Fed:
+    def feed(self, x: jax.Array, dispatch: Dispatch) -> Fed:
         """The input as this layer wants it: codes, or the floats themselves."""
-        return x if self.act is None else encode.encode(x, self.act, backend=backend)
+        return x if self.act is None else dispatch.encode(x, self.act)
 
-    def feed_modulated(self, x_BTD: jax.Array, shift_BD: Leaf, scale_BD: Leaf, eps: float, backend: str) -> Fed:
-        """:meth:`feed` of ``layer_norm(x) * (1 + scale) + shift``."""
+    def feed_modulated(self, x_BTD: jax.Array, shift_BD: Leaf | None, scale_BD: Leaf, norm: Norm, dispatch: Dispatch) -> Fed:
+        """:meth:`feed` of ``norm(x) * (1 + scale) + shift``."""
         if self.act is None:
-            return parts.modulate(parts.layer_norm(x_BTD, eps), taken(shift_BD), taken(scale_BD))
-        return encode.modulate_encode(x_BTD, shift_BD, scale_BD, self.act, eps, backend=backend)
+            return modulate(normalize(x_BTD, norm), taken(shift_BD), taken(scale_BD))
+        return dispatch.modulate_encode(x_BTD, shift_BD, scale_BD, self.act, norm)
 
-    def __call__(self, x: jax.Array, backend: str) -> jax.Array:
+    def __call__(self, x: jax.Array, dispatch: Dispatch) -> jax.Array:
         """(B, [T,] K) float to (B, [T,] N), the same type; the epilogue is in float32 at least."""
-        return self.product(self.feed(x, backend), x.dtype, backend)
+        return self.product(self.feed(x, dispatch), x.dtype, dispatch)
 
-    def product(self, fed: Fed, dtype: DTypeLike, backend: str) -> jax.Array:
+    def product(self, fed: Fed, dtype: DTypeLike, dispatch: Dispatch) -> jax.Array:
         """The layer's output for what :meth:`feed` made of its input."""
         if not isinstance(fed, Encoded):
             return self._float_product(fed)
-        return matmul.linear(fed, self.weight, self._bias_for(fed.values), dtype, backend=backend)
+        return dispatch.linear(fed, self.weight, self._bias_for(fed.values), dtype)
 
-    def product_parts(self, fed: Fed, parts: int, dtype: DTypeLike, backend: str) -> list[jax.Array]:
+    def product_parts(self, fed: Fed, parts: int, dtype: DTypeLike, dispatch: Dispatch) -> list[jax.Array]:
         """:meth:`product`, its columns in ``parts`` arrays."""
         if not isinstance(fed, Encoded):
             return jnp.split(self._float_product(fed), parts, axis=-1)
-        return matmul.linear_parts(fed, self.weight, self._bias_for(fed.values), dtype, parts, backend=backend)
+        return dispatch.linear_parts(fed, self.weight, self._bias_for(fed.values), dtype, parts)
 
-    def product_each(self, x: jax.Array, parts: int, backend: str) -> list[jax.Array]:
+    def product_each(self, x: jax.Array, parts: int, dispatch: Dispatch) -> list[jax.Array]:
         """Of a stack of layers, all fed by ``x`` (B, K): their outputs, ``parts`` stacks (L, B, N / parts)."""
         if not self.integer:
-            return jnp.split(in_turns(lambda layer: layer(x, backend), self), parts, axis=-1)
-        fed = jax.vmap(lambda layer: layer.feed(x, backend))(self)
-        return matmul.linear_each(fed, self.weight, self.bias, x.dtype, parts, backend=backend)
+            return jnp.split(in_turns(lambda layer: layer(x, dispatch), self), parts, axis=-1)
+        fed = jax.vmap(lambda layer: layer.feed(x, dispatch))(self)
+        return dispatch.linear_each(fed, self.weight, self.bias, x.dtype, parts)
 
-    def product_gelu(self, fed: Fed, following: QLinear, dtype: DTypeLike, backend: str) -> Fed:
+    def product_gelu(self, fed: Fed, following: QLinear, dtype: DTypeLike, dispatch: Dispatch) -> Fed:
         """GELU of the output, fed to the ``following`` layer."""
         if not isinstance(fed, Encoded) or following.act is None:
-            return following.feed(jax.nn.gelu(self.product(fed, dtype, backend), approximate=True), backend)
-        return matmul.linear_gelu(fed, self.weight, self._bias_for(fed.values), following.act, backend=backend)
+            return following.feed(jax.nn.gelu(self.product(fed, dtype, dispatch), approximate=True), dispatch)
+        return dispatch.linear_gelu(fed, self.weight, self._bias_for(fed.values), following.act)
 
-    def product_residual(self, fed: Fed, gate_BD: Leaf, x_BTD: jax.Array, backend: str) -> jax.Array:
+    def product_residual(self, fed: Fed, gate_BD: Leaf, x_BTD: jax.Array, dispatch: Dispatch) -> jax.Array:
         """``x + gate * output``."""
         if not isinstance(fed, Encoded):
             return x_BTD + taken(gate_BD)[:, None] * self._float_product(fed)
-        return matmul.linear_residual(fed, self.weight, self._bias_for(fed.values), gate_BD, x_BTD, backend=backend)
+        return dispatch.linear_residual(fed, self.weight, self._bias_for(fed.values), gate_BD, x_BTD)
 
     def _bias_for(self, x: jax.Array) -> Any:
         """The bias as it broadcasts against the output for ``x``: one for each row's group lies along the batch."""
@@ -111,6 +113,16 @@ class QLinear:
         weight, bias = taken((self.weight, self._bias_for(x)))
         out = jnp.einsum("...k,nk->...n", x, weight.dequantize().astype(x.dtype), precision=product_precision(x.dtype))
         return out + along_last(bias, out.ndim).astype(x.dtype)
+
+
+def attention(
+    q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, sites: dict[str, ActQuantizer], dispatch: Dispatch
+) -> jax.Array:
+    """Softmax attention between the linears, (B, T, D): that of a float model where there are no ``sites``."""
+    if sites:
+        return dispatch.attention(q_BTD, k_BTD, v_BTD, num_heads, sites)
+    q, k, v = (einops.rearrange(x, "b t (a d) -> b t a d", a=num_heads) for x in (q_BTD, k_BTD, v_BTD))
+    return einops.rearrange(float_attention(q, k, v), "b t a d -> b t (a d)")
 
 
 def in_unit_steps(qkv: QLinear, proj: QLinear) -> tuple[QLinear, QLinear]:

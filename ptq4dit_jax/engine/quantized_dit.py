@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.typing import ArrayLike, DTypeLike
 
-from ptq4dit_jax import dit
 from ptq4dit_jax.dit import DiTConfig
-from ptq4dit_jax.engine import backends, matmul
-from ptq4dit_jax.engine.attention import attention, attention_codes, covers_codes
-from ptq4dit_jax.engine.layers import Fed, QLinear, in_unit_steps
-from ptq4dit_jax.engine.stacks import Leaf, of_layer
+from ptq4dit_jax.engine import choice
+from ptq4dit_jax.engine.layers import QLinear
+from ptq4dit_jax.engine.ops import IntegerOps
 from ptq4dit_jax.model import FloatDiT, step_group
-from ptq4dit_jax.networks import parts
-from ptq4dit_jax.networks.ops import condition_of_rows
 from ptq4dit_jax.networks.spec import nest_sites
 from ptq4dit_jax.quantizers import ActQuantizer
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
@@ -46,7 +42,7 @@ class QuantizedDiT:
     ``group_edges`` (G - 1,), of the schedule's
     ``time_dtype``, are the noise levels that part the groups of steps. ``dtype`` is the type of everything between the integer
     products. ``backend`` runs them: ``auto`` takes the fastest that the default device has for that type
-    (:func:`ptq4dit_jax.engine.backends.resolve`).
+    (:func:`ptq4dit_jax.engine.choice.resolve`). A name that no backend has is refused.
 
     Inside a function that JAX traces, and so in what ``jit`` returns, ``provenance`` is empty: the program would give every
     model that of the first. Set it with ``replace`` outside.
@@ -69,6 +65,7 @@ class QuantizedDiT:
             leaves = jax.tree.leaves((self.linears, self.sites, self.label_embed, self.group_edges, self.position_embed))
             if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
                 object.__setattr__(self, "provenance", Provenance())
+        object.__setattr__(self, "backend", choice.checked(self.backend))
 
     def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None = None) -> jax.Array:
         """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep, and the labels
@@ -80,9 +77,15 @@ class QuantizedDiT:
         return self.replace(dtype=jnp.dtype(dtype).name)  # type: ignore[attr-defined]
 
     @property
-    def backend_choice(self) -> backends.Choice:
+    def backend_choice(self) -> choice.Choice:
         """The backend that runs on the default device, and why it is not a faster one."""
-        return backends.resolve(self.backend, self.dtype)
+        return choice.resolve(self.backend, self.dtype)
+
+    @property
+    def tables(self) -> dict[str, jax.Array]:
+        """Parameters that are looked up or added, by the names in ``config.spec.tables``."""
+        tables = {"label_embed": self.label_embed, "position_embed": self.position_embed}
+        return {name: table for name, table in tables.items() if table is not None}
 
     @property
     def num_groups(self) -> int:
@@ -94,87 +97,13 @@ class QuantizedDiT:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-def _split_blocks(by_name: Mapping[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix("blocks."): value for name, value in by_name.items() if name.startswith("blocks.")}
-
-
-def _positions(model: QuantizedDiT) -> jax.Array:
-    learned = model.position_embed
-    return jnp.asarray(dit.position_embedding(model.config) if learned is None else learned, model.dtype)[None]
-
-
 def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: ArrayLike | None) -> jax.Array:
-    config, backend = model.config, model.backend_choice.name
     group = step_group(model.group_edges, model.schedule.noise_level(t_B))
     linears = {name: layer.at_group(group) for name, layer in model.linears.items()}
-    sites = _split_blocks({name: quantizer.at_group(group) for name, quantizer in model.sites.items()})
-
-    tokens = linears["patch_embed"](parts.patchify(x_BHWC, config.patch_size), backend)
-    x_BTD = tokens + _positions(model)
-    hidden = jax.nn.silu(
-        linears["time_fc1"](
-            parts.timestep_frequencies(config.frequency_size, t_B, config.freq_shift).astype(model.dtype), backend
-        )
-    )
-    condition = linears["time_fc2"](hidden, backend)
-    if model.label_embed is not None:
-        condition = condition + model.label_embed[dit.required_labels(config, y_B)].astype(model.dtype)
-    silu_c_BD = condition_of_rows(jax.nn.silu(condition), x_BTD.shape[0])
-
-    layers = _split_blocks(linears)
-    modulation = layers.pop("adaLN").product_each(silu_c_BD, 6, backend)  # all blocks see the same condition
-    x_BTD = _blocks(config, (layers, sites, modulation), x_BTD, backend)
-
-    shift, scale = jnp.split(linears["final_adaLN"](silu_c_BD, backend), 2, axis=-1)
-    h_BTD = parts.modulate(parts.layer_norm(x_BTD), shift, scale)
-    return parts.unpatchify(linears["final"](h_BTD, backend), config.patch_size, config.input_size // config.patch_size)
-
-
-#: A block's linears, the sites of its attention (None where a kernel of ours ends it in codes), and its modulation in six
-#: parts; or stacks.
-_OfBlock: TypeAlias = tuple[dict[str, QLinear], dict[str, ActQuantizer] | None, Sequence[Leaf]]
-
-
-def _blocks(config: DiTConfig, of_blocks: _OfBlock, x_BTD: jax.Array, backend: str) -> jax.Array:
-    """All blocks in turn. XLA cuts each block's arrays out of their stacks; kernels are given the stacks and an index."""
-    if backend == "xla":
-        return jax.lax.scan(lambda x_BTD, block: (_block(config, block, x_BTD, backend), None), x_BTD, of_blocks)[0]
-
-    linears, _, modulation = of_blocks
-    proj = of_layer(linears["proj"], jnp.int32(0))
-    if proj.integer and covers_codes(x_BTD.shape, x_BTD.dtype, config.num_heads, proj.act, backend):
-        qkv, proj = in_unit_steps(linears["qkv"], linears["proj"])
-        of_blocks = linears | {"qkv": qkv, "proj": proj}, None, modulation
-
-    @jax.jit
-    def block(of_blocks: _OfBlock, index: jax.Array, x_BTD: jax.Array) -> jax.Array:
-        return _block(config, of_layer(of_blocks, index), x_BTD, backend)
-
-    # One function that is called for each: in a loop its counter and the constants of a block would be launches of their own.
-    for index in range(config.depth):
-        x_BTD = block(of_blocks, jnp.int32(index), x_BTD)
-    return x_BTD
-
-
-def _block(config: DiTConfig, of_block: _OfBlock, x_BTD: jax.Array, backend: str) -> jax.Array:
-    linears, sites, (shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp) = of_block
-    weights = matmul.prepared({name: layer.weight for name, layer in linears.items() if layer.integer}, x_BTD, backend=backend)
-    linears = {name: dataclasses.replace(layer, weight=weights.get(name, layer.weight)) for name, layer in linears.items()}
-
-    qkv, proj = linears["qkv"], linears["proj"]
-    h = qkv.feed_modulated(x_BTD, shift_attn, scale_attn, 1e-6, backend)
-    q_BTD, k_BTD, v_BTD = qkv.product_parts(h, 3, x_BTD.dtype, backend)
-    fed: Fed
-    if sites is None:
-        assert proj.act is not None
-        fed = attention_codes(q_BTD, k_BTD, v_BTD, config.num_heads, proj.act, backend=backend)
-    else:
-        fed = proj.feed(attention(q_BTD, k_BTD, v_BTD, config.num_heads, sites, backend=backend), backend)
-    x_BTD = proj.product_residual(fed, gate_attn, x_BTD, backend)
-
-    fc1, fc2 = linears["fc1"], linears["fc2"]
-    h = fc1.feed_modulated(x_BTD, shift_mlp, scale_mlp, config.mlp_norm_eps, backend)
-    return fc2.product_residual(fc1.product_gelu(h, fc2, x_BTD.dtype, backend), gate_mlp, x_BTD, backend)
+    sites = {name: quantizer.at_group(group) for name, quantizer in model.sites.items()}
+    dispatch = model.backend_choice.dispatch
+    ops = IntegerOps.of(model.config, linears, sites, model.tables, dispatch, jnp.dtype(model.dtype))
+    return model.config.forward(ops, x_BHWC, t_B, y_B)
 
 
 def site_quantizers(model: QuantizedDiT) -> dict[str, Any]:
@@ -197,8 +126,7 @@ def reference(model: QuantizedDiT, *, straight_through: bool = False) -> FloatDi
     it has no derivatives through a quantizer and refuses them, unless ``straight_through`` lets them pass the rounding
     (:class:`ptq4dit_jax.straight_through.StraightThrough`); its values stay the same.
     """
-    tables = {"label_embed": model.label_embed, "position_embed": model.position_embed}
-    params: dict[str, Any] = {name: {"embedding": table} for name, table in tables.items() if table is not None}
+    params: dict[str, Any] = {name: {"embedding": table} for name, table in model.tables.items()}
     params |= nest_sites({name: _float_layer(layer) for name, layer in model.linears.items()})
     quantizers = site_quantizers(model)
     if straight_through:
@@ -209,89 +137,4 @@ def reference(model: QuantizedDiT, *, straight_through: bool = False) -> FloatDi
         schedule=model.schedule,
         quantizers=nest_sites(quantizers),
         group_edges=model.group_edges,
-    )
-
-
-def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
-    """What runs for each layer and each product of attention on the default device: name, shape, bits, input ranges, the
-    arithmetic, and the backend, as the forward decides it while it is traced for rows of one timestep. Bits of what stays float
-    are those of its type. ``why`` says why it is not, or not all of it, the model's backend; empty where it is."""
-    ran, attention = _what_runs(model)
-    bits = 8 * jnp.dtype(model.dtype).itemsize
-    rows = []
-    for name in model.config.linear_shapes:  # JAX sorts the names of a pytree it rebuilds
-        layer = model.linears[name]
-        in_block = name.startswith("blocks.")
-        N, K = layer.weight.shape[-2:]
-        rows.append(
-            {
-                "layer": name,
-                "shape": f"{model.config.depth} x {K} -> {N}" if in_block else f"{K} -> {N}",
-                "weight_bits": layer.weight.bits,
-                "act_bits": layer.act.bits if layer.act else bits,
-                "ranges": _ranges(layer.act),
-                "runs": "int8 x int8 -> int32" if layer.integer else f"{model.dtype} on de-quantized weights",
-                **ran.get(name, _Runs("xla", ""))._asdict(),
-                "integer": layer.integer,
-            }
-        )
-    for product, (left, right) in {"q @ k": ("q", "k"), "probs @ v": ("probs", "v")}.items():
-        # The reference is what runs on codes; kernels compute in floats, and so do all where there is nothing to quantize by.
-        a, b = (model.sites.get(f"blocks.{side}") if attention.backend == "xla" else None for side in (left, right))
-        rows.append(
-            {
-                "layer": f"blocks.{product}",
-                "shape": f"{model.config.depth} x {model.config.num_heads} heads",
-                "weight_bits": b.bits if b else bits,
-                "act_bits": a.bits if a else bits,
-                "ranges": _ranges(a),
-                "runs": "int8 x int8 -> int32" if a else model.dtype,
-                **attention._asdict(),
-                "integer": a is not None,
-            }
-        )
-    return rows
-
-
-class _Runs(NamedTuple):
-    """The backend of a layer, and whose codes it takes if not its own; and why that is not the model's backend."""
-
-    backend: str
-    why: str
-
-
-def _what_runs(model: QuantizedDiT) -> tuple[dict[str, _Runs], _Runs]:
-    """What runs each integer layer, and what runs attention."""
-    rows, shape = 2, jax.ShapeDtypeStruct
-    x = shape((rows, *model.config.image_shape), model.dtype)
-    t, y = shape((1,), model.schedule.time_dtype), shape((rows,), jnp.int32)
-    with backends.watched() as ran:
-        # A function of its own: one that JAX has traced for these shapes it would not trace again.
-        jax.eval_shape(lambda *args: _forward(*args), model, x, t, y)
-    # Layers run in the order of this table, each once: that of a block is traced once for all of them.
-    integer = [name for name in model.config.linear_shapes if model.linears[name].integer]
-    products = [index for index, call in enumerate(ran) if call.operation.startswith("linear")]
-    by_layer, before = {}, 0
-    for name, index in zip(integer, products, strict=True):
-        product, codes = ran[index], [call for call in ran[before:index] if call.package == "encode"]
-        mixed = not {call.backend for call in codes} <= {product.backend}
-        backend = f"{product.backend}, codes by {codes[-1].backend}" if mixed else product.backend
-        by_layer[name] = _Runs(backend, "; ".join(dict.fromkeys(call.why for call in (*codes, product) if call.why)))
-        before = index + 1
-    attention = next((call for call in ran if call.package == "attention"), None)
-    if attention is None:  # a float model's, which is no operation of a backend
-        return by_layer, _Runs("cudnn" if parts.can_fuse_attention(model.dtype, model.config.head_width) else "xla", "")
-    # Where no kernel of ours fits, Hopper's backend runs cuDNN's.
-    cudnn = attention.backend == "mosaic_gpu" and attention.operation == "attention"
-    return by_layer, _Runs("cudnn" if cudnn else attention.backend, attention.why)
-
-
-def _ranges(act: ActQuantizer | None) -> str:
-    if act is None:
-        return "none"
-    if act.dynamic:
-        return "per row"
-    groups = act.scale.shape[-1]
-    return ("per tensor" if groups == 1 else f"per tensor, {groups} groups of steps") + (
-        ", balanced" if act.balance is not None else ""
     )

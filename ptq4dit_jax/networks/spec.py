@@ -55,12 +55,17 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A linear layer (K, N). ``edge``: it is at an end of the network, small and sensitive, which policies give more bits."""
+    """A linear layer (K, N).
+
+    ``edge``: it is at an end of the network, small and sensitive, which policies give more bits. ``modulates``: its input is
+    the embedded condition alone, and its output is that many vectors, such as shift and scale of a norm; 0 for other layers.
+    """
 
     place: Place
     K: int
     N: int
     edge: bool = False
+    modulates: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import HOPPER, XLA
 from hopper_helpers import IS_HOPPER, STATIC, operands
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import terminal
 from ptq4dit_jax.devices import DeviceKind
 from ptq4dit_jax.dit import DiTConfig
-from ptq4dit_jax.engine import backends, encode, matmul
+from ptq4dit_jax.engine import choice, hopper, xla
+from ptq4dit_jax.engine.dispatch import Kind, Ran, Refusal, watched
 from ptq4dit_jax.engine.hopper import gemm, tiles
 from ptq4dit_jax.engine.hopper.plan import GatedResidual, GeluRequantize, Tiles
 from ptq4dit_jax.quantizers import Encoded, QTensor
@@ -66,7 +68,7 @@ def test_all_layers_at_once_lower(N: int) -> None:
     shape = jax.ShapeDtypeStruct
     x = Encoded(shape((3, 2, 384), jnp.int8), shape((3,), jnp.float32), None)
     weight = QTensor(shape((3, N // 2, 384), jnp.uint8), shape((3, N), jnp.float32), shape((3, N), jnp.int8), 4)
-    run = partial(matmul.linear_each, dtype=jnp.bfloat16, parts=2, backend="mosaic_gpu")
+    run = partial(HOPPER.linear_each, dtype=jnp.bfloat16, parts=2)
     assert lowered(run, x, weight, shape((3, N), jnp.float32)).count("custom_call @mosaic_gpu") == 1
 
 
@@ -76,7 +78,7 @@ def small_model(bits: int, width: int = 128, side: int = 16, **settings: Any) ->
     config = DiTConfig(input_size=side, patch_size=2, in_channels=4, hidden_size=width, depth=2, num_heads=2, num_classes=10)
     dit = jax.tree.map(jnp.asarray, helpers.tiny_model(**config.to_dict()))
     quant = ptq.QuantConfig(**helpers.PLAIN, weight_bits=bits, steps=2, calib_steps=2, calib_rows=2, step_groups=2, **settings)
-    return ptq.quantize(dit, quant, key=jax.random.key(0)).astype(jnp.bfloat16).replace(backend="mosaic_gpu")
+    return ptq.quantize(dit, quant, key=jax.random.key(0)).astype(jnp.bfloat16).replace(backend="hopper")
 
 
 def lowered_model(q: ptq.QuantizedDiT, t: tuple[int, ...] = (500,)) -> str:
@@ -92,7 +94,7 @@ def test_a_whole_model_lowers_with_its_blocks_as_kernels(bits: int) -> None:
     # block, and the modulation of all blocks.
     assert text.count("custom_call @mosaic_gpu") == (9 if bits == 4 else 7)
     rows = {row["layer"]: row for row in ptq.describe(q)}
-    assert all(rows[f"blocks.{layer}"]["backend"] == "mosaic_gpu" for layer in ("qkv", "proj", "fc1", "fc2"))
+    assert all(rows[f"blocks.{layer}"]["backend"] == "hopper" for layer in ("qkv", "proj", "fc1", "fc2"))
 
 
 def functions(program: str) -> dict[str, Counter[str]]:
@@ -122,7 +124,7 @@ def blocks_run_kernels_alone(q: ptq.QuantizedDiT, kernels: int = 7) -> None:
 @pytest.mark.parametrize("dynamic", [None, ()], ids=["per-token", "static"])
 def test_blocks_are_kernels_alone(bits: int, dynamic: tuple[()] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is cut out of a stack, split or computed between the kernels; attention, which is cuDNN's, is left out here."""
-    monkeypatch.setattr("ptq4dit_jax.engine.attention.mosaic_gpu.attention", lambda q, k, v, heads, sites: v)
+    monkeypatch.setattr("ptq4dit_jax.engine.hopper.attend.attention", lambda q, k, v, heads, sites: v)
     q = small_model(bits, **({} if dynamic is None else {"dynamic_sites": dynamic}))
     blocks_run_kernels_alone(q, kernels=8 if bits == 4 else 7)
 
@@ -156,7 +158,7 @@ def test_attention_is_a_kernel_that_gives_codes_where_it_covers_the_shape() -> N
     q = small_model(8, side=32)
     blocks_run_kernels_alone(q)
     products = [row for row in ptq.describe(q) if row["layer"] in ("blocks.q @ k", "blocks.probs @ v")]
-    assert [(row["backend"], row["runs"], row["integer"]) for row in products] == [("mosaic_gpu", "bfloat16", False)] * 2
+    assert [(row["backend"], row["runs"], row["integer"]) for row in products] == [("hopper", "bfloat16", False)] * 2
 
 
 def runs_on(q: ptq.QuantizedDiT) -> dict[str, str]:
@@ -167,7 +169,7 @@ def runs_on(q: ptq.QuantizedDiT) -> dict[str, str]:
 
 def test_the_table_says_what_is_lowered() -> None:
     """Not what was asked for: widths and tokens that a kernel does not cover, types, and the edges."""
-    own, mixed = "mosaic_gpu", "mosaic_gpu, codes by xla"
+    own, mixed = "hopper", "hopper, codes by xla"
     in_blocks = {"adaLN": "xla", "qkv": own, "proj": own, "fc1": own, "fc2": own}
     assert runs_on(small_model(8)) == in_blocks
     assert runs_on(small_model(4)) == in_blocks | {"adaLN": mixed}
@@ -177,7 +179,7 @@ def test_the_table_says_what_is_lowered() -> None:
     few = small_model(8, side=12)  # 36 tokens: no multiple of 8, for the norms, nor of 64, for the gates
     assert runs_on(few) == in_blocks | {"qkv": mixed, "proj": "xla", "fc1": mixed, "fc2": "xla"}
     assert lowered_model(few).count("custom_call @mosaic_gpu") == 2
-    with pytest.raises(ptq.Ptq4ditError, match="mosaic_gpu computes in bfloat16, not in float32"):
+    with pytest.raises(ptq.Ptq4ditError, match="hopper computes in bfloat16, not in float32"):
         runs_on(small_model(8).astype(jnp.float32))
     assert set(runs_on(small_model(8).astype(jnp.float32).replace(backend="auto")).values()) == {"xla"}
     edges = {row["layer"]: row["backend"] for row in ptq.describe(small_model(8, policy="edges8"))}
@@ -199,11 +201,15 @@ def test_it_says_why_what_is_not_covered_is_not() -> None:
 
 
 def test_what_ran_is_noted_by_call() -> None:
-    with backends.watched() as ran:
-        matmul.linear(*operands(1, 4, 16, 8), jnp.float32, backend="mosaic_gpu")
-        encode.encode(jnp.zeros((2, 3)), STATIC)
-    matmul.linear(*operands(1, 4, 16, 8), jnp.float32)
-    assert ran == [("matmul", "linear", "xla", "it computes in float32"), ("encode", "encode", "xla", "")]
+    with watched() as ran:
+        HOPPER.linear(*operands(1, 4, 16, 8), jnp.float32)
+        XLA.encode(jnp.zeros((2, 3)), STATIC)
+    XLA.linear(*operands(1, 4, 16, 8), jnp.float32)
+    assert ran == [
+        Ran(Kind.LINEAR, "linear", xla.BACKEND, (Refusal(hopper.BACKEND, "it computes in float32"),)),
+        Ran(Kind.CODES, "encode", xla.BACKEND),
+    ]
+    assert [call.why for call in ran] == ["it computes in float32", ""]
 
 
 @pytest.mark.parametrize(("bits", "kernels"), [(8, 0), (4, 1)])
@@ -219,20 +225,20 @@ def test_rows_in_groups_of_steps_of_their_own_fall_to_the_reference(bits: int, k
 
 def test_the_backend_is_chosen_by_device_and_an_unknown_one_is_named(raises_sentence: Any) -> None:
     if not IS_HOPPER and jax.default_backend() == "cpu":
-        assert backends.resolve("auto", "bfloat16") == backends.Choice("xla")
-    assert backends.resolve("mosaic_gpu", "bfloat16") == backends.Choice("mosaic_gpu")  # the device is the caller's business
+        assert choice.resolve("auto", "bfloat16") == choice.Choice(xla.BACKEND)
+    assert choice.resolve("hopper", "bfloat16") == choice.Choice(hopper.BACKEND)  # the device is the caller's business
     for dtype in ("float32", "float16", "float64"):
-        with raises_sentence("mosaic_gpu", "bfloat16", dtype):
-            backends.resolve("mosaic_gpu", dtype)
-    assert backends.resolve("xla", "float32") == backends.Choice("xla")
-    with raises_sentence("'cutlass'", "mosaic_gpu"):
-        backends.resolve("cutlass", "float32")
+        with raises_sentence("hopper", "bfloat16", dtype):
+            choice.resolve("hopper", dtype)
+    assert choice.resolve("xla", "float32") == choice.Choice(xla.BACKEND)
+    with raises_sentence("'cutlass'", "auto, xla, hopper"):
+        choice.resolve("cutlass", "float32")
 
 
 @pytest.mark.parametrize(
     ("platform", "capability", "dtype", "expected", "why"),
     [
-        ("gpu", "9.0", "bfloat16", "mosaic_gpu", ""),
+        ("gpu", "9.0", "bfloat16", "hopper", ""),
         ("gpu", "9.0", "float32", "xla", "float32"),
         ("gpu", "8.0", "bfloat16", "xla", "8.0"),
         ("tpu", "", "bfloat16", "xla", ""),
@@ -244,10 +250,10 @@ def test_what_auto_means(platform, capability, dtype, expected, why, monkeypatch
             self.platform, self.compute_capability = platform, capability
 
     monkeypatch.setattr(jax, "devices", lambda *_: [Device()])
-    choice = backends.resolve("auto", dtype)
-    assert choice.name == expected
-    assert why in choice.why
-    assert bool(choice.why) == bool(why)
+    found = choice.resolve("auto", dtype)
+    assert found.name == expected
+    assert why in found.why
+    assert bool(found.why) == bool(why)
 
 
 def test_the_kernels_are_refused_for_a_type_that_they_do_not_compute_in(
@@ -255,19 +261,19 @@ def test_the_kernels_are_refused_for_a_type_that_they_do_not_compute_in(
 ) -> None:
     monkeypatch.setattr(terminal, "default_device", lambda: DeviceKind("gpu", (9, 0)))
     q = small_model(8).astype(jnp.float32)
-    with raises_sentence("mosaic_gpu", "float32", "bfloat16"):
-        terminal.to_run(q, "float32", "mosaic_gpu")
-    assert terminal.runs_line(terminal.to_run(q, "auto", "mosaic_gpu")) == "in bfloat16, integer products by mosaic_gpu"
+    with raises_sentence("hopper", "float32", "bfloat16"):
+        terminal.to_run(q, "float32", "hopper")
+    assert terminal.runs_line(terminal.to_run(q, "auto", "hopper")) == "in bfloat16, integer products by hopper"
     assert terminal.to_run(q, "float32", "xla").backend == "xla"
     floats = helpers.tiny_model()
     for type_asked in ("auto", "float32", "bfloat16"):
-        with raises_sentence("mosaic_gpu", "float", "auto or xla"):
-            terminal.to_run(floats, type_asked, "mosaic_gpu")
+        with raises_sentence("hopper", "float", "auto or xla"):
+            terminal.to_run(floats, type_asked, "hopper")
     for asked in (
         lambda: ptq.describe(q),
         lambda: q.apply(jnp.zeros((1, *q.config.image_shape)), jnp.array([1]), jnp.array([1])),
     ):
-        with raises_sentence("mosaic_gpu", "float32"):
+        with raises_sentence("hopper", "float32"):
             asked()
 
 
@@ -279,8 +285,3 @@ def test_tiles_divide_the_width_and_keep_the_cores_busy(kind: tiles.Kind, N: int
         assert N % choose(M=M).block[1] == 0
     few, many = (np.prod(choose(M=M).block) for M in (64, 10**6))
     assert few <= many
-
-
-def test_an_unknown_backend_is_refused_by_operations_too(raises_sentence: Any) -> None:
-    with raises_sentence("'cutlass'"):
-        matmul.linear(*operands(1, 4, 16, 8), jnp.float32, backend="cutlass")

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import PLAIN
+from helpers import HOPPER, PLAIN, XLA
 from hopper_helpers import STATIC, on_hopper, operands
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.dit import DiTConfig
-from ptq4dit_jax.engine import encode, matmul
 from ptq4dit_jax.engine.hopper import gemm, nibbles, tiles
 from ptq4dit_jax.engine.hopper.plan import Tiles
 from ptq4dit_jax.engine.stacks import OfLayer
+from ptq4dit_jax.networks.ops import Norm
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, pack_nibbles
 
 pytestmark = on_hopper
@@ -64,21 +64,20 @@ def assert_within_one_ulp(got: jax.Array, want: np.ndarray) -> None:
 def test_products_on_hopper(B: int, T: int, K: int, N: int, bits: int, rows: bool) -> None:
     x, weight, bias = operands(B, T, K, N, bits=bits, rows=rows)
     want = exact(x, weight, bias)
-    run = jax.jit(partial(matmul.linear, dtype=jnp.bfloat16, backend="mosaic_gpu"))
+    run = jax.jit(partial(HOPPER.linear, dtype=jnp.bfloat16))
     assert_within_one_ulp(run(x, weight, bias), want)
     count = 3 if N % 3 == 0 else 2
-    parts = jax.jit(partial(matmul.linear_parts, dtype=jnp.bfloat16, parts=count, backend="mosaic_gpu"))(x, weight, bias)
+    parts = jax.jit(partial(HOPPER.linear_parts, dtype=jnp.bfloat16, parts=count))(x, weight, bias)
     assert [part.shape[-1] for part in parts] == [N // count] * count
     assert_within_one_ulp(jnp.concatenate(parts, -1), want)
     rng = np.random.default_rng(3)
     residual, gate = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((B, T, N), (B, N)))
-    got = jax.jit(partial(matmul.linear_residual, backend="mosaic_gpu"))(x, weight, bias, gate, residual)
+    got = jax.jit(HOPPER.linear_residual)(x, weight, bias, gate, residual)
     wide = [np.asarray(a, np.float64) for a in (residual, gate)]
     np.testing.assert_allclose(np.asarray(got, np.float64), wide[0] + wide[1][:, None] * want, rtol=2**-7, atol=2e-5)
     for act in (STATIC, STATIC.replace(balance=jnp.asarray(rng.uniform(0.5, 2, N), jnp.float32))):
         got, reference = (
-            np.asarray(jax.jit(partial(matmul.linear_gelu, backend=backend))(x, weight, bias, act).values, int)
-            for backend in ("mosaic_gpu", "xla")
+            np.asarray(jax.jit(dispatch.linear_gelu)(x, weight, bias, act).values, int) for dispatch in (HOPPER, XLA)
         )
         assert np.abs(got - reference).max() <= 1
         assert (got != reference).mean() < 1e-3  # those that lie at a tie, and tanh by its approximation
@@ -122,8 +121,8 @@ def test_all_layers_at_once_on_hopper(L: int, B: int, K: int, N: int) -> None:
     stack = lambda *leaves: jnp.stack(leaves)
     x, weight, bias = jax.tree.map(stack, *layers)
     x = x._replace(values=x.values[:, 0])
-    run = lambda backend: jax.jit(partial(matmul.linear_each, dtype=jnp.bfloat16, parts=2, backend=backend))(x, weight, bias)
-    for got, want in zip(run("mosaic_gpu"), run("xla"), strict=True):
+    run = lambda dispatch: jax.jit(partial(dispatch.linear_each, dtype=jnp.bfloat16, parts=2))(x, weight, bias)
+    for got, want in zip(run(HOPPER), run(XLA), strict=True):
         assert_within_one_ulp(got, np.asarray(want, np.float64))
 
 
@@ -166,13 +165,13 @@ def test_a_layer_is_read_out_of_its_stack(index: int, bits: int, K: int) -> None
     def run(scale: Any, weight: QTensor, bias: Any, gate: Any, shift: Any, act: ActQuantizer, plain: ActQuantizer) -> Any:
         codes = x._replace(scale=scale)
         return (
-            matmul.linear(codes, weight, bias, jnp.bfloat16, backend="mosaic_gpu"),
-            matmul.linear_parts(codes, weight, bias, jnp.bfloat16, 3, backend="mosaic_gpu"),
-            matmul.linear_residual(codes, weight, bias, gate, residual, backend="mosaic_gpu"),
-            matmul.linear_gelu(codes, weight, bias, act, backend="mosaic_gpu").values,
-            encode.encode(residual, act, backend="mosaic_gpu").values,
-            encode.modulate_encode(residual, shift, gate, plain, 1e-6, backend="mosaic_gpu").values,
-            encode.modulate_encode(residual, shift, gate, DYNAMIC, 1e-6, backend="mosaic_gpu").values,
+            HOPPER.linear(codes, weight, bias, jnp.bfloat16),
+            HOPPER.linear_parts(codes, weight, bias, jnp.bfloat16, 3),
+            HOPPER.linear_residual(codes, weight, bias, gate, residual),
+            HOPPER.linear_gelu(codes, weight, bias, act).values,
+            HOPPER.encode(residual, act).values,
+            HOPPER.modulate_encode(residual, shift, gate, plain, Norm()).values,
+            HOPPER.modulate_encode(residual, shift, gate, DYNAMIC, Norm()).values,
         )
 
     of_layer = x.scale, weight, bias, gate, shift, act, STATIC
@@ -188,10 +187,7 @@ def test_norms_on_hopper(D: int, act: ActQuantizer) -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(3, 64, D)) * 3 + 1, jnp.bfloat16)
     shift, scale = (jnp.asarray(rng.normal(size=(3, D)), jnp.bfloat16) for _ in range(2))
-    got, want = (
-        jax.jit(partial(encode.modulate_encode, eps=1e-6, backend=backend))(x, shift, scale, act)
-        for backend in ("mosaic_gpu", "xla")
-    )
+    got, want = (jax.jit(partial(dispatch.modulate_encode, norm=Norm()))(x, shift, scale, act) for dispatch in (HOPPER, XLA))
     np.testing.assert_allclose(got.scale, want.scale, rtol=1e-5)
     codes = [np.asarray(encoded.values, int) for encoded in (got, want)]
     assert np.abs(codes[0] - codes[1]).max() <= 1
@@ -203,7 +199,7 @@ def test_codes_on_hopper(balanced: bool) -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(3, 64, 1152)), jnp.bfloat16)
     act = STATIC.replace(balance=jnp.asarray(rng.uniform(0.5, 2, 1152), jnp.float32)) if balanced else STATIC
-    got, want = (jax.jit(partial(encode.encode, backend=backend))(x, act) for backend in ("mosaic_gpu", "xla"))
+    got, want = (jax.jit(dispatch.encode)(x, act) for dispatch in (HOPPER, XLA))
     codes = [np.asarray(encoded.values, int) for encoded in (got, want)]
     assert np.abs(codes[0] - codes[1]).max() <= 1
     assert (codes[0] != codes[1]).mean() < 1e-4
@@ -221,7 +217,7 @@ def medium_model(bits: int) -> tuple[ptq.FloatDiT, ptq.QuantizedDiT]:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_model_on_hopper_is_its_reference(bits: int) -> None:
     dit, q = medium_model(bits)
-    assert q.backend_choice.name == "mosaic_gpu"
+    assert q.backend_choice.name == "hopper"
     x, y = jax.random.normal(jax.random.key(1), (8, *q.config.image_shape), jnp.float32), jnp.arange(8)
     apply = jax.jit(lambda model: model.apply(x, jnp.array([400]), y).astype(jnp.float32))
     fast, slow, floats = (np.asarray(apply(m)) for m in (q, q.replace(backend="xla"), dit))

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import PLAIN
+from helpers import HOPPER, PLAIN, XLA
 from hopper_helpers import HAS_INTERPRETER, interpreter
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.dit import DiTConfig
-from ptq4dit_jax.engine import backends, matmul
+from ptq4dit_jax.engine import hopper
+from ptq4dit_jax.engine.dispatch import watched
 from ptq4dit_jax.engine.hopper import gemm, nibbles, rows, tiles
 from ptq4dit_jax.engine.hopper.plan import GatedResidual, GeluRequantize, Tiles
 from ptq4dit_jax.engine.stacks import OfLayer, of_layer, taken
@@ -156,8 +157,8 @@ def test_packed_weights_of_a_block_become_int8() -> None:
     stacks = {"qkv": weight(4, 384, 128), "proj": weight(8, 128, 128), "fc1": weight(4, 80, 128), "fc2": weight(4, 192, 256)}
     after, index = jnp.zeros((2, 3, 4)), jnp.int32(LAYER)
     given, cut_out = of_layer(stacks, index), jax.tree.map(lambda leaf: leaf[LAYER], stacks)
-    for backend, changed in (("xla", set()), ("mosaic_gpu", {"qkv", "fc2"})):
-        got = jax.jit(lambda given, backend=backend: matmul.prepared(given, after, backend=backend))(given)
+    for dispatch, changed in ((XLA, set()), (HOPPER, {"qkv", "fc2"})):
+        got = jax.jit(dispatch.prepared)(given, after)
         assert {name for name in stacks if got[name].packed != stacks[name].packed} == changed
         for name, want in cut_out.items():
             found = taken(got[name])
@@ -310,11 +311,11 @@ def test_widths_that_are_no_multiple_of_a_tile(in_stack: bool) -> None:
     x = Encoded(jnp.asarray(a).reshape(B, T, odd_K), lie(np.float32(0.7)), None)
     layer = x, QTensor(lie(b), lie(column), None, 8), lie(bias)
     act = ActQuantizer(lie(scale), lie(zero_point), lie(balance))
-    with backends.watched() as ran:
-        parts = matmul.linear_parts(*layer, jnp.bfloat16, 3, backend="mosaic_gpu")
-        gated = matmul.linear_residual(*layer, lie(gate), residual, backend="mosaic_gpu")
-        codes = matmul.linear_gelu(*layer, act, backend="mosaic_gpu")
-    assert {call.backend for call in ran} == {"mosaic_gpu"}
+    with watched() as ran:
+        parts = HOPPER.linear_parts(*layer, jnp.bfloat16, 3)
+        gated = HOPPER.linear_residual(*layer, lie(gate), residual)
+        codes = HOPPER.linear_gelu(*layer, act)
+    assert {call.backend for call in ran} == {hopper.BACKEND}
     y = exact(a, b, np.full(B * T, 0.7, np.float32), column, bias).reshape(B, T, odd_N)
     assert [part.shape for part in parts] == [(B, T, odd_N // 3)] * 3
     near(jnp.concatenate(parts, -1), y)
@@ -334,5 +335,5 @@ def test_a_whole_model_is_its_reference() -> None:
     q = ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16)
     x, y = jax.random.normal(jax.random.key(1), (1, *config.image_shape), jnp.float32), jnp.array([2])
     apply = jax.jit(lambda model: model.apply(x, jnp.array([400]), y).astype(jnp.float32))
-    fast, slow, floats = (np.asarray(apply(m)) for m in (q.replace(backend="mosaic_gpu"), q.replace(backend="xla"), dit))
+    fast, slow, floats = (np.asarray(apply(m)) for m in (q.replace(backend="hopper"), q.replace(backend="xla"), dit))
     assert np.square(fast - slow).mean() < 0.05 * np.square(slow - floats).mean()

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error
+from helpers import XLA, relative_error
 
-from ptq4dit_jax.engine.attention import attention, attention_codes
-from ptq4dit_jax.engine.attention.xla import attention_of_heads, centered_product
 from ptq4dit_jax.engine.layers import QLinear, in_unit_steps
+from ptq4dit_jax.engine.xla.attend import attention_of_heads, centered_product
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded
 from ptq4dit_jax.ranges import quantize_weight
 
@@ -75,7 +74,7 @@ def test_the_layer_is_its_fake_quant_twin(bits: int, act_bits: int) -> None:
     x = inputs(B, T)
     chosen = linear.at_group(jnp.int32(0))
     expected = fake_quantized(x, quantizer) @ wide(linear.weight.dequantize()).T + bias
-    for call in (lambda m, x: m(x, "xla"), jax.jit(lambda m, x: m(x, "xla"))):
+    for call in (lambda m, x: m(x, XLA), jax.jit(lambda m, x: m(x, XLA))):
         out = call(chosen, jnp.asarray(x))
         assert out.dtype == jnp.float32
         assert relative_error(out, expected) < ULPS
@@ -95,13 +94,13 @@ def test_every_kind_of_input_quantizer(quantizer: ActQuantizer | None, integer: 
     assert linear.integer is integer
     x = inputs(B, T)
     seen = wide(x) if quantizer is None else fake_quantized(x, quantizer.at_group(jnp.int32(0)))
-    out = linear.at_group(jnp.int32(0))(jnp.asarray(x), "xla")
+    out = linear.at_group(jnp.int32(0))(jnp.asarray(x), XLA)
     assert relative_error(out, seen @ wide(linear.weight.dequantize()).T + bias) < ULPS
 
 
 def test_a_row_of_zeros_is_finite_under_dynamic_scales() -> None:
     linear, bias = layer(dynamic())
-    np.testing.assert_array_equal(linear.at_group(jnp.int32(0))(jnp.zeros((2, K)), "xla"), np.tile(bias, (2, 1)))
+    np.testing.assert_array_equal(linear.at_group(jnp.int32(0))(jnp.zeros((2, K)), XLA), np.tile(bias, (2, 1)))
 
 
 @pytest.mark.parametrize("lead", [(B,), (B, T)])
@@ -115,12 +114,12 @@ def test_a_table_over_groups_of_steps(lead: tuple[int, ...]) -> None:
     apart = []
     for group in range(G):
         expected = fake_quantized(x, quantizer.at_group(jnp.int32(group))) @ weight + bias
-        out = linear.at_group(jnp.int32(group))(jnp.asarray(x), "xla")
+        out = linear.at_group(jnp.int32(group))(jnp.asarray(x), XLA)
         assert relative_error(out, expected) < ULPS
         apart.append(np.asarray(out))
     assert relative_error(apart[0], apart[2]) > 1e-3  # the groups do differ
     rows = np.array([2, 0, 1])
-    together = linear.at_group(jnp.asarray(rows, jnp.int32))(jnp.asarray(x), "xla")
+    together = linear.at_group(jnp.asarray(rows, jnp.int32))(jnp.asarray(x), XLA)
     np.testing.assert_allclose(together, np.stack([apart[g][row] for row, g in enumerate(rows)]), rtol=1e-6, atol=1e-6)
 
 
@@ -155,7 +154,7 @@ def test_bfloat16_in_bfloat16_out_with_an_epilogue_in_float32() -> None:
     quantizer = act(groups=1)
     linear, bias = layer(quantizer)
     x = jnp.asarray(inputs(B, T), jnp.bfloat16)
-    out = linear.at_group(jnp.int32(0))(x, "xla")
+    out = linear.at_group(jnp.int32(0))(x, XLA)
     expected = fake_quantized(np.asarray(x, np.float32), act()) @ wide(linear.weight.dequantize()).T + bias
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=2.0**-8)  # one rounding, at the end
@@ -191,7 +190,7 @@ def test_attention_is_its_fake_quant_twin() -> None:
         out = run(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), sites)
         assert relative_error(out, expected) < ULPS
     tokens = [jnp.asarray(x.transpose(0, 2, 1, 3).reshape(2, 5, 24)) for x in (q, k, v)]
-    assert relative_error(attention(*tokens, 3, sites), expected.transpose(0, 2, 1, 3).reshape(2, 5, 24)) < ULPS
+    assert relative_error(XLA.attention(*tokens, 3, sites), expected.transpose(0, 2, 1, 3).reshape(2, 5, 24)) < ULPS
 
 
 def test_attention_takes_ranges_per_row() -> None:
@@ -236,7 +235,7 @@ def test_attention_in_unit_steps_is_attention_quantized_for_proj(balanced: bool)
     moved_qkv, moved_proj = jax.jit(in_unit_steps)(qkv, proj)
 
     def floats(layer: QLinear) -> list[np.ndarray]:
-        return [wide(part) for part in layer.product_parts(layer.feed(x, "xla"), 3, jnp.float32, "xla")]
+        return [wide(part) for part in layer.product_parts(layer.feed(x, XLA), 3, jnp.float32, XLA)]
 
     q, k, v = floats(qkv)
     heads_of = lambda y: y.reshape(B, T, heads, D // heads).transpose(0, 2, 1, 3)
@@ -246,11 +245,11 @@ def test_attention_in_unit_steps_is_attention_quantized_for_proj(balanced: bool)
     value = out * (1 if balance is None else balance) / float(quantizer.scale)
     want = np.clip(np.round(value) + int(quantizer.zero_point), -128, 127)
 
-    got = jax.jit(lambda q, k, v, act: attention_codes(q, k, v, heads, act))(
+    got = jax.jit(lambda q, k, v, act: XLA.attention_codes(q, k, v, heads, act))(
         *(jnp.asarray(part, jnp.float32) for part in floats(moved_qkv)), moved_proj.act
     )
     differing = np.asarray(got.values, int) != want
     assert np.all(np.abs(value - np.floor(value) - 0.5)[differing] < 1e-4)
-    expected = proj.product(Encoded(jnp.asarray(want, jnp.int8), quantizer.scale, quantizer.zero_point), jnp.float32, "xla")
-    moved = moved_proj.product(Encoded(jnp.asarray(want, jnp.int8), got.scale, got.zero_point), jnp.float32, "xla")
+    expected = proj.product(Encoded(jnp.asarray(want, jnp.int8), quantizer.scale, quantizer.zero_point), jnp.float32, XLA)
+    moved = moved_proj.product(Encoded(jnp.asarray(want, jnp.int8), got.scale, got.zero_point), jnp.float32, XLA)
     np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-5)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import XLA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptq4dit_jax.engine import backends, matmul
-from ptq4dit_jax.engine.matmul import xla
+from ptq4dit_jax.engine.xla import linear as xla
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 WIDTHS = range(2, 9)
@@ -89,22 +87,22 @@ def test_batched_products_are_exact_for_any_shape(B: int, A: int, M: int, N: int
     rng = np.random.default_rng(seed)
     a = rng.integers(LOW, HIGH + 1, (B, A, M, K)).astype(np.int8)
     b = rng.integers(LOW, HIGH + 1, (B, A, N, K)).astype(np.int8)
-    out = matmul.batched(jnp.asarray(a), jnp.asarray(b))
+    out = XLA.batched(jnp.asarray(a), jnp.asarray(b))
     assert out.dtype == jnp.int32
     np.testing.assert_array_equal(out, np.einsum("bamk,bank->bamn", a.astype(np.int64), b.astype(np.int64)))
 
 
 def test_batched_products_are_exact_at_the_ends_of_the_range() -> None:
     rows = extreme_inputs(256)[None, None]
-    out = jax.jit(matmul.batched)(jnp.asarray(rows), jnp.asarray(rows))
+    out = jax.jit(XLA.batched)(jnp.asarray(rows), jnp.asarray(rows))
     np.testing.assert_array_equal(out[0, 0], rows[0, 0].astype(np.int64) @ rows[0, 0].astype(np.int64).T)
 
 
-def product(x: np.ndarray | jax.Array, weight: QTensor, scale: np.ndarray, bias: np.ndarray, **options: Any) -> jax.Array:
+def product(x: np.ndarray | jax.Array, weight: QTensor, scale: np.ndarray, bias: np.ndarray) -> jax.Array:
     """The linear layer in float32, the activations' scale folded into the weights'."""
     encoded = Encoded(jnp.asarray(x), jnp.float32(1), None)
     weight = weight.replace(scale=jnp.asarray(scale))  # type: ignore[attr-defined]
-    return matmul.linear(encoded, weight, jnp.asarray(bias), jnp.float32, **options)
+    return XLA.linear(encoded, weight, jnp.asarray(bias), jnp.float32)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -135,14 +133,14 @@ def test_what_follows_a_product(bits: int) -> None:
     gelu = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
     codes = np.clip(np.round(gelu * np.asarray(act.balance, np.float64) / np.float64(np.float32(0.02))) - 100, LOW, HIGH)
     for wrap in (lambda f, **_: f, jax.jit):
-        parts = wrap(matmul.linear_parts, static_argnames=("dtype", "parts"))(x, weight, bias, dtype=jnp.float32, parts=3)
+        parts = wrap(XLA.linear_parts, static_argnames=("dtype", "parts"))(x, weight, bias, dtype=jnp.float32, parts=3)
         assert [part.shape for part in parts] == [(B, T, 2)] * 3
         np.testing.assert_allclose(np.concatenate(parts, -1), y, rtol=1e-5, atol=1e-5)
-        got = wrap(matmul.linear_gelu)(x, weight, bias, act)
+        got = wrap(XLA.linear_gelu)(x, weight, bias, act)
         assert got.values.dtype == jnp.int8
         assert np.abs(np.asarray(got.values, int) - codes).max() <= (np.abs(y).max() > 50)  # none lies at a tie here
         np.testing.assert_allclose(
-            wrap(matmul.linear_residual)(x, weight, bias, gate, residual), residual + gate[:, None] * y, rtol=1e-5, atol=1e-5
+            wrap(XLA.linear_residual)(x, weight, bias, gate, residual), residual + gate[:, None] * y, rtol=1e-5, atol=1e-5
         )
 
 
@@ -155,33 +153,3 @@ def test_the_lowered_product_takes_int8_and_gives_int32(bits: int) -> None:
     dots = [line for line in text.splitlines() if "dot_general" in line]
     assert len(dots) == 1
     assert "(tensor<3x16xi8>, tensor<5x16xi8>) -> tensor<3x5xi32>" in dots[0]
-
-
-def test_an_unknown_backend_is_named_with_the_ones_that_exist(raises_sentence: Any) -> None:
-    weight, _ = drawn_weight(8, 5, 16)
-    x = jnp.zeros((3, 16), jnp.int8)
-    with raises_sentence("'cutlass'", "auto, xla, mosaic_gpu"):
-        product(x, weight, np.ones(5, np.float32), np.zeros(5, np.float32), backend="cutlass")
-    with raises_sentence("'cutlass'"):
-        matmul.batched(x[None, None], x[None, None], backend="cutlass")
-
-
-def test_a_backend_runs_and_hands_over_what_it_does_not_cover(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def linear(x: Encoded, weight: QTensor, bias: jax.Array, dtype: Any) -> jax.Array:
-        asked.append(weight.bits)
-        if weight.packed:
-            raise backends.NotCovered("packed")
-        return jnp.full((*x.values.shape[:-1], weight.shape[-2]), 42.0)
-
-    monkeypatch.setattr("ptq4dit_jax.engine.matmul.mosaic_gpu.linear", linear)
-    x = jnp.asarray(extreme_inputs(16))
-    ones, zeros = np.ones(5, np.float32), np.zeros(5, np.float32)
-    for bits in (8, 4):
-        weight, _ = drawn_weight(bits, 5, 16)
-        out = product(x, weight, ones, zeros, backend="mosaic_gpu")
-        np.testing.assert_array_equal(out, np.full((7, 5), 42.0) if bits == 8 else product(x, weight, ones, zeros))
-    assert asked == [8, 4]
-    pairs = x[None, None]  # of which the backend has no version at all
-    np.testing.assert_array_equal(matmul.batched(pairs, pairs, backend="mosaic_gpu"), xla.batched(pairs, pairs))

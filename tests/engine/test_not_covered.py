@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from einops import EinopsError
+from helpers import HOPPER, XLA
 
-from ptq4dit_jax.engine import attention, encode, matmul
+from ptq4dit_jax.engine.dispatch import Dispatch
+from ptq4dit_jax.engine.layers import attention
+from ptq4dit_jax.networks.ops import Norm
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 S = jax.ShapeDtypeStruct
@@ -34,14 +37,14 @@ def codes(shape: tuple[int, ...], scale: tuple[int, ...], dtype: str = "float32"
     return Encoded(S(shape, "int8"), S(scale, dtype), S((), "int32"))
 
 
-def alike(function: Callable[..., Any], *args: Any, **static: Any) -> bool:
+def alike(operation: Callable[[Dispatch], Callable[..., Any]], *args: Any, **static: Any) -> bool:
     """Whether the reference takes the call; then the kernels' backend must give what it gives."""
-    shapes = lambda backend: jax.eval_shape(lambda *args: function(*args, **static, backend=backend), *args)
+    shapes = lambda dispatch: jax.eval_shape(lambda *args: operation(dispatch)(*args, **static), *args)
     try:
-        expected = shapes("xla")
+        expected = shapes(XLA)
     except (TypeError, ValueError, ZeroDivisionError, EinopsError):  # what the reference does not take either
         return False
-    assert shapes("mosaic_gpu") == expected
+    assert shapes(HOPPER) == expected
     return True
 
 
@@ -52,19 +55,19 @@ def test_products(shape: tuple[int, ...], bits: int) -> None:
     scales = {(), (*shape[:-1], 1)}
     for N, scale, dtype in itertools.product((384, 72, 7), scales, TYPES):
         x, w, bias = codes(shape, scale), weight(N, K, bits), S((N,), "float32")
-        taken += alike(matmul.linear, x, w, bias, dtype=jnp.dtype(dtype))
+        taken += alike(lambda d: d.linear, x, w, bias, dtype=jnp.dtype(dtype))
         if N % 3 == 0:
-            taken += alike(matmul.linear_parts, x, w, bias, dtype=jnp.dtype(dtype), parts=3)
+            taken += alike(lambda d: d.linear_parts, x, w, bias, dtype=jnp.dtype(dtype), parts=3)
         gates = [(shape[0], N), (1, N), (N,)]
         for gate in gates:
-            taken += alike(matmul.linear_residual, x, w, bias, S(gate, dtype), S((*shape[:-1], N), dtype))
+            taken += alike(lambda d: d.linear_residual, x, w, bias, S(gate, dtype), S((*shape[:-1], N), dtype))
     x, w = codes(shape, ()), weight(128, K, bits)
     rows = S((shape[0], *[1] * (len(shape) - 2), 128), "float32") if len(shape) > 1 else S((128,), "float32")
     for act in (STATIC, DYNAMIC, ActQuantizer(S(shape[:1], "float32"), S(shape[:1], "int32"))):
-        taken += alike(matmul.linear_gelu, x, w, S((128,), "float32"), act)
+        taken += alike(lambda d: d.linear_gelu, x, w, S((128,), "float32"), act)
     for x_type, w_type in itertools.product(("float32", "float16"), repeat=2):
         x, w = codes(shape, (), x_type), weight(128, K, bits, w_type)
-        taken += alike(matmul.linear_parts, x, w, rows, dtype=jnp.dtype("bfloat16"), parts=1)
+        taken += alike(lambda d: d.linear_parts, x, w, rows, dtype=jnp.dtype("bfloat16"), parts=1)
     assert taken > 20
 
 
@@ -74,7 +77,7 @@ def test_products_of_all_layers(shape: tuple[int, ...]) -> None:
     for N, bits, dtype, scale in itertools.product((256, 72), (8, 4), TYPES, ((3,), (*shape[:-1], 1))):
         fed = codes(shape, scale)._replace(zero_point=S((3,), "int32"))
         args = fed, weight(N, shape[-1], bits, lead=(3,)), S((3, N), "float32")
-        taken += alike(matmul.linear_each, *args, dtype=jnp.dtype(dtype), parts=2)
+        taken += alike(lambda d: d.linear_each, *args, dtype=jnp.dtype(dtype), parts=2)
     assert taken
 
 
@@ -85,10 +88,10 @@ def test_codes(shape: tuple[int, ...], dtype: str) -> None:
     acts = [STATIC, DYNAMIC, DYNAMIC.replace(nonnegative=True), STATIC.replace(balance=vector), DYNAMIC.replace(balance=vector)]
     taken = 0
     for act in acts:
-        taken += alike(encode.encode, S(shape, dtype), act)
+        taken += alike(lambda d: d.encode, S(shape, dtype), act)
         for of_image, other in itertools.product(((shape[0], shape[-1]), (1, shape[-1])), (dtype, "float32")):
             row = S(of_image, other)
-            taken += alike(encode.modulate_encode, S(shape, dtype), row, row, act, eps=1e-6)
+            taken += alike(lambda d: d.modulate_encode, S(shape, dtype), row, row, act, norm=Norm())
     assert taken >= len(acts)
 
 
@@ -99,9 +102,10 @@ def test_attention(q: tuple[int, ...]) -> None:
     sites = dict.fromkeys(("q", "k", "v", "probs"), STATIC)
     for T, of_q, of_k, heads in itertools.product((q[-2], 128), TYPES, TYPES, (1, 2)):
         k = S((*q[:-2], T, q[-1]), of_k)
-        alike(attention.attention_codes, S(q, of_q), k, k, act=ActQuantizer(jnp.float32(1), jnp.int32(0)), num_heads=heads)
-        alike(lambda q, k, v, sites, **how: attention.attention(q, k, v, heads, sites, **how), S(q, of_q), k, k, sites)  # noqa: B023
-        alike(attention.attention, S(q, of_q), k, k, num_heads=heads, sites={})
+        alike(lambda d: d.attention_codes, S(q, of_q), k, k, act=ActQuantizer(jnp.float32(1), jnp.int32(0)), num_heads=heads)
+        for quantized in (sites, {}):
+            of_heads = lambda d: lambda q, k, v, sites: attention(q, k, v, heads, sites, d)  # noqa: B023
+            alike(of_heads, S(q, of_q), k, k, quantized)
 
 
 @pytest.mark.parametrize("lead", [(), (3,)])
@@ -109,5 +113,5 @@ def test_attention(q: tuple[int, ...]) -> None:
 def test_weights_that_are_unpacked_beforehand_stand_for_the_same(lead: tuple[int, ...], size: tuple[int, int]) -> None:
     for bits in (8, 4):
         given = {"fc1": weight(*size, bits, lead=lead)}
-        made = jax.eval_shape(lambda given, x: matmul.prepared(given, x, backend="mosaic_gpu"), given, S((2, 3), "bfloat16"))
+        made = jax.eval_shape(lambda given, x: HOPPER.prepared(given, x), given, S((2, 3), "bfloat16"))
         assert made["fc1"].shape == given["fc1"].shape

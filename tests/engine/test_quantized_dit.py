@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
-from helpers import PLAIN, as_float64, lowered_sampler, relative_error, tiny_model
+from helpers import PLAIN, XLA, as_float64, lowered_sampler, relative_error, tiny_model
 from jax.sharding import Mesh
 
 import ptq4dit_jax as ptq
@@ -146,8 +146,8 @@ def test_float32_each_block_fed_the_same_hidden_state(quantized: Quantized, rows
     @jax.jit
     def run(layer: tuple[dict[str, QLinear], Any], x: jax.Array, c: jax.Array) -> jax.Array:
         one = jax.tree.map(lambda a: a[None], layer[0]["adaLN"])
-        modulation = [part[0] for part in one.product_each(c, 6, "xla")]
-        return quantized_dit._block(model.config, (*layer, modulation), x, "xla")
+        modulation = [part[0] for part in one.product_each(c, 6, XLA)]
+        return quantized_dit._block(model.config, (*layer, modulation), x, XLA)
 
     for depth in range(1, model.config.depth):
         x, expected = (np.asarray(seen["block_out"][index]) for index in (depth - 1, depth))

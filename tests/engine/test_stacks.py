@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import HOPPER
 
-from ptq4dit_jax.engine import backends, matmul
+from ptq4dit_jax.engine.backends import NotCovered
 from ptq4dit_jax.engine.stacks import OfLayer, layer_of, of_layer, stack_of, taken
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
@@ -49,12 +50,12 @@ def test_the_reference_is_given_layers_cut_out(monkeypatch: pytest.MonkeyPatch) 
 
     def refuses(x: Encoded, weight: QTensor, *_: Any) -> jax.Array:
         asked.append(type(weight.values))
-        raise backends.NotCovered("nothing")
+        raise NotCovered("nothing")
 
-    monkeypatch.setattr("ptq4dit_jax.engine.matmul.mosaic_gpu.linear", refuses)
+    monkeypatch.setattr("ptq4dit_jax.engine.hopper.linear.linear", refuses)
     layers = weights(4)
     x = Encoded(jnp.asarray(np.arange(12).reshape(2, 6), jnp.int8), jnp.float32(0.5), None)
     view = of_layer(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers), jnp.int32(1))
-    got, want = (matmul.linear(x, w, jnp.zeros(5), jnp.float32, backend="mosaic_gpu") for w in (view, layers[1]))
+    got, want = (HOPPER.linear(x, w, jnp.zeros(5), jnp.float32) for w in (view, layers[1]))
     np.testing.assert_array_equal(got, want)
     assert asked[0] is OfLayer

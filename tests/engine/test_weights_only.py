@@ -71,9 +71,9 @@ def test_it_is_the_float_model_with_other_weights(dit: ptq.FloatDiT, w4: ptq.Qua
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backend", ["xla", "mosaic_gpu"])
+@pytest.mark.parametrize("backend", ["xla", "hopper"])
 def test_the_table_says_in_what_it_runs(w4: ptq.QuantizedDiT, dtype: str, backend: str) -> None:
-    if (dtype, backend) == ("float32", "mosaic_gpu"):
+    if (dtype, backend) == ("float32", "hopper"):
         pytest.skip("refused")
     rows = ptq.describe(w4.astype(dtype).replace(backend=backend))  # type: ignore[attr-defined]
     bits = {"float32": 32, "bfloat16": 16}[dtype]

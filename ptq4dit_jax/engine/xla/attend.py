@@ -6,7 +6,7 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from ptq4dit_jax.engine import matmul
+from ptq4dit_jax.engine.xla.linear import batched
 from ptq4dit_jax.networks import parts
 from ptq4dit_jax.numerics import at_least_float32, product_precision
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded
@@ -15,13 +15,13 @@ from ptq4dit_jax.quantizers import ActQuantizer, Encoded
 def attention(
     q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, sites: dict[str, ActQuantizer]
 ) -> jax.Array:
-    """See :func:`ptq4dit_jax.engine.attention.attention`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.attention`."""
     q, k, v = (einops.rearrange(x, "b t (a d) -> b a t d", a=num_heads) for x in (q_BTD, k_BTD, v_BTD))
     return einops.rearrange(attention_of_heads(q, k, v, sites), "b a t d -> b t (a d)")
 
 
 def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, act: ActQuantizer) -> Encoded:
-    """See :func:`ptq4dit_jax.engine.attention.attention_codes`. Computes in float32 at least."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.attention_codes`. Computes in float32 at least."""
     q, k, v = (
         einops.rearrange(x.astype(at_least_float32(x.dtype)), "b t (a d) -> b a t d", a=num_heads)
         for x in (q_BTD, k_BTD, v_BTD)
@@ -37,7 +37,7 @@ def centered_product(a: Encoded, b: Encoded) -> jax.Array:
 
     The product itself is int8 x int8; zero points, (), (B, 1, 1, 1) or None, enter by sums over K.
     """
-    out = matmul.batched(a.values, b.values)
+    out = batched(a.values, b.values)
     if b.zero_point is not None:
         out = out - b.zero_point * a.values.sum(-1, dtype=jnp.int32)[..., :, None]
     if a.zero_point is not None:

@@ -81,7 +81,7 @@ def _run(kind: tiles.Kind, operands: _Operands, **finish: Any) -> list[jax.Array
 
 
 def prepared(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
-    """See :func:`ptq4dit_jax.engine.matmul.prepared`. Leaves packed what the kernel does not cover."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.prepared`. Leaves packed what the kernel does not cover."""
     covered = lambda N, K: N % PACKED_ROWS == K % TILE_K == 0 and min(N, K) > 0
     chosen = {
         name: weight for name, weight in weights.items() if weight.packed and len(weight.shape) == 2 and covered(*weight.shape)
@@ -94,14 +94,14 @@ def prepared(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTen
 
 
 def linear(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike) -> jax.Array:
-    """See :func:`ptq4dit_jax.engine.matmul.linear`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear`."""
     require_bfloat16(dtype)
     operands = _operands(x, weight, bias)
     return operands.rows(_run("store", operands)[0])
 
 
 def linear_parts(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike, parts: int) -> list[jax.Array]:
-    """See :func:`ptq4dit_jax.engine.matmul.linear_parts`. Arrays of their own are what attention reads without a copy."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear_parts`. Attention reads arrays of their own without a copy."""
     each = weight.shape[-2] // parts
     if each % TILE_K:  # a piece of the epilogue would lie in two parts
         return jnp.split(linear(x, weight, bias, dtype), parts, axis=-1)
@@ -111,7 +111,7 @@ def linear_parts(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike, part
 
 
 def linear_each(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
-    """See :func:`ptq4dit_jax.engine.matmul.linear_each`. 4-bit weights only: XLA reads 8-bit ones as fast as memory can."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear_each`. Covers 4-bit weights only."""
     N, K = weight.shape[-2:]
     require(weight.packed, "weights of 8 bits are read by XLA as fast as memory can")
     whole = N % TILE_K == K % TILE_K == 0 and (N // parts) % EPILOGUE_M == 0
@@ -134,7 +134,7 @@ def linear_each(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, 
 
 
 def linear_gelu(x: Encoded, weight: QTensor, bias: Leaf, act: ActQuantizer) -> Encoded:
-    """See :func:`ptq4dit_jax.engine.matmul.linear_gelu`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear_gelu`."""
     require(not act.dynamic, "the next layer's codes are scaled per token")
     require_one_group(act)
     operands = _operands(x, weight, bias, act)
@@ -146,7 +146,7 @@ def linear_gelu(x: Encoded, weight: QTensor, bias: Leaf, act: ActQuantizer) -> E
 
 
 def linear_residual(x: Encoded, weight: QTensor, bias: Leaf, gate_BD: Leaf, x_BTD: jax.Array) -> jax.Array:
-    """See :func:`ptq4dit_jax.engine.matmul.linear_residual`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear_residual`."""
     operands = _operands(x, weight, bias, gate_BD)
     B, T, N = operands.shape
     require(x_BTD.shape == (B, T, N) and gate_BD.shape == (B, N), "gate or residual are not those of each image")

@@ -29,22 +29,22 @@ def _exact(x: Encoded, weight: QTensor, bias: jax.Array) -> jax.Array:
 
 
 def prepared(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
-    """See :func:`ptq4dit_jax.engine.matmul.prepared`. XLA unpacks just before each product."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.prepared`. XLA unpacks just before each product."""
     return dict(weights)
 
 
 def linear(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """See :func:`ptq4dit_jax.engine.matmul.linear`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear`."""
     return _exact(x, weight, bias).astype(dtype)
 
 
 def linear_parts(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
-    """See :func:`ptq4dit_jax.engine.matmul.linear_parts`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear_parts`."""
     return jnp.split(linear(x, weight, bias, dtype), parts, axis=-1)
 
 
 def linear_each(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
-    """See :func:`ptq4dit_jax.engine.matmul.linear_each`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear_each`."""
 
     def one(layer: tuple[Encoded, QTensor, jax.Array]) -> jax.Array:
         values, codes, offset = layer
@@ -55,12 +55,12 @@ def linear_each(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, 
 
 
 def linear_gelu(x: Encoded, weight: QTensor, bias: jax.Array, act: ActQuantizer) -> Encoded:
-    """See :func:`ptq4dit_jax.engine.matmul.linear_gelu`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear_gelu`."""
     return act.encode(jax.nn.gelu(_exact(x, weight, bias), approximate=True))
 
 
 def linear_residual(x: Encoded, weight: QTensor, bias: jax.Array, gate_BD: jax.Array, x_BTD: jax.Array) -> jax.Array:
-    """See :func:`ptq4dit_jax.engine.matmul.linear_residual`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear_residual`."""
     out = _exact(x, weight, bias)
     dtype = at_least_float32(x_BTD.dtype, gate_BD.dtype, out.dtype)
     gated = gate_BD[:, None].astype(dtype) * out.astype(dtype)
@@ -68,6 +68,6 @@ def linear_residual(x: Encoded, weight: QTensor, bias: jax.Array, gate_BD: jax.A
 
 
 def batched(a: jax.Array, b: jax.Array) -> jax.Array:
-    """See :func:`ptq4dit_jax.engine.matmul.batched`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.batched`."""
     dims = (((3,), (3,)), ((0, 1), (0, 1)))
     return jax.lax.dot_general(a, b, dims, precision=INTEGER, preferred_element_type=jnp.int32)

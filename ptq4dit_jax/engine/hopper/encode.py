@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import jax
 
-from ptq4dit_jax.engine.backends import require
+from ptq4dit_jax.engine.backends import NotCovered, require
 from ptq4dit_jax.engine.hopper import rows
 from ptq4dit_jax.engine.hopper.requirements import require_axes, require_bfloat16, require_one_group
 from ptq4dit_jax.engine.stacks import Leaf, layer_of, stack_of
+from ptq4dit_jax.networks.ops import Norm, NormKind
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range
 
 
@@ -24,7 +25,7 @@ def _check(x_BTD: jax.Array, act: ActQuantizer) -> None:
 
 
 def encode(x: jax.Array, act: ActQuantizer) -> Encoded:
-    """See :func:`ptq4dit_jax.engine.encode.encode`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.encode`."""
     _check(x, act)
     require(not act.dynamic, "codes per token are made behind a norm only")
     low, high = act_code_range(act.bits)
@@ -35,12 +36,14 @@ def encode(x: jax.Array, act: ActQuantizer) -> Encoded:
     return Encoded(codes.reshape(x.shape), act.scale, act.zero_point)
 
 
-def modulate_encode(x_BTD: jax.Array, shift_BD: Leaf, scale_BD: Leaf, act: ActQuantizer, eps: float) -> Encoded:
-    """See :func:`ptq4dit_jax.engine.encode.modulate_encode`."""
+def modulate_encode(x_BTD: jax.Array, shift_BD: Leaf | None, scale_BD: Leaf, act: ActQuantizer, norm: Norm) -> Encoded:
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.modulate_encode`."""
     _check(x_BTD, act)
     B, T, D = x_BTD.shape
     require(act.balance is None, "a balancing factor is left at the input")
     require(not act.nonnegative, "the input has codes for values of one sign")
+    if norm.kind is not NormKind.LAYER or shift_BD is None:
+        raise NotCovered("the norm is no LayerNorm with a shift")
     require({shift_BD.shape, scale_BD.shape} == {(B, D)}, "shift and scale are not those of each image")
     low, high = act_code_range(act.bits)
     ranges = None if act.dynamic else (stack_of(act.scale), stack_of(act.zero_point))
@@ -51,7 +54,7 @@ def modulate_encode(x_BTD: jax.Array, shift_BD: Leaf, scale_BD: Leaf, act: ActQu
         ranges,
         layer_of(shift_BD, scale_BD, act),
         tokens=T,
-        eps=eps,
+        eps=norm.eps,
         low=low,
         high=high,
     )

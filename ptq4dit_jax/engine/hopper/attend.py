@@ -21,7 +21,7 @@ def _require_alike(*parts: jax.Array) -> None:
 
 
 def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, act: ActQuantizer) -> Encoded:
-    """See :func:`ptq4dit_jax.engine.attention.attention_codes`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.attention_codes`."""
     _require_alike(q_BTD, k_BTD, v_BTD)
     B, T, D = q_BTD.shape
     require(not act.dynamic, "its codes are scaled per token")
@@ -38,7 +38,7 @@ def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_he
 def attention(
     q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, sites: dict[str, ActQuantizer]
 ) -> jax.Array:
-    """See :func:`ptq4dit_jax.engine.attention.attention`."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.attention`."""
     _require_alike(q_BTD, k_BTD, v_BTD)
     d = q_BTD.shape[-1] // num_heads
     fused = parts.can_fuse_attention(q_BTD.dtype, d)

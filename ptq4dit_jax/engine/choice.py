@@ -1,0 +1,82 @@
+"""Which backends there are, which one a name means, and which one ``auto`` takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ptq4dit_jax.devices import default_device
+from ptq4dit_jax.engine import hopper, xla
+from ptq4dit_jax.engine.dispatch import AnyBackend, Dispatch
+from ptq4dit_jax.errors import Ptq4ditError
+
+#: From the one that ``auto`` tries first to the reference, which runs everywhere and covers everything.
+BACKENDS: tuple[AnyBackend, ...] = (hopper.BACKEND, xla.BACKEND)
+AUTO = "auto"
+#: Names that backends had in earlier versions.
+_FORMER = {"mosaic_gpu": hopper.BACKEND.name}
+
+
+class Choice(NamedTuple):
+    """The backend that runs, and why it is not a faster one (empty where there is none for this device)."""
+
+    backend: AnyBackend
+    why: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.backend.name
+
+    @property
+    def dispatch(self) -> Dispatch:
+        """The backend with the reference behind it."""
+        reference = BACKENDS[-1]
+        return Dispatch((self.backend,) if self.backend is reference else (self.backend, reference))
+
+
+def names() -> list[str]:
+    """What a user may ask for."""
+    return [AUTO, *(backend.name for backend in reversed(BACKENDS))]
+
+
+def checked(name: str) -> str:
+    """The present name of what a user asked for.
+
+    Raises:
+      Ptq4ditError: there is no such backend; lists those that exist.
+    """
+    present = _FORMER.get(name, name)
+    if present not in names():
+        raise Ptq4ditError(f"Unknown backend {name!r}; the backends are {', '.join(names())}.")
+    return present
+
+
+def named(name: str) -> AnyBackend | None:
+    """The backend of that name; None for ``auto``. Raises as :func:`checked` does."""
+    present = checked(name)
+    return next((backend for backend in BACKENDS if backend.name == present), None)
+
+
+def resolve(name: str, dtype: str) -> Choice:
+    """The backend for a model that computes in ``dtype`` on the default device.
+
+    ``auto`` takes the first that runs there. Any other name is taken at its word about the device.
+
+    Raises:
+      Ptq4ditError: there is no such backend, or it does not compute in that type.
+    """
+    if backend := named(name):
+        if backend.dtypes is not None and dtype not in backend.dtypes:
+            types = " or ".join(backend.dtypes)
+            raise Ptq4ditError(
+                f"The backend {backend.name} computes in {types}, not in {dtype}; use {types}, or the backend auto or xla."
+            )
+        return Choice(backend)
+    device = default_device()
+    reasons: list[str] = []
+    for backend in BACKENDS:
+        if backend.platform not in (None, device.platform):
+            continue
+        if not (reason := backend.why_not(device, dtype)):
+            return Choice(backend, "; ".join(reasons))
+        reasons.append(reason)
+    raise AssertionError("the reference runs everywhere")

@@ -1,0 +1,166 @@
+"""Backends asked in turn: the first that covers a call runs it, and what the others said is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ptq4dit_jax.engine.backends import Backend, NotCovered
+from ptq4dit_jax.engine.stacks import Leaf, taken
+from ptq4dit_jax.quantizers import undifferentiable
+
+#: Any backend, whether it reads stacks or not.
+AnyBackend: TypeAlias = Backend[Any]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_T = TypeVar("_T")
+
+
+class Kind(enum.Enum):
+    """What an operation is for."""
+
+    WEIGHTS = enum.auto()  # prepares them
+    LINEAR = enum.auto()  # multiplies by them
+    CODES = enum.auto()  # quantizes a layer's input
+    ATTENTION = enum.auto()  # multiplies activations with one another
+
+
+class Refusal(NamedTuple):
+    """A backend that did not cover a call, and the reason."""
+
+    backend: AnyBackend
+    reason: str
+
+
+class Ran(NamedTuple):
+    """One call of an operation: what it is, the backend that ran it, and the earlier ones that did not."""
+
+    kind: Kind
+    operation: str
+    backend: AnyBackend
+    refusals: tuple[Refusal, ...] = ()
+
+    @property
+    def why(self) -> str:
+        """Why it is not the first backend; empty where it is."""
+        return "; ".join(refusal.reason for refusal in self.refusals)
+
+    @property
+    def runs_on(self) -> str:
+        """The name of what computes: the backend, or the library that it calls."""
+        library = self.backend.attention_library if self.operation == "attention" else None
+        return library or self.backend.name
+
+
+_RAN: ContextVar[list[Ran] | None] = ContextVar("ran", default=None)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[Ran]]:
+    """Records the operations that are traced inside the block, in order: what a program will run, by the code that decides."""
+    ran: list[Ran] = []
+    token = _RAN.set(ran)
+    try:
+        yield ran
+    finally:
+        _RAN.reset(token)
+
+
+def _in_turn(method: Callable[Concatenate[Backend[Leaf], _P], _R], kind: Kind) -> Callable[Concatenate[Dispatch, _P], _R]:
+    """The method of :class:`Dispatch` that asks its backends for an operation of :class:`Backend`."""
+
+    def run(self: Dispatch, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        refusals: list[Refusal] = []
+        for backend in self.chain:
+            # The backend's own version of the method.
+            operation = cast(Callable[_P, _R], getattr(backend, method.__name__))
+            fitted_args, fitted_kwargs = _fitted(backend, (args, kwargs))
+            try:
+                out = operation(*fitted_args, **fitted_kwargs)
+            except NotCovered as refusal:
+                refusals.append(Refusal(backend, str(refusal)))
+                continue
+            if (ran := _RAN.get()) is not None:
+                ran.append(Ran(kind, method.__name__, backend, tuple(refusals)))
+            return out
+        raise NotCovered("; ".join(f"{backend.name}: {reason}" for backend, reason in refusals))
+
+    return cast(Callable[Concatenate["Dispatch", _P], _R], functools.update_wrapper(run, method))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+    """The operations of :class:`~ptq4dit_jax.engine.backends.Backend`, each run by the first backend that covers the call.
+
+    A backend that does not read stacks is given layers cut out of theirs. Derivatives through one that JAX cannot differentiate
+    are refused.
+
+    Attributes:
+      chain: backends from the fastest to the reference. The first also decides how blocks are run.
+
+    Raises:
+      NotCovered: none of them covers the call; the message says why for each.
+    """
+
+    chain: tuple[AnyBackend, ...]
+
+    prepared = _in_turn(Backend[Leaf].prepared, Kind.WEIGHTS)
+    linear = _in_turn(Backend[Leaf].linear, Kind.LINEAR)
+    linear_parts = _in_turn(Backend[Leaf].linear_parts, Kind.LINEAR)
+    linear_each = _in_turn(Backend[Leaf].linear_each, Kind.LINEAR)
+    linear_gelu = _in_turn(Backend[Leaf].linear_gelu, Kind.LINEAR)
+    linear_residual = _in_turn(Backend[Leaf].linear_residual, Kind.LINEAR)
+    batched = _in_turn(Backend[Leaf].batched, Kind.ATTENTION)
+    encode = _in_turn(Backend[Leaf].encode, Kind.CODES)
+    modulate_encode = _in_turn(Backend[Leaf].modulate_encode, Kind.CODES)
+    attention = _in_turn(Backend[Leaf].attention, Kind.ATTENTION)
+    attention_codes = _in_turn(Backend[Leaf].attention_codes, Kind.ATTENTION)
+
+    @property
+    def scans_blocks(self) -> bool:
+        """Whether blocks run in a loop over their stacks; otherwise they are calls of one function in line."""
+        return self.chain[0].scans_blocks
+
+    def covers(self, operation: Callable[..., object], *args: object) -> bool:
+        """Whether the first backend runs an ``operation`` of this object for arguments like these.
+
+        Arrays may be ``jax.ShapeDtypeStruct``. The call is traced, so what a backend covers is said in one place.
+        """
+        leaves, tree = jax.tree.flatten(args)
+        is_array = [isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) for leaf in leaves]
+
+        def call(*arrays: jax.Array) -> object:
+            given = iter(arrays)
+            filled = [next(given) if array else leaf for leaf, array in zip(leaves, is_array, strict=True)]
+            return operation(*jax.tree.unflatten(tree, filled))
+
+        with watched() as ran:
+            jax.eval_shape(call, *(leaf for leaf, array in zip(leaves, is_array, strict=True) if array))
+        return ran[-1].backend is self.chain[0]
+
+
+def _fitted(backend: AnyBackend, args: _T) -> _T:
+    """A tree of arguments as the backend takes them."""
+    if not backend.reads_stacks:
+        args = taken(args)
+    return args if backend.differentiable else _without_derivatives(args)
+
+
+def _without_derivatives(args: _T) -> _T:
+    """The arguments as kernels take them: JAX knows no derivative of those, and would say so in other words than the
+    reference."""
+    leaves, tree = jax.tree.flatten(args)
+    floats = [isinstance(leaf, (jax.Array, np.ndarray)) and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+    guarded = iter(undifferentiable([leaf for leaf, is_float in zip(leaves, floats, strict=True) if is_float]))
+    filled = [next(guarded) if is_float else leaf for leaf, is_float in zip(leaves, floats, strict=True)]
+    return cast(_T, jax.tree.unflatten(tree, filled))

@@ -1,0 +1,34 @@
+"""The reference: XLA's own integer products. Runs on CPU, GPU and TPU, and covers everything."""
+
+from __future__ import annotations
+
+import jax
+
+from ptq4dit_jax.engine.backends import Backend
+from ptq4dit_jax.engine.xla import attend
+from ptq4dit_jax.engine.xla import encode as codes
+from ptq4dit_jax.engine.xla import linear as products
+
+
+class Xla(Backend[jax.Array]):
+    """The reference. What it does is defined where its operations are."""
+
+    name = "xla"
+    takes_float_models = True
+    differentiable = True  # it refuses derivatives by itself, where it rounds
+    attends_on_codes = True
+
+    prepared = staticmethod(products.prepared)
+    linear = staticmethod(products.linear)
+    linear_parts = staticmethod(products.linear_parts)
+    linear_each = staticmethod(products.linear_each)
+    linear_gelu = staticmethod(products.linear_gelu)
+    linear_residual = staticmethod(products.linear_residual)
+    batched = staticmethod(products.batched)
+    encode = staticmethod(codes.encode)
+    modulate_encode = staticmethod(codes.modulate_encode)
+    attention = staticmethod(attend.attention)
+    attention_codes = staticmethod(attend.attention_codes)
+
+
+BACKEND = Xla()
