@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.dispatch import Dispatch
 from ptq4dit_jax.engine.layers import Fed, QLinear, attention, in_unit_steps
-from ptq4dit_jax.engine.stacks import Leaf, of_layer
+from ptq4dit_jax.engine.stacks import Leaf, of_layer, taken
 from ptq4dit_jax.networks.ops import Activation, Network, Norm
 from ptq4dit_jax.networks.parts import modulate, normalize
 from ptq4dit_jax.networks.spec import Columns, Place, Stack
@@ -90,10 +90,10 @@ class IntegerOps:
             return self.layers.modulation[name]
         return jnp.split(self.linear(name, c_BD), parts, axis=-1)
 
-    def normed(self, feeds: str, x_BTD: jax.Array, shift: Any, scale: Any, norm: Norm) -> Fed:
+    def normed(self, feeds: str, x_BTD: jax.Array, shift: Leaf | None, scale: Leaf, norm: Norm) -> Fed:
         layer = self.layers.linears[feeds]
         if self.stacks:  # outside of blocks rounded to the compute type first, as saved models always were
-            return layer.feed(modulate(normalize(x_BTD, norm), shift, scale), self.dispatch)
+            return layer.feed(modulate(normalize(x_BTD, norm), taken(shift), taken(scale)), self.dispatch)
         return layer.feed_modulated(x_BTD, shift, scale, norm, self.dispatch)
 
     def product(self, name: str, fed: Fed) -> jax.Array:
@@ -167,8 +167,7 @@ class IntegerOps:
             like_x = jax.ShapeDtypeStruct(x_BTD.shape, x_BTD.dtype)
             arguments = like_x, like_x, like_x, site.features[0], following.act
             if following.integer and self.dispatch.covers(self.dispatch.attention_codes, *arguments):
-                made, taken = layers.linears[home.linear], layers.linears[fed.place.name]
-                made, taken = in_unit_steps(made, taken)
-                linears = layers.linears | {home.linear: made, fed.place.name: taken}
+                pair = in_unit_steps(layers.linears[home.linear], layers.linears[fed.place.name])
+                linears = layers.linears | dict(zip((home.linear, fed.place.name), pair, strict=True))
                 return Layers(linears, None, layers.modulation)
         return layers
