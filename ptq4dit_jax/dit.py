@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from ptq4dit_jax.networks.ops import Activation, Network, Norm, Ops
 from ptq4dit_jax.networks.parts import patchify, sine_cosine_positions, timestep_frequencies, unpatchify
 from ptq4dit_jax.networks.spec import (
     Columns,
+    Home,
     Linear,
     Modulation,
     NetworkSpec,
@@ -177,11 +178,12 @@ class DiTConfig(Network):
         return dataclasses.asdict(self)
 
     @classmethod
-    def example(cls) -> DiTConfig:
-        return cls(input_size=2, patch_size=1, in_channels=1, hidden_size=4, depth=1, num_heads=1, num_classes=1)
+    def example(cls) -> Self:
+        return cls(input_size=2, patch_size=1, in_channels=1, hidden_size=8, depth=1, num_heads=1, num_classes=1)
 
     def _make_spec(self) -> NetworkSpec:
         D, F, P = self.hidden_size, self.mlp_size, self.patch_size**2
+        fc1_features, fc2_home = self._mlp
         blocks = Stack("blocks", self.depth)
         edge = lambda name, K, N, **more: Linear(Place(name), K, N, edge=True, **more)
         inner = lambda name, K, N, **more: Linear(Place(name, blocks), K, N, **more)
@@ -193,7 +195,7 @@ class DiTConfig(Network):
         time_fc1, time_fc2 = edge("time_fc1", self.frequency_size, D), edge("time_fc2", D, D)
         final_adaLN, final = edge("final_adaLN", D, 2 * D, modulates=2), edge("final", D, P * self.out_channels)
         adaLN, qkv, proj = inner("adaLN", D, 6 * D, modulates=6), inner("qkv", D, 3 * D), inner("proj", D, D)
-        fc1, fc2 = inner("fc1", D, F), inner("fc2", F, D)
+        fc1, fc2 = inner("fc1", D, fc1_features), inner("fc2", F, D)
         block_sites = (
             at(adaLN, "adaLN_in"),
             at(qkv, "qkv_in", home=Modulation("adaLN", shift=0, scale=1, of=6), reduced=True),
@@ -203,7 +205,7 @@ class DiTConfig(Network):
             of_attention("probs", (self.num_tokens,), nonnegative=True, reduced=True),
             at(proj, "proj_in", home=Residual()),
             at(fc1, "fc1_in", home=Modulation("adaLN", shift=3, scale=4, of=6), reduced=True),
-            at(fc2, "fc2_in", home=Residual(), in_paper=False),
+            at(fc2, "fc2_in", home=fc2_home, in_paper=False),
         )
         tables = {"position_embed": Table(self.num_tokens, D, deviation=0.02)} if self.position_table else {}
         tables |= {"label_embed": Table(self.num_labels, D)} if self.num_labels else {}
@@ -222,6 +224,11 @@ class DiTConfig(Network):
             tables,
             outputs=(Place(name, blocks) for name in ("q", "k", "proj_out", "fc1_out", "fc2_out", "block_out")),
         )
+
+    @property
+    def _mlp(self) -> tuple[int, Home]:
+        """What fc1 makes, and where a factor on the channels of fc2's input can live: GELU lets none pass."""
+        return self.mlp_size, Residual()
 
     def embed_image(self, ops: Ops, x_BHWC: ArrayLike) -> jax.Array:
         tokens = patchify(jnp.asarray(x_BHWC, ops.dtype), self.patch_size)
@@ -273,14 +280,15 @@ class DiT(FloatNetwork):
 def init_params(config: DiTConfig, key: jax.Array, *, adaln_zero: bool = True) -> dict[str, Any]:
     """Random parameters. ``adaln_zero`` zeroes the modulation and the final layer as for training; False keeps every path
     alive, which is what tests and benchmarks want."""
-    if not config.position_table:  # no parameter depends on the number of tokens, so one will do
-        config = dataclasses.replace(config, input_size=config.patch_size)
     image, t_B = jnp.zeros((1, *config.image_shape), jnp.float32), jnp.zeros((1,), jnp.float32)
-    params = jax.jit(DiT(config).init)(threefry(key), image, t_B, jnp.zeros((1,), jnp.int32))["params"]
-    if adaln_zero:
-        zeros = {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("final_adaLN", "final")}
-        blocks = {**params["blocks"], "adaLN": jax.tree.map(jnp.zeros_like, params["blocks"]["adaLN"])}
-        params = {**params, **zeros, "blocks": blocks}
+    params = jax.jit(FloatNetwork(config).init)(threefry(key), image, t_B, jnp.zeros((1,), jnp.int32))["params"]
+    if not adaln_zero:
+        return dict(params)
+    spec, params = config.spec, dict(params)
+    *_, last = spec.linears.values()
+    for linear in spec.linears.values():
+        if linear.modulates or linear is last:
+            params = linear.place.put(params, jax.tree.map(jnp.zeros_like, linear.place.of(params)))
     return params
 
 

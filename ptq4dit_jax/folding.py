@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from ptq4dit_jax.networks.ops import Network
-from ptq4dit_jax.networks.spec import Columns, Modulation, Place, Residual
+from ptq4dit_jax.networks.spec import Columns, Modulation, Residual
 
 
 def fold(
@@ -40,28 +40,21 @@ def fold(
     for name, site in sites.items():
         if site.feeds is not None:
             layer = site.feeds.place.of(params)
-            params = _with_layer(params, site.feeds.place, {**layer, "kernel": layer["kernel"] / factors[name][..., None]})
+            params = site.feeds.place.put(params, {**layer, "kernel": layer["kernel"] / factors[name][..., None]})
 
     residual = {name: factors[name] for name, site in sites.items() if isinstance(site.home, Residual)}
     for name, site in sites.items():
         factor, home = factors[name], site.home
         if isinstance(home, Modulation):
             place = site.place.beside(home.linear)
-            params = _with_layer(params, place, _fold_modulation(place.of(params), factor, home))
+            params = place.put(params, _fold_modulation(place.of(params), factor, home))
         elif isinstance(home, Columns):
             place = site.place.beside(home.linear)
-            params = _with_layer(params, place, _fold_columns(place.of(params), factor, home))
+            params = place.put(params, _fold_columns(place.of(params), factor, home))
             if home.undone is not None:
                 undone = str(site.place.beside(home.undone))
                 residual[undone] = residual.get(undone, 1.0) / factor
     return dict(params), residual
-
-
-def _with_layer(params: Mapping[str, Any], place: Place, layer: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """The parameters with another layer at a place."""
-    if place.stack is None:
-        return {**params, place.name: dict(layer)}
-    return {**params, place.stack.name: {**params[place.stack.name], place.name: dict(layer)}}
 
 
 def _fold_modulation(layer: Mapping[str, jax.Array], factor: jax.Array, home: Modulation) -> dict[str, jax.Array]:

@@ -19,6 +19,7 @@ from ptq4dit_jax.dit import DiTConfig, init_params
 from ptq4dit_jax.edges import quoted, shown
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.registry import NETWORKS, name_of
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
 
 KIND = "float_dit"
@@ -84,12 +85,19 @@ def model_meta(config: DiTConfig, schedule: Schedule) -> dict[str, Any]:
     # An older reader refuses a setting that it does not know, and without this one it knows all of them.
     if not config.position_table:
         del settings["position_table"]
-    return {"config": settings, "schedule": objective | dataclasses.asdict(schedule)}
+    network = {} if type(config) is DiTConfig else {"network": name_of(config)}  # which an older reader has not heard of
+    return {**network, "config": settings, "schedule": objective | dataclasses.asdict(schedule)}
 
 
 def read_model_meta(meta: Mapping[str, Any]) -> tuple[DiTConfig, Schedule]:
     """The inverse of :func:`model_meta`."""
-    config, values = settings_from_json(DiTConfig, meta.get("config")), meta.get("schedule")
+    network = meta.get("network", "dit")
+    if not isinstance(network, str) or network not in NETWORKS:
+        raise Ptq4ditError(
+            f"The model is a network of the kind {quoted(network)}, and this version knows {', '.join(NETWORKS)}: upgrade "
+            "ptq4dit_jax."
+        )
+    config, values = settings_from_json(NETWORKS[network], meta.get("config")), meta.get("schedule")
     if not isinstance(values, dict) or "objective" not in values:
         return config, settings_from_json(NoiseSchedule, values)
     objective, settings = values["objective"], {name: value for name, value in values.items() if name != "objective"}

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 from ptq4dit_jax.engine.dispatch import Dispatch
 from ptq4dit_jax.engine.layers import Fed, QLinear, attention, in_unit_steps
 from ptq4dit_jax.engine.stacks import Leaf, of_layer, taken
-from ptq4dit_jax.networks.ops import Activation, Network, Norm
-from ptq4dit_jax.networks.parts import modulate, normalize
+from ptq4dit_jax.networks.ops import Activation, Network, Norm, Rotary
+from ptq4dit_jax.networks.parts import modulate, normalize, rotate
 from ptq4dit_jax.networks.spec import Columns, Place, Stack
 from ptq4dit_jax.quantizers import ActQuantizer
 
@@ -102,7 +102,11 @@ class IntegerOps:
     def split(self, name: str, fed: Fed, parts: int) -> list[jax.Array]:
         return self.layers.linears[name].product_parts(fed, parts, self.dtype, self.dispatch)
 
-    def attend(self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, heads: int, feeds: str) -> Fed:
+    def attend(
+        self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, heads: int, feeds: str, rotary: Rotary | None = None
+    ) -> Fed:
+        if rotary is not None:
+            q_BTD, k_BTD = (rotate(x, heads, rotary) for x in (q_BTD, k_BTD))
         following, sites = self.layers.linears[feeds], self.layers.sites
         if sites is None:
             assert following.act is not None

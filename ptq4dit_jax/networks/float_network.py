@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from ptq4dit_jax.networks.ops import Activation, Network, Norm
-from ptq4dit_jax.networks.parts import float_attention, modulate, normalize
+from ptq4dit_jax.networks.ops import Activation, Network, Norm, Rotary
+from ptq4dit_jax.networks.parts import float_attention, modulate, normalize, rotate
 from ptq4dit_jax.networks.spec import Stack, UnitKind
 from ptq4dit_jax.numerics import EXACT, product_precision
 
@@ -76,7 +76,11 @@ class FloatOps:
     def split(self, name: str, fed: jax.Array, parts: int) -> list[jax.Array]:
         return jnp.split(self.product(name, fed), parts, axis=-1)
 
-    def attend(self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, heads: int, feeds: str) -> jax.Array:
+    def attend(
+        self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, heads: int, feeds: str, rotary: Rotary | None = None
+    ) -> jax.Array:
+        if rotary is not None:
+            q_BTD, k_BTD = (rotate(x, heads, rotary) for x in (q_BTD, k_BTD))
         parts = {"q": q_BTD, "k": k_BTD, "v": v_BTD}
         q, k, v = (self._site(name, einops.rearrange(x, "b t (a d) -> b t a d", a=heads)) for name, x in parts.items())
         watched = any(self.module.has_variable(kind, "probs") for kind in ("quantizers", "observers"))

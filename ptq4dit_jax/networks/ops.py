@@ -45,6 +45,15 @@ class Activation(enum.Enum):
     SWIGLU = "swiglu"
 
 
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotary positions (Su et al., 2021) of a square of ``side`` x ``side`` tokens: queries and keys are rotated in pairs of
+    neighbouring channels, the first half of a head's by the token's row and the second half by its column."""
+
+    side: int
+    theta: float = 10000.0
+
+
 class Ops(Protocol):
     """An interpreter of a network's forward.
 
@@ -77,7 +86,9 @@ class Ops(Protocol):
     def split(self, name: str, fed: Any, parts: int) -> Sequence[jax.Array]:
         """:meth:`product`, its columns in ``parts`` arrays of equal width."""
 
-    def attend(self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, heads: int, feeds: str) -> Any:
+    def attend(
+        self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, heads: int, feeds: str, rotary: Rotary | None = None
+    ) -> Any:
         """Softmax attention as input of a layer."""
 
     def activated(self, name: str, fed: Any, activation: Activation, feeds: str) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.devices import default_device
-from ptq4dit_jax.networks.ops import Norm, NormKind
+from ptq4dit_jax.networks.ops import Norm, NormKind, Rotary
 from ptq4dit_jax.numerics import EXACT, at_least_float32, product_precision
 
 
@@ -71,6 +71,25 @@ def modulate(x_BTD: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array) 
     """adaLN: ``x * (1 + scale) + shift``; without a shift where that is None."""
     scaled = x_BTD * (1 + scale_BD[:, None])
     return scaled if shift_BD is None else scaled + shift_BD[:, None]
+
+
+def rotary_angles(rotary: Rotary, width: int) -> np.ndarray:
+    """Angles (T, width) float32 by which the channels of a head are rotated; both of a pair have the same."""
+    frequencies = rotary.theta ** (-np.arange(0, width // 2, 2, dtype=np.float64) / (width // 2))
+    along = np.repeat(np.arange(rotary.side)[:, None] * frequencies, 2, axis=1)
+    rows, columns = np.repeat(along, rotary.side, axis=0), np.tile(along, (rotary.side, 1))
+    return np.concatenate([rows, columns], axis=1).astype(np.float32)
+
+
+def rotate(x_BTD: jax.Array, heads: int, rotary: Rotary) -> jax.Array:
+    """Queries or keys (B, T, D) rotated by their positions; in float32 at least, returned in the input's type."""
+    dtype = at_least_float32(x_BTD.dtype)
+    angles = rotary_angles(rotary, x_BTD.shape[-1] // heads)
+    cosine, sine = (jnp.asarray(np.tile(f(angles), heads), dtype)[None] for f in (np.cos, np.sin))
+    wide = x_BTD.astype(dtype)
+    first, second = wide[..., ::2], wide[..., 1::2]
+    turned = jnp.stack([-second, first], axis=-1).reshape(wide.shape)
+    return (wide * cosine + turned * sine).astype(x_BTD.dtype)
 
 
 def softmax(logits: jax.Array) -> jax.Array:

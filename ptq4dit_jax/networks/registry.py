@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.networks.ops import Network
 from ptq4dit_jax.networks.spec import NetworkSpec
 
 #: By the name in a model folder, which says nothing for a DiT.
-NETWORKS: dict[str, type[Network]] = {"dit": DiTConfig}
+NETWORKS: dict[str, type[DiTConfig]] = {"dit": DiTConfig}
 
 
 def known_specs() -> list[NetworkSpec]:
     """The tables of an example of every network, for the names in them."""
     return [network.example().spec for network in NETWORKS.values()]
+
+
+def name_of(network: Network) -> str:
+    """What a model folder calls a network.
+
+    Raises:
+      Ptq4ditError: it is none of those that this package knows.
+    """
+    for name, settings in NETWORKS.items():
+        if type(network) is settings:
+            return name
+    raise Ptq4ditError(f"A network of {type(network).__name__} cannot be saved; those that can are {', '.join(NETWORKS)}.")

@@ -48,6 +48,12 @@ class Place:
         """What a tree, such as a network's parameters, holds for this place."""
         return tree[self.name] if self.stack is None else tree[self.stack.name][self.name]
 
+    def put(self, tree: Mapping[str, Any], value: Any) -> dict[str, Any]:
+        """The tree with another value at this place."""
+        if self.stack is None:
+            return {**tree, self.name: value}
+        return {**tree, self.stack.name: {**tree[self.stack.name], self.name: value}}
+
     def beside(self, name: str) -> Place:
         """The place of that name in the same blocks."""
         return Place(name, self.stack)
