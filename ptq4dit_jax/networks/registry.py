@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.networks.lightning_dit import LightningDiTConfig
 from ptq4dit_jax.networks.ops import Network
 from ptq4dit_jax.networks.spec import NetworkSpec
 
 #: By the name in a model folder, which says nothing for a DiT.
-NETWORKS: dict[str, type[DiTConfig]] = {"dit": DiTConfig}
+NETWORKS: dict[str, type[DiTConfig]] = {"dit": DiTConfig, "lightning_dit": LightningDiTConfig}
 
 
 def known_specs() -> list[NetworkSpec]:

@@ -1,0 +1,66 @@
+"""LightningDiT (Yao et al., CVPR 2025): a DiT with RMSNorm, rotary positions and SwiGLU, on latents of many channels.
+
+A learned gain g of an RMSNorm is no parameter of its own here: it is folded into the linear that modulates the norm,
+``g (1 + scale)`` for ``1 + scale``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.networks.ops import Activation, Norm, NormKind, Ops, Rotary
+from ptq4dit_jax.networks.parts import unpatchify
+from ptq4dit_jax.networks.spec import Columns, Home, Stack
+
+_NORM = Norm(kind=NormKind.RMS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LightningDiTConfig(DiTConfig):
+    """Shape of a LightningDiT. The defaults are those of the published LightningDiT-XL/1, on 16 x 16 latents of 32 channels.
+
+    The fixed table of positions of a DiT is added besides the rotation. SwiGLU is two thirds as wide as a DiT's MLP, so that it
+    has as many parameters.
+    """
+
+    input_size: int = 16
+    patch_size: int = 1
+    in_channels: int = 32
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    learn_sigma: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head_width % 4:
+            raise Ptq4ditError(
+                f"A LightningDiT of width {self.hidden_size} with {self.num_heads} heads has heads of width {self.head_width}; "
+                "rotary positions need a multiple of 4."
+            )
+
+    @property
+    def mlp_size(self) -> int:
+        return int(2 / 3 * int(self.hidden_size * self.mlp_ratio))
+
+    @property
+    def _mlp(self) -> tuple[int, Home]:
+        # SwiGLU is linear in the second half of fc1's columns.
+        return 2 * self.mlp_size, Columns("fc1", part=1, of=2)
+
+    def block(self, ops: Ops, stack: Stack, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = ops.modulation("adaLN", c_BD, 6)
+        rotary = Rotary(self.input_size // self.patch_size)
+        q, k, v = ops.split("qkv", ops.normed("qkv", x_BTD, shift_attn, scale_attn, _NORM), 3)
+        x_BTD = ops.gated("proj", ops.attend(q, k, v, self.num_heads, "proj", rotary), gate_attn, x_BTD)
+        fed = ops.normed("fc1", x_BTD, shift_mlp, scale_mlp, _NORM)
+        return ops.gated("fc2", ops.activated("fc1", fed, Activation.SWIGLU, "fc2"), gate_mlp, x_BTD)
+
+    def head(self, ops: Ops, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
+        shift, scale = ops.modulation("final_adaLN", c_BD, 2)
+        out_BTK = ops.product("final", ops.normed("final", x_BTD, shift, scale, _NORM))
+        return unpatchify(out_BTK, self.patch_size, self.input_size // self.patch_size)
