@@ -6,10 +6,11 @@ import dataclasses
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
-from ptq4dit_jax.diffusion import Sampler, SamplerName, check_guidance, resolve_guidance
-from ptq4dit_jax.dit import BLOCK_SITES, EDGE_SITES, DiTConfig, GuidedChannels
+from ptq4dit_jax.diffusion import Sampling
+from ptq4dit_jax.dit import BLOCK_SITES, EDGE_SITES, DiTConfig
 from ptq4dit_jax.edges import quoted, shown, whole_number
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.guidance import Guidance, GuidedChannels
 from ptq4dit_jax.quantizers import check_bits
 from ptq4dit_jax.ranges import RangeSearch
 from ptq4dit_jax.schedules import Schedule
@@ -240,7 +241,7 @@ class QuantConfig:
         shorter chain.
       sampler, steps, eta, cfg_scale, cfg_channels: how calibration rows are sampled; use what the model will be sampled with.
         The sampler ``auto`` is ddpm, or euler for a flow model; ``steps`` and ``cfg_scale`` that are None follow the model
-        (:meth:`Sampler.resolve <ptq4dit_jax.diffusion.Sampler.resolve>`, :func:`ptq4dit_jax.diffusion.resolve_guidance`).
+        (:meth:`Sampling.resolve <ptq4dit_jax.diffusion.Sampling.resolve>`).
       rounding: of the weights. ``nearest``; ``gptq``, in closed form behind the quantized network
         (:mod:`ptq4dit_jax.gptq`); or ``adaround``, learned by ``reconstruction``. None is ``adaround`` where
         ``reconstruction`` is set, and else ``gptq``.
@@ -263,11 +264,11 @@ class QuantConfig:
     dynamic_sites: tuple[str, ...] = ("blocks.qkv_in", "blocks.probs", "blocks.fc1_in")
     calib_steps: int | None = None
     calib_rows: int = 64
-    sampler: SamplerName = "auto"
-    steps: int | str | None = None
-    eta: float = 0.0
-    cfg_scale: float | None = None
-    cfg_channels: GuidedChannels = "first3"
+    sampler: str = Sampling.sampler
+    steps: int | str | None = Sampling.steps
+    eta: float = Sampling.eta
+    cfg_scale: float | None = Guidance.scale
+    cfg_channels: GuidedChannels = Guidance.channels
     rounding: Rounding | None = None
     reconstruction: Reconstruction | None = None
 
@@ -278,7 +279,6 @@ class QuantConfig:
         _check_choice("balance", self.balance, get_args(Balance))
         _check_choice("ssc", self.ssc, get_args(SscAxis))
         _check_choice("range_search", self.range_search, get_args(RangeSearch))
-        _check_choice("cfg_channels", self.cfg_channels, get_args(GuidedChannels))
         if self.rounding is not None:
             _check_choice("rounding", self.rounding, get_args(Rounding))
         if self.reconstruction is not None and self.resolved_rounding != "adaround":
@@ -290,8 +290,6 @@ class QuantConfig:
                 f"temperature must be positive and finite, from {_TEMPERATURES[0]:g} to {_TEMPERATURES[1]:g}, "
                 f"not {self.temperature}."
             )
-        if self.cfg_scale is not None:
-            check_guidance(self.cfg_scale)
         if not 0 <= self.exponent <= 1:
             raise Ptq4ditError(f"exponent must lie between 0 (no balancing) and 1, not {self.exponent}.")
         for name, serves in _SERVES.items():
@@ -307,7 +305,7 @@ class QuantConfig:
         possible = {f"blocks.{name}" for name, layer in BLOCK_SITES.items() if layer or name == "probs"} | set(EDGE_SITES)
         for name in self.dynamic_sites:
             _check_choice("dynamic_sites", name, tuple(sorted(possible)))
-        _ = self.walk
+        _ = self.sampling  # raises on settings that cannot be
         self._policy  # noqa: B018  (raises on a policy that cannot be read)
 
     @classmethod
@@ -343,19 +341,20 @@ class QuantConfig:
         return (self.reconstruction or Reconstruction()) if self.resolved_rounding == "adaround" else None
 
     @property
-    def walk(self) -> Sampler:
-        return Sampler(name=self.sampler, steps=self.steps, eta=self.eta)
+    def sampling(self) -> Sampling:
+        """How calibration rows are sampled."""
+        return Sampling(self.sampler, self.steps, self.eta, Guidance(self.cfg_scale, self.cfg_channels))
 
     def resolve(self, schedule: Schedule, network: DiTConfig) -> QuantConfig:
         """The same settings with everything filled in that depends on the model: sampler, steps, guidance and calibration
         steps."""
-        walk = self.walk.resolve(schedule)
+        sampling = self.sampling.resolve(schedule, network)
         return dataclasses.replace(
             self,
-            sampler=walk.name,
-            steps=walk.steps,
-            cfg_scale=resolve_guidance(self.cfg_scale, network, schedule),
-            calib_steps=calibration_steps(self.calib_steps, walk.tables(schedule).num_steps),
+            sampler=sampling.sampler.name,
+            steps=sampling.steps,
+            cfg_scale=sampling.guidance.scale,
+            calib_steps=calibration_steps(self.calib_steps, sampling.tables().num_steps),
         )
 
     @property

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import einops
 import flax.linen as nn
@@ -497,21 +497,3 @@ def init_params(config: DiTConfig, key: jax.Array, *, adaln_zero: bool = True) -
         blocks = {**params["blocks"], "adaLN": jax.tree.map(jnp.zeros_like, params["blocks"]["adaLN"])}
         params = {**params, **zeros, "blocks": blocks}
     return params
-
-
-GuidedChannels = Literal["first3", "all"]
-
-
-def combine_guidance(
-    conditional: jax.Array, unconditional: jax.Array, cfg_scale: ArrayLike, in_channels: int, channels: GuidedChannels
-) -> jax.Array:
-    """Classifier-free guidance ``u + cfg_scale (c - u)`` on the noise channels of raw outputs (B, H, W, out_channels).
-
-    ``first3`` guides channels 0..2 only, as Meta's code does; every other channel is the conditional row's. ``all`` guides all
-    noise channels, as most other code does. Variance channels are never guided. The result is in float32 at least.
-    """
-    guided = in_channels if channels == "all" else min(3, in_channels)
-    dtype = at_least_float32(conditional.dtype)
-    difference = (conditional[..., :guided] - unconditional[..., :guided]).astype(dtype)
-    eps = unconditional[..., :guided].astype(dtype) + jnp.asarray(cfg_scale, dtype) * difference
-    return jnp.concatenate([eps, conditional[..., guided:].astype(dtype)], axis=-1)
