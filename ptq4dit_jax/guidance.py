@@ -100,8 +100,8 @@ def _checked_interval(interval: Any) -> tuple[float, float]:
     if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
         given = ", ".join(map(quoted, interval)) if isinstance(interval, (tuple, list)) else quoted(interval)
         raise Ptq4ditError(
-            "The interval of guidance must be two numbers LOW,HIGH with 0 <= LOW <= HIGH <= 1, where 1 is noise and 0 data, "
-            f"not {given}."
+            "The interval of guidance (guidance_interval) must be two numbers LOW,HIGH with 0 <= LOW <= HIGH <= 1, where 1 is "
+            f"noise and 0 data, not {given}."
         )
     return ends[0], ends[1]
 
@@ -120,12 +120,12 @@ class ResolvedGuidance:
         return None if self.scale == 1.0 else self.channels
 
     def scales(self, times: np.ndarray) -> np.ndarray:
-        """The scale at each of the relative ``times`` (S,), float32 (S,): 1 outside the interval."""
+        """The scale at each of the relative ``times`` (S,), float64 (S,): 1 outside the interval."""
         inside = np.ones(np.shape(times), bool)
         if self.interval is not None:
             low, high = self.interval
             inside = (times >= low - _END) & (times <= high + _END)
-        return np.where(inside, self.scale, 1.0).astype(np.float32)
+        return np.where(inside, self.scale, 1.0)
 
     def __str__(self) -> str:
         """Such as "guidance 1.5 from time 0.7 to 0"."""

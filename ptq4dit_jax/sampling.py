@@ -121,9 +121,8 @@ def sample(
     Raises:
       Ptq4ditError: an argument that makes no sense, or a sample that holds NaN or infinity; the sentence names the step.
     """
-    walk = {"sampler": sampler, "steps": steps, "eta": eta}
-    guidance = {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels}
-    given: dict[str, Any] = {name: value for name, value in (walk | guidance).items() if value is not None}
+    loose = {"sampler": sampler, "steps": steps, "eta": eta} | {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels}
+    given: dict[str, Any] = {name: value for name, value in loose.items() if value is not None}
     if sampling is not None and given:
         raise Ptq4ditError(f"The argument sampling says how to sample already; leave out {', '.join(given)}, or sampling.")
     resolved = (sampling or Sampling.of(**given)).resolve(model.schedule, model.config)

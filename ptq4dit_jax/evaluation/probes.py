@@ -136,9 +136,9 @@ def predicted_noise(
       guidance: what it leaves open follows the model; its interval goes by each input's own time.
     """
     resolved = guidance.resolve(model.schedule, model.config)
-    scale_S = resolved.scales(model.schedule.relative_time(np.asarray(t)))
+    scale_S = jnp.asarray(resolved.scales(model.schedule.relative_time(np.asarray(t))), jnp.float32)
     y_B = jnp.asarray(check_labels(labels, model.config))
-    out = _predict_steps(model, jnp.asarray(inputs), jnp.asarray(t), y_B, jnp.asarray(scale_S), guided=resolved.guided)
+    out = _predict_steps(model, jnp.asarray(inputs), jnp.asarray(t), y_B, scale_S, guided=resolved.guided)
     return np.asarray(ready(out))
 
 
