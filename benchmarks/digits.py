@@ -28,7 +28,7 @@ def measure(samples: int) -> list[dict[str, Any]]:
     dit = ptq.load(common.ROOT / "models" / "digits")
     assert isinstance(dit, ptq.FloatDiT)
     base = ptq.QuantConfig()
-    rows = ptq.sample_trajectories(dit, jax.random.key(0), base.walk, steps=base.calib_steps, rows=base.calib_rows)
+    rows = ptq.sample_trajectories(dit, jax.random.key(0), base.sampling, steps=base.calib_steps, rows=base.calib_rows)
     models: dict[str, Any] = {}
     for settings, make in (("default", ptq.QuantConfig), ("paper", ptq.QuantConfig.paper)):
         for bits in (8, 4):
@@ -36,7 +36,7 @@ def measure(samples: int) -> list[dict[str, Any]]:
                 config = make(weight_bits=bits, balance=balance, rounding="nearest")
                 models[f"{settings} W{bits}A8 {balance}"] = ptq.quantize(dit, config, key=jax.random.key(0), calibration=rows)
     labels = np.arange(samples) % dit.config.num_classes
-    comparison = compare(dit, models, labels=labels, key=jax.random.key(1), steps=base.steps, cfg_scale=base.cfg_scale)
+    comparison = compare(dit, models, labels=labels, key=jax.random.key(1), sampling=base.sampling)
     judge = train_classifier()
     recognized = {name: float(np.mean(judge.predict(images) == labels)) for name, images in comparison.images.items()}
     table = [{"model": "float32", "bytes": comparison.reference_bytes, "recognized": recognized["float32"]}]

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import optax
 
 from ptq4dit_jax.checkpoints import store
-from ptq4dit_jax.diffusion import Sampler, StepTables
 from ptq4dit_jax.dit import DiTConfig, init_params
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.samplers import SAMPLERS, StepTables
 from ptq4dit_jax.schedules import NoiseSchedule
 
 SCHEDULE = NoiseSchedule()
@@ -104,7 +104,7 @@ def variational_bound(
 
 def loss_tables() -> StepTables:
     """Ancestral sampling over all timesteps, ascending in t, so that a timestep is an index."""
-    descending = Sampler(steps=SCHEDULE.num_timesteps).tables(SCHEDULE)
+    descending = SAMPLERS["ddpm"].tables(SCHEDULE, SCHEDULE.num_timesteps)
     return jax.tree.map(lambda a: jnp.asarray(a[::-1]), descending)
 
 

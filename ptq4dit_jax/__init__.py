@@ -12,11 +12,12 @@ from ptq4dit_jax.calibration import CalibrationData, sample_trajectories, stored
 from ptq4dit_jax.checkpoints import load, save
 from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, load_vae
 from ptq4dit_jax.config import QuantConfig, Reconstruction
-from ptq4dit_jax.diffusion import Sampler, guided_apply
+from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.dit import PRESETS, DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, describe, reference
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import compare, write_report
+from ptq4dit_jax.guidance import Guidance, predict
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.ptq import quantize
 from ptq4dit_jax.sampling import sample, to_uint8
@@ -32,22 +33,23 @@ __all__ = [
     "DiTConfig",
     "FloatDiT",
     "FlowSchedule",
+    "Guidance",
     "NoiseSchedule",
     "Ptq4ditError",
     "QuantConfig",
     "QuantizedDiT",
     "Reconstruction",
-    "Sampler",
+    "Sampling",
     "VAEConfig",
     "VAEDecoder",
     "compare",
     "data_mesh",
     "describe",
     "export_meta",
-    "guided_apply",
     "import_checkpoint",
     "load",
     "load_vae",
+    "predict",
     "quantize",
     "reference",
     "sample",

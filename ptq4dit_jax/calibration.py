@@ -22,8 +22,8 @@ from jax.typing import ArrayLike
 from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration_rows import ImageLayout, flat_rows, order_by_steps, whole_numbers
 from ptq4dit_jax.config import calibration_steps
-from ptq4dit_jax.diffusion import Sampler, resolve_guidance
-from ptq4dit_jax.dit import DiTConfig, GuidedChannels
+from ptq4dit_jax.diffusion import Sampling
+from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
@@ -91,12 +91,10 @@ def micro_batches(num_rows: int) -> list[slice]:
 def sample_trajectories(
     model: FloatDiT,
     key: jax.Array,
-    walk: Sampler,
+    sampling: Sampling,
     *,
     steps: int | None = None,
     rows: int = 64,
-    cfg_scale: float | None = None,
-    cfg_channels: GuidedChannels = "first3",
     row_batch: int | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
@@ -105,17 +103,17 @@ def sample_trajectories(
 
     Keeps the network's inputs at ``steps`` evenly spaced steps of the chain, by default 25 or all of a shorter chain. Labels
     spread evenly over all classes. With guidance half of the ``rows`` are conditional and the other half their twins with the
-    null class; without it all are conditional. The defaults of the sampler's steps and of ``cfg_scale`` are those of
-    :func:`ptq4dit_jax.sampling.sample`. The network sees :data:`MICRO_BATCH` rows at once, and the devices of ``mesh`` share
-    such batches, so that they do not change the rows; ``row_batch`` is that of :func:`channel_extremes`.
+    null class, also at steps outside its interval; without it all are conditional. What ``sampling`` leaves open follows the
+    model. The network sees :data:`MICRO_BATCH` rows at once, and the devices of ``mesh`` share such batches, so that they do
+    not change the rows; ``row_batch`` is that of :func:`channel_extremes`.
 
     Raises:
       Ptq4ditError: numbers of steps or rows that cannot be, or rows that hold NaN or infinity.
     """
-    chain = walk.tables(model.schedule).t
+    resolved = sampling.resolve(model.schedule, model.config)
+    chain = resolved.tables().t
     steps = calibration_steps(steps, len(chain))
-    cfg_scale = resolve_guidance(cfg_scale, model.config, model.schedule)
-    guided = cfg_scale != 1.0
+    guided = resolved.guidance.guided is not None
     if rows < 1 or (guided and rows % 2):
         raise Ptq4ditError(f"Calibration rows must be positive, and even under guidance (pairs of twins), not {rows}.")
     count = rows // 2 if guided else rows
@@ -125,11 +123,9 @@ def sample_trajectories(
         model,
         labels,
         key,
-        walk,
+        resolved,
         positions,
         batch_size=min(count, MICRO_BATCH // 2 if guided else MICRO_BATCH),
-        cfg_scale=cfg_scale,
-        cfg_channels=cfg_channels,
         mesh=mesh,
         ahead=_ahead(row_batch),
         progress=progress,

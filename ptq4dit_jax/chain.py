@@ -10,12 +10,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
 from ptq4dit_jax import memory, sharding
-from ptq4dit_jax.diffusion import Sampler, StepTables, denoise, guided_apply, sample_keys, sample_noise
-from ptq4dit_jax.dit import GuidedChannels
+from ptq4dit_jax.diffusion import ResolvedSampling, denoise, sample_keys, sample_noise
+from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.guidance import GuidedChannels, predict
+from ptq4dit_jax.samplers import StepTables
 from ptq4dit_jax.vae import VAEDecoder
 from ptq4dit_jax.waiting import ready
 
@@ -28,26 +31,59 @@ _USEFUL_ROWS = 256
 _SMALL = 2**30
 
 
-@partial(jax.jit, static_argnames=("stochastic", "learned_variance", "guided", "channels", "num_kept", "mesh"))
-def sample_batch(
-    model: Any,
-    tables: StepTables,
-    key: jax.Array,
-    indices_B: jax.Array,
-    labels_B: jax.Array,
-    cfg_scale: jax.Array,
-    noise: jax.Array | None,
-    step_noise: jax.Array | None,
-    keep_slots: jax.Array | None,
-    decoder: VAEDecoder | None = None,
-    *,
-    stochastic: bool,
-    learned_variance: bool,
-    guided: bool,
-    channels: GuidedChannels,
-    num_kept: int,
-    mesh: Mesh | None = None,
-) -> tuple[jax.Array, jax.Array]:
+@struct.dataclass
+class Shared:
+    """What every sample of a batch is made with, whole on each device.
+
+    ``tables`` have S rows. ``keep_slots`` (S,) is that of :func:`~ptq4dit_jax.diffusion.denoise`, or None. With a decoder the
+    images are the pictures that it makes of the latents.
+    """
+
+    model: Any
+    tables: StepTables
+    key: jax.Array
+    keep_slots: Any = None
+    decoder: VAEDecoder | None = None
+
+
+@struct.dataclass
+class Batch:
+    """What the samples of a batch have of their own.
+
+    ``indices`` (B,) int32 count over all samples of a request; ``labels`` (B,) int32. ``noise`` (B, H, W, C) and ``step_noise``
+    (S, B, H, W, C) are None where the key makes them.
+    """
+
+    indices: Any
+    labels: Any
+    noise: Any = None
+    step_noise: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What decides the program of a batch besides shapes: whether steps add noise and by which variance, which channels are
+    guided (None: there is no guidance), how many step inputs are kept, and over which devices the batch is spread."""
+
+    stochastic: bool
+    learned_variance: bool
+    guided: GuidedChannels | None
+    num_kept: int = 0
+    mesh: Mesh | None = None
+
+    @classmethod
+    def of(cls, sampling: ResolvedSampling, config: DiTConfig, **options: Any) -> Program:
+        """The program that samples a model of this shape so; ``options`` are the last two fields."""
+        return cls(
+            stochastic=sampling.stochastic,
+            learned_variance=config.learn_sigma and sampling.sampler.learned_variance,
+            guided=sampling.guidance.guided,
+            **options,
+        )
+
+
+@partial(jax.jit, static_argnames="program")
+def sample_batch(shared: Shared, batch: Batch, *, program: Program) -> tuple[jax.Array, jax.Array]:
     """One compiled program from noise to images: (B, H, W, C) and the kept step inputs (num_kept, B, H, W, C).
 
     With a decoder the images are the pictures that it makes of the latents; the step inputs remain latents.
@@ -56,53 +92,38 @@ def sample_batch(
     partitioner, the same chain is fused differently, rounds differently in the last bit, and a quantizer turns that into
     another code.
     """
-
-    def chain(
-        model: Any,
-        tables: StepTables,
-        key: jax.Array,
-        indices_B: jax.Array,
-        labels_B: jax.Array,
-        cfg_scale: jax.Array,
-        noise: jax.Array | None,
-        step_noise: jax.Array | None,
-        keep_slots: jax.Array | None,
-        decoder: VAEDecoder | None,
-    ) -> tuple[jax.Array, jax.Array]:
-        shape = model.config.image_shape
-        keys_B = sample_keys(key, indices_B)
-        x_T = sample_noise(keys_B, 0, shape) if noise is None else noise
-
-        def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-            t_1 = t[None]
-            if guided:
-                return guided_apply(model, x, t_1, labels_B, cfg_scale, channels)
-            return model.apply(x, t_1, labels_B)
-
-        def draw(step: jax.Array) -> jax.Array:
-            return sample_noise(keys_B, step + 1, shape) if step_noise is None else step_noise[step]
-
-        x, inputs = denoise(
-            predict,
-            tables,
-            x_T,
-            draw if stochastic else None,
-            learned_variance=learned_variance,
-            keep_slots=keep_slots,
-            num_kept=num_kept,
-        )
-        return x if decoder is None else decoder.decode(x), inputs
-
-    if mesh is not None:
+    chain = partial(_chain, program=program)
+    if program.mesh is not None:
         whole, rows, rows_of_steps = PartitionSpec(), PartitionSpec("data"), PartitionSpec(None, "data")
         chain = jax.shard_map(
             chain,
-            mesh=mesh,
-            in_specs=(whole, whole, whole, rows, rows, whole, rows, rows_of_steps, whole, whole),
+            mesh=program.mesh,
+            in_specs=(whole, Batch(indices=rows, labels=rows, noise=rows, step_noise=rows_of_steps)),
             out_specs=(rows, rows_of_steps),
             check_vma=False,
         )
-    return chain(model, tables, key, indices_B, labels_B, cfg_scale, noise, step_noise, keep_slots, decoder)
+    return chain(shared, batch)
+
+
+def _chain(shared: Shared, batch: Batch, *, program: Program) -> tuple[jax.Array, jax.Array]:
+    """:func:`sample_batch` on one device."""
+    model, shape = shared.model, shared.model.config.image_shape
+    keys_B = sample_keys(shared.key, batch.indices)
+    x_T = sample_noise(keys_B, 0, shape) if batch.noise is None else batch.noise
+
+    def draw(step: jax.Array) -> jax.Array:
+        return sample_noise(keys_B, step + 1, shape) if batch.step_noise is None else batch.step_noise[step]
+
+    x, inputs = denoise(
+        lambda x, t, scale: predict(model, x, t[None], batch.labels, scale, program.guided),
+        shared.tables,
+        x_T,
+        draw if program.stochastic else None,
+        learned_variance=program.learned_variance,
+        keep_slots=shared.keep_slots,
+        num_kept=program.num_kept,
+    )
+    return x if shared.decoder is None else shared.decoder.decode(x), inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +132,9 @@ class Request:
 
     model: Any
     labels_N: np.ndarray
-    walk: Sampler
+    sampling: ResolvedSampling
     tables: StepTables
     key: jax.Array
-    cfg_scale: Any
-    guidance: float
-    channels: GuidedChannels
     noise: np.ndarray | None
     step_noise: np.ndarray | None
     decoder: VAEDecoder | None
@@ -142,7 +160,7 @@ class Request:
         config, devices = self.model.config, list(jax.tree.leaves(self.model)[0].devices())
         if devices[0].platform != "cpu":
             return
-        rows = batch // sharding.data_size(self.mesh) * (2 if self.guidance != 1.0 else 1)
+        rows = batch // sharding.data_size(self.mesh) * (1 if self.sampling.guidance.guided is None else 2)
         needed = 4 * rows * config.num_heads * config.num_tokens**2
         if needed > _SMALL:
             what = f"Attention over {config.num_tokens:,} tokens, {rows} images at once per device,"
@@ -159,8 +177,8 @@ class Request:
         resident = sum(leaf.nbytes for leaf in placed)
 
         def needed(batch: int) -> int:
-            arguments, static = self.call(np.minimum(np.arange(batch), self.total - 1))
-            return _needed_bytes(*_signature(arguments), tuple(static.items())) - resident
+            arguments, program = self.call(np.minimum(np.arange(batch), self.total - 1))
+            return _needed_bytes(*_signature(arguments), program) - resident
 
         def free() -> int | None:
             return memory.free_bytes(list(placed[0].devices()))
@@ -175,8 +193,8 @@ class Request:
 
     def call(
         self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True
-    ) -> tuple[Any, dict[str, Any]]:
-        """Arguments and static arguments of :func:`sample_batch` for the samples ``rows`` (B,)."""
+    ) -> tuple[tuple[Shared, Batch], Program]:
+        """The arguments of :func:`sample_batch` for the samples ``rows`` (B,)."""
         mesh = self.mesh
         keep = self.keep_steps if keep_steps is None else keep_steps
         num_kept = 0 if keep is None else len(keep)
@@ -193,35 +211,28 @@ class Request:
             return chosen if mesh is None else sharding.shard(mesh, chosen, axis)
 
         indices = rows.astype(np.int32) if mesh is None else sharding.shard(mesh, rows.astype(np.int32))
-        arguments = (
-            self.model,
-            self.tables,
-            self.key,
-            indices,
-            of_rows(self.labels_N),
-            self.cfg_scale,
-            of_rows(self.noise),
-            of_rows(self.step_noise, 1),
-            slots,
-            self.decoder if decode else None,
+        shared = Shared(
+            model=self.model,
+            tables=self.tables,
+            key=self.key,
+            keep_slots=slots,
+            decoder=self.decoder if decode else None,
         )
-        walk = self.walk
-        return arguments, {
-            "stochastic": walk.stochastic,
-            "learned_variance": self.model.config.learn_sigma and walk.name == "ddpm",
-            "guided": self.guidance != 1.0,
-            "channels": self.channels,
-            "num_kept": num_kept,
-            "mesh": mesh,
-        }
+        batch = Batch(
+            indices=indices,
+            labels=of_rows(self.labels_N),
+            noise=of_rows(self.noise),
+            step_noise=of_rows(self.step_noise, 1),
+        )
+        return (shared, batch), Program.of(self.sampling, self.model.config, num_kept=num_kept, mesh=mesh)
 
     def begin(self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True) -> tuple[Any, Any]:
         """What :meth:`run` returns, still on the device and perhaps not computed yet."""
         # Those transfers are meant, should a caller forbid others.
         placing = partial(jax.transfer_guard_host_to_device, "allow") if self.mesh is None else nullcontext
-        arguments, static = self.call(rows, keep_steps, decode=decode)
+        arguments, program = self.call(rows, keep_steps, decode=decode)
         with placing():
-            return sample_batch(*arguments, **static)
+            return sample_batch(*arguments, program=program)
 
     def run(self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True) -> tuple[Any, Any]:
         """Samples ``rows`` (B,): images (B, H, W, C) and kept inputs (num_kept, B, H, W, C), float32 on the host."""
@@ -320,13 +331,13 @@ class Request:
         where = ""
         if not states.all():
             call = int(np.argmin(states))  # the step that made it; the initial noise is finite
-            calls_per_step = 2 if self.walk.name == "heun" else 1
+            calls_per_step = self.sampling.sampler.calls_per_step
             t = np.asarray(self.tables.t)[call - 1]
             where = f" from step {-(-call // calls_per_step)} of {steps // calls_per_step} on (t = {t:g})"
         dtype = np.dtype(getattr(self.model, "dtype", np.float32)).name
         hints = [] if dtype == "float32" else ["compute in float32 (astype, --dtype float32)"]
-        if self.guidance != 1.0:
-            hints.append(f"lower the guidance (cfg_scale, --cfg-scale), which is {self.guidance:g}")
+        if (guidance := self.sampling.guidance).guided is not None:
+            hints.append(f"lower the guidance (cfg_scale, --cfg-scale), which is {guidance.scale:g}")
         hints.append("take another number of steps or another sampler" if hints else "check the checkpoint and the sampler")
         return Ptq4ditError(f"{name} holds NaN or infinity{where}, computed in {dtype}; {', or '.join(hints)}.")
 
@@ -340,8 +351,8 @@ def _signature(arguments: Any) -> tuple[Any, Any]:
 
 
 @lru_cache(maxsize=64)
-def _needed_bytes(structure: Any, leaves: tuple[Any, ...], static: tuple[tuple[str, Any], ...]) -> int:
+def _needed_bytes(structure: Any, leaves: tuple[Any, ...], program: Program) -> int:
     """Bytes per device of the program of :func:`sample_batch`, which calls with such arguments then use: it compiles once."""
     shapes = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak, sharding=place) for shape, dtype, weak, place in leaves]
-    lowered = sample_batch.lower(*jax.tree.unflatten(structure, shapes), **dict(static))
+    lowered = sample_batch.lower(*jax.tree.unflatten(structure, shapes), program=program)
     return memory.program_bytes(lowered.compile())

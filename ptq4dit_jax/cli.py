@@ -22,6 +22,7 @@ from ptq4dit_jax.cli_options import (
     CfgChannels,
     CfgScale,
     Eta,
+    GuidanceInterval,
     Json,
     ModelArgument,
     Overwrite,
@@ -33,10 +34,11 @@ from ptq4dit_jax.cli_options import (
     VaeScale,
 )
 from ptq4dit_jax.config import QuantConfig, Reconstruction
-from ptq4dit_jax.diffusion import Sampler, resolve_guidance
+from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.engine import QuantizedDiT, choice, describe
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare, num_bytes, plain, write_report
+from ptq4dit_jax.guidance import Guidance
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.registry import known_specs
 from ptq4dit_jax.outputs import check_picture, write_picture, write_samples
@@ -55,6 +57,7 @@ from ptq4dit_jax.terminal import (
     load_model,
     load_vae,
     megabytes,
+    parse_interval,
     parse_labels,
     print_layers,
     print_table,
@@ -64,7 +67,6 @@ from ptq4dit_jax.terminal import (
     runs_line,
     stages,
     to_run,
-    walk_line,
     wanted_labels,
     working,
     write_file,
@@ -155,10 +157,10 @@ def quantize(
         str, typer.Option(help="Axes of the stored images, NHWC or NCHW; auto goes by the model's image shape.")
     ] = "auto",
     steps: Steps = None,
-    sampler: SamplerOption = "auto",
-    eta: Eta = 0.0,
-    cfg_scale: CfgScale = None,
-    cfg_channels: CfgChannels = "first3",
+    sampler: SamplerOption = Sampling.sampler,
+    eta: Eta = Sampling.eta,
+    cfg_scale: CfgScale = Guidance.scale,
+    cfg_channels: CfgChannels = Guidance.channels,
     policy: Annotated[
         str | None,
         typer.Option(
@@ -260,7 +262,7 @@ def quantize(
     if rows is None:
         console.print(
             f"Calibrating on {config.calib_rows} rows at {config.calib_steps} steps of the chain: "
-            f"{walk_line(config.walk, cast(float, config.cfg_scale))}"
+            f"{config.sampling.resolve(dit.schedule, dit.config)}"
         )
     else:
         console.print(calibration_line(rows, arrays["x"].size // int(np.prod(dit.config.image_shape))))
@@ -314,10 +316,11 @@ def sample(
     ] = None,
     repeat: Repeat = 1,
     steps: Steps = None,
-    sampler: SamplerOption = "auto",
-    eta: Eta = 0.0,
-    cfg_scale: CfgScale = None,
-    cfg_channels: CfgChannels = "first3",
+    sampler: SamplerOption = Sampling.sampler,
+    eta: Eta = Sampling.eta,
+    cfg_scale: CfgScale = Guidance.scale,
+    cfg_channels: CfgChannels = Guidance.channels,
+    guidance_interval: GuidanceInterval = None,
     batch_size: BatchSize = None,
     vae: Vae = None,
     vae_scale: VaeScale = None,
@@ -344,8 +347,11 @@ def sample(
     key = read_key(seed)
     claim_target(context, out, overwrite)
     claim_target(context, json, overwrite=True)
-    parse_labels("0" if labels is None else labels, repeat)  # a mistake here costs no loading
+    # Mistakes in these cost no loading.
+    parse_labels("0" if labels is None else labels, repeat)
     choice.checked(backend)
+    interval = cast(Any, parse_interval(guidance_interval))
+    how = Sampling(sampler, steps, eta, Guidance(cfg_scale, cast(Any, cfg_channels), interval))
     loaded = to_run(load_model(model), dtype, backend)
     wanted = wanted_labels(labels, "0", repeat, loaded.config)
     channels = loaded.config.in_channels
@@ -354,8 +360,7 @@ def sample(
             f"{model} makes latents of {channels} channels, not pictures; pass its VAE with --vae, or use an "
             "--out that ends in .npz."
         )
-    walk = Sampler(name=cast(Any, sampler), steps=steps, eta=eta).resolve(loaded.schedule)
-    guidance = resolve_guidance(cfg_scale, loaded.config, loaded.schedule)
+    resolved = how.resolve(loaded.schedule, loaded.config)
     decoder = None if vae is None else load_vae(vae, vae_scale)
     named = wanted if loaded.config.num_labels else None
     columns = len(wanted) // repeat if repeat > 1 and named is not None else None
@@ -363,9 +368,7 @@ def sample(
         side = loaded.config.input_size * (1 if decoder is None else decoder.config.factor)
         check_picture(len(wanted), side, side, columns)
     given = {} if noise is None else read_arrays(noise, ("noise",), ("step_noise",))
-    console.print(
-        f"Sampling {len(wanted)} images from {model} on {devices_line()}, {runs_line(loaded)}: {walk_line(walk, guidance)}"
-    )
+    console.print(f"Sampling {len(wanted)} images from {model} on {devices_line()}, {runs_line(loaded)}: {resolved}")
     started = time.perf_counter()
     with stages() as report:
         report("sample", 0, len(wanted))
@@ -373,11 +376,7 @@ def sample(
             cast(Any, loaded),
             wanted,
             key,
-            steps=walk.steps,
-            sampler=walk.name,
-            eta=eta,
-            cfg_scale=guidance,
-            cfg_channels=cast(Any, cfg_channels),
+            sampling=how,
             batch_size=batch_size,
             decoder=decoder,
             mesh=all_devices_mesh(),
@@ -401,9 +400,7 @@ def sample(
         {
             "images": len(wanted),
             "seconds": seconds,
-            "steps": walk.steps,
-            "sampler": walk.name,
-            "cfg_scale": guidance,
+            **resolved.to_dict(),
             "seed": seed,
             "out": str(out),
         },
@@ -423,10 +420,11 @@ def evaluate(
     ] = None,
     repeat: Repeat = 4,
     steps: Steps = None,
-    sampler: SamplerOption = "auto",
-    eta: Eta = 0.0,
-    cfg_scale: CfgScale = None,
-    cfg_channels: CfgChannels = "first3",
+    sampler: SamplerOption = Sampling.sampler,
+    eta: Eta = Sampling.eta,
+    cfg_scale: CfgScale = Guidance.scale,
+    cfg_channels: CfgChannels = Guidance.channels,
+    guidance_interval: GuidanceInterval = None,
     batch_size: BatchSize = None,
     vae: Vae = None,
     vae_scale: VaeScale = None,
@@ -438,6 +436,8 @@ def evaluate(
     key = read_key(seed)
     claim_target(context, out, overwrite, "report.json")
     claim_target(context, json, overwrite=True)
+    interval = cast(Any, parse_interval(guidance_interval))
+    how = Sampling(sampler, steps, eta, Guidance(cfg_scale, cast(Any, cfg_channels), interval))
     reference, other = load_model(against), load_model(model)
     if not isinstance(reference, FloatDiT):
         raise Ptq4ditError(f"--against must be a float model; {against} is quantized.")
@@ -447,20 +447,15 @@ def evaluate(
     name = Path(model).resolve().name
     if decoder is not None:
         decoder.check_channels(reference.config.in_channels)
-    walk = Sampler(name=cast(Any, sampler), steps=steps, eta=eta).resolve(reference.schedule)
-    guidance = resolve_guidance(cfg_scale, reference.config, reference.schedule)
-    console.print(f"Comparing {model} with {against} on {devices_line()}: {len(wanted)} images, {walk_line(walk, guidance)}")
+    resolved = how.resolve(reference.schedule, reference.config)
+    console.print(f"Comparing {model} with {against} on {devices_line()}: {len(wanted)} images, {resolved}")
     with stages() as report:
         comparison = compare(
             reference,
             {name: cast(Any, other)},
             labels=wanted,
             key=key,
-            steps=walk.steps,
-            sampler=walk.name,
-            eta=eta,
-            cfg_scale=guidance,
-            cfg_channels=cast(Any, cfg_channels),
+            sampling=how,
             batch_size=batch_size,
             seed=seed,
             decoder=decoder,

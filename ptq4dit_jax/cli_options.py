@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ptq4dit_jax import samplers
+from ptq4dit_jax.diffusion import DEFAULT_STEPS
+from ptq4dit_jax.guidance import DEFAULT_SCALE
 from ptq4dit_jax.vae import VAEConfig
 
 ModelArgument = Annotated[
@@ -19,29 +22,28 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the figure
 Seed = Annotated[int, typer.Option(help="Seed of all noise; the same seed gives the same bytes.")]
 Steps = Annotated[
     str | None,
-    typer.Option(
-        help="Sampler steps: a count, or a respacing such as ddim50; heun calls the network twice a step.",
-        show_default="the model's own number if it has one, else 50",
-    ),
+    typer.Option(help=samplers.help_on_steps(), show_default=f"the model's own number if it has one, else {DEFAULT_STEPS}"),
 ]
-SamplerOption = Annotated[
-    str,
-    typer.Option(
-        "--sampler",
-        help="ddpm, ddim or dpm++2m for a model that predicts noise, euler or heun for one that predicts velocity; "
-        "auto is the first of those.",
-    ),
-]
-Eta = Annotated[float, typer.Option(help="Noise of the ddim sampler, 0 to 1.")]
+SamplerOption = Annotated[str, typer.Option("--sampler", help=samplers.help_on_names())]
+Eta = Annotated[float, typer.Option(help=samplers.help_on_eta())]
 Repeat = Annotated[int, typer.Option(help="Samples of each label; of a model without classes, samples in all.")]
 CfgScale = Annotated[
     float | None,
     typer.Option(
         help="Classifier-free guidance; 1 turns it off.",
-        show_default="1.5, or 1 without a null class or where training has guided the model",
+        show_default=f"{DEFAULT_SCALE}, or 1 without a null class or where training has guided the model",
     ),
 ]
 CfgChannels = Annotated[str, typer.Option(help="Guide the first3 channels, as Meta's code and SiT do, or all.")]
+GuidanceInterval = Annotated[
+    str | None,
+    typer.Option(
+        help="Guide only the steps that begin in this interval of time, which runs from 1 (noise) to 0 (data): in a flow the "
+        "share of noise, else the timestep over their number.",
+        metavar="LOW,HIGH",
+        show_default="all steps",
+    ),
+]
 Vae = Annotated[
     str | None,
     typer.Option(help="The VAE that makes pictures of a model's latents: a folder of diffusers or a file.", metavar="PATH"),

@@ -6,10 +6,10 @@ import dataclasses
 import math
 from typing import Any, Literal, get_args
 
-from ptq4dit_jax.diffusion import Sampler, SamplerName, check_guidance, resolve_guidance
-from ptq4dit_jax.dit import GuidedChannels
+from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.edges import shown
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.guidance import Guidance, GuidedChannels
 from ptq4dit_jax.networks.ops import Network
 from ptq4dit_jax.networks.registry import known_specs
 from ptq4dit_jax.networks.spec import NetworkSpec
@@ -176,7 +176,7 @@ class QuantConfig:
         shorter chain.
       sampler, steps, eta, cfg_scale, cfg_channels: how calibration rows are sampled; use what the model will be sampled with.
         The sampler ``auto`` is ddpm, or euler for a flow model; ``steps`` and ``cfg_scale`` that are None follow the model
-        (:meth:`Sampler.resolve <ptq4dit_jax.diffusion.Sampler.resolve>`, :func:`ptq4dit_jax.diffusion.resolve_guidance`).
+        (:meth:`Sampling.resolve <ptq4dit_jax.diffusion.Sampling.resolve>`).
       rounding: of the weights. ``nearest``; ``gptq``, in closed form behind the quantized network
         (:mod:`ptq4dit_jax.gptq`); or ``adaround``, learned by ``reconstruction``. None is ``adaround`` where
         ``reconstruction`` is set, and else ``gptq``.
@@ -199,11 +199,11 @@ class QuantConfig:
     dynamic_sites: tuple[str, ...] | None = None
     calib_steps: int | None = None
     calib_rows: int = 64
-    sampler: SamplerName = "auto"
-    steps: int | str | None = None
-    eta: float = 0.0
-    cfg_scale: float | None = None
-    cfg_channels: GuidedChannels = "first3"
+    sampler: str = Sampling.sampler
+    steps: int | str | None = Sampling.steps
+    eta: float = Sampling.eta
+    cfg_scale: float | None = Guidance.scale
+    cfg_channels: GuidedChannels = Guidance.channels
     rounding: Rounding | None = None
     reconstruction: Reconstruction | None = None
 
@@ -214,7 +214,6 @@ class QuantConfig:
         _check_choice("balance", self.balance, get_args(Balance))
         _check_choice("ssc", self.ssc, get_args(SscAxis))
         _check_choice("range_search", self.range_search, get_args(RangeSearch))
-        _check_choice("cfg_channels", self.cfg_channels, get_args(GuidedChannels))
         if self.rounding is not None:
             _check_choice("rounding", self.rounding, get_args(Rounding))
         if self.reconstruction is not None and self.resolved_rounding != "adaround":
@@ -226,8 +225,6 @@ class QuantConfig:
                 f"temperature must be positive and finite, from {_TEMPERATURES[0]:g} to {_TEMPERATURES[1]:g}, "
                 f"not {self.temperature}."
             )
-        if self.cfg_scale is not None:
-            check_guidance(self.cfg_scale)
         if not 0 <= self.exponent <= 1:
             raise Ptq4ditError(f"exponent must lie between 0 (no balancing) and 1, not {self.exponent}.")
         for name, serves in _SERVES.items():
@@ -243,7 +240,7 @@ class QuantConfig:
         possible = {name for spec in known_specs() for name in _possibly_dynamic(spec)}
         for name in self.dynamic_sites or ():
             _check_choice("dynamic_sites", name, tuple(sorted(possible)))
-        _ = self.walk
+        _ = self.sampling  # raises on settings that cannot be
         Policy.parse(self.policy)
 
     @classmethod
@@ -279,8 +276,9 @@ class QuantConfig:
         return (self.reconstruction or Reconstruction()) if self.resolved_rounding == "adaround" else None
 
     @property
-    def walk(self) -> Sampler:
-        return Sampler(name=self.sampler, steps=self.steps, eta=self.eta)
+    def sampling(self) -> Sampling:
+        """How calibration rows are sampled."""
+        return Sampling(self.sampler, self.steps, self.eta, Guidance(self.cfg_scale, self.cfg_channels))
 
     def for_network(self, network: Network) -> QuantConfig:
         """The same settings with everything filled in that depends on the network alone.
@@ -299,13 +297,13 @@ class QuantConfig:
     def resolve(self, schedule: Schedule, network: Any) -> QuantConfig:
         """The same settings with everything filled in that depends on the model: sampler, steps, guidance and calibration
         steps."""
-        walk = self.walk.resolve(schedule)
+        sampling = self.sampling.resolve(schedule, network)
         return dataclasses.replace(
             self,
-            sampler=walk.name,
-            steps=walk.steps,
-            cfg_scale=resolve_guidance(self.cfg_scale, network, schedule),
-            calib_steps=calibration_steps(self.calib_steps, walk.tables(schedule).num_steps),
+            sampler=sampling.sampler.name,
+            steps=sampling.steps,
+            cfg_scale=sampling.guidance.scale,
+            calib_steps=calibration_steps(self.calib_steps, sampling.tables().num_steps),
         )
 
     def rules(self, spec: NetworkSpec) -> Rules:

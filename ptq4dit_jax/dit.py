@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from ptq4dit_jax.networks.spec import (
     Table,
     UnitKind,
 )
-from ptq4dit_jax.numerics import at_least_float32, threefry
+from ptq4dit_jax.numerics import threefry
 
 #: Depth, width and heads of the published sizes; each exists with patch size 2, 4 and 8.
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -290,21 +290,3 @@ def init_params(config: DiTConfig, key: jax.Array, *, adaln_zero: bool = True) -
         if linear.modulates or linear is last:
             params = linear.place.put(params, jax.tree.map(jnp.zeros_like, linear.place.of(params)))
     return params
-
-
-GuidedChannels = Literal["first3", "all"]
-
-
-def combine_guidance(
-    conditional: jax.Array, unconditional: jax.Array, cfg_scale: ArrayLike, in_channels: int, channels: GuidedChannels
-) -> jax.Array:
-    """Classifier-free guidance ``u + cfg_scale (c - u)`` on the noise channels of raw outputs (B, H, W, out_channels).
-
-    ``first3`` guides channels 0..2 only, as Meta's code does; every other channel is the conditional row's. ``all`` guides all
-    noise channels, as most other code does. Variance channels are never guided. The result is in float32 at least.
-    """
-    guided = in_channels if channels == "all" else min(3, in_channels)
-    dtype = at_least_float32(conditional.dtype)
-    difference = (conditional[..., :guided] - unconditional[..., :guided]).astype(dtype)
-    eps = unconditional[..., :guided].astype(dtype) + jnp.asarray(cfg_scale, dtype) * difference
-    return jnp.concatenate([eps, conditional[..., guided:].astype(dtype)], axis=-1)

@@ -148,11 +148,9 @@ def _quantized(
         calibration = sample_trajectories(
             model,
             key,
-            config.walk,
+            config.sampling,
             steps=config.calib_steps,
             rows=config.calib_rows,
-            cfg_scale=config.cfg_scale,
-            cfg_channels=config.cfg_channels,
             row_batch=row_batch,
             mesh=mesh,
             progress=lambda done, total: report("sample calibration rows", done, total),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,10 @@ from jax.typing import ArrayLike
 from ptq4dit_jax import sharding
 from ptq4dit_jax.chain import Progress as Progress
 from ptq4dit_jax.chain import Request
-from ptq4dit_jax.diffusion import Network, Sampler, SamplerName, resolve_guidance
-from ptq4dit_jax.dit import DiTConfig, GuidedChannels
+from ptq4dit_jax.diffusion import ResolvedSampling, Sampling
+from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.guidance import GuidedChannels, Network
 from ptq4dit_jax.numerics import threefry
 from ptq4dit_jax.vae import VAEDecoder
 
@@ -82,11 +83,12 @@ def sample(
     labels: ArrayLike | None,
     key: jax.Array,
     *,
+    sampling: Sampling | None = None,
     steps: int | str | None = None,
-    sampler: SamplerName = "auto",
-    eta: float = 0.0,
+    sampler: str | None = None,
+    eta: float | None = None,
     cfg_scale: float | None = None,
-    cfg_channels: GuidedChannels = "first3",
+    cfg_channels: GuidedChannels | None = None,
     batch_size: int | None = None,
     noise: ArrayLike | None = None,
     step_noise: ArrayLike | None = None,
@@ -100,14 +102,10 @@ def sample(
       model: a :class:`FloatDiT` or :class:`QuantizedDiT`.
       labels: (N,) class labels; of a model without classes the number N of images, or None for one.
       key: the seed; sample ``i`` sees noise made of the key and ``i`` alone, whatever the batch size or the devices.
-      steps: sampler steps, a count or a respacing string such as "ddim50"; by default the number that the model was imported
-        for, or 50 where any will do.
-      sampler: "ddpm" (ancestral, learned variance where the model has one), "ddim" or "dpm++2m" for a model that predicts
-        noise; "euler" or "heun" for one that predicts velocity; "auto" is the first of those that fit.
-      eta: noise of DDIM, 0 to 1.
-      cfg_scale: classifier-free guidance; 1 turns it off and halves the work. By default 1.5, or 1 for a model without a null
-        class or one that was trained to be guided already.
-      cfg_channels: guide the "first3" channels as Meta's code does, or "all".
+      sampling: how to walk from noise to image; what it leaves open follows the model.
+      steps, sampler, eta, cfg_scale, cfg_channels: the same setting by setting, for short, and not beside ``sampling``. The
+        first three are fields of :class:`~ptq4dit_jax.diffusion.Sampling`; ``cfg_scale`` and ``cfg_channels`` are the scale
+        and the channels of its :class:`~ptq4dit_jax.guidance.Guidance`. ``cfg_scale=1`` turns guidance off and halves the work.
       batch_size: images per compiled call; the last batch is padded. By default up to 256 per device, fewer where the compiled
         program would not fit into the free memory.
       noise: initial noise (N, H, W, C) instead of the key's.
@@ -123,18 +121,12 @@ def sample(
     Raises:
       Ptq4ditError: an argument that makes no sense, or a sample that holds NaN or infinity; the sentence names the step.
     """
-    request = _prepare(
-        model,
-        labels,
-        key,
-        Sampler(name=sampler, steps=steps, eta=eta),
-        cfg_scale,
-        cfg_channels,
-        noise,
-        step_noise,
-        decoder,
-        mesh,
-    )
+    loose = {"sampler": sampler, "steps": steps, "eta": eta} | {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels}
+    given: dict[str, Any] = {name: value for name, value in loose.items() if value is not None}
+    if sampling is not None and given:
+        raise Ptq4ditError(f"The argument sampling says how to sample already; leave out {', '.join(given)}, or sampling.")
+    resolved = (sampling or Sampling.of(**given)).resolve(model.schedule, model.config)
+    request = _prepare(model, labels, key, resolved, noise, step_noise, decoder, mesh)
     return request.collect(request.batch_size(batch_size), progress)[0]
 
 
@@ -143,11 +135,7 @@ def sample_batches(
     labels: ArrayLike,
     key: jax.Array,
     *,
-    steps: int | str | None = None,
-    sampler: SamplerName = "auto",
-    eta: float = 0.0,
-    cfg_scale: float | None = None,
-    cfg_channels: GuidedChannels = "first3",
+    sampling: Sampling = Sampling(),
     batch_size: int | None = None,
     noise: ArrayLike | None = None,
     step_noise: ArrayLike | None = None,
@@ -164,18 +152,8 @@ def sample_batches(
     Raises:
       Ptq4ditError: as :func:`sample`; a sample that is not finite is reported with its batch.
     """
-    request = _prepare(
-        model,
-        labels,
-        key,
-        Sampler(name=sampler, steps=steps, eta=eta),
-        cfg_scale,
-        cfg_channels,
-        noise,
-        step_noise,
-        decoder,
-        mesh,
-    )
+    resolved = sampling.resolve(model.schedule, model.config)
+    request = _prepare(model, labels, key, resolved, noise, step_noise, decoder, mesh)
     batch = request.batch_size(batch_size)
     return ((start, images) for start, images, _ in request.batches(batch))
 
@@ -184,10 +162,8 @@ def run_chain(
     model: Network,
     labels: ArrayLike | None,
     key: jax.Array,
-    walk: Sampler,
+    sampling: Sampling,
     *,
-    cfg_scale: float | None = None,
-    cfg_channels: GuidedChannels = "first3",
     batch_size: int | None = None,
     noise: ArrayLike | None = None,
     step_noise: ArrayLike | None = None,
@@ -199,7 +175,8 @@ def run_chain(
 ) -> tuple[np.ndarray, np.ndarray]:
     """:func:`sample`, returning besides the images the inputs of the steps ``keep_steps`` (positions in the chain, noisiest 0):
     (len(keep_steps), N, H, W, C). ``what`` is the word for a sample in an error."""
-    request = _prepare(model, labels, key, walk, cfg_scale, cfg_channels, noise, step_noise, decoder, mesh, keep_steps, what)
+    resolved = sampling.resolve(model.schedule, model.config)
+    request = _prepare(model, labels, key, resolved, noise, step_noise, decoder, mesh, keep_steps, what)
     return request.collect(request.batch_size(batch_size), progress)
 
 
@@ -207,12 +184,10 @@ def kept_inputs(
     model: Network,
     labels: ArrayLike,
     key: jax.Array,
-    walk: Sampler,
+    sampling: ResolvedSampling,
     keep_steps: np.ndarray,
     *,
     batch_size: int,
-    cfg_scale: float | None = None,
-    cfg_channels: GuidedChannels = "first3",
     mesh: Mesh | None = None,
     ahead: int = 2,
     progress: Progress | None = None,
@@ -223,7 +198,7 @@ def kept_inputs(
     Every batch has ``batch_size`` rows, the last padded, and is one device's; the devices of ``mesh`` share batches, each of
     which has ``ahead`` at most begun.
     """
-    request = _prepare(model, labels, key, walk, cfg_scale, cfg_channels, None, None, None, None, keep_steps, what)
+    request = _prepare(model, labels, key, sampling, keep_steps=keep_steps, what=what)
     return request.collect_from_devices(batch_size, mesh, ahead, progress)[1]
 
 
@@ -231,44 +206,36 @@ def _prepare(
     model: Network,
     labels: ArrayLike | None,
     key: jax.Array,
-    walk: Sampler,
-    cfg_scale: float | None,
-    channels: GuidedChannels,
-    noise: ArrayLike | None,
-    step_noise: ArrayLike | None,
-    decoder: VAEDecoder | None,
-    mesh: Mesh | None,
+    sampling: ResolvedSampling,
+    noise: ArrayLike | None = None,
+    step_noise: ArrayLike | None = None,
+    decoder: VAEDecoder | None = None,
+    mesh: Mesh | None = None,
     keep_steps: np.ndarray | None = None,
     what: str = "Image",
 ) -> Request:
     """The request of :func:`run_chain`, checked and placed."""
-    config, walk = model.config, walk.resolve(model.schedule)
+    config = model.config
     labels_N = check_labels(labels, config)
-    tables = walk.tables(model.schedule)
+    tables = sampling.tables()
     shape = (len(labels_N), *config.image_shape)
     noise = _check_noise("noise", noise, shape)
     step_noise = _check_noise("step_noise", step_noise, (tables.num_steps, *shape))
-    scale = resolve_guidance(cfg_scale, config, model.schedule)
-    if channels not in get_args(GuidedChannels):
-        raise Ptq4ditError(f"cfg_channels must be one of {', '.join(get_args(GuidedChannels))}, not {channels!r}.")
     if decoder is not None:
         decoder.check_channels(config.in_channels)
     sharding.data_size(mesh)  # raises on a mesh that cannot be used
 
     model, decoder = sharding.replicate(mesh, (model, decoder))
-    small: Any = tables, threefry(key), np.float32(scale)
+    small: Any = tables, threefry(key)
     # Without a mesh the program itself takes what is small to its device, all at once; put there one by one, a dozen arrays
     # took 1.5 ms of every call on an H200, about a step of DiT-XL/2 for one image.
-    tables, key, cfg_scale = small if mesh is None else sharding.replicate(mesh, small)
+    tables, key = small if mesh is None else sharding.replicate(mesh, small)
     return Request(
         model=model,
         labels_N=labels_N,
-        walk=walk,
+        sampling=sampling,
         tables=tables,
         key=key,
-        cfg_scale=cfg_scale,
-        guidance=scale,
-        channels=channels,
         noise=noise,
         step_noise=step_noise,
         decoder=decoder,

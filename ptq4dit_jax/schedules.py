@@ -30,6 +30,9 @@ class NoiseSchedule:
 
     objective: ClassVar[str] = "noise"
     time_dtype: ClassVar[Any] = np.int32
+    #: As of :class:`FlowSchedule`: any number of steps will do, and training has guided nothing.
+    steps: ClassVar[int] = 0
+    guided: ClassVar[bool] = False
 
     num_timesteps: int = 1000
     beta_start: float = 1e-4
@@ -65,6 +68,10 @@ class NoiseSchedule:
     def noise_level(self, t: _Time) -> _Time:
         """What falls along a chain: the timestep itself."""
         return t
+
+    def relative_time(self, t: np.ndarray) -> np.ndarray:
+        """Times from 0, data, towards 1, noise, float64: the timestep over their number."""
+        return np.asarray(t, np.float64) / self.num_timesteps
 
     def check_times(self, t: np.ndarray) -> None:
         """Raises where ``t`` are no timesteps of this schedule."""
@@ -122,6 +129,10 @@ class FlowSchedule:
     def noise_level(self, t: _Time) -> _Time:
         """What falls along a chain, from 1 to 0: the share of noise in x."""
         return 1 - t if self.data_time else t
+
+    def relative_time(self, t: np.ndarray) -> np.ndarray:
+        """Times from 0, data, to 1, noise, float64, whichever way the flow's own run: the share of noise in x."""
+        return self.noise_level(np.asarray(t, np.float64))
 
     def check_times(self, t: np.ndarray) -> None:
         """Raises where ``t`` are no times of this flow."""

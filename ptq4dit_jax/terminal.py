@@ -33,7 +33,6 @@ from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
 from ptq4dit_jax.devices import default_device, in_use
-from ptq4dit_jax.diffusion import Sampler
 from ptq4dit_jax.dit import LARGEST, DiTConfig
 from ptq4dit_jax.edges import edge, quoted, shown, whole_number
 from ptq4dit_jax.engine import QuantizedDiT, choice
@@ -145,12 +144,6 @@ def runs_line(model: checkpoints.Model) -> str:
     return f"in {model.dtype}, integer products by {chosen.name}" + (f" ({chosen.why})" if chosen.why else "")
 
 
-def walk_line(walk: Sampler, guidance: float) -> str:
-    """How a resolved sampler walks, in words."""
-    steps = "1 step" if str(walk.steps) == "1" else f"{walk.steps} steps"
-    return f"{walk.name}, {steps}, " + ("no guidance" if guidance == 1 else f"guidance {guidance:g}")
-
-
 def calibration_line(data: CalibrationData, given: int) -> str:
     """What is calibrated on, of so many ``given`` rows."""
     line = f"Calibrating on {data.num_steps} steps of {data.num_rows} rows"
@@ -231,6 +224,14 @@ def parse_labels(text: str, repeat: int = 1) -> np.ndarray:
         count += last + 1 - first
         sampling.check_count(count * repeat)
     return np.tile(np.concatenate([np.arange(*ends, dtype=np.int32) for ends in ranges]), repeat)
+
+
+def parse_interval(text: str | None) -> tuple[float, ...] | None:
+    """``0,0.7`` to its two ends; None where nothing is given. Whether they make an interval is for ``Guidance`` to say."""
+    try:
+        return None if text is None else tuple(float(end) for end in text.split(","))
+    except ValueError:
+        raise Ptq4ditError(f"--guidance-interval must be two numbers such as 0,0.7, not {quoted(text)}.") from None
 
 
 def wanted_labels(text: str | None, default: str, repeat: int, config: DiTConfig) -> np.ndarray:

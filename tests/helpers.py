@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ptq4dit_jax.chain import sample_batch
-from ptq4dit_jax.diffusion import Sampler
+from ptq4dit_jax.chain import Batch, Program, Shared, sample_batch
+from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.dit import DiTConfig, init_params
 from ptq4dit_jax.engine import QLinear, QuantizedDiT, choice
 from ptq4dit_jax.model import FloatDiT
@@ -93,24 +93,11 @@ def as_float64(model: QuantizedDiT) -> QuantizedDiT:
 
 def lowered_sampler(model: Any, steps: int, rows: int = 3) -> Any:
     """The deterministic sampler with its noise given, so that the program holds no loops of the random number generator."""
-    tables = Sampler(name="ddim", steps=steps).tables(model.schedule)
+    sampling = Sampling("ddim", steps).resolve(model.schedule, model.config)
     noise = jnp.zeros((rows, *model.config.image_shape), jnp.float32)
-    return sample_batch.lower(
-        model,
-        tables,
-        jax.random.key(0),
-        jnp.arange(rows),
-        jnp.zeros(rows, jnp.int32),
-        jnp.float32(1.5),
-        noise,
-        None,
-        None,
-        stochastic=False,
-        learned_variance=False,
-        guided=True,
-        channels="first3",
-        num_kept=0,
-    )
+    shared = Shared(model, sampling.tables(), jax.random.key(0))
+    batch = Batch(jnp.arange(rows), jnp.zeros(rows, jnp.int32), noise)
+    return sample_batch.lower(shared, batch, program=Program.of(sampling, model.config))
 
 
 def relative_error(actual: ArrayLike, expected: ArrayLike) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.config import QuantConfig, Reconstruction
-from ptq4dit_jax.diffusion import Sampler
+from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.evaluation import plain
 
 
@@ -28,7 +28,7 @@ def digest(tree) -> str:
 def main() -> None:
     key, labels = jax.random.key(3), [0, 2, 4]
     model = helpers.tiny_model(depth=1, hidden_size=16, num_heads=2)
-    rows = ptq.sample_trajectories(model, key, Sampler(steps=3), steps=2, rows=4)
+    rows = ptq.sample_trajectories(model, key, Sampling(steps=3), steps=2, rows=4)
     found = {
         "parameters": digest(ptq.FloatDiT.init(model.config, key).params),
         "calibration rows": digest(rows),
@@ -49,7 +49,7 @@ def main() -> None:
         found[name] = digest(quantized)
         found[f"facts of {name}"] = quantized.provenance.facts["calibration"]["rows"]
         found[f"samples of {name}"] = digest(ptq.sample(quantized, labels, key, steps=2))
-    comparison = ptq.compare(model, {"learned": quantized}, labels=labels, key=key, steps=2)
+    comparison = ptq.compare(model, {"learned": quantized}, labels=labels, key=key, sampling=Sampling(steps=2))
     found["evaluation"] = digest(np.array([comparison.figures["learned"].psnr_db]))
     json.dumps(plain(comparison.to_json()), allow_nan=False)
     json.dump(found, sys.stdout)

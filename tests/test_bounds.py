@@ -7,8 +7,9 @@ import pytest
 import ptq4dit_jax as ptq
 from ptq4dit_jax import chain, cli, memory, sampling
 from ptq4dit_jax.config import MAX_ITERATIONS, MAX_ROWS, Reconstruction
-from ptq4dit_jax.diffusion import MAX_GUIDANCE
 from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.guidance import MAX_GUIDANCE
+from ptq4dit_jax.samplers import SAMPLERS
 from ptq4dit_jax.sampling import MAX_SAMPLES
 from ptq4dit_jax.schedules import MAX_TIMESTEPS, respace
 from ptq4dit_jax.terminal import load_model, parse_labels
@@ -41,7 +42,7 @@ def test_schedules_of_noise(settings, words, raises_sentence):
 @pytest.mark.parametrize("settings", [{"num_timesteps": 4000}, {"num_timesteps": 1}, {"num_timesteps": 10, "beta_end": 0.9}])
 def test_schedules_with_room(settings):
     schedule = ptq.NoiseSchedule(**settings)
-    tables = ptq.Sampler(name="ddim", steps=1).tables(schedule)
+    tables = SAMPLERS["ddim"].tables(schedule, 1)
     assert all(np.isfinite(column).all() for column in jax.tree.leaves(tables))
 
 
@@ -160,8 +161,7 @@ def test_results_larger_than_the_memory(tiny_model, monkeypatch, raises_sentence
     with raises_sentence("2,000,000 samples", "2.0 GB of memory, and 1.0 GB are free"):
         sampling.sample(tiny_model, np.zeros(2_000_000, np.int32), KEY, batch_size=8)
     with raises_sentence("1,000,000 samples", "26.6 GB of memory"):
-        walk = ptq.Sampler(steps=50).resolve(tiny_model.schedule)
-        ptq.sample_trajectories(tiny_model, KEY, walk, steps=25, rows=2_000_000)
+        ptq.sample_trajectories(tiny_model, KEY, ptq.Sampling(steps=50), steps=25, rows=2_000_000)
 
 
 def test_the_number_of_images_of_a_model_without_classes(raises_sentence):

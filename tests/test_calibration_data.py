@@ -12,7 +12,7 @@ from helpers import relative_error, same_bytes, tiny_config, tiny_model
 
 from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration import sample_trajectories, spread_labels, stored_rows
-from ptq4dit_jax.diffusion import Sampler
+from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.sampling import run_chain
@@ -26,8 +26,8 @@ def model() -> FloatDiT:
 
 
 def test_trajectories_are_the_inputs_of_the_samplers_steps(model: FloatDiT) -> None:
-    walk, key = Sampler(name="ddpm", steps=10), jax.random.key(3, impl="threefry2x32")
-    data = sample_trajectories(model, key, walk, steps=5, rows=12, cfg_scale=2.0)
+    sampling, key = Sampling.of(sampler="ddpm", steps=10, cfg_scale=2.0), jax.random.key(3, impl="threefry2x32")
+    data = sample_trajectories(model, key, sampling, steps=5, rows=12)
     assert (data.num_steps, data.num_rows) == (5, 12)
     assert (data.x.dtype, data.t.dtype, data.y.dtype) == (np.float32, np.int32, np.int32)
 
@@ -39,7 +39,7 @@ def test_trajectories_are_the_inputs_of_the_samplers_steps(model: FloatDiT) -> N
     np.testing.assert_array_equal(data.y, np.tile([*labels, *[CONFIG.null_label] * 6], (5, 1)))
     np.testing.assert_array_equal(data.x[:, :6], data.x[:, 6:], err_msg="a row and its null twin share x")
 
-    _, every = run_chain(model, labels, key, walk, cfg_scale=2.0, keep_steps=np.arange(10))
+    _, every = run_chain(model, labels, key, sampling, keep_steps=np.arange(10))
     np.testing.assert_allclose(data.x[:, :6], every[positions], rtol=1e-5, atol=1e-5)
     for index in range(6):
         of_sample = jax.random.fold_in(jax.random.fold_in(key, index), 0)
@@ -49,24 +49,24 @@ def test_trajectories_are_the_inputs_of_the_samplers_steps(model: FloatDiT) -> N
 
 def test_trajectories_without_guidance_are_all_conditional(model: FloatDiT) -> None:
     """Every step of the chain this time."""
-    walk, key = Sampler(name="ddim", steps=4), jax.random.key(0)
+    sampling, key = Sampling.of(sampler="ddim", steps=4, cfg_scale=1.0), jax.random.key(0)
     reported: list[tuple[int, int]] = []
-    data = sample_trajectories(model, key, walk, steps=4, rows=11, cfg_scale=1.0, progress=lambda *done: reported.append(done))
+    data = sample_trajectories(model, key, sampling, steps=4, rows=11, progress=lambda *done: reported.append(done))
     np.testing.assert_array_equal(data.t, [750, 500, 250, 0])
     assert data.x.shape == (4, 11, *CONFIG.image_shape)
     np.testing.assert_array_equal(data.y, [[0, 1, 2, 3, 4] * 2 + [0]] * 4)
     assert np.abs(data.x[:, 0] - data.x[:, 1]).max() > 0.1, "every row has noise of its own"
-    _, every = run_chain(model, data.y[0], key, walk, cfg_scale=1.0, keep_steps=np.arange(4))
+    _, every = run_chain(model, data.y[0], key, sampling, keep_steps=np.arange(4))
     assert relative_error(data.x, every) < 1e-4
     assert reported == [(8, 11), (11, 11)]
 
 
 @pytest.mark.slow
 def test_devices_and_row_batches_change_no_trajectory(model: FloatDiT, mesh8: Any) -> None:
-    how = {"steps": 2, "rows": 22, "cfg_scale": 1.5}
-    alone = sample_trajectories(model, jax.random.key(0), Sampler(steps=3), **how)
+    how = {"steps": 2, "rows": 22}
+    alone = sample_trajectories(model, jax.random.key(0), Sampling(steps=3), **how)
     for other in ({"mesh": mesh8}, {"mesh": sharding.data_mesh(mesh8.devices.ravel()[:2])}, {"row_batch": 1}):
-        assert same_bytes(sample_trajectories(model, jax.random.key(0), Sampler(steps=3), **how, **other), alone)
+        assert same_bytes(sample_trajectories(model, jax.random.key(0), Sampling(steps=3), **how, **other), alone)
 
 
 @pytest.mark.parametrize(("count", "classes"), [(1, 10), (4, 10), (10, 10), (25, 10), (32, 1000), (7, 1)])
@@ -85,19 +85,19 @@ def test_labels_spread_over_all_classes(count: int, classes: int) -> None:
 @pytest.mark.parametrize("steps", [0, -1, 6])
 def test_more_calibration_steps_than_sampler_steps(model: FloatDiT, steps: int) -> None:
     with pytest.raises(Ptq4ditError, match=rf"Calibration steps must be 1 to the sampler's 5 steps, not {steps}\."):
-        sample_trajectories(model, jax.random.key(0), Sampler(steps=5), steps=steps, rows=2)
+        sample_trajectories(model, jax.random.key(0), Sampling(steps=5), steps=steps, rows=2)
 
 
 @pytest.mark.parametrize(("rows", "cfg_scale"), [(0, 1.0), (-2, 1.0), (0, 1.5), (7, 1.5)])
 def test_impossible_numbers_of_rows(model: FloatDiT, rows: int, cfg_scale: float) -> None:
     with pytest.raises(Ptq4ditError, match=rf"rows must be positive, and even under guidance .*, not {rows}\."):
-        sample_trajectories(model, jax.random.key(0), Sampler(steps=5), steps=2, rows=rows, cfg_scale=cfg_scale)
+        sample_trajectories(model, jax.random.key(0), Sampling.of(steps=5, cfg_scale=cfg_scale), steps=2, rows=rows)
 
 
 def test_a_model_without_a_null_class_cannot_be_guided() -> None:
     model = tiny_model(null_class=False)
     with pytest.raises(Ptq4ditError, match="without a null class"):
-        sample_trajectories(model, jax.random.key(0), Sampler(steps=5), steps=2, rows=2, cfg_scale=1.5)
+        sample_trajectories(model, jax.random.key(0), Sampling.of(steps=5, cfg_scale=1.5), steps=2, rows=2)
 
 
 # --- stored rows

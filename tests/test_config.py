@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from ptq4dit_jax.config import QuantConfig
-from ptq4dit_jax.diffusion import Sampler
+from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.guidance import Guidance
 from ptq4dit_jax.policy import POLICIES, LayerRule, Policy, Rules
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule
 
@@ -210,8 +211,10 @@ def test_defaults_run_every_block_on_integers() -> None:
     assert {name for name, rule in config.rules(SPEC).layers.items() if rule.integer} == BLOCK_LAYERS
 
 
-def test_the_walk_is_the_samplers() -> None:
-    assert QuantConfig(sampler="ddim", steps="ddim25", eta=0.5).walk == Sampler(name="ddim", steps="ddim25", eta=0.5)
+def test_how_rows_are_sampled_is_a_value() -> None:
+    assert QuantConfig().sampling == Sampling()
+    settings: dict[str, Any] = {"sampler": "ddim", "steps": "ddim25", "eta": 0.5, "cfg_scale": 2.0, "cfg_channels": "all"}
+    assert QuantConfig(**settings).sampling == Sampling("ddim", "ddim25", 0.5, Guidance(2.0, "all"))
 
 
 NETWORK = DiTConfig.preset("DiT-S/2")

@@ -1,5 +1,6 @@
 """Schedule, respacing, coefficient tables, single steps and whole chains against golden values in float64."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptq4dit_jax.diffusion import NoiseSchedule, Sampler, StepTables, denoise, respace, sample_keys, sample_noise
+from ptq4dit_jax.diffusion import Sampling, denoise, sample_keys, sample_noise
+from ptq4dit_jax.samplers import SAMPLERS, Sampler, StepTables
+from ptq4dit_jax.schedules import NoiseSchedule, respace
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "diffusion.npz"))
 SCHEDULE = NoiseSchedule()
@@ -79,7 +82,7 @@ def test_respacing_a_whole_schedule_keeps_it(num_timesteps):
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++2m"])
 def test_impossible_step_counts(name, steps, raises_sentence):
     with raises_sentence("1 to 1000", repr(steps)):
-        Sampler(name=name, steps=steps).tables(SCHEDULE)
+        SAMPLERS[name].tables(SCHEDULE, steps)
 
 
 @pytest.mark.parametrize("steps", ["ddim37", "ddim999"])
@@ -94,7 +97,7 @@ def test_a_stride_that_does_not_exist(steps, raises_sentence):
 @pytest.mark.parametrize("count", [10, 20, 25])
 def test_dpmpp_timesteps(count):
     for steps in (count, str(count)):
-        timesteps = Sampler(name="dpm++2m", steps=steps).timesteps(1000)
+        timesteps = SAMPLERS["dpm++2m"].spacing(SCHEDULE, steps)
         np.testing.assert_array_equal(timesteps, GOLDEN[f"timesteps_dpmpp_{count}"])
 
 
@@ -111,16 +114,14 @@ def test_dpmpp_timesteps(count):
     ],
 )
 def test_which_spacing_a_sampler_takes(name, steps, spacing):
-    sampler = Sampler(name=name, steps=steps)
-    np.testing.assert_array_equal(sampler.timesteps(1000), GOLDEN[f"timesteps_{spacing}"][::-1])
-    tables = sampler.tables(SCHEDULE)
-    np.testing.assert_array_equal(tables.t, sampler.timesteps(1000))
+    tables = SAMPLERS[name].tables(SCHEDULE, steps)
+    np.testing.assert_array_equal(tables.t, GOLDEN[f"timesteps_{spacing}"][::-1])
     assert tables.t.dtype == np.int32
     assert tables.num_steps == len(tables.t) == len(GOLDEN[f"timesteps_{spacing}"])
 
 
 def test_ddim_without_a_stride_takes_even_spacing():
-    np.testing.assert_array_equal(Sampler(name="ddim", steps=300).timesteps(1000), respace(1000, 300)[::-1])
+    np.testing.assert_array_equal(SAMPLERS["ddim"].spacing(SCHEDULE, 300), respace(1000, 300)[::-1])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_ddim_without_a_stride_takes_even_spacing():
     ],
 )
 def test_tables_are_finite_and_timesteps_descend_at_any_count(name, steps):
-    tables = Sampler(name=name, steps=steps, eta=0.5 if name == "ddim" else 0.0).tables(SCHEDULE)
+    tables = SAMPLERS[name].tables(SCHEDULE, steps, 0.5 if name == "ddim" else 0.0)
     assert tables.num_steps == steps
     assert all(np.isfinite(column).all() for column in jax.tree.leaves(tables))
     assert (np.diff(tables.t) < 0).all()
@@ -141,31 +142,33 @@ def test_tables_are_finite_and_timesteps_descend_at_any_count(name, steps):
 
 def test_dpmpp_refuses_to_visit_a_timestep_twice(raises_sentence):
     with raises_sentence("dpm++2m", "999", "1000"):
-        Sampler(name="dpm++2m", steps=1000).tables(SCHEDULE)
+        SAMPLERS["dpm++2m"].tables(SCHEDULE, 1000)
 
 
 @pytest.mark.parametrize(
-    ("sampler", "stochastic"),
+    ("name", "eta", "stochastic"),
     [
-        (Sampler(name="ddpm"), True),
-        (Sampler(name="ddim"), False),
-        (Sampler(name="ddim", eta=0.1), True),
-        (Sampler(name="dpm++2m"), False),
+        ("ddpm", 0.0, True),
+        ("ddim", 0.0, False),
+        ("ddim", 0.1, True),
+        ("dpm++2m", 0.5, False),
+        ("euler", 0.5, False),
+        ("heun", 0.5, False),
     ],
 )
-def test_which_samplers_add_noise(sampler, stochastic):
-    assert sampler.stochastic is stochastic
+def test_which_samplers_add_noise(name, eta, stochastic):
+    assert SAMPLERS[name].stochastic(eta) is stochastic
 
 
 def test_unknown_sampler(raises_sentence):
     with raises_sentence("'plms'", "ddpm", "ddim", "dpm++2m", "euler", "heun"):
-        Sampler(name="plms")
+        Sampling("plms")
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, float("nan")])
 def test_eta_out_of_range(eta, raises_sentence):
     with raises_sentence("eta", str(eta)):
-        Sampler(name="ddim", eta=eta)
+        Sampling("ddim", eta=eta)
 
 
 # Samplers: coefficients ------------------------------------------------------------------------------
@@ -174,7 +177,7 @@ def test_eta_out_of_range(eta, raises_sentence):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("spacing", ["50", "1000"])
 def test_ddpm_tables(spacing, dtype):
-    tables = Sampler(name="ddpm", steps=spacing).tables(SCHEDULE, dtype=dtype)
+    tables = SAMPLERS["ddpm"].tables(SCHEDULE, spacing, dtype=dtype)
     golden = {field: GOLDEN[f"{field}_{spacing}"][::-1] for field in ("betas", "abar", "mean_x0", "mean_xt", "log_variance")}
     columns = {
         "x0_from_x": golden["abar"] ** -0.5,
@@ -194,7 +197,7 @@ def test_ddpm_tables(spacing, dtype):
 
 
 def test_dpmpp_is_first_order_at_both_ends():
-    tables = Sampler(name="dpm++2m", steps=10).tables(SCHEDULE, dtype=np.float64)
+    tables = SAMPLERS["dpm++2m"].tables(SCHEDULE, 10, dtype=np.float64)
     assert tables.from_x0_prev[0] == tables.from_x0_prev[-1] == 0
     assert (tables.from_x0_prev[1:-1] < 0).all()
     np.testing.assert_allclose([tables.from_x[-1], tables.from_x0[-1]], [0, 1], atol=1e-15)
@@ -203,7 +206,7 @@ def test_dpmpp_is_first_order_at_both_ends():
 @pytest.mark.parametrize("name", ["ddim", "dpm++2m"])
 def test_deterministic_samplers_keep_a_point_on_its_noise_line(name):
     """With the true x0 and noise, a state sqrt(abar) x0 + sqrt(1 - abar) eps must move to the next step's such state."""
-    tables = Sampler(name=name, steps=20).tables(SCHEDULE, dtype=np.float64)
+    tables = SAMPLERS[name].tables(SCHEDULE, 20, dtype=np.float64)
     abar = np.append(GOLDEN["abar_1000"][tables.t], 1.0)
     x0, eps = 0.7, -1.3
     line = np.sqrt(abar) * x0 + np.sqrt(1 - abar) * eps
@@ -230,33 +233,28 @@ def run_denoise(jit: bool, predict: Any, tables: StepTables, x: np.ndarray, nois
 
 
 STEPS = {
-    "step_ddpm": (Sampler(name="ddpm", steps="50"), True),
-    "step_ddpm_fixed": (Sampler(name="ddpm", steps="50"), False),
-    "step_ddim_eta_0": (Sampler(name="ddim", steps="50", eta=0.0), False),
-    "step_ddim_eta_0.5": (Sampler(name="ddim", steps="50", eta=0.5), False),
+    "step_ddpm": (SAMPLERS["ddpm"], 0.0, True),
+    "step_ddpm_fixed": (SAMPLERS["ddpm"], 0.0, False),
+    "step_ddim_eta_0": (SAMPLERS["ddim"], 0.0, False),
+    "step_ddim_eta_0.5": (SAMPLERS["ddim"], 0.5, False),
 }
 
 
-class _EvenSpacing(Sampler):
-    def timesteps(self, num_timesteps: int) -> np.ndarray:
-        return respace(num_timesteps, self.steps)[::-1]
-
-
-def tables_50(sampler: Sampler, dtype: Any) -> StepTables:
+def tables_50(sampler: Sampler, eta: float, dtype: Any) -> StepTables:
     """Tables of ``sampler`` over Meta's "50" spacing, which DDIM would not choose by itself."""
-    return _EvenSpacing(name=sampler.name, steps="50", eta=sampler.eta).tables(SCHEDULE, dtype=dtype)
+    return dataclasses.replace(sampler, spacing=SAMPLERS["ddpm"].spacing).tables(SCHEDULE, "50", eta, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("golden", STEPS)
 def test_single_steps(golden, dtype):
-    sampler, learned = STEPS[golden]
-    tables = tables_50(sampler, dtype)
+    sampler, eta, learned = STEPS[golden]
+    tables = tables_50(sampler, eta, dtype)
 
     @jax.jit
     def step(table: StepTables, out: jax.Array, x: jax.Array, z: jax.Array) -> jax.Array:
-        noise = (lambda _: z) if sampler.stochastic else None
-        return denoise(lambda x, t: out, table, x, noise, learned_variance=learned)[0]
+        noise = (lambda _: z) if sampler.stochastic(eta) else None
+        return denoise(lambda x, t, scale: out, table, x, noise, learned_variance=learned)[0]
 
     with jax.enable_x64(dtype == np.float64):
         for row, j in enumerate(GOLDEN["step_j"]):
@@ -270,22 +268,22 @@ def test_single_steps(golden, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_predicted_clean_image(dtype):
-    tables = Sampler(name="ddpm", steps="50").tables(SCHEDULE, dtype=dtype)
+    tables = SAMPLERS["ddpm"].tables(SCHEDULE, "50", dtype=dtype)
     for row, j in enumerate(GOLDEN["step_j"]):
         x0 = tables.x0_from_x[49 - j] * GOLDEN["step_x"][row] - tables.x0_from_eps[49 - j] * GOLDEN["step_eps"][row]
         assert_close(x0, GOLDEN["step_x0"][row], TOLERANCE[dtype])
 
 
 CHAINS = {
-    "chain_ddpm": Sampler(name="ddpm", steps="10"),
-    "chain_ddim_eta_0": Sampler(name="ddim", steps="ddim10"),
-    "chain_ddim_eta_0.5": Sampler(name="ddim", steps=10, eta=0.5),
-    "chain_dpmpp_10": Sampler(name="dpm++2m", steps=10),
-    "chain_dpmpp_20": Sampler(name="dpm++2m", steps=20),
+    "chain_ddpm": ("ddpm", "10", 0.0),
+    "chain_ddim_eta_0": ("ddim", "ddim10", 0.0),
+    "chain_ddim_eta_0.5": ("ddim", 10, 0.5),
+    "chain_dpmpp_10": ("dpm++2m", 10, 0.0),
+    "chain_dpmpp_20": ("dpm++2m", 20, 0.0),
 }
 
 
-def toy_predict(x: jax.Array, t: jax.Array) -> jax.Array:
+def toy_predict(x: jax.Array, t: jax.Array, scale: jax.Array) -> jax.Array:
     """The golden chains' model."""
     signal = jnp.asarray(GOLDEN["abar_1000"], x.dtype)[t]
     eps = 0.9 * x * jnp.sqrt(1 - signal) + 0.1 * jnp.sin(x)
@@ -296,17 +294,18 @@ def toy_predict(x: jax.Array, t: jax.Array) -> jax.Array:
     ("golden", "dtype", "jit"), [("chain_ddpm", np.float32, False), *((g, dtype, True) for g in CHAINS for dtype in TOLERANCE)]
 )
 def test_whole_chains_state_by_state(golden, dtype, jit):
-    sampler, states = CHAINS[golden], GOLDEN[golden]
-    tables, steps = sampler.tables(SCHEDULE, dtype=dtype), len(GOLDEN[golden]) - 1
+    (name, spacing, eta), states = CHAINS[golden], GOLDEN[golden]
+    sampler = SAMPLERS[name]
+    tables, steps = sampler.tables(SCHEDULE, spacing, eta, dtype=dtype), len(GOLDEN[golden]) - 1
     assert tables.num_steps == steps
-    noise = GOLDEN["chain_z"] if sampler.stochastic else None
+    noise = GOLDEN["chain_z"] if sampler.stochastic(eta) else None
     x, kept = run_denoise(
         jit,
         toy_predict,
         tables,
         GOLDEN["chain_x"],
         noise,
-        learned_variance=sampler.name == "ddpm",
+        learned_variance=sampler.learned_variance,
         keep_slots=np.arange(steps, dtype=np.int32),
         num_kept=steps,
     )
@@ -315,7 +314,7 @@ def test_whole_chains_state_by_state(golden, dtype, jit):
 
 
 def test_denoise_keeps_only_the_steps_asked_for_in_their_slots():
-    tables = Sampler(name="dpm++2m", steps=10).tables(SCHEDULE)
+    tables = SAMPLERS["dpm++2m"].tables(SCHEDULE, 10)
     slots = np.full(10, 3, np.int32)
     slots[[8, 0, 5]] = [0, 1, 2]
     x, kept = run_denoise(
@@ -326,14 +325,14 @@ def test_denoise_keeps_only_the_steps_asked_for_in_their_slots():
 
 
 def test_denoise_keeps_nothing_by_default():
-    tables = Sampler(name="ddim", steps=10).tables(SCHEDULE)
+    tables = SAMPLERS["ddim"].tables(SCHEDULE, 10)
     _, kept = run_denoise(True, toy_predict, tables, GOLDEN["chain_x"], None, learned_variance=False)
     assert kept.shape == (0, *GOLDEN["chain_x"].shape)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_the_last_step_adds_no_noise(name):
-    tables = Sampler(name=name, steps=10, eta=1.0 if name == "ddim" else 0.0).tables(SCHEDULE)
+    tables = SAMPLERS[name].tables(SCHEDULE, 10, 1.0 if name == "ddim" else 0.0)
     last_only = GOLDEN["chain_z"].copy()
     last_only[-1] = np.nan_to_num(last_only[-1]) + 100.0
     results = [

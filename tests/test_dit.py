@@ -13,8 +13,8 @@ from flax import struct
 from flax.traverse_util import unflatten_dict
 
 from ptq4dit_jax import dit
-from ptq4dit_jax.diffusion import guided_apply
 from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.guidance import combine_guidance, predict
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.networks import parts
 from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
@@ -135,7 +135,7 @@ def test_forward_variants(meta_model, golden, overrides):
 def test_guided_forward(meta_model):
     @jax.jit
     def guided(model: FloatDiT, *args: Any) -> tuple[jax.Array, jax.Array]:
-        return guided_apply(model, *args, channels="first3"), guided_apply(model, *args, channels="all")
+        return predict(model, *args, "first3"), predict(model, *args, "all")
 
     outputs = guided(meta_model, X, T, Y, float(GOLDEN["cfg_scale"]))
     for out, golden in zip(outputs, ("guided_3", "guided_4"), strict=True):
@@ -148,7 +148,7 @@ def test_guidance_never_reaches_the_variance_of_a_one_channel_model():
     rng = np.random.default_rng(0)
     conditional, unconditional = rng.standard_normal((2, 5, 4, 4, 2)).astype(np.float32)
     for channels in ("first3", "all"):
-        out = dit.combine_guidance(jnp.asarray(conditional), jnp.asarray(unconditional), 2.5, 1, channels)
+        out = combine_guidance(jnp.asarray(conditional), jnp.asarray(unconditional), 2.5, 1, channels)
         np.testing.assert_allclose(out[..., 0], unconditional[..., 0] * -1.5 + conditional[..., 0] * 2.5, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(out[..., 1], conditional[..., 1])
 

@@ -15,6 +15,7 @@ from helpers import PLAIN
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import calibration, sampling
+from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
 from ptq4dit_jax.vae import VAEConfig, VAEDecoder
@@ -73,7 +74,8 @@ def test_flows_and_two_calls_a_step(raises_sentence):
 
 
 def test_images_before_a_fault_are_streamed_and_those_after_never_made(raises_sentence):
-    stream = sampling.sample_batches(breaking(np.nan, 7, 10**4), [1, 2, 3, 7, 4, 5], KEY, steps=2, batch_size=2)
+    model, labels = breaking(np.nan, 7, 10**4), [1, 2, 3, 7, 4, 5]
+    stream = sampling.sample_batches(model, labels, KEY, sampling=Sampling(steps=2), batch_size=2)
     start, images = next(stream)
     assert (start, len(images)) == (0, 2)
     with raises_sentence("Image 3 (label 7)"):
@@ -162,7 +164,7 @@ def test_the_site_and_the_first_step_of_any_statistic_are_named(field, raises_se
 def test_a_comparison_names_the_model(raises_sentence):
     model = helpers.tiny_model()
     wild = model.replace(params=jax.tree.map(lambda a: a * np.float32(1e12), model.params))
-    options = {"labels": [0, 1], "key": KEY, "steps": 2}
+    options = {"labels": [0, 1], "key": KEY, "sampling": Sampling(steps=2)}
     with raises_sentence("wild's image 0", "step 1 of 2"):
         ptq.compare(model, {"wild": wild}, **options)
     with raises_sentence("The reference's image 0", "step 1 of 2"):

@@ -22,6 +22,7 @@ from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.diffusion import denoise
 from ptq4dit_jax.model import FloatDiT, step_group
 from ptq4dit_jax.ptq import activation_quantizers
+from ptq4dit_jax.samplers import SAMPLERS
 
 Sentence = Callable[..., AbstractContextManager[None]]
 KEY = jax.random.key(0)
@@ -68,7 +69,7 @@ def test_what_a_schedule_cannot_be(raises_sentence: Sentence) -> None:
 @pytest.mark.parametrize("steps", [0, -1, 10_001, "ddim10", "", "ten", 2.5, "None", "\N{SUPERSCRIPT TWO}"])
 def test_impossible_step_counts(steps: Any, raises_sentence: Sentence) -> None:
     with raises_sentence("steps of a flow", "1 to 10000", repr(steps)):
-        ptq.Sampler(name="euler", steps=steps).tables(FLOWS[0])
+        SAMPLERS["euler"].tables(FLOWS[0], steps)
 
 
 def test_samplers_and_objectives_that_do_not_fit(raises_sentence: Sentence) -> None:
@@ -78,24 +79,25 @@ def test_samplers_and_objectives_that_do_not_fit(raises_sentence: Sentence) -> N
     for name in ("euler", "heun"):
         with raises_sentence(repr(name), "predicts noise", "use one of ddpm, ddim, dpm++2m"):
             ptq.quantize(tiny_model(), ptq.QuantConfig(sampler=name), key=KEY)
-    with raises_sentence("'auto'", "schedule"):
-        _ = ptq.Sampler().stochastic
 
 
 def test_a_step_size_is_not_another(raises_sentence: Sentence) -> None:
     shortcut = ptq.FlowSchedule(steps=8)
-    assert ptq.Sampler(steps=8).tables(shortcut).num_steps == 8
-    assert ptq.Sampler().tables(shortcut).num_steps == 8
+    network = ptq.DiTConfig.preset("DiT-S/2")
+    assert ptq.Sampling(steps=8).resolve(shortcut, network).tables().num_steps == 8
+    assert ptq.Sampling().resolve(shortcut, network).tables().num_steps == 8
     with raises_sentence("imported for 8 steps", "use 8", "--flow-steps) 50"):
-        ptq.Sampler(steps=50).tables(shortcut)
+        SAMPLERS["euler"].tables(shortcut, 50)
     with raises_sentence("'heun'", "1/8", "use euler"):
-        ptq.Sampler(name="heun", steps=8).tables(shortcut)
+        ptq.Sampling("heun", 8).resolve(shortcut, network)
 
 
 def test_auto_is_what_the_model_asks_for() -> None:
-    assert ptq.Sampler().resolve(ptq.NoiseSchedule()).name == "ddpm"
-    assert ptq.Sampler(steps=7).resolve(FLOWS[0]) == ptq.Sampler(name="euler", steps=7)
     network = ptq.DiTConfig.preset("DiT-S/2")
+    assert ptq.Sampling().resolve(ptq.NoiseSchedule(), network).sampler is SAMPLERS["ddpm"]
+    resolved = ptq.Sampling(steps=7).resolve(FLOWS[0], network)
+    assert (resolved.sampler, resolved.steps) == (SAMPLERS["euler"], 7)
+    assert ptq.Sampling.of(**resolved.to_dict()).resolve(FLOWS[0], network) == resolved
     filled = {"steps": 50, "cfg_scale": 1.5, "calib_steps": 25}
     assert ptq.QuantConfig.paper().resolve(FLOWS[0], network) == ptq.QuantConfig.paper(sampler="euler", **filled)
     ddim = ptq.QuantConfig(sampler="ddim")
@@ -111,13 +113,13 @@ def test_order_of_convergence(name: Any, order: int, flow: ptq.FlowSchedule) -> 
     """Data of deviation 3: at noise level s, x is normal of deviation d(s), and the flow's path is x(s) = x(1) d(s)."""
     data, start = 3.0, np.linspace(-2, 2, 5, dtype=np.float32).reshape(1, 5, 1, 1)
 
-    def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
+    def velocity(x: jax.Array, t: jax.Array, scale: jax.Array) -> jax.Array:
         s = t if flow.data_time == 0 else 1 - t
         v = x * (s - (1 - s) * data**2) / (s**2 + (1 - s) ** 2 * data**2)  # d'(s) / d(s)
         return v if flow.data_time == 0 else -v
 
     def error(steps: int) -> float:
-        tables = ptq.Sampler(name=name, steps=steps).tables(flow)
+        tables = SAMPLERS[name].tables(flow, steps)
         assert tables.num_steps == steps * order
         assert tables.t.dtype == np.float32
         x, _ = jax.jit(lambda x: denoise(velocity, tables, x, None, learned_variance=False))(start)
@@ -171,13 +173,12 @@ def test_a_discarded_variance_half_is_never_read() -> None:
 
 @pytest.mark.parametrize("flow", FLOWS)
 def test_calibration_rows_lie_on_the_chain(flow: ptq.FlowSchedule) -> None:
-    walk = ptq.Sampler(name="heun", steps=4)
-    data = ptq.sample_trajectories(flow_model(flow), KEY, walk, steps=8, rows=4)
+    data = ptq.sample_trajectories(flow_model(flow), KEY, ptq.Sampling("heun", 4), steps=8, rows=4)
     level = np.repeat([1, 0.75, 0.5, 0.25, 0], 2)[1:-1]
     np.testing.assert_array_equal(data.t, np.abs(flow.data_time - level).astype(np.float32))
     assert data.t.dtype == np.float32
     # The first rows are the noise, the second an Euler step away from it.
-    v = ptq.guided_apply(flow_model(flow), data.x[0, :2], data.t[:1], data.y[0, :2], 1.5)
+    v = ptq.predict(flow_model(flow), data.x[0, :2], data.t[:1], data.y[0, :2], 1.5, "first3")
     np.testing.assert_allclose(data.x[1, :2], data.x[0, :2] + (flow.data_time - 0.5) / 2 * v, rtol=1e-4, atol=1e-4)
 
 
@@ -185,7 +186,7 @@ def test_calibration_rows_lie_on_the_chain(flow: ptq.FlowSchedule) -> None:
 def test_groups_of_steps_follow_the_noise(flow: ptq.FlowSchedule) -> None:
     """Both rows of Heun's that share a time share a group, and inside a chain groups are passed in order."""
     model = flow_model(flow)
-    data = ptq.sample_trajectories(model, KEY, ptq.Sampler(name="heun", steps=4), steps=8, rows=2)
+    data = ptq.sample_trajectories(model, KEY, ptq.Sampling("heun", 4), steps=8, rows=2)
     sites = tuple(model.config.site_features)
     extremes = ptq.calibration.channel_extremes(model, data, sites=sites)
     _, edges = activation_quantizers(model, CONFIG, data, extremes, {}, {})
@@ -264,7 +265,8 @@ def test_schedules_that_cannot_be_read(schedule: dict[str, Any], parts: tuple[st
 
 @pytest.mark.slow
 def test_comparison(quantized: ptq.QuantizedDiT, model: FloatDiT, tmp_path: Path, raises_sentence: Sentence) -> None:
-    comparison = ptq.compare(model, {"w8a8": quantized}, labels=LABELS, key=KEY, steps=4, cfg_channels="all")
+    sampling = ptq.Sampling(steps=4, guidance=ptq.Guidance(channels="all"))
+    comparison = ptq.compare(model, {"w8a8": quantized}, labels=LABELS, key=KEY, sampling=sampling)
     assert comparison.settings["sampler"] == "euler"
     np.testing.assert_array_equal(comparison.timesteps, [0, 0.25, 0.5, 0.75])
     assert comparison.figures["w8a8"].sqnr_pooled_db > 20

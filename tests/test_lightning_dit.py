@@ -10,8 +10,6 @@ import ptq4dit_jax as ptq
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.networks.lightning_dit import LightningDiTConfig
-from ptq4dit_jax.networks.spec import nest_sites
-from ptq4dit_jax.quantizers import Balance
 from ptq4dit_jax.schedules import FlowSchedule
 
 CONFIG = LightningDiTConfig(input_size=3, in_channels=5, hidden_size=32, depth=2, num_heads=4, num_classes=5, frequency_size=16)

@@ -28,7 +28,7 @@ LINEARS = DiTConfig.example().spec.linears
 Sentence = Callable[..., AbstractContextManager[None]]
 
 apply = jax.jit(lambda model, x, t, y: model.apply(x, t, y))
-guided = jax.jit(lambda model, x, t, y: ptq.guided_apply(model, x, t, y, 1.5))
+guided = jax.jit(lambda model, x, t, y: ptq.predict(model, x, t, y, 1.5, "first3"))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_one_key_one_result(model: FloatDiT) -> None:
 def test_stored_rows_stand_in_for_sampled_ones(model: FloatDiT) -> None:
     config = ptq.QuantConfig(**PLAIN, weight_bits=4, calib_steps=2, calib_rows=4, steps=4, sampler="ddim", step_groups=2)
     sampled = ptq.quantize(model, config, key=KEY)
-    data = ptq.sample_trajectories(model, KEY, config.walk, steps=2, rows=4, cfg_scale=config.cfg_scale)
+    data = ptq.sample_trajectories(model, KEY, config.sampling, steps=2, rows=4)
     flat = ptq.stored_rows(data.x.reshape(-1, *data.x.shape[2:]), np.repeat(data.t, 4), data.y.ravel(), model.config)
     assert same_bytes(ptq.quantize(model, config, key=jax.random.key(9), calibration=flat), sampled)
 
@@ -286,7 +286,7 @@ def digits() -> tuple[FloatDiT, FloatDiT]:
 
 def trajectories(model: FloatDiT, seed: int) -> CalibrationData:
     return ptq.sample_trajectories(
-        model, jax.random.key(seed), ptq.Sampler(name="ddpm", steps=10), steps=5, rows=20, cfg_scale=1.5
+        model, jax.random.key(seed), ptq.Sampling.of(sampler="ddpm", steps=10, cfg_scale=1.5), steps=5, rows=20
     )
 
 

@@ -13,12 +13,12 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ptq4dit_jax import chain, sharding
-from ptq4dit_jax.chain import sample_batch
-from ptq4dit_jax.diffusion import NoiseSchedule, Sampler
+from ptq4dit_jax.chain import Batch, Program, Shared, sample_batch
+from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.sampling import check_labels, run_chain, sample, sample_batches, to_uint8
-from ptq4dit_jax.schedules import FlowSchedule
+from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule
 
 STEPS = 5
 LABELS = np.array([3, 0, 9, 3, 10])
@@ -200,14 +200,13 @@ def test_which_samplers_use_the_learned_variance(toy, key, explicit):
 @pytest.mark.parametrize(("batch_size", "mesh"), [(None, False), (2, False), (None, True)])
 def test_kept_steps_are_the_networks_inputs(toy, key, explicit, request, batch_size, mesh):
     """Replayed by hand: DDPM with the posterior's variance, unguided, in NumPy."""
-    model, walk = changed(toy, learn_sigma=False), Sampler(name="ddpm", steps=STEPS)
+    model, sampling = changed(toy, learn_sigma=False), Sampling.of(sampler="ddpm", steps=STEPS, cfg_scale=1.0)
     keep, x, z = np.array([4, 0, 2]), explicit["noise"], explicit["step_noise"]
     images, kept = run_chain(
         model,
         LABELS,
         key,
-        walk,
-        cfg_scale=1.0,
+        sampling,
         noise=x,
         step_noise=z,
         batch_size=batch_size,
@@ -216,7 +215,7 @@ def test_kept_steps_are_the_networks_inputs(toy, key, explicit, request, batch_s
     )
     assert kept.shape == (3, 5, 4, 4, 4)
 
-    tables, states = walk.tables(model.schedule, dtype=np.float64), []
+    tables, states = sampling.resolve(model.schedule, model.config).tables(dtype=np.float64), []
     for i in range(STEPS):
         states.append(x)
         eps = 0.5 * x + np.asarray(toy.label_bias)[LABELS][:, None, None]
@@ -229,7 +228,7 @@ def test_kept_steps_are_the_networks_inputs(toy, key, explicit, request, batch_s
 
 def test_nothing_is_kept_unless_asked_for(toy, key, explicit):
     noise = {name: explicit[name] for name in ("noise", "step_noise")}
-    images, kept = run_chain(toy, LABELS, key, Sampler(steps=STEPS), cfg_scale=1.5, **noise)
+    images, kept = run_chain(toy, LABELS, key, Sampling.of(steps=STEPS, cfg_scale=1.5), **noise)
     assert kept.shape == (0, *images.shape)
     np.testing.assert_array_equal(images, sample(toy, LABELS, key, cfg_scale=1.5, **explicit))
 
@@ -250,11 +249,10 @@ def test_twice_gives_the_same_bytes_and_compiles_nothing(tiny_model, toy, key, o
     assert again.tobytes() == all_at_once.tobytes()
 
 
-def batch_arguments(model: Any, key: jax.Array) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    tables = Sampler(steps=STEPS).tables(NoiseSchedule())
-    arrays = (tables, key, np.arange(5, dtype=np.int32), LABELS.astype(np.int32), np.float32(1.5))
-    options = {"stochastic": True, "learned_variance": True, "guided": True, "channels": "first3", "num_kept": 0}
-    return (model, *jax.device_put(arrays), None, None, None), options
+def batch_arguments(model: Any, key: jax.Array) -> tuple[tuple[Shared, Batch], dict[str, Program]]:
+    sampling = Sampling(steps=STEPS).resolve(model.schedule, model.config)
+    shared, batch = Shared(model, sampling.tables(), key), Batch(np.arange(5, dtype=np.int32), LABELS.astype(np.int32))
+    return jax.device_put((shared, batch)), {"program": Program.of(sampling, model.config)}
 
 
 def loops(jaxpr: Any, inside: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
@@ -337,7 +335,7 @@ def test_more_than_is_useful_at_once_is_cut(toy, key, monkeypatch):
     monkeypatch.setattr(chain, "_USEFUL_ROWS", 8)
     labels, noise = np.arange(21) % 11, np.random.default_rng(0).normal(size=(21, 4, 4, 4))
     options = {"steps": 2, "sampler": "ddim", "noise": noise}
-    parts = list(sample_batches(toy, labels, key, **options))
+    parts = list(sample_batches(toy, labels, key, sampling=Sampling("ddim", 2), noise=noise))
     assert [(start, len(images)) for start, images in parts] == [(0, 8), (8, 8), (16, 5)]
     joined = np.concatenate([images for _, images in parts])
     np.testing.assert_array_equal(joined, sample(toy, labels, key, **options))

@@ -19,8 +19,8 @@ from ptq4dit_jax import checkpoints, devices, numerics
 from ptq4dit_jax.calibration import Histogram
 from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.diffusion import sample_keys, sample_noise
-from ptq4dit_jax.dit import combine_guidance
 from ptq4dit_jax.evaluation import metrics
+from ptq4dit_jax.guidance import combine_guidance
 from ptq4dit_jax.model import FloatDiT, step_group
 from ptq4dit_jax.quantizers import ActQuantizer, pack_nibbles, unpack_nibbles
 from ptq4dit_jax.ranges import activation_parameters, quantize_weight

@@ -328,7 +328,7 @@ def test_calibration_rows_without_labels(raises_sentence):
 @pytest.mark.slow
 def test_comparison_without_classes():
     model = float_model("both")
-    comparison = ptq.compare(model, {"q": quantized_model("both")}, labels=4, key=KEY, steps=2, cfg_scale=1.0)
+    comparison = ptq.compare(model, {"q": quantized_model("both")}, labels=4, key=KEY, sampling=ptq.Sampling(steps=2))
     assert comparison.images["q"].shape == (4, 6, 6, 3)
     assert all(np.isfinite(layer).all() for layer in comparison.figures["q"].layer_sqnr_db.values())
     assert comparison.figures["q"].step_sqnr_db.min() > 3

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ptq4dit_jax.diffusion import NoiseSchedule, Sampler
 from ptq4dit_jax.dit import DiTConfig, position_embedding
+from ptq4dit_jax.samplers import SAMPLERS
+from ptq4dit_jax.schedules import NoiseSchedule
 
 #: The option behind torch.compile's mode "reduce-overhead".
 GRAPHS = {"triton.cudagraphs": True}
@@ -113,7 +114,7 @@ def measure(
         for name, fact in (convert(model) if convert else {}).items():
             facts[name] = {**facts[name], **fact} if name in facts else fact
     facts["weights_bytes"] = sum(map(nbytes, itertools.chain(model.parameters(), model.buffers())))
-    tables = Sampler(steps=steps).tables(NoiseSchedule())
+    tables = SAMPLERS["ddpm"].tables(NoiseSchedule(), steps)
     rows = {name: torch.tensor(np.asarray(getattr(tables, name)), device=device) for name in tables.__dataclass_fields__}
 
     def step(x: torch.Tensor, y: torch.Tensor, row: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -56,10 +56,9 @@ def main() -> None:
         rows = ptq.sample_trajectories(
             dit,
             key,
-            first.walk,
+            first.sampling,
             steps=first.calib_steps,
             rows=first.calib_rows,
-            cfg_scale=first.cfg_scale,
             progress=lambda done, total: report("sample calibration rows", done, total),
         )
         for config in settings:
@@ -79,8 +78,7 @@ def main() -> None:
             models,
             labels=labels,
             key=jax.random.key(1),
-            steps=first.steps,
-            cfg_scale=first.cfg_scale,
+            sampling=first.sampling,
             progress=lambda done, total: report("sample and compare on the same noise", done, total),
         )
 

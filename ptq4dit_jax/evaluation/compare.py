@@ -18,12 +18,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from ptq4dit_jax.diffusion import Network, Sampler, SamplerName, resolve_guidance
-from ptq4dit_jax.dit import DiTConfig, GuidedChannels
+from ptq4dit_jax.diffusion import Sampling
+from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.evaluation.metrics import Interval
 from ptq4dit_jax.evaluation.probes import layer_sqnr_along, predicted_noise
+from ptq4dit_jax.guidance import Network
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.sampling import Progress, check_labels, run_chain
 from ptq4dit_jax.schedules import Schedule
@@ -40,23 +41,19 @@ def same_noise_images(
     models: Mapping[str, Network],
     labels: ArrayLike | None,
     key: jax.Array,
+    sampling: Sampling = Sampling(),
     *,
     progress: Progress | None = None,
     **settings: Any,
 ) -> dict[str, np.ndarray]:
-    """Images (N, H, W, C) of every model on the same noise; ``settings`` go to :func:`ptq4dit_jax.sampling.sample`.
+    """Images (N, H, W, C) of every model on the same noise; ``settings`` go to :func:`ptq4dit_jax.sampling.run_chain`.
 
     ``progress`` is called with (images done, images in all) over all models together.
     """
-    walk = Sampler(
-        name=settings.pop("sampler", Sampler.name),
-        steps=settings.pop("steps", Sampler.steps),
-        eta=settings.pop("eta", Sampler.eta),
-    )
     images = {}
     for index, (name, model) in enumerate(models.items()):
         images[name], _ = run_chain(
-            model, labels, key, walk, progress=_within(progress, index, len(models)), what=f"{name}'s image", **settings
+            model, labels, key, sampling, progress=_within(progress, index, len(models)), what=f"{name}'s image", **settings
         )
     return images
 
@@ -198,11 +195,7 @@ def compare(
     *,
     labels: ArrayLike | None,
     key: jax.Array,
-    steps: int | str | None = None,
-    sampler: SamplerName = "auto",
-    eta: float = 0.0,
-    cfg_scale: float | None = None,
-    cfg_channels: GuidedChannels = "first3",
+    sampling: Sampling = Sampling(),
     batch_size: int | None = None,
     sqnr_steps: int = 25,
     sqnr_rows: int = 64,
@@ -219,7 +212,7 @@ def compare(
       others: models by the name they get in the report.
       labels: (N,) classes to sample for the image figures; of models without classes the number N of images.
       key: of the noise, shared by all models.
-      steps, sampler, eta, cfg_scale, cfg_channels, batch_size: as for :func:`ptq4dit_jax.sampling.sample`.
+      sampling, batch_size: as for :func:`ptq4dit_jax.sampling.sample`.
       sqnr_steps: at how many evenly spaced steps of the reference's own trajectories predictions are compared.
       sqnr_rows: on how many of the labels, evenly spaced; at most ``batch_size``.
       seed: of the bootstrap.
@@ -240,10 +233,9 @@ def compare(
         raise Ptq4ditError(f"batch_size must be positive, not {batch_size}.")
     reference = reference.astype(jnp.float32)
     config, labels_N = reference.config, check_labels(labels, reference.config)
-    walk = Sampler(name=sampler, steps=steps, eta=eta).resolve(reference.schedule)
-    cfg_scale = resolve_guidance(cfg_scale, config, reference.schedule)
+    resolved = sampling.resolve(reference.schedule, config)
     report = stage or (lambda stage, done, total: None)
-    timesteps = walk.tables(reference.schedule).t
+    timesteps = resolved.tables().t
     models = {NOISE_FLOOR: reference.astype(jnp.bfloat16), **others}
 
     kept = _evenly(len(timesteps), sqnr_steps)
@@ -255,9 +247,7 @@ def compare(
         reference,
         y_B,
         key,
-        walk,
-        cfg_scale=cfg_scale,
-        cfg_channels=cfg_channels,
+        sampling,
         decoder=decoder,
         mesh=mesh,
         keep_steps=kept,
@@ -270,14 +260,10 @@ def compare(
         pending,
         labels_N,
         key,
+        sampling,
         progress=progress,
         decoder=decoder,
         mesh=mesh,
-        steps=walk.steps,
-        sampler=walk.name,
-        eta=eta,
-        cfg_scale=cfg_scale,
-        cfg_channels=cfg_channels,
         batch_size=batch_size,
     )
 
@@ -286,16 +272,16 @@ def compare(
     # Layers are compared on a few rows of a few steps: their activations are held whole.
     few = _evenly(len(kept), _LAYER_STEPS)
     layer_inputs, layer_labels = inputs[few, :_LAYER_ROWS], y_B[:_LAYER_ROWS]
-    if cfg_scale != 1.0:
+    if resolved.guidance.guided is not None:
         layer_inputs = np.concatenate([layer_inputs] * 2, axis=1)
         layer_labels = np.concatenate([layer_labels, np.full_like(layer_labels, config.null_label)])
 
-    noise = predicted_noise(reference, inputs, t_S, y_B, cfg_scale, cfg_channels)
+    noise = predicted_noise(reference, inputs, t_S, y_B, sampling.guidance)
     _check_prediction(REFERENCE, noise, t_S)
     figures: dict[str, ModelFigures] = {}
     for name, model in models.items():
         report("measure", len(figures), len(models))
-        other_noise = predicted_noise(model, inputs, t_S, y_B, cfg_scale, cfg_channels)
+        other_noise = predicted_noise(model, inputs, t_S, y_B, sampling.guidance)
         _check_prediction(name, other_noise, t_S)
         psnr = _per_image(_psnr_db, images[REFERENCE], images[name], data_range)
         ssim = _per_image(_ssim, images[REFERENCE], images[name], data_range)
@@ -321,11 +307,7 @@ def compare(
         data_range=data_range,
         settings={
             "objective": reference.schedule.objective,
-            "sampler": walk.name,
-            "steps": walk.steps,
-            "eta": eta,
-            "cfg_scale": cfg_scale,
-            "cfg_channels": cfg_channels,
+            **resolved.to_dict(),
             "images": len(labels_N),
             "sqnr_steps": len(kept),
             "sqnr_rows": len(rows),

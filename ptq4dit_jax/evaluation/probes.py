@@ -11,10 +11,9 @@ import numpy as np
 from flax import struct
 from jax.typing import ArrayLike
 
-from ptq4dit_jax.diffusion import Network, guided_apply, resolve_guidance
-from ptq4dit_jax.dit import GuidedChannels
 from ptq4dit_jax.engine import reference
 from ptq4dit_jax.evaluation import metrics
+from ptq4dit_jax.guidance import Guidance, GuidedChannels, Network, predict
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
 from ptq4dit_jax.sampling import check_labels
@@ -106,23 +105,15 @@ def _layer_decibels(batches: list[dict[str, metrics.Powers]]) -> dict[str, np.nd
     return {name: metrics.pooled_db([batch[name] for batch in batches]) for name in batches[0]}
 
 
-@partial(jax.jit, static_argnames=("guided", "channels"))
+@partial(jax.jit, static_argnames="guided")
 def _predict_steps(
-    model: Any,
-    inputs: jax.Array,
-    t_S: jax.Array,
-    y_B: jax.Array,
-    cfg_scale: jax.Array,
-    *,
-    guided: bool,
-    channels: GuidedChannels,
+    model: Any, inputs: jax.Array, t_S: jax.Array, y_B: jax.Array, scale_S: jax.Array, *, guided: GuidedChannels | None
 ) -> jax.Array:
-    def predict(row: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x, t = row
-        out = guided_apply(model, x, t[None], y_B, cfg_scale, channels) if guided else model.apply(x, t[None], y_B)
-        return out[..., : model.config.in_channels].astype(jnp.float32)
+    def step(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        x, t, scale = row
+        return predict(model, x, t[None], y_B, scale, guided)[..., : model.config.in_channels].astype(jnp.float32)
 
-    return jax.lax.map(predict, (inputs, t_S))
+    return jax.lax.map(step, (inputs, t_S, scale_S))
 
 
 def predicted_noise(
@@ -130,8 +121,7 @@ def predicted_noise(
     inputs: ArrayLike,
     t: ArrayLike,
     labels: ArrayLike,
-    cfg_scale: float | None = None,
-    cfg_channels: GuidedChannels = "first3",
+    guidance: Guidance = Guidance(),
 ) -> np.ndarray:
     """Guided noise prediction at fixed inputs, without variance channels: (S, N, H, W, C) float32.
 
@@ -140,13 +130,12 @@ def predicted_noise(
       inputs: (S, N, H, W, C) inputs of S steps.
       t: (S,) timestep of each.
       labels: (N,) class labels.
-      cfg_scale, cfg_channels: as for :func:`ptq4dit_jax.sampling.sample`.
+      guidance: what it leaves open follows the model; its interval goes by each input's own time.
     """
-    cfg_scale = resolve_guidance(cfg_scale, model.config, model.schedule)
+    resolved = guidance.resolve(model.schedule, model.config)
+    scale_S = jnp.asarray(resolved.scales(model.schedule.relative_time(np.asarray(t))), jnp.float32)
     y_B = jnp.asarray(check_labels(labels, model.config))
-    out = _predict_steps(
-        model, jnp.asarray(inputs), jnp.asarray(t), y_B, jnp.float32(cfg_scale), guided=cfg_scale != 1.0, channels=cfg_channels
-    )
+    out = _predict_steps(model, jnp.asarray(inputs), jnp.asarray(t), y_B, scale_S, guided=resolved.guided)
     return np.asarray(ready(out))
 
 
@@ -156,12 +145,11 @@ def step_sqnr(
     inputs: ArrayLike,
     t: ArrayLike,
     labels: ArrayLike,
-    cfg_scale: float | None = None,
-    cfg_channels: GuidedChannels = "first3",
+    guidance: Guidance = Guidance(),
 ) -> np.ndarray:
     """SQNR in dB of the guided noise prediction at each step, (S,); arguments as for :func:`predicted_noise`.
 
     :func:`ptq4dit_jax.evaluation.metrics.steps_sqnr` of two predictions also has the figures over all steps.
     """
-    first, second = (predicted_noise(m, inputs, t, labels, cfg_scale, cfg_channels) for m in (reference_model, other))
+    first, second = (predicted_noise(m, inputs, t, labels, guidance) for m in (reference_model, other))
     return np.asarray(metrics.steps_sqnr(first, second).step_db)

@@ -18,6 +18,7 @@ from ptq4dit_jax.evaluation.compare import NOISE_FLOOR, REFERENCE, Comparison, M
 from ptq4dit_jax.evaluation.facts import balanced_sites, learned_parts, rounded_parts
 from ptq4dit_jax.evaluation.grids import sample_grid
 from ptq4dit_jax.evaluation.metrics import SQNR_MEAN, SQNR_POOLED, Interval
+from ptq4dit_jax.guidance import ResolvedGuidance
 from ptq4dit_jax.staging import exchange, staging
 
 _DPI = 120
@@ -134,7 +135,7 @@ def _write_pictures(
 def _page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     settings = comparison.settings
     predicted = settings.get("objective", "noise")
-    guidance = "no guidance" if settings["cfg_scale"] == 1 else f"guidance {settings['cfg_scale']:g}"
+    guidance = ResolvedGuidance(settings["cfg_scale"], settings["cfg_channels"], settings["guidance_interval"])
     kind = "images" if "samples.png" in pictures else "latents"
 
     def picture(name: str) -> list[str]:

@@ -90,7 +90,7 @@ def test_quantize_reconstructs_and_clears_up(inputs, here):
 def test_quantize_from_stored_rows(w4, here):
     """The rows that the program samples itself, handed to it in a file and in another order, give the same model."""
     dit, config = ptq.load(DIGITS), ptq.QuantConfig(steps=4)
-    rows = ptq.sample_trajectories(dit, jax.random.key(0), config.walk, steps=2, rows=4, cfg_scale=config.cfg_scale)
+    rows = ptq.sample_trajectories(dit, jax.random.key(0), config.sampling, steps=2, rows=4)
     x, y, t = rows.x.reshape(8, 8, 8, 1), np.ravel(rows.y), np.repeat(rows.t, 4)
     order = [4, 0, 5, 1, 2, 6, 3, 7]
     np.savez("rows.npz", x=x[order], t=t[order], y=y[order])

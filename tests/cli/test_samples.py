@@ -48,6 +48,17 @@ def test_a_model_of_one_step_needs_no_options(models, here, capsys):
     run("sample", "q", "--out", "q.npz")
 
 
+def test_the_guidance_interval_is_used_and_told(models, here, capsys):
+    run("sample", models / "one", "--out", "a.npz", "--cfg-scale", "3", "--guidance-interval", "0,1", "--json", "a.json")
+    assert "euler, 1 step, guidance 3 from time 1 to 0" in capsys.readouterr().out
+    assert figures("a.json")["guidance_interval"] == [0, 1]
+    run("sample", models / "one", "--out", "b.npz", "--cfg-scale", "3", "--guidance-interval", "0,0.5")
+    run("sample", models / "one", "--out", "c.npz", "--cfg-scale", "1")
+    guided, outside, alone = (np.load(name)["arr_0"].astype(int) for name in ("a.npz", "b.npz", "c.npz"))
+    assert np.abs(outside - alone).max() <= 1
+    assert np.abs(guided - alone).max() > 5
+
+
 @pytest.mark.makes_nan
 def test_float16_is_computed_in_float32_unless_asked_for(models, here, capsys):
     arguments = ["sample", models / "half", "--labels", "0-1", "--steps", "2"]

@@ -48,8 +48,7 @@ def digits() -> FloatDiT:
 @pytest.fixture(scope="module")
 def rows(digits: FloatDiT) -> CalibrationData:
     """Inputs of the network as sampling meets them: 5 steps of 16 rows, half of them null twins."""
-    walk = ptq.Sampler(name="ddpm", steps=STEPS)
-    return ptq.sample_trajectories(digits, jax.random.key(5), walk, steps=5, rows=16, cfg_scale=1.5)
+    return ptq.sample_trajectories(digits, jax.random.key(5), ptq.Sampling("ddpm", STEPS), steps=5, rows=16)
 
 
 @pytest.fixture(scope="module")

@@ -46,5 +46,14 @@ def comparison() -> Comparison:
         labels=np.array([0, 1, 2, 3]),
         images={name: reference + 0.01 * i for i, name in enumerate(("float32", *names))},
         data_range=2.0,
-        settings={"images": 4, "steps": 5, "sampler": "ddpm", "cfg_scale": 1.5, "sqnr_steps": 5, "sqnr_rows": 4},
+        settings={
+            "images": 4,
+            "steps": 5,
+            "sampler": "ddpm",
+            "cfg_scale": 1.5,
+            "cfg_channels": "first3",
+            "guidance_interval": None,
+            "sqnr_steps": 5,
+            "sqnr_rows": 4,
+        },
     )

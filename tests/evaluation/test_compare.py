@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from ptq4dit_jax import sampling
-from ptq4dit_jax.diffusion import NoiseSchedule
+from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import compare, metrics, num_bytes, same_noise_images
 from ptq4dit_jax.evaluation.compare import _full_scale, plain
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.schedules import NoiseSchedule
 
-LABELS, SETTINGS = np.array([0, 1, 2, 0, 1, 2]), {"steps": 4, "cfg_scale": 1.5}
+LABELS, SETTINGS = np.array([0, 1, 2, 0, 1, 2]), {"sampling": Sampling.of(steps=4, cfg_scale=1.5)}
 
 
 pytestmark = pytest.mark.slow  # a comparison compiles a dozen programs
@@ -140,7 +141,7 @@ def test_plain_values():
 
 
 def test_errors(model):
-    run = {"labels": [0], "key": jax.random.key(0), "steps": 2}
+    run = {"labels": [0], "key": jax.random.key(0), "sampling": Sampling(steps=2)}
     with pytest.raises(Ptq4ditError, match="cannot be named 'bfloat16'"):
         compare(model, {"bfloat16": model}, **run)
     shallow = model.replace(config=dataclasses.replace(model.config, depth=1))

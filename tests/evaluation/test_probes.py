@@ -8,6 +8,7 @@ from flax import struct
 
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import probes
+from ptq4dit_jax.guidance import Guidance
 from ptq4dit_jax.model import FloatDiT
 
 
@@ -104,7 +105,7 @@ def test_layers_along_a_trajectory_sum_powers_over_steps(model, chain):
 @pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
 def test_predicted_noise_is_guidance_of_separate_calls(model, chain, cfg_scale):
     inputs, t, labels = chain
-    got = probes.predicted_noise(model, inputs, t, labels, cfg_scale)
+    got = probes.predicted_noise(model, inputs, t, labels, Guidance(cfg_scale))
     apply = model.jitted()
     for step in range(3):
         rows = np.full(4, t[step])
@@ -115,7 +116,7 @@ def test_predicted_noise_is_guidance_of_separate_calls(model, chain, cfg_scale):
 
 def test_step_sqnr_of_an_output_one_percent_too_large_is_40_db(model, chain):
     inputs, t, labels = chain
-    got = probes.step_sqnr(model, _scaled(model, "final", 1.01), inputs, t, labels, 1.5)
+    got = probes.step_sqnr(model, _scaled(model, "final", 1.01), inputs, t, labels, Guidance(1.5))
     np.testing.assert_allclose(got, np.full(3, 40.0), atol=1e-2)
 
 
@@ -123,10 +124,10 @@ def test_step_sqnr_leaves_the_variance_channels_out(model, chain):
     inputs, t, labels = chain
     variance_columns = np.arange(2 * 2 * 2) % 2 == 1  # out channels run fastest: noise, variance
     other = _scaled(model, "final", np.where(variance_columns, 5.0, 1.0).astype(np.float32))
-    assert np.isposinf(probes.step_sqnr(model, other, inputs, t, labels, 1.5)).all()
+    assert np.isposinf(probes.step_sqnr(model, other, inputs, t, labels, Guidance(1.5))).all()
 
 
 def test_labels_are_checked(model, chain):
     inputs, t, _ = chain
     with pytest.raises(Ptq4ditError, match="Label 7 is out of range"):
-        probes.predicted_noise(model, inputs, t, [0, 1, 2, 7], 1.5)
+        probes.predicted_noise(model, inputs, t, [0, 1, 2, 7])
