@@ -62,7 +62,7 @@ POLICIES: dict[str, Callable[[NetworkSpec, Linear], LayerRule | None]] = {
 
 def attention_of(spec: NetworkSpec) -> str:
     """What a policy calls attention's two products, which have no weights: ``blocks.attention``."""
-    return f"{spec.stacks[0].name}.attention"
+    return f"{spec.attending[0].name}.attention"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
                 "integer": layer.integer,
             }
         )
-    for stack, (left, right) in itertools.product(spec.stacks, (("q", "k"), ("probs", "v"))):
+    for stack, (left, right) in itertools.product(spec.attending, (("q", "k"), ("probs", "v"))):
         a, b = (model.sites.get(str(Place(side, stack))) if on_codes else None for side in (left, right))
         heads = spec.sites[str(Place("q", stack))].features[0]
         rows.append(
@@ -83,7 +83,7 @@ def _what_runs(model: QuantizedDiT) -> tuple[dict[str, _Runs], _Runs, bool]:
         before = index + 1
     attention = next((call for call in ran if call.kind is Kind.ATTENTION), None)
     if attention is None:  # a float model's, which is no operation of a backend
-        _, width = model.config.spec.sites[str(Place("q", model.config.spec.stacks[0]))].features
+        _, width = model.config.spec.sites[str(Place("q", model.config.spec.attending[0]))].features
         fused = can_fuse_attention(model.dtype, width)
         return by_layer, _Runs("cudnn" if fused else xla.BACKEND.name, ""), False
     return by_layer, _Runs(attention.runs_on, attention.why), attention.backend.attends_on_codes

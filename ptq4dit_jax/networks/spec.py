@@ -207,6 +207,11 @@ class NetworkSpec:
         return tuple(name for name, site in self.sites.items() if site.feeds is None)
 
     @property
+    def attending(self) -> tuple[Stack, ...]:
+        """The stacks whose blocks hold attention."""
+        return tuple(kind.stack for kind in self.kinds if kind.stack and any(site.feeds is None for site in kind.sites))
+
+    @property
     def num_parameters(self) -> int:
         """Weights and biases of the linear layers, and the tables."""
         layers = ((linear.K + 1) * linear.N * math.prod(linear.place.lead) for linear in self.linears.values())

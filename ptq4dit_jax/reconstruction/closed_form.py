@@ -66,7 +66,7 @@ def rounding_bytes(walk: Walk) -> int:
     """What :func:`round_part` needs of a device: sums and products of the widest layer's moments, the factor of their matrix,
     and a block's activations."""
     config = walk.config
-    K, D = config.mlp_size, config.hidden_size
+    K, D = max(linear.K for linear in config.spec.linears.values()), config.hidden_size
     here = walk.parts // sharding.data_size(walk.mesh)
     sums, solved = (4 * here + 4) * 4 * K * K, 8 * (6 * K * K + 8 * K * D)
     rows = walk.batch_size // walk.parts
