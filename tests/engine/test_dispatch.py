@@ -12,6 +12,7 @@ from helpers import HOPPER, PLAIN, XLA, random_inputs, tiny_model
 from jax.typing import DTypeLike
 
 import ptq4dit_jax as ptq
+from ptq4dit_jax import terminal
 from ptq4dit_jax.devices import DeviceKind
 from ptq4dit_jax.engine import choice, hopper, xla
 from ptq4dit_jax.engine.backends import Backend, JaxVersions, NotCovered, require
@@ -110,16 +111,16 @@ def test_layers_are_cut_out_for_whoever_does_not_read_stacks() -> None:
     class Looks(Backend[Any]):
         name = "looks"
 
-        def __init__(self, reads: bool) -> None:
-            self.reads_stacks = reads  # type: ignore[misc]
-
         def linear(self, x: Encoded, weight: QTensor, bias: Any, dtype: DTypeLike) -> jax.Array:
             seen.extend(type(leaf) for leaf in (x.scale, weight.values, bias))
             raise NotCovered("it only looks")
 
+    class Reads(Looks):
+        reads_stacks = True
+
     scale, in_stack, offset = stacked
-    for reads in (True, False):
-        dispatch = Dispatch((Looks(reads), xla.BACKEND))
+    for looks in (Reads(), Looks()):
+        dispatch = Dispatch((looks, xla.BACKEND))
         got = dispatch.linear(x._replace(scale=scale), in_stack, offset, jnp.float32)
         np.testing.assert_array_equal(got, XLA.linear(x, weight, bias, jnp.float32))
     assert seen[:3] == [OfLayer] * 3
@@ -181,8 +182,10 @@ def test_an_unknown_name_is_refused_at_once(quantized: ptq.QuantizedDiT, raises_
             asked()
 
 
-def test_the_former_name_of_hopper_is_still_taken(quantized: ptq.QuantizedDiT) -> None:
+def test_the_former_name_of_hopper_is_still_taken(quantized: ptq.QuantizedDiT, monkeypatch: pytest.MonkeyPatch) -> None:
     assert quantized.replace(backend="mosaic_gpu").backend == "hopper"  # type: ignore[attr-defined]
+    monkeypatch.setattr(terminal, "default_device", lambda: DeviceKind("gpu", (9, 0)))
+    assert terminal.to_run(quantized, "auto", "mosaic_gpu").backend == "hopper"
     assert choice.named("mosaic_gpu") is hopper.BACKEND
     assert "mosaic_gpu" not in choice.names()
 
