@@ -1,7 +1,7 @@
 """A network that the package has not heard of goes through the whole pipeline: its tables are all that is known of it.
 
-It has two stacks of blocks with other layers than a DiT's: the first is attention alone, the second an MLP behind a norm that is
-scaled and not shifted. Only its settings are those of a DiT.
+It has two stacks of blocks with other layers than a DiT's: the first is attention alone, the second an MLP behind a norm that
+is scaled and not shifted. Only its settings are those of a DiT.
 """
 
 import dataclasses
