@@ -24,7 +24,7 @@ import numpy as np
 import ptq4dit_jax as ptq
 from benchmarks import common
 from benchmarks.sampling import load
-from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.networks.dit import DiTConfig
 
 PAGE = common.ROOT / "docs" / "kernels.md"
 RESULTS = common.RESULTS / "breakdown.json"

@@ -20,7 +20,7 @@ import jax
 import ptq4dit_jax as ptq
 from benchmarks import common
 from ptq4dit_jax.checkpoints.foreign import export_meta, open_tensors
-from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.networks.dit import DiTConfig
 
 RESULTS = common.RESULTS / "convert.json"
 

@@ -28,7 +28,7 @@ import ptq4dit_jax as ptq
 from benchmarks import common
 from ptq4dit_jax import sharding
 from ptq4dit_jax.config import Reconstruction
-from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.networks.dit import DiTConfig
 
 ITERATIONS = 40
 

@@ -23,7 +23,7 @@ import jax
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.config import Reconstruction
-from ptq4dit_jax.dit import PRESETS, DiTConfig
+from ptq4dit_jax.networks.dit import PRESETS, DiTConfig
 
 
 def now() -> tuple[float, float]:

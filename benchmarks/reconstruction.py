@@ -21,7 +21,7 @@ import ptq4dit_jax as ptq
 from benchmarks import common
 from ptq4dit_jax.calibration import CalibrationData, channel_extremes
 from ptq4dit_jax.config import Reconstruction
-from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.ptq import apply_balancing, balance
 from ptq4dit_jax.reconstruction import MemoryPlan, optimize, reconstruct
 from ptq4dit_jax.reconstruction.learning import LearningWalk

@@ -41,7 +41,7 @@ import numpy as np
 import ptq4dit_jax as ptq
 from benchmarks import common, sampling_tables
 from benchmarks.sampling_tables import ENGINES
-from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.networks.dit import DiTConfig
 
 
 def load(engine: str, config: DiTConfig) -> tuple[Any, dict[str, Any]]:

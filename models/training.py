@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import optax
 
 from ptq4dit_jax.checkpoints import store
-from ptq4dit_jax.dit import DiTConfig, init_params
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiTConfig, init_params
 from ptq4dit_jax.samplers import SAMPLERS, StepTables
 from ptq4dit_jax.schedules import NoiseSchedule
 

@@ -13,12 +13,12 @@ from ptq4dit_jax.checkpoints import load, save
 from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, load_vae
 from ptq4dit_jax.config import QuantConfig, Reconstruction
 from ptq4dit_jax.diffusion import Sampling
-from ptq4dit_jax.dit import PRESETS, DiTConfig
 from ptq4dit_jax.engine import QuantizedDiT, describe, reference
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import compare, write_report
 from ptq4dit_jax.guidance import Guidance, predict
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import PRESETS, DiTConfig
 from ptq4dit_jax.ptq import quantize
 from ptq4dit_jax.sampling import sample, to_uint8
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule

@@ -23,9 +23,9 @@ from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration_rows import ImageLayout, flat_rows, order_by_steps, whole_numbers
 from ptq4dit_jax.config import calibration_steps
 from ptq4dit_jax.diffusion import Sampling
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
 from ptq4dit_jax.numerics import at_least_float32
 from ptq4dit_jax.sampling import Progress, check_labels, kept_inputs

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 from jax.typing import ArrayLike
 
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.networks.dit import DiTConfig
 
 ImageLayout = Literal["auto", "NHWC", "NCHW"]
 #: Rows that share no timestep are put into at most so many steps; rows of more timesteps need so many of each to stay apart.

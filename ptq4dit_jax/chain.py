@@ -15,9 +15,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ptq4dit_jax import memory, sharding
 from ptq4dit_jax.diffusion import ResolvedSampling, denoise, sample_keys, sample_noise
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.guidance import GuidedChannels, predict
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.samplers import StepTables
 from ptq4dit_jax.vae import VAEDecoder
 from ptq4dit_jax.waiting import ready

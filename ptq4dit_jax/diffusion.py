@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.guidance import Guidance, GuidedChannels, ResolvedGuidance, as_number
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.samplers import AUTO, Sampler, StepTables, check_name, sampler_for
 from ptq4dit_jax.schedules import Schedule
 

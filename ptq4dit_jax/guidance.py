@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.numerics import at_least_float32
 from ptq4dit_jax.schedules import Schedule
 

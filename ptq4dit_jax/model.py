@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import ArrayLike, DTypeLike
 
-from ptq4dit_jax.dit import DiTConfig, init_params
+from ptq4dit_jax.networks.dit import DiTConfig, init_params
 from ptq4dit_jax.networks.float_network import FloatNetwork
 from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
 from ptq4dit_jax.numerics import EXACT, asked_dtype, compute_dtype
@@ -21,7 +21,7 @@ from ptq4dit_jax.waiting import ready
 class FloatDiT:
     """A float model; a pytree whose leaves are the parameters.
 
-    ``params`` is the tree of :func:`ptq4dit_jax.dit.init_params`; block parameters carry a leading depth axis. ``quantizers``
+    ``params`` is the tree of :func:`ptq4dit_jax.networks.dit.init_params`; block parameters carry a leading depth axis. ``quantizers``
     (see :mod:`ptq4dit_jax.networks.float_network`) is empty for a plain model; where they hold tables over groups of
     steps, ``group_edges`` (G - 1,) are the noise levels (timesteps, int32, of a noise schedule; float32 of a flow) that part
     the groups. The model computes in the type of its kernels, or in float32 if that is float16, unless ``compute`` names

@@ -15,9 +15,9 @@ from ptq4dit_jax import sharding
 from ptq4dit_jax.chain import Progress as Progress
 from ptq4dit_jax.chain import Request
 from ptq4dit_jax.diffusion import ResolvedSampling, Sampling
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.guidance import GuidedChannels, Network
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.numerics import threefry
 from ptq4dit_jax.vae import VAEDecoder
 

@@ -33,11 +33,11 @@ from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
 from ptq4dit_jax.devices import default_device, in_use
-from ptq4dit_jax.dit import LARGEST, DiTConfig
 from ptq4dit_jax.edges import edge, quoted, shown, whole_number
 from ptq4dit_jax.engine import QuantizedDiT, choice
 from ptq4dit_jax.errors import Ptq4ditError, printable
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
+from ptq4dit_jax.networks.dit import LARGEST, DiTConfig
 from ptq4dit_jax.npz_file import read_npz
 from ptq4dit_jax.ptq import StageProgress
 from ptq4dit_jax.staging import claim, place, publish, staging

@@ -23,9 +23,9 @@ import pytest
 from jax.sharding import Mesh
 
 from ptq4dit_jax import sharding
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiTConfig
 
 #: The files that take a minute or more, the longest first. One that came last would leave the other worker without work.
 LONG_FILES = (

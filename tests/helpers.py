@@ -12,9 +12,9 @@ from jax.typing import ArrayLike
 
 from ptq4dit_jax.chain import Batch, Program, Shared, sample_batch
 from ptq4dit_jax.diffusion import Sampling
-from ptq4dit_jax.dit import DiTConfig, init_params
 from ptq4dit_jax.engine import QLinear, QuantizedDiT, choice
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiTConfig, init_params
 
 #: The integer operations by the reference, and by the kernels for Hopper with the reference behind them.
 XLA = choice.resolve("xla", "bfloat16").dispatch

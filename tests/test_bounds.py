@@ -7,8 +7,8 @@ import pytest
 import ptq4dit_jax as ptq
 from ptq4dit_jax import chain, cli, memory, sampling
 from ptq4dit_jax.config import MAX_ITERATIONS, MAX_ROWS, Reconstruction
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.guidance import MAX_GUIDANCE
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.samplers import SAMPLERS
 from ptq4dit_jax.sampling import MAX_SAMPLES
 from ptq4dit_jax.schedules import MAX_TIMESTEPS, respace

@@ -11,8 +11,8 @@ import pytest
 
 from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.diffusion import Sampling
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.guidance import Guidance
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.policy import POLICIES, LayerRule, Policy, Rules
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule
 

@@ -12,11 +12,10 @@ import pytest
 from flax import struct
 from flax.traverse_util import unflatten_dict
 
-from ptq4dit_jax import dit
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.guidance import combine_guidance, predict
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
-from ptq4dit_jax.networks import parts
+from ptq4dit_jax.networks import dit, parts
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "dit.npz"))

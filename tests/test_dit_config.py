@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ptq4dit_jax import dit
 from ptq4dit_jax.checkpoints.float_dit import expected_arrays
-from ptq4dit_jax.dit import LARGEST, MAX_POSITION_VALUES, MAX_TOKENS, PRESETS, DiTConfig
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks import dit
+from ptq4dit_jax.networks.dit import LARGEST, MAX_POSITION_VALUES, MAX_TOKENS, PRESETS, DiTConfig
 
 # Presets and custom shapes ---------------------------------------------------------------------------
 

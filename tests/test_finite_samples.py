@@ -16,7 +16,7 @@ from helpers import PLAIN
 import ptq4dit_jax as ptq
 from ptq4dit_jax import calibration, sampling
 from ptq4dit_jax.diffusion import Sampling
-from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
 from ptq4dit_jax.vae import VAEConfig, VAEDecoder
 

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 import ptq4dit_jax as ptq
 from ptq4dit_jax.calibration import CalibrationData, ChannelExtremes, channel_extremes
 from ptq4dit_jax.checkpoints.float_dit import source_hash
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.ptq import apply_balancing, balance
 
 DIGITS = Path(__file__).parents[1] / "models" / "digits"

@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ptq4dit_jax import chain, sharding
 from ptq4dit_jax.chain import Batch, Program, Shared, sample_batch
 from ptq4dit_jax.diffusion import Sampling
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.sampling import check_labels, run_chain, sample, sample_batches, to_uint8
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule
 

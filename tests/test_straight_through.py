@@ -14,7 +14,7 @@ from helpers import HOPPER, PLAIN, XLA, random_inputs, relative_error, tiny_mode
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import quantizers
-from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.ops import Norm
 from ptq4dit_jax.quantizers import ActQuantizer
 from ptq4dit_jax.straight_through import StraightThrough

@@ -14,8 +14,8 @@ from helpers import random_inputs, relative_error, same_bytes
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.calibration import CalibrationData
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.networks import registry
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.ops import Activation, Norm, NormKind
 from ptq4dit_jax.networks.spec import Columns, Linear, Modulation, NetworkSpec, Place, Residual, Role, Site, Stack, UnitKind
 

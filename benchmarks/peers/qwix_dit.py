@@ -15,8 +15,8 @@ import qwix
 from flax import struct
 from jax.typing import ArrayLike
 
-from ptq4dit_jax.dit import DiT, DiTConfig
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiT, DiTConfig
 from ptq4dit_jax.networks.float_network import Block
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 

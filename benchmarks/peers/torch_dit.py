@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ptq4dit_jax.dit import DiTConfig, position_embedding
+from ptq4dit_jax.networks.dit import DiTConfig, position_embedding
 from ptq4dit_jax.samplers import SAMPLERS
 from ptq4dit_jax.schedules import NoiseSchedule
 

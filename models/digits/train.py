@@ -28,9 +28,9 @@ if not __package__:  # run as a script: the repository's root is not on the path
 from models import training
 from models.digits.classifier import MAX_LEVEL, load_images, recognition_rate, to_levels, train_classifier
 from ptq4dit_jax import checkpoints
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.sampling import sample
 
 CONFIG = DiTConfig(

@@ -29,10 +29,10 @@ from models import training
 from models.photos import data as photos
 from models.photos.classifier import recognition_rate, train_classifier
 from ptq4dit_jax import checkpoints
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import image_grid
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.sampling import sample
 
 CONFIG = DiTConfig(

@@ -15,10 +15,10 @@ import numpy as np
 from flax import traverse_util
 
 from ptq4dit_jax.checkpoints import store
-from ptq4dit_jax.dit import DiTConfig, init_params
 from ptq4dit_jax.edges import quoted, shown
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiTConfig, init_params
 from ptq4dit_jax.networks.registry import NETWORKS, name_of
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from ptq4dit_jax.checkpoints import store
 from ptq4dit_jax.checkpoints.float_dit import FLOATS, check_arrays, model_meta, read_model_meta
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.edges import edge, quoted, shown
 from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.quantizers import ActQuantizer, QTensor, check_bits, pack_nibbles
 from ptq4dit_jax.schedules import Schedule
 

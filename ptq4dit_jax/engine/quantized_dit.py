@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import ArrayLike, DTypeLike
 
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import choice
 from ptq4dit_jax.engine.layers import QLinear
 from ptq4dit_jax.engine.ops import IntegerOps
 from ptq4dit_jax.model import FloatDiT, step_group
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.spec import nest_sites
 from ptq4dit_jax.quantizers import ActQuantizer
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule

@@ -19,13 +19,13 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from ptq4dit_jax.diffusion import Sampling
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.evaluation.metrics import Interval
 from ptq4dit_jax.evaluation.probes import layer_sqnr_along, predicted_noise
 from ptq4dit_jax.guidance import Network
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.sampling import Progress, check_labels, run_chain
 from ptq4dit_jax.schedules import Schedule
 from ptq4dit_jax.vae import VAEDecoder

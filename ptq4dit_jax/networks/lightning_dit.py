@@ -10,8 +10,8 @@ import dataclasses
 
 import jax
 
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.ops import Activation, Norm, NormKind, Ops, Rotary
 from ptq4dit_jax.networks.parts import unpatchify
 from ptq4dit_jax.networks.spec import Columns, Home, Stack

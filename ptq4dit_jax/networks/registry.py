@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.lightning_dit import LightningDiTConfig
 from ptq4dit_jax.networks.ops import Network
 from ptq4dit_jax.networks.spec import NetworkSpec

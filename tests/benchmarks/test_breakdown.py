@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import breakdown
 from benchmarks.breakdown import Ceilings
-from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.networks.dit import DiTConfig
 
 XL = DiTConfig.preset("DiT-XL/2", input_size=32)
 

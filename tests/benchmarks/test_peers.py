@@ -11,8 +11,8 @@ import pytest
 from helpers import relative_error
 
 import ptq4dit_jax as ptq
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiTConfig
 
 
 @pytest.mark.slow

@@ -18,11 +18,11 @@ from hopper_helpers import IS_HOPPER, STATIC, operands
 import ptq4dit_jax as ptq
 from ptq4dit_jax import terminal
 from ptq4dit_jax.devices import DeviceKind
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import choice, hopper, xla
 from ptq4dit_jax.engine.dispatch import Kind, Ran, Refusal, watched
 from ptq4dit_jax.engine.hopper import gemm, tiles
 from ptq4dit_jax.engine.hopper.plan import GatedResidual, GeluRequantize, Tiles
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.quantizers import Encoded, QTensor
 
 

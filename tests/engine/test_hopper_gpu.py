@@ -14,10 +14,10 @@ from helpers import HOPPER, PLAIN, XLA
 from hopper_helpers import STATIC, on_hopper, operands
 
 import ptq4dit_jax as ptq
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine.hopper import gemm, nibbles, tiles
 from ptq4dit_jax.engine.hopper.plan import Tiles
 from ptq4dit_jax.engine.stacks import OfLayer
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.ops import Norm
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, pack_nibbles
 

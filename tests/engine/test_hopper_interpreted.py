@@ -18,12 +18,12 @@ from helpers import HOPPER, PLAIN, XLA
 from hopper_helpers import HAS_INTERPRETER, interpreter
 
 import ptq4dit_jax as ptq
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.engine import hopper
 from ptq4dit_jax.engine.dispatch import watched
 from ptq4dit_jax.engine.hopper import gemm, nibbles, rows, tiles
 from ptq4dit_jax.engine.hopper.plan import GatedResidual, GeluRequantize, Tiles
 from ptq4dit_jax.engine.stacks import OfLayer, of_layer, taken
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, pack_nibbles
 
 #: Memory that nothing was written to holds NaN in the interpreter.

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.evaluation import Comparison, Interval, ModelFigures
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiTConfig
 
 
 @pytest.fixture(scope="session")

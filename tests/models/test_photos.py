@@ -22,7 +22,7 @@ from models import training
 from models.photos import classifier, data, train
 from models.photos.data import NAMES, PHOTOGRAPHS, CropBank, PhotoData
 from ptq4dit_jax.checkpoints import store
-from ptq4dit_jax.dit import init_params
+from ptq4dit_jax.networks.dit import init_params
 
 ROOT = Path(__file__).parents[2]
 TINY = dataclasses.replace(train.CONFIG, hidden_size=16, depth=1, num_heads=2, frequency_size=16)

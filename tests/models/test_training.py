@@ -17,7 +17,7 @@ from scipy import stats
 
 from models import training
 from models.training import Recipe, cooldown_window, losses, progress_printer, train, variational_bound
-from ptq4dit_jax.dit import DiTConfig, init_params
+from ptq4dit_jax.networks.dit import DiTConfig, init_params
 
 CONFIG = DiTConfig(
     input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=2, frequency_size=16

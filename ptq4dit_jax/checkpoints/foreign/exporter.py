@@ -15,10 +15,10 @@ from ptq4dit_jax.checkpoints.float_dit import check_arrays, expected_arrays, fla
 from ptq4dit_jax.checkpoints.foreign.layouts import META, Entry
 from ptq4dit_jax.checkpoints.foreign.objectives import add_variance, drop_variance
 from ptq4dit_jax.checkpoints.foreign.safetensors_file import write_safetensors
-from ptq4dit_jax.dit import DiTConfig, position_embedding
 from ptq4dit_jax.engine import QuantizedDiT, reference
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiTConfig, position_embedding
 from ptq4dit_jax.networks.spec import flatten_sites
 from ptq4dit_jax.quantizers import ActQuantizer, Balance
 from ptq4dit_jax.schedules import FlowSchedule

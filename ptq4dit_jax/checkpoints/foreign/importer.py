@@ -23,10 +23,10 @@ from ptq4dit_jax.checkpoints.foreign.objectives import GivenSchedule, drop_varia
 from ptq4dit_jax.checkpoints.foreign.parameter_sets import ParameterSet, find_parameters, listed
 from ptq4dit_jax.checkpoints.foreign.shapes import Given, by_number, names_of, our_shapes, read_config
 from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile, open_tensors
-from ptq4dit_jax.dit import DiTConfig, position_embedding
 from ptq4dit_jax.edges import edge
 from ptq4dit_jax.errors import Ptq4ditError, printable
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.networks.dit import DiTConfig, position_embedding
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
 
 

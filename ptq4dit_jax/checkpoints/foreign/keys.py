@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ptq4dit_jax.dit import PRESETS
+from ptq4dit_jax.networks.dit import PRESETS
 
 
 class Unfit(Exception):

@@ -13,8 +13,8 @@ import numpy as np
 from ptq4dit_jax.checkpoints.foreign.evidence import Evidence, Said
 from ptq4dit_jax.checkpoints.foreign.layouts import Layout, View
 from ptq4dit_jax.checkpoints.foreign.lazy import TensorFile
-from ptq4dit_jax.dit import DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.parts import timestep_frequencies
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
 

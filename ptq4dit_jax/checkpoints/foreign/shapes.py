@@ -17,8 +17,8 @@ from ptq4dit_jax.checkpoints.foreign.lazy import Tensor, TensorFile
 from ptq4dit_jax.checkpoints.foreign.objectives import said_objective
 from ptq4dit_jax.checkpoints.foreign.parameter_sets import listed
 from ptq4dit_jax.checkpoints.foreign.strangers import form_of, parts_of_another
-from ptq4dit_jax.dit import PRESETS, DiTConfig
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.networks.dit import PRESETS, DiTConfig
 
 _MAX_BLOCKS = 1000
 

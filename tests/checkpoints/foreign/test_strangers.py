@@ -9,8 +9,8 @@ from foreign_files import META, OUTPUTS, save_safetensors, write_pickle
 from ptq4dit_jax import checkpoints
 from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, open_tensors
 from ptq4dit_jax.checkpoints.foreign.importer import is_rounded
-from ptq4dit_jax.dit import position_embedding
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.networks.dit import position_embedding
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import numpy as np
 
 from ptq4dit_jax.checkpoints.foreign.layouts.table import PATCH_OIHW, Entry, Layout, View, torch_linear
-from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.schedules import FlowSchedule, Schedule
 
 _LABELS = "y_embedder.embedding_table.weight"

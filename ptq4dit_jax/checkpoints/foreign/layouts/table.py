@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from ptq4dit_jax.checkpoints.foreign.lazy import Tensor
-from ptq4dit_jax.dit import DiTConfig
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 
 View: TypeAlias = Mapping[str, Tensor]
