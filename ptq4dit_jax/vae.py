@@ -1,8 +1,8 @@
 """The decoder of Stable Diffusion's VAE (Rombach et al., 2022; diffusers' ``AutoencoderKL``) in Flax: latents to RGB pictures.
 
-Letters as in :mod:`ptq4dit_jax.networks.dit`, T being the positions of the latent here. The parameters have the names and layouts of
-diffusers' former Flax tree, ``decoder/up_blocks_0/resnets_1/conv1/kernel``: (H, W, in, out) for convolutions, (in, out) for
-linear layers.
+Letters as in :mod:`ptq4dit_jax.networks.parts`, T being the positions of the latent here. The parameters have the names and
+layouts of diffusers' former Flax tree, ``decoder/up_blocks_0/resnets_1/conv1/kernel``: (H, W, in, out) for convolutions,
+(in, out) for linear layers.
 """
 
 from __future__ import annotations

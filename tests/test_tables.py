@@ -14,10 +14,11 @@ from golden import reference_dit
 from helpers import PLAIN, as_float64, random_inputs, relative_error, tiny_config, tiny_model
 
 import ptq4dit_jax as ptq
-from ptq4dit_jax import checkpoints, dit
+from ptq4dit_jax import checkpoints
 from ptq4dit_jax.calibration import stored_rows
 from ptq4dit_jax.checkpoints.foreign import export_meta, open_tensors
 from ptq4dit_jax.config import Reconstruction
+from ptq4dit_jax.networks.dit import init_params
 from ptq4dit_jax.ptq import apply_balancing
 from ptq4dit_jax.sampling import check_labels
 
@@ -110,7 +111,7 @@ def test_a_network_with_classes_needs_labels(make, raises_sentence):
 @each_kind
 def test_parameters(kind):
     config = tiny_config(**KINDS[kind])
-    params = checkpoints.float_dit.flatten(jax.eval_shape(lambda: dit.init_params(config, KEY)))
+    params = checkpoints.float_dit.flatten(jax.eval_shape(lambda: init_params(config, KEY)))
     assert ("position_embed/embedding" in params) == config.position_table
     assert ("label_embed/embedding" in params) == (config.num_labels > 0)
     if config.position_table:
