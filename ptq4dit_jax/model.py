@@ -22,10 +22,10 @@ class FloatDiT:
     """A float model; a pytree whose leaves are the parameters.
 
     ``params`` is the tree of :func:`ptq4dit_jax.networks.dit.init_params`; block parameters carry a leading depth axis.
-    ``quantizers`` (see :mod:`ptq4dit_jax.networks.float_network`) is empty for a plain model; where they hold tables over groups of
-    steps, ``group_edges`` (G - 1,) are the noise levels (timesteps, int32, of a noise schedule; float32 of a flow) that part
-    the groups. The model computes in the type of its kernels, or in float32 if that is float16, unless ``compute`` names
-    another type (:meth:`astype` sets it). ``precision`` is that of float32 products.
+    ``quantizers`` (see :mod:`ptq4dit_jax.networks.float_network`) is empty for a plain model; where they hold tables over
+    groups of steps, ``group_edges`` (G - 1,) are the noise levels (timesteps, int32, of a noise schedule; float32 of a flow)
+    that part the groups. The model computes in the type of its kernels, or in float32 if that is float16, unless ``compute``
+    names another type (:meth:`astype` sets it). ``precision`` is that of float32 products.
     """
 
     params: Any

@@ -12,10 +12,10 @@ from store_helpers import seal
 
 from ptq4dit_jax import checkpoints
 from ptq4dit_jax.checkpoints import float_dit, store
-from ptq4dit_jax.diffusion import NoiseSchedule
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig, init_params
+from ptq4dit_jax.schedules import NoiseSchedule
 
 CONFIG = DiTConfig(
     input_size=4,

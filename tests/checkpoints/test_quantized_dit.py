@@ -13,10 +13,10 @@ from store_helpers import seal
 
 from ptq4dit_jax import chain, checkpoints, sampling
 from ptq4dit_jax.checkpoints import quantized_dit, store
-from ptq4dit_jax.diffusion import NoiseSchedule
 from ptq4dit_jax.engine import Provenance, QLinear, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.quantizers import ActQuantizer, QTensor
+from ptq4dit_jax.schedules import NoiseSchedule
 
 FACTS = {"source_sha256": "ab" * 32, "settings": {"weight_bits": 4, "dynamic_sites": ["blocks.qkv_in"]}}
 VARIANTS = {

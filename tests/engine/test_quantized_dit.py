@@ -25,9 +25,10 @@ from jax.sharding import Mesh
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.calibration import CalibrationData
-from ptq4dit_jax.engine import QLinear, quantized_dit
+from ptq4dit_jax.engine import QLinear
+from ptq4dit_jax.engine.ops import IntegerOps, Layers
 from ptq4dit_jax.model import FloatDiT, step_group
-from ptq4dit_jax.networks.spec import flatten_sites
+from ptq4dit_jax.networks.spec import Stack, flatten_sites
 
 DIGITS = Path(__file__).parents[2] / "models" / "digits"
 STEPS = 10
@@ -143,14 +144,15 @@ def test_float32_each_block_fed_the_same_hidden_state(quantized: Quantized, rows
     layers = at(model.linears.items()), at(model.sites.items())
 
     @jax.jit
-    def run(layer: tuple[dict[str, QLinear], Any], x: jax.Array, c: jax.Array) -> jax.Array:
-        one = jax.tree.map(lambda a: a[None], layer[0]["adaLN"])
-        modulation = [part[0] for part in one.product_each(c, 6, XLA)]
-        return quantized_dit._block(model.config, (*layer, modulation), x, XLA)
+    def run(block: Layers, x: jax.Array, c: jax.Array) -> jax.Array:
+        """A stack of one block."""
+        ops = IntegerOps(model.config, Layers({}, {}, {}), {"blocks": block}, {}, XLA, jnp.float32)
+        return ops.blocks(Stack("blocks", 1), x, c)
 
     for depth in range(1, model.config.depth):
         x, expected = (np.asarray(seen["block_out"][index]) for index in (depth - 1, depth))
-        out = np.asarray(run(jax.tree.map(lambda a, depth=depth: a[depth], layers), x, seen["adaLN_in"][depth]))
+        block = jax.tree.map(lambda a, depth=depth: a[depth : depth + 1], Layers(*layers, {}))
+        out = np.asarray(run(block, x, seen["adaLN_in"][depth]))
         per_token = np.linalg.norm(out - expected, axis=-1) / np.linalg.norm(expected - x, axis=-1)
         assert np.median(per_token) < 2e-3, f"block {depth}"
         assert relative_error(out - x, expected - x) < 1e-2, f"block {depth}"

@@ -19,8 +19,8 @@ from foreign_files import save_safetensors as save
 
 from ptq4dit_jax import checkpoints
 from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, open_tensors
-from ptq4dit_jax.diffusion import NoiseSchedule
 from ptq4dit_jax.networks.dit import DiTConfig
+from ptq4dit_jax.schedules import NoiseSchedule
 
 META_GOLDEN = dict(np.load(foreign_files.GOLDEN / "dit.npz"))
 SCHEDULE_OF_KVFRANS = NoiseSchedule(num_timesteps=500, beta_start=2e-4, beta_end=0.04)
