@@ -140,6 +140,12 @@ class DiTConfig(Network):
                 f"parameters; at most {MAX_PARAMETERS:,} can be."
             )
 
+    @classmethod
+    def mlp_ratio_of(cls, hidden_size: int, fc1_features: int) -> float:
+        """The ``mlp_ratio`` with which fc1 has so many output features."""
+        ratio = fc1_features / hidden_size
+        return ratio if int(hidden_size * ratio) == fc1_features else (fc1_features + 0.5) / hidden_size
+
     @property
     def num_tokens(self) -> int:
         return (self.input_size // self.patch_size) ** 2

@@ -7,6 +7,7 @@ A learned gain g of an RMSNorm is no parameter of its own here: it is folded int
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 
@@ -42,6 +43,12 @@ class LightningDiTConfig(DiTConfig):
                 f"A LightningDiT of width {self.hidden_size} with {self.num_heads} heads has heads of width {self.head_width}; "
                 "rotary positions need a multiple of 4."
             )
+
+    @classmethod
+    def mlp_ratio_of(cls, hidden_size: int, fc1_features: int) -> float:
+        size, published = fc1_features // 2, cls.mlp_ratio
+        exact = lambda ratio: int(2 / 3 * int(hidden_size * ratio)) == size
+        return published if exact(published) else (math.ceil(1.5 * size) + 0.5) / hidden_size
 
     @property
     def mlp_size(self) -> int:

@@ -9,7 +9,7 @@ sources that contradict each other are refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,14 @@ class Ignored:
             raise Ptq4ditError(f"Nothing beside or in {path} is named {', '.join(missed)}, so it cannot be ignored.")
 
 
-def collect(file: TensorFile, ignored: Ignored, *, without: Iterable[str] = ()) -> Evidence:
+def collect(file: TensorFile, ignored: Ignored, *, without: Iterable[str] = (), is_on: Collection[str] = ()) -> Evidence:
     """All evidence on a checkpoint.
 
     Args:
       file: the opened checkpoint.
       ignored: keys, and names of files, to leave out.
       without: names of files beside the weights that are read elsewhere.
+      is_on: keys that a plain DiT must not have, and the network that the tensors are of must.
 
     Raises:
       Ptq4ditError: a key that must have another value for the network to be a DiT; a value that makes no sense; two sources
@@ -146,7 +147,10 @@ def collect(file: TensorFile, ignored: Ignored, *, without: Iterable[str] = ()) 
         try:
             if isinstance(value, str) and "${" in value:  # a reference of Hydra's that stayed one
                 raise Unread
-            if key in MUST_BE:
+            if key in is_on:
+                if value in (*_NOTHING, False, 0, "false", "False"):
+                    raise Unfit("and its tensors are those of a network that has it")
+            elif key in MUST_BE:
                 MUST_BE[key].check(value)
                 if value == "gelu":
                     evidence.notes.append(f"Guess: {source} = 'gelu' is its tanh approximation, as in DiT.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq4dit_jax.checkpoints.float_dit import check_arrays, expected_arrays, flatten
-from ptq4dit_jax.checkpoints.foreign.layouts import META, Entry
+from ptq4dit_jax.checkpoints.foreign.layouts import LIGHTNING, META, Entry, Layout
 from ptq4dit_jax.checkpoints.foreign.objectives import add_variance, drop_variance
 from ptq4dit_jax.checkpoints.foreign.safetensors_file import write_safetensors
 from ptq4dit_jax.engine import QuantizedDiT, reference
@@ -24,6 +25,9 @@ from ptq4dit_jax.quantizers import ActQuantizer, Balance
 from ptq4dit_jax.schedules import FlowSchedule
 from ptq4dit_jax.staging import publish, staging
 
+#: The layout that a network is written in.
+_LAYOUTS: dict[type[DiTConfig], Layout] = {layout.network: layout for layout in (META, LIGHTNING)}
+
 
 def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Writes a model as a safetensors file with the names and layouts of facebookresearch/DiT; returns its absolute path.
@@ -32,14 +36,17 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
     quantizers off. Factors that balance activations on the way into a layer go into that layer's weights, since Meta's network
     has no other place for them. The number of heads and the schedule are not part of the format. A DiT without classes has no
     ``y_embedder`` in the file; a table of positions that is the model's own is its ``pos_embed``. A flow model is written as
-    SiT, with a variance half of zeros, by which an import tells it.
+    SiT, with a variance half of zeros, by which an import tells it. A LightningDiT gets the names of hustvl/LightningDiT, and
+    ones for the gains of its norms, which are in the layers that modulate them.
 
     Raises:
-      Ptq4ditError: ``path`` exists (without ``overwrite``), is a folder or cannot be written; the model computes another
-        function than Meta's from the same weights (``freq_shift``, ``mlp_norm_eps``) or is incomplete; a flow that is not
-        SiT's, with data at t = 1 and any number of steps.
+      Ptq4ditError: a network of another kind; ``path`` exists (without ``overwrite``), is a folder or cannot be written; the
+        model computes another function than Meta's from the same weights (``freq_shift``, ``mlp_norm_eps``) or is incomplete;
+        a flow that is not SiT's, with data at t = 1 and any number of steps.
     """
     config = model.config
+    if (layout := _LAYOUTS.get(type(config))) is None:
+        raise Ptq4ditError(f"A network of {type(config).__name__} has no published layout; save it as a model folder instead.")
     default = DiTConfig.preset("DiT-S/2")
     if (config.freq_shift, config.mlp_norm_eps) != (default.freq_shift, default.mlp_norm_eps):
         raise Ptq4ditError(
@@ -57,7 +64,7 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
     params = _plain_params(model)
     dtype = np.dtype(params["final/kernel"].dtype)
     check_arrays(params, expected_arrays(config, dtype.name), "This model cannot be exported")
-    if flow is not None:
+    if flow is not None and layout is META:
         params, config = add_variance(*drop_variance(params, config))
 
     @functools.lru_cache(maxsize=1)  # one stacked parameter at a time comes to the host
@@ -69,7 +76,10 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
 
     tensors: dict[str, Callable[[], np.ndarray]] = {"pos_embed": lambda: positions()[None].astype(dtype)}
     shapes = {"pos_embed": ((1, config.num_tokens, config.hidden_size), dtype)}
-    for entry in META.entries:
+    constants = {name: constant.astype(dtype) for name, constant in layout.constants(config).items()}
+    for name, constant in constants.items():
+        tensors[name], shapes[name] = partial(constants.__getitem__, name), (constant.shape, dtype)
+    for entry in layout.entries:
         if entry.ours not in params:  # a DiT without classes has no table of labels
             continue
         ours = params[entry.ours]

@@ -19,7 +19,7 @@ from ptq4dit_jax.checkpoints.foreign.diffusers_config import read_folder, read_s
 from ptq4dit_jax.checkpoints.foreign.evidence import Evidence, Ignored, collect
 from ptq4dit_jax.checkpoints.foreign.layouts import DIFFUSERS, META, Entry, Layout, View
 from ptq4dit_jax.checkpoints.foreign.names import normal_name
-from ptq4dit_jax.checkpoints.foreign.objectives import GivenSchedule, drop_variance, find_schedule, fold_step_size
+from ptq4dit_jax.checkpoints.foreign.objectives import GivenSchedule, drop_variance, find_schedule, fold_gains, fold_step_size
 from ptq4dit_jax.checkpoints.foreign.parameter_sets import ParameterSet, find_parameters, listed
 from ptq4dit_jax.checkpoints.foreign.shapes import Given, by_number, names_of, our_shapes, read_config
 from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile, open_tensors
@@ -112,7 +112,7 @@ def import_checkpoint(
         chosen = find_parameters(file, ema=ema, wanted=weights)
         layout, ignored = chosen.layout, Ignored(ignore)
         is_diffusers = layout is DIFFUSERS
-        evidence = collect(file, ignored, without=("config.json",) if is_diffusers else ())
+        evidence = collect(file, ignored, without=("config.json",) if is_diffusers else (), is_on=layout.is_on)
         folder = file.files[0].parent
         epsilon, told = (
             read_folder(folder, evidence, ignored) if is_diffusers else (None, read_scheduler(folder, evidence, ignored))
@@ -126,8 +126,10 @@ def import_checkpoint(
         schedule = find_schedule(file, view, layout, config, evidence, spoken, told)
         _check_betas(view, schedule, evidence, ignored)
         ignored.check(file.path)
+        layout.check(view, config)
         table = _own_positions(view, layout, config, evidence)
         params, dtype = _read(file, view, layout, config, progress)
+        params = fold_gains(params, layout)
         if table is not None:
             params["position_embed/embedding"] = jnp.asarray(table, dtype)
             config = dataclasses.replace(config, position_table=True)

@@ -190,6 +190,22 @@ def _noise(
     return dataclasses.replace(told or default, **{**fields, **given.betas})
 
 
+def fold_gains(params: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """Flat parameters without learned gains of norms, which become part of the linear layers that modulate the norms."""
+    params = dict(params)
+    for gain in layout.gains:
+        factor = np.asarray(params.pop(gain.entry.ours), np.float64)
+        D = factor.shape[-1]
+        chunk = slice(gain.scale * D, (gain.scale + 1) * D)
+        for leaf, offset in (("kernel", 0.0), ("bias", factor - 1)):
+            old = params[f"{gain.linear}/{leaf}"]
+            new = np.array(old, np.float64)
+            by = factor[..., None, :] if leaf == "kernel" else factor
+            new[..., chunk] = new[..., chunk] * by + offset
+            params[f"{gain.linear}/{leaf}"] = jnp.asarray(new, old.dtype)
+    return params
+
+
 def fold_step_size(
     params: dict[str, jax.Array], layout: Layout, config: DiTConfig, schedule: FlowSchedule
 ) -> dict[str, jax.Array]:

@@ -181,9 +181,7 @@ def _config(
     if sizes["outputs"] % patch**2 or outputs not in (channels, 2 * channels):
         faults.misshapen.append(f"{layout.sizes['outputs'][0]} {view[layout.sizes['outputs'][0]].shape}")
         faults.raise_any(file, layout)
-    ratio = sizes["mlp"] / hidden
-    if int(hidden * ratio) != sizes["mlp"]:
-        ratio = (sizes["mlp"] + 0.5) / hidden
+    ratio = layout.network.mlp_ratio_of(hidden, sizes["mlp"])
     told = {
         "width": hidden,
         "depth": depth,
@@ -196,14 +194,17 @@ def _config(
     }
     _check_sizes(evidence, layout, told)
     classes, null_class = _classes(file, evidence, sizes.get("rows", 0), given)
+    heads = sizes.get("heads")
+    if (width := sizes.get("head_width")) and hidden % width == 0:
+        heads = hidden // width
     settings: dict[str, Any] = {} if norm_eps is None else {"freq_shift": 1.0, "mlp_norm_eps": norm_eps}
-    return DiTConfig(
+    return layout.network(
         input_size=_input_size(file, evidence, sizes, given.input_size),
         patch_size=patch,
         in_channels=channels,
         hidden_size=hidden,
         depth=depth,
-        num_heads=_num_heads(file, evidence, depth, hidden, sizes.get("heads"), given.num_heads),
+        num_heads=_num_heads(file, evidence, depth, hidden, heads, given.num_heads),
         mlp_ratio=ratio,
         num_classes=classes,
         null_class=null_class,
@@ -230,7 +231,7 @@ def _check_sizes(evidence: Evidence, layout: Layout, told: Mapping[str, Any]) ->
     name = evidence.said.get("published name")
     if name is not None:
         _, family, preset, patch = name.value
-        if family.replace("_", "") in _OTHER_FAMILIES:
+        if family.replace("_", "") != layout.family and family.replace("_", "") in _OTHER_FAMILIES:
             raise Ptq4ditError(
                 f"The checkpoint {evidence.path} says {name}, a network of the family {family!r} and not a DiT; leave "
                 f"it out with ignore (--ignore {name.key}) only if you know better."
@@ -365,10 +366,15 @@ def _parts(entry: Entry, config: DiTConfig, shape: tuple[int, ...]) -> list[tupl
 
 
 def our_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of our parameters, those of blocks without the depth axis, and of an embedder of step sizes."""
+    """Shapes of our parameters, those of blocks without the depth axis.
+
+    Among them are those of what an import folds into others: an embedder of step sizes, and gains of norms.
+    """
     shapes = {name: leaf.shape for name, leaf in expected_arrays(config, "float32").items()}
     steps = {name.replace("time_", "step_"): shape for name, shape in shapes.items() if name.startswith("time_")}
-    return {name: shape[1:] if name.startswith("blocks/") else shape for name, shape in (shapes | steps).items()}
+    gains = dict.fromkeys(("final_gain", "blocks/qkv_gain", "blocks/fc1_gain"), (config.hidden_size,))
+    inner = {name: shape[1:] if name.startswith("blocks/") else shape for name, shape in (shapes | steps).items()}
+    return inner | gains
 
 
 def _check_shapes(view: View, layout: Layout, config: DiTConfig, faults: _Faults) -> None:

@@ -3,10 +3,11 @@
 from ptq4dit_jax.checkpoints.foreign.layouts.diffusers import DIFFUSERS
 from ptq4dit_jax.checkpoints.foreign.layouts.flows import DIFFUSE_NNX, IMEANFLOW, JAX_SIT, MEANFLOW, SHORTCUT
 from ptq4dit_jax.checkpoints.foreign.layouts.jax_trees import JAX_DIT, KVFRANS
+from ptq4dit_jax.checkpoints.foreign.layouts.lightning import LIGHTNING
 from ptq4dit_jax.checkpoints.foreign.layouts.meta import META
 from ptq4dit_jax.checkpoints.foreign.layouts.table import Entry, Layout, View
 
-__all__ = ["DIFFUSERS", "LAYOUTS", "META", "Entry", "Layout", "View"]
+__all__ = ["DIFFUSERS", "LAYOUTS", "LIGHTNING", "META", "Entry", "Layout", "View"]
 
 #: In the order in which they are looked for.
-LAYOUTS = (META, DIFFUSERS, KVFRANS, JAX_DIT, JAX_SIT, SHORTCUT, MEANFLOW, DIFFUSE_NNX, IMEANFLOW)
+LAYOUTS = (LIGHTNING, META, DIFFUSERS, KVFRANS, JAX_DIT, JAX_SIT, SHORTCUT, MEANFLOW, DIFFUSE_NNX, IMEANFLOW)

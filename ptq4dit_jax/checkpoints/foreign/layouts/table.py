@@ -91,6 +91,19 @@ class StepSize:
     default: int
 
 
+class Gain(NamedTuple):
+    """A learned gain g (D,) of a norm that a linear layer modulates.
+
+    An import folds it into that layer: ``g (1 + scale)`` for ``1 + scale``. ``entry`` names it, under a name of ours that is no
+    parameter; ``linear`` is the layer, and ``scale`` the chunk of its ``of`` chunks of columns that scales the norm.
+    """
+
+    entry: Entry
+    linear: str
+    scale: int
+    of: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """What a family of checkpoints looks like.
@@ -102,7 +115,7 @@ class Layout:
       entries: the table; empty where the network is another one than ours.
       differs: in what, if it is.
       sizes: where shapes tell sizes, as (name, axis): ``hidden``, ``patch``, ``channels``, ``rows`` (of the label table),
-        ``mlp``, ``frequencies``, ``outputs`` and, where known, ``tokens`` and ``heads``.
+        ``mlp``, ``frequencies``, ``outputs`` and, where known, ``tokens``, ``heads`` and ``head_width``.
       pos_embed: the fixed table of positions, checked and then dropped, if the layout stores it.
       ignored: regular expressions of names that carry no parameter.
       is_shared: networks of other objectives and schedules are saved under the same names.
@@ -110,6 +123,12 @@ class Layout:
       schedule: what the network was trained to predict, and over which time.
       told: an exception to that, told by the values themselves: takes the tensors and the configuration.
       step_size: the embedder of step sizes, if the network has one.
+      network: the settings of the network.
+      gains: of its norms, if they are learned.
+      is_on: keys of configurations that a plain DiT must not have, and this network must.
+      family: that of its published names, such as LightningDiT-XL/1, where it is not DiT's.
+      check: raises where buffers that are saved with the network are not those of its settings.
+      constants: what else a file of this layout holds for a network without gains: their ones, and buffers.
     """
 
     name: str
@@ -125,6 +144,12 @@ class Layout:
     told: Callable[[View, DiTConfig], Schedule | None] = lambda view, config: None
     step_size: StepSize | None = None
     is_shared: bool = False
+    network: type[DiTConfig] = DiTConfig
+    gains: tuple[Gain, ...] = ()
+    is_on: tuple[str, ...] = ()
+    family: str = "dit"
+    check: Callable[[View, DiTConfig], None] = lambda view, config: None
+    constants: Callable[[DiTConfig], Mapping[str, np.ndarray]] = lambda config: {}
 
     @property
     def schedule_is_noise(self) -> bool:
@@ -133,7 +158,7 @@ class Layout:
 
     @property
     def all_entries(self) -> tuple[Entry, ...]:
-        return self.entries + (self.step_size.entries if self.step_size else ())
+        return self.entries + (self.step_size.entries if self.step_size else ()) + tuple(gain.entry for gain in self.gains)
 
 
 def torch_linear(ours: str, *theirs: str) -> tuple[Entry, Entry]:
