@@ -315,7 +315,7 @@ def test_fresh_starts_over(model, rows, tmp_path):
                 model, rows, state=state, key=jax.random.key(seed), fresh=seed == 7, progress=stop_at("embed condition", 100)
             )
     key = threefry(jax.random.key(7))
-    with _journal(dataclasses.replace(CONFIG), model, ptq_hash(model), key, rows, state, False) as journal:
+    with _journal(CONFIG.for_network(model.config), model, ptq_hash(model), key, rows, state, False) as journal:
         assert journal is not None
 
 
