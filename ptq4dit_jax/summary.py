@@ -15,6 +15,7 @@ def summary_of(model: checkpoints.Model) -> dict[str, Any]:
     c = model.config
     return {
         "kind": "quantized" if isinstance(model, QuantizedDiT) else "float",
+        "network": type(c).__name__.removesuffix("Config"),
         "shape": f"depth {c.depth}, width {c.hidden_size}, {c.num_heads} heads, patch {c.patch_size}",
         "image": f"{c.input_size} x {c.input_size} x {c.in_channels}",
         "classes": c.num_classes,

@@ -11,6 +11,7 @@ from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.networks.lightning_dit import LightningDiTConfig
 from ptq4dit_jax.schedules import FlowSchedule
+from ptq4dit_jax.summary import summary_of
 
 CONFIG = LightningDiTConfig(input_size=3, in_channels=5, hidden_size=32, depth=2, num_heads=4, num_classes=5, frequency_size=16)
 
@@ -135,6 +136,7 @@ def test_it_is_quantized_saved_loaded_and_sampled(bits, least, model, rows, tmp_
     ptq.save(model, tmp_path / "m")
     loaded = ptq.load(tmp_path / "q")
     assert type(loaded.config) is type(ptq.load(tmp_path / "m").config) is LightningDiTConfig
+    assert summary_of(loaded)["network"] == "LightningDiT"
     assert same_bytes(loaded, quantized)
     images = ptq.sample(loaded, [0, 1], jax.random.key(1), steps=2)
     assert np.isfinite(images).all()
