@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -21,6 +22,15 @@ XLA = choice.resolve("xla", "bfloat16").dispatch
 HOPPER = choice.resolve("hopper", "bfloat16").dispatch
 #: Settings that compile fastest, where a test is about other things.
 PLAIN: dict[str, Any] = {"balance": "csb+ssc", "rounding": "nearest"}
+
+
+def compile_fast() -> dict[str, str]:
+    """Environment of a process that compiles with few optimizations, and in JAX 0.10 by the older of XLA's emitters of fusions.
+
+    Its numbers can be compared with those of a process of the same environment only.
+    """
+    older = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {older}"}
 
 
 def tiny_config(**overrides: Any) -> DiTConfig:

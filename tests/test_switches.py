@@ -302,12 +302,8 @@ def digests(*switches: str) -> dict[str, str]:
     """What ``switches_program.py`` prints under these switches and no others."""
     names = {line.partition("=")[0] for line in SWITCHES}
     environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= dict(line.split("=") for line in switches) | {
-        # Compiling takes most of the time.
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    }
+    environment |= dict(line.split("=") for line in switches) | helpers.compile_fast()
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, ROOT / "tests/switches_program.py"], env=environment, capture_output=True, text=True, check=False
     )

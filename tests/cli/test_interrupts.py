@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def start(folder: Path, *program: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | helpers.compile_fast() | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *program], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
