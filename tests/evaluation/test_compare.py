@@ -118,7 +118,9 @@ def test_json_is_finite_and_complete(result):
     for figure in ("sqnr_mean_db", "sqnr_pooled_db"):
         assert document["models"]["coarse"][figure] == getattr(comparison.figures["coarse"], figure)
     assert document["models"]["coarse"]["psnr_interval"]["low"] == comparison.figures["coarse"].psnr_interval.low
-    assert document["models"]["fine"]["layer_sqnr_db"]["q"] == comparison.figures["fine"].layer_sqnr_db["blocks.q"].tolist()
+    assert (
+        document["models"]["fine"]["layer_sqnr_db"]["blocks.q"] == comparison.figures["fine"].layer_sqnr_db["blocks.q"].tolist()
+    )
 
 
 def test_latents_are_measured_as_they_are_on_their_own_range():

@@ -164,6 +164,7 @@ def test_other_widths_balancing_and_dynamic_scales(bits, model, rows):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("as_users_compile")  # how often a last bit tips a code depends on it
 def test_rows_on_the_host_change_nothing(model, rows, nearest):
     told = []
     run = lambda **more: round_closed_form(model, nearest, rows, announce=told.append, **more)
