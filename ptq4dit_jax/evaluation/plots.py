@@ -64,10 +64,9 @@ def layer_sqnr_figure(comparison: Comparison) -> Figure:
             axes.plot(np.arange(len(values)), _finite(values), label=caption(name), **_line(comparison, name))
         axes.set_title(_SITE_TITLES.get(site.rpartition(".")[2], site), loc="left", fontsize=10)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if index % grid.shape[1] == 0:
-            axes.set_ylabel(SQNR_POOLED)
         if index >= grid.shape[1]:
             axes.set_xlabel("block")
+    figure.supylabel(SQNR_POOLED, fontsize="medium")
     _legend(figure, grid[0, 0])
     return figure
 

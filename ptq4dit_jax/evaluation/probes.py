@@ -82,7 +82,7 @@ def layer_sqnr(
       t: (B,) timesteps, or (1,) where all rows share it.
       y: (B,) labels; None for models without classes.
     """
-    return _layer_decibels([_layer_powers(reference_model, _with_sites(other), x, t, y)])
+    return _layer_decibels(reference_model, [_layer_powers(reference_model, _with_sites(other), x, t, y)])
 
 
 def layer_sqnr_along(
@@ -97,12 +97,15 @@ def layer_sqnr_along(
     """
     twin = _with_sites(other)
     return _layer_decibels(
-        [_layer_powers(reference_model, twin, x, t_1, labels) for x, t_1 in zip(inputs, t[:, None], strict=True)]
+        reference_model,
+        [_layer_powers(reference_model, twin, x, t_1, labels) for x, t_1 in zip(inputs, t[:, None], strict=True)],
     )
 
 
-def _layer_decibels(batches: list[dict[str, metrics.Powers]]) -> dict[str, np.ndarray]:
-    return {name: metrics.pooled_db([batch[name] for batch in batches]) for name in batches[0]}
+def _layer_decibels(model: FloatDiT, batches: list[dict[str, metrics.Powers]]) -> dict[str, np.ndarray]:
+    """In the order of the network's tables; JAX sorts the names of a tree."""
+    names = map(str, model.config.spec.outputs)
+    return {name: metrics.pooled_db([batch[name] for batch in batches]) for name in names}
 
 
 @partial(jax.jit, static_argnames="guided")

@@ -67,7 +67,7 @@ def test_layer_sqnr_is_the_power_ratio_of_what_observers_see(model, batch):
     observe = jax.jit(lambda model: model.observe(tree, *batch)[1]["blocks"])
     seen = [observe(m) for m in (model, other)]
     got = probes.layer_sqnr(model, other, *batch)
-    assert set(got) == {f"blocks.{name}" for name in names}
+    assert list(got) == [f"blocks.{name}" for name in names]
     for name in names:
         figures = got[f"blocks.{name}"]
         first, second = (np.asarray(s[name].value, np.float64).reshape(2, -1) for s in seen)
