@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.networks.float_network import FloatNetwork
-from ptq4dit_jax.networks.ops import Activation, Network, Norm, Ops
+from ptq4dit_jax.networks.ops import Activation, Network, Norm, NormKind, Ops, Rotary
 from ptq4dit_jax.networks.parts import patchify, sine_cosine_positions, timestep_frequencies, unpatchify
 from ptq4dit_jax.networks.spec import (
     Columns,
@@ -60,6 +60,10 @@ class DiTConfig(Network):
     ``freq_shift`` and ``mlp_norm_eps`` exist because diffusers computes another function from the same weights (1 and 1e-5);
     the defaults are Meta's, with which the published weights were trained.
     """
+
+    #: What other networks of this shape have instead.
+    _NORM: ClassVar[NormKind] = NormKind.LAYER
+    _ACTIVATION: ClassVar[Activation] = Activation.GELU
 
     input_size: int
     patch_size: int
@@ -147,8 +151,12 @@ class DiTConfig(Network):
         return ratio if int(hidden_size * ratio) == fc1_features else (fc1_features + 0.5) / hidden_size
 
     @property
+    def tokens_per_side(self) -> int:
+        return self.input_size // self.patch_size
+
+    @property
     def num_tokens(self) -> int:
-        return (self.input_size // self.patch_size) ** 2
+        return self.tokens_per_side**2
 
     @property
     def head_width(self) -> int:
@@ -232,6 +240,11 @@ class DiTConfig(Network):
         )
 
     @property
+    def _rotary(self) -> Rotary | None:
+        """The rotation of queries and keys; a DiT has none."""
+        return None
+
+    @property
     def _mlp(self) -> tuple[int, Home]:
         """What fc1 makes, and where a factor on the channels of fc2's input can live: GELU lets none pass."""
         return self.mlp_size, Residual()
@@ -252,20 +265,20 @@ class DiTConfig(Network):
 
     def block(self, ops: Ops, stack: Stack, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = ops.modulation("adaLN", c_BD, 6)
-        q, k, v = ops.split("qkv", ops.normed("qkv", x_BTD, shift_attn, scale_attn, Norm()), 3)
-        x_BTD = ops.gated("proj", ops.attend(q, k, v, self.num_heads, "proj"), gate_attn, x_BTD)
-        fed = ops.normed("fc1", x_BTD, shift_mlp, scale_mlp, Norm(self.mlp_norm_eps))
-        return ops.gated("fc2", ops.activated("fc1", fed, Activation.GELU, "fc2"), gate_mlp, x_BTD)
+        q, k, v = ops.split("qkv", ops.normed("qkv", x_BTD, shift_attn, scale_attn, Norm(kind=self._NORM)), 3)
+        x_BTD = ops.gated("proj", ops.attend(q, k, v, self.num_heads, "proj", self._rotary), gate_attn, x_BTD)
+        fed = ops.normed("fc1", x_BTD, shift_mlp, scale_mlp, Norm(self.mlp_norm_eps, self._NORM))
+        return ops.gated("fc2", ops.activated("fc1", fed, self._ACTIVATION, "fc2"), gate_mlp, x_BTD)
 
     def head(self, ops: Ops, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
         shift, scale = ops.modulation("final_adaLN", c_BD, 2)
-        out_BTK = ops.product("final", ops.normed("final", x_BTD, shift, scale, Norm()))
-        return unpatchify(out_BTK, self.patch_size, self.input_size // self.patch_size)
+        out_BTK = ops.product("final", ops.normed("final", x_BTD, shift, scale, Norm(kind=self._NORM)))
+        return unpatchify(out_BTK, self.patch_size, self.tokens_per_side)
 
 
 def position_embedding(config: DiTConfig) -> np.ndarray:
     """The fixed table of positions (T, D)."""
-    return sine_cosine_positions(config.input_size // config.patch_size, config.hidden_size)
+    return sine_cosine_positions(config.tokens_per_side, config.hidden_size)
 
 
 def required_labels(config: DiTConfig, y_B: ArrayLike | None) -> jax.Array:

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-
-import jax
+from typing import ClassVar
 
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.networks.dit import DiTConfig
-from ptq4dit_jax.networks.ops import Activation, Norm, NormKind, Ops, Rotary
-from ptq4dit_jax.networks.parts import unpatchify
-from ptq4dit_jax.networks.spec import Columns, Home, Stack
-
-_NORM = Norm(kind=NormKind.RMS)
+from ptq4dit_jax.networks.ops import Activation, NormKind, Rotary
+from ptq4dit_jax.networks.spec import Columns, Home
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +23,9 @@ class LightningDiTConfig(DiTConfig):
     The fixed table of positions of a DiT is added besides the rotation. SwiGLU is two thirds as wide as a DiT's MLP, so that it
     has as many parameters.
     """
+
+    _NORM: ClassVar[NormKind] = NormKind.RMS
+    _ACTIVATION: ClassVar[Activation] = Activation.SWIGLU
 
     input_size: int = 16
     patch_size: int = 1
@@ -44,6 +43,10 @@ class LightningDiTConfig(DiTConfig):
                 "rotary positions need a multiple of 4."
             )
 
+    @property
+    def _rotary(self) -> Rotary:
+        return Rotary(self.tokens_per_side)
+
     @classmethod
     def mlp_ratio_of(cls, hidden_size: int, fc1_features: int) -> float:
         size, published = fc1_features // 2, cls.mlp_ratio
@@ -58,16 +61,3 @@ class LightningDiTConfig(DiTConfig):
     def _mlp(self) -> tuple[int, Home]:
         # SwiGLU is linear in the second half of fc1's columns.
         return 2 * self.mlp_size, Columns("fc1", part=1, of=2)
-
-    def block(self, ops: Ops, stack: Stack, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = ops.modulation("adaLN", c_BD, 6)
-        rotary = Rotary(self.input_size // self.patch_size)
-        q, k, v = ops.split("qkv", ops.normed("qkv", x_BTD, shift_attn, scale_attn, _NORM), 3)
-        x_BTD = ops.gated("proj", ops.attend(q, k, v, self.num_heads, "proj", rotary), gate_attn, x_BTD)
-        fed = ops.normed("fc1", x_BTD, shift_mlp, scale_mlp, _NORM)
-        return ops.gated("fc2", ops.activated("fc1", fed, Activation.SWIGLU, "fc2"), gate_mlp, x_BTD)
-
-    def head(self, ops: Ops, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
-        shift, scale = ops.modulation("final_adaLN", c_BD, 2)
-        out_BTK = ops.product("final", ops.normed("final", x_BTD, shift, scale, _NORM))
-        return unpatchify(out_BTK, self.patch_size, self.input_size // self.patch_size)

@@ -18,7 +18,7 @@ _ROTATION_ERROR = 0.01
 
 
 def _check_rotation(view: View, config: DiTConfig) -> None:
-    angles = rotary_angles(Rotary(config.input_size // config.patch_size), config.head_width)
+    angles = rotary_angles(Rotary(config.tokens_per_side), config.head_width)
     for name, function in _ROTATIONS.items():
         if name not in view:
             continue
@@ -31,7 +31,7 @@ def _check_rotation(view: View, config: DiTConfig) -> None:
 
 
 def _constants(config: DiTConfig) -> dict[str, np.ndarray]:
-    angles = rotary_angles(Rotary(config.input_size // config.patch_size), config.head_width)
+    angles = rotary_angles(Rotary(config.tokens_per_side), config.head_width)
     one = np.ones(config.hidden_size, np.float32)
     norms = [f"blocks.{i}.norm{n}.weight" for i in range(config.depth) for n in (1, 2)]
     return {name: function(angles) for name, function in _ROTATIONS.items()} | dict.fromkeys(
