@@ -312,9 +312,9 @@ def _balanced(config: QuantConfig, spec: NetworkSpec) -> tuple[str, ...]:
     """Sites to balance; balancing serves a quantized input, so layers fed by floats are left alone."""
     if config.balance == "none":
         return ()
-    homes = [name for name, site in spec.sites.items() if site.home is not None and site.feeds is not None]
-    wanted = [name for name in homes if config.balance_fc2 or spec.sites[name].in_paper]
-    return tuple(name for name in wanted if name in _integer_sites(config, spec))
+    sites = {name: spec.sites[name] for name in _integer_sites(config, spec)}
+    homes = {name: site for name, site in sites.items() if site.home is not None and site.feeds is not None}
+    return tuple(name for name, site in homes.items() if config.balance_fc2 or site.in_paper)
 
 
 def _equalized(config: QuantConfig, spec: NetworkSpec) -> dict[str, str]:
@@ -423,7 +423,8 @@ def activation_quantizers(
     config, spec = config.for_network(folded.config), folded.config.spec
     dynamic = config.dynamic_sites or ()
     undone = {other: factors[name] for name, other in _equalized(config, spec).items() if name in factors}
-    for name in _integer_sites(config, spec):
+    integer = _integer_sites(config, spec)
+    for name in integer:
         if name in dynamic:
             continue
         low, high = extremes[name].low, extremes[name].high
@@ -451,7 +452,7 @@ def activation_quantizers(
             balance=residual.get(name),
             bits=config.act_bits,
         )
-    for name in (name for name in dynamic if name in _integer_sites(config, spec)):
+    for name in (name for name in dynamic if name in integer):
         acts[name] = ActQuantizer(
             scale=None,
             zero_point=None,

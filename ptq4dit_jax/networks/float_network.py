@@ -21,7 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ptq4dit_jax.networks.ops import Activation, Network, Norm, Rotary
 from ptq4dit_jax.networks.parts import float_attention, modulate, normalize, rotate
-from ptq4dit_jax.networks.spec import Stack, UnitKind
+from ptq4dit_jax.networks.spec import Stack
 from ptq4dit_jax.numerics import EXACT, product_precision
 
 
@@ -102,11 +102,6 @@ class FloatOps:
         return getattr(self.module, stack.name)(x_BTD, c_BD)[0]
 
 
-def _sites(kind: UnitKind) -> dict[str, str]:
-    """The site that feeds each layer of a unit, by their names inside it."""
-    return {site.feeds.place.name: site.place.name for site in kind.sites if site.feeds is not None}
-
-
 def _dense(features: int, dtype: DTypeLike, precision: jax.lax.Precision, name: str | None = None) -> nn.Dense:
     init = nn.initializers.xavier_uniform()
     return nn.Dense(features, dtype=dtype, precision=product_precision(dtype, precision), kernel_init=init, name=name)
@@ -125,7 +120,7 @@ class Block(nn.Module):
         [kind] = [kind for kind in self.config.spec.kinds if kind.stack == self.stack]
         features = {linear.place.name: linear.N for linear in kind.linears}
         dense = lambda name: _dense(features[name], self.dtype, self.precision, name)
-        ops = FloatOps(self, dense, _sites(kind), self.dtype, self.precision)
+        ops = FloatOps(self, dense, kind.site_of, self.dtype, self.precision)
         return site(self, "block_out", self.config.block(ops, self.stack, x_BTD, c_BD)), None
 
 
@@ -161,7 +156,7 @@ class FloatNetwork(nn.Module):
 
     @property
     def _ops(self) -> FloatOps:
-        sites = {layer: name for kind in self.config.spec.kinds if kind.stack is None for layer, name in _sites(kind).items()}
+        sites = {layer: name for kind in self.config.spec.kinds if kind.stack is None for layer, name in kind.site_of.items()}
         return FloatOps(self, lambda name: getattr(self, name), sites, self.dtype, self.precision)
 
     def __call__(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None) -> jax.Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.lightning_dit import LightningDiTConfig
@@ -14,7 +16,12 @@ NETWORKS: dict[str, type[DiTConfig]] = {"dit": DiTConfig, "lightning_dit": Light
 
 def known_specs() -> list[NetworkSpec]:
     """The tables of an example of every network, for the names in them."""
-    return [network.example().spec for network in NETWORKS.values()]
+    return [_example(network).spec for network in NETWORKS.values()]
+
+
+@functools.cache
+def _example(network: type[DiTConfig]) -> DiTConfig:
+    return network.example()
 
 
 def name_of(network: Network) -> str:

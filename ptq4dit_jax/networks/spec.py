@@ -165,6 +165,11 @@ class UnitKind:
     tables: tuple[str, ...] = ()
     stack: Stack | None = None
 
+    @property
+    def site_of(self) -> dict[str, str]:
+        """The site that feeds each linear layer, both by their names inside the unit."""
+        return {site.feeds.place.name: site.place.name for site in self.sites if site.feeds is not None}
+
 
 @dataclasses.dataclass(frozen=True)
 class NetworkSpec:

@@ -63,7 +63,7 @@ class PartInputs:
         unit, (home, *_) = self._unit, self._devices
         _, params, _ = self._fixed[home]
         networks = {device: _Networks(jax.device_put(rounded, device), *fixed) for device, fixed in self._fixed.items()}
-        site = unit.site_of[layer]
+        site = unit.kind.site_of[layer]
         program = partial(_observe, config=self._walk.config, kind=unit.kind, site=site)
 
         def through(device: Any, lane: _Seen, moments: InputMoments, until: int) -> InputMoments:

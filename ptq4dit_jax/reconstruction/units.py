@@ -42,11 +42,6 @@ class Unit:
         """The unit's sites: name inside the unit -> full name."""
         return {site.place.name: str(site.place) for site in self.kind.sites}
 
-    @property
-    def site_of(self) -> dict[str, str]:
-        """The site that feeds each linear layer, both by their names inside the unit."""
-        return {site.feeds.place.name: site.place.name for site in self.kind.sites if site.feeds is not None}
-
     def of_depth(self, value: Any) -> Any:
         """The slice of a stacked tree for this block; outside the stacks the whole tree."""
         return value if self.kind.stack is None else _at(value, self.index)
