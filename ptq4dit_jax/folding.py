@@ -47,7 +47,7 @@ def fold(
         factor, home = factors[name], site.home
         if isinstance(home, Modulation):
             place = site.place.beside(home.linear)
-            params = place.put(params, _fold_modulation(place.of(params), factor, home))
+            params = place.put(params, fold_modulation(place.of(params), factor, home))
         elif isinstance(home, Columns):
             place = site.place.beside(home.linear)
             params = place.put(params, _fold_columns(place.of(params), factor, home))
@@ -57,7 +57,7 @@ def fold(
     return dict(params), residual
 
 
-def _fold_modulation(layer: Mapping[str, jax.Array], factor: jax.Array, home: Modulation) -> dict[str, jax.Array]:
+def fold_modulation(layer: Mapping[str, jax.Array], factor: jax.Array, home: Modulation) -> dict[str, jax.Array]:
     """Multiplies the shift and scale chunks by ``factor`` ([L,] D) and adds ``factor - 1`` to the scale's bias."""
     D = factor.shape[-1]
     gain = jnp.ones(layer["bias"].shape, factor.dtype)

@@ -21,7 +21,7 @@ from ptq4dit_jax.checkpoints.foreign.layouts import DIFFUSERS, META, Entry, Layo
 from ptq4dit_jax.checkpoints.foreign.names import normal_name
 from ptq4dit_jax.checkpoints.foreign.objectives import GivenSchedule, drop_variance, find_schedule, fold_gains, fold_step_size
 from ptq4dit_jax.checkpoints.foreign.parameter_sets import ParameterSet, find_parameters, listed
-from ptq4dit_jax.checkpoints.foreign.shapes import Given, by_number, names_of, our_shapes, read_config
+from ptq4dit_jax.checkpoints.foreign.shapes import Given, by_number, our_shapes, read_config
 from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile, open_tensors
 from ptq4dit_jax.edges import edge
 from ptq4dit_jax.errors import Ptq4ditError, printable
@@ -221,9 +221,9 @@ def _read(
     file: TensorFile, view: View, layout: Layout, config: DiTConfig, progress: Callable[[int, int], None] | None
 ) -> tuple[dict[str, Any], str]:
     """Our parameters by flat name, converted one tensor at a time, and their dtype."""
-    shapes, bad, done = our_shapes(config), list[str](), 0
+    shapes, bad, done = our_shapes(layout, config), list[str](), 0
     entries = [entry for entry in layout.all_entries if entry.ours in shapes]
-    names = [name for entry in entries for name in names_of(entry, config.depth)]
+    names = [name for entry in entries for name in entry.names(config.depth)]
     kinds = {view[name].dtype.name for name in names}
     dtype = kinds.pop() if len(kinds) == 1 and kinds <= set(FLOATS) else "float32"
 

@@ -14,6 +14,7 @@ from ptq4dit_jax.checkpoints.foreign.evidence import Evidence, Said
 from ptq4dit_jax.checkpoints.foreign.layouts import Layout, View
 from ptq4dit_jax.checkpoints.foreign.lazy import TensorFile
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.folding import fold_modulation
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.parts import timestep_frequencies
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
@@ -194,15 +195,11 @@ def fold_gains(params: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """Flat parameters without learned gains of norms, which become part of the linear layers that modulate the norms."""
     params = dict(params)
     for gain in layout.gains:
-        factor = np.asarray(params.pop(gain.entry.ours), np.float64)
-        D = factor.shape[-1]
-        chunk = slice(gain.scale * D, (gain.scale + 1) * D)
-        for leaf, offset in (("kernel", 0.0), ("bias", factor - 1)):
-            old = params[f"{gain.linear}/{leaf}"]
-            new = np.array(old, np.float64)
-            by = factor[..., None, :] if leaf == "kernel" else factor
-            new[..., chunk] = new[..., chunk] * by + offset
-            params[f"{gain.linear}/{leaf}"] = jnp.asarray(new, old.dtype)
+        names = {leaf: f"{gain.layer}/{leaf}" for leaf in ("kernel", "bias")}
+        factor, *layer = (jnp.asarray(params[name], jnp.float32) for name in (gain.entry.ours, *names.values()))
+        folded = fold_modulation(dict(zip(names, layer, strict=True)), factor, gain.home)
+        params |= {name: folded[leaf].astype(params[name].dtype) for leaf, name in names.items()}
+        del params[gain.entry.ours]
     return params
 
 

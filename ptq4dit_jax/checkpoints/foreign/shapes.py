@@ -60,8 +60,8 @@ def read_config(
     zeros: dict[str, Tensor] = {}
     for entry in bias_free:
         evidence.notes.append(f"No block has {entry.theirs[0].replace('{i}.', '*.')}; it is taken to be zero.")
-        shapes = _parts(entry, config, our_shapes(config)[entry.ours])
-        zeros |= {name: _zeros(shape) for name, shape in zip(names_of(entry, depth), shapes * depth, strict=True)}
+        shapes = _parts(entry, config, our_shapes(layout, config)[entry.ours])
+        zeros |= {name: _zeros(shape) for name, shape in zip(entry.names(depth), shapes * depth, strict=True)}
     return config, {**view, **zeros}
 
 
@@ -101,12 +101,6 @@ class _Faults:
         )
 
 
-def names_of(entry: Entry, depth: int) -> list[str]:
-    if "{i}" not in entry.theirs[0]:
-        return list(entry.theirs)
-    return [name.replace("{i}", str(i)) for i in range(depth) for name in entry.theirs]
-
-
 def _depth(view: View, layout: Layout) -> int:
     pattern = re.compile(re.escape(layout.block).replace(r"\{i\}", r"(\d{1,6})"))
     return 1 + max(int(match[1]) for name in view if (match := pattern.match(name)))
@@ -119,8 +113,8 @@ def _bias_free(view: View, layout: Layout, depth: int) -> list[Entry]:
     return [
         entry
         for entry in entries
-        if not any(name in view for name in names_of(entry, depth))
-        and all(name in view for name in names_of(kernels[entry.ours.removesuffix("/bias")], depth))
+        if not any(name in view for name in entry.names(depth))
+        and all(name in view for name in kernels[entry.ours.removesuffix("/bias")].names(depth))
     ]
 
 
@@ -129,7 +123,7 @@ def _check_names(view: View, layout: Layout, depth: int, bias_free: list[Entry],
         faults.unexpected.append(layout.block.replace("{i}", str(depth - 1)) + "*")
         return
     entries = [entry for entry in layout.all_entries if entry not in bias_free and not _absent_table(view, entry)]
-    expected = {name for entry in entries for name in names_of(entry, depth)}
+    expected = {name for entry in entries for name in entry.names(depth)}
     ignored = [re.compile(pattern) for pattern in layout.ignored]
     faults.missing = sorted(expected - view.keys(), key=by_number)
     extra = {name for name in view.keys() - expected - {layout.pos_embed} if view[name].shape and not _BUFFER.fullmatch(name)}
@@ -365,25 +359,24 @@ def _parts(entry: Entry, config: DiTConfig, shape: tuple[int, ...]) -> list[tupl
     return [transform.theirs(part, config).shape for _, transform in entry.parts]
 
 
-def our_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+def our_shapes(layout: Layout, config: DiTConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of our parameters, those of blocks without the depth axis.
 
     Among them are those of what an import folds into others: an embedder of step sizes, and gains of norms.
     """
     shapes = {name: leaf.shape for name, leaf in expected_arrays(config, "float32").items()}
     steps = {name.replace("time_", "step_"): shape for name, shape in shapes.items() if name.startswith("time_")}
-    gains = dict.fromkeys(("final_gain", "blocks/qkv_gain", "blocks/fc1_gain"), (config.hidden_size,))
     inner = {name: shape[1:] if name.startswith("blocks/") else shape for name, shape in (shapes | steps).items()}
-    return inner | gains
+    return inner | {gain.entry.ours: (config.hidden_size,) for gain in layout.gains}
 
 
 def _check_shapes(view: View, layout: Layout, config: DiTConfig, faults: _Faults) -> None:
-    shapes = our_shapes(config)
+    shapes = our_shapes(layout, config)
     for entry in layout.all_entries:
         if entry.ours not in shapes:  # the table of labels of an unconditional network
             continue
         wanted = _parts(entry, config, shapes[entry.ours])
-        for name, shape in zip(names_of(entry, config.depth), wanted * config.depth, strict=False):
+        for name, shape in zip(entry.names(config.depth), wanted * config.depth, strict=False):
             if name in view and view[name].shape != shape:
                 faults.misshapen.append(f"{name} {view[name].shape} instead of {shape}")
             elif name in view and view[name].dtype.name not in (*FLOATS, "float64"):

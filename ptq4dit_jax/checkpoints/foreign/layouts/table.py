@@ -15,6 +15,7 @@ import numpy as np
 
 from ptq4dit_jax.checkpoints.foreign.lazy import Tensor
 from ptq4dit_jax.networks.dit import DiTConfig
+from ptq4dit_jax.networks.spec import Modulation
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 
 View: TypeAlias = Mapping[str, Tensor]
@@ -73,6 +74,12 @@ class Entry(NamedTuple):
     def stacked(self) -> bool:
         return self.ours.startswith("blocks/")
 
+    def names(self, depth: int) -> list[str]:
+        """Their names in a network of that depth."""
+        if "{i}" not in self.theirs[0]:
+            return list(self.theirs)
+        return [name.replace("{i}", str(i)) for i in range(depth) for name in self.theirs]
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepSize:
@@ -92,16 +99,15 @@ class StepSize:
 
 
 class Gain(NamedTuple):
-    """A learned gain g (D,) of a norm that a linear layer modulates.
+    """A learned gain (D,) of a norm, a factor on its channels that an import folds into the layer that modulates the norm.
 
-    An import folds it into that layer: ``g (1 + scale)`` for ``1 + scale``. ``entry`` names it, under a name of ours that is no
-    parameter; ``linear`` is the layer, and ``scale`` the chunk of its ``of`` chunks of columns that scales the norm.
+    ``entry`` names it, under a name of ours that is no parameter; ``layer`` is the stem of that layer's names, and ``home`` the
+    chunks of its columns.
     """
 
     entry: Entry
-    linear: str
-    scale: int
-    of: int
+    layer: str
+    home: Modulation
 
 
 @dataclass(frozen=True, kw_only=True)
