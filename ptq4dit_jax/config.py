@@ -10,6 +10,7 @@ from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.edges import shown
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.guidance import Guidance, GuidedChannels
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.ops import Network
 from ptq4dit_jax.networks.registry import known_specs
 from ptq4dit_jax.networks.spec import NetworkSpec
@@ -294,7 +295,7 @@ class QuantConfig:
             _check_choice("dynamic_sites", name, tuple(sorted(_possibly_dynamic(network.spec))))
         return self
 
-    def resolve(self, schedule: Schedule, network: Any) -> QuantConfig:
+    def resolve(self, schedule: Schedule, network: DiTConfig) -> QuantConfig:
         """The same settings with everything filled in that depends on the model: sampler, steps, guidance and calibration
         steps."""
         sampling = self.sampling.resolve(schedule, network)

@@ -26,7 +26,7 @@ MAX_GUIDANCE = 1000
 _END = 1e-6
 
 
-class Network(Protocol):
+class Predictor(Protocol):
     """What a sampler needs of a model, float or quantized: a pytree with the raw network output as ``apply``."""
 
     config: DiTConfig
@@ -151,7 +151,7 @@ def combine_guidance(
 
 
 def predict(
-    network: Network, x: jax.Array, t: jax.Array, y: jax.Array, scale: ArrayLike = 1.0, guided: GuidedChannels | None = None
+    network: Predictor, x: jax.Array, t: jax.Array, y: jax.Array, scale: ArrayLike = 1.0, guided: GuidedChannels | None = None
 ) -> jax.Array:
     """The raw output of a network (B, H, W, out_channels), guided on the channels ``guided``, or not at all where that is None.
 

@@ -16,7 +16,7 @@ from ptq4dit_jax.chain import Progress as Progress
 from ptq4dit_jax.chain import Request
 from ptq4dit_jax.diffusion import ResolvedSampling, Sampling
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.guidance import GuidedChannels, Network
+from ptq4dit_jax.guidance import GuidedChannels, Predictor
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.numerics import threefry
 from ptq4dit_jax.vae import VAEDecoder
@@ -79,7 +79,7 @@ def _check_noise(name: str, array: ArrayLike | None, shape: tuple[int, ...]) -> 
 
 
 def sample(
-    model: Network,
+    model: Predictor,
     labels: ArrayLike | None,
     key: jax.Array,
     *,
@@ -131,7 +131,7 @@ def sample(
 
 
 def sample_batches(
-    model: Network,
+    model: Predictor,
     labels: ArrayLike,
     key: jax.Array,
     *,
@@ -159,7 +159,7 @@ def sample_batches(
 
 
 def run_chain(
-    model: Network,
+    model: Predictor,
     labels: ArrayLike | None,
     key: jax.Array,
     sampling: Sampling,
@@ -181,7 +181,7 @@ def run_chain(
 
 
 def kept_inputs(
-    model: Network,
+    model: Predictor,
     labels: ArrayLike,
     key: jax.Array,
     sampling: ResolvedSampling,
@@ -203,7 +203,7 @@ def kept_inputs(
 
 
 def _prepare(
-    model: Network,
+    model: Predictor,
     labels: ArrayLike | None,
     key: jax.Array,
     sampling: ResolvedSampling,

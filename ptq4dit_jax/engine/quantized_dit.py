@@ -70,7 +70,7 @@ class QuantizedDiT:
     def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None = None) -> jax.Array:
         """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep, and the labels
         ``y_B`` are left out where the model has no classes."""
-        return _forward(self, jnp.asarray(x_BHWC, self.dtype), jnp.asarray(t_B), y_B)
+        return _forward(self, x_BHWC, jnp.asarray(t_B), y_B)
 
     def astype(self, dtype: DTypeLike) -> QuantizedDiT:
         """The same model computing in ``dtype`` between the integer products: float32, bfloat16 or float16."""
@@ -97,7 +97,7 @@ class QuantizedDiT:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-def _forward(model: QuantizedDiT, x_BHWC: jax.Array, t_B: jax.Array, y_B: ArrayLike | None) -> jax.Array:
+def _forward(model: QuantizedDiT, x_BHWC: ArrayLike, t_B: jax.Array, y_B: ArrayLike | None) -> jax.Array:
     group = step_group(model.group_edges, model.schedule.noise_level(t_B))
     linears = {name: layer.at_group(group) for name, layer in model.linears.items()}
     sites = {name: quantizer.at_group(group) for name, quantizer in model.sites.items()}

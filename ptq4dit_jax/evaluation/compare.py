@@ -23,7 +23,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.evaluation.metrics import Interval
 from ptq4dit_jax.evaluation.probes import layer_sqnr_along, predicted_noise
-from ptq4dit_jax.guidance import Network
+from ptq4dit_jax.guidance import Predictor
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.sampling import Progress, check_labels, run_chain
@@ -38,7 +38,7 @@ _VALUES_PER_CALL = 2**25
 
 
 def same_noise_images(
-    models: Mapping[str, Network],
+    models: Mapping[str, Predictor],
     labels: ArrayLike | None,
     key: jax.Array,
     sampling: Sampling = Sampling(),
@@ -134,7 +134,7 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
-def _check_models(reference: FloatDiT, others: Mapping[str, Network]) -> None:
+def _check_models(reference: FloatDiT, others: Mapping[str, Predictor]) -> None:
     for name, model in others.items():
         if name in (REFERENCE, NOISE_FLOOR):
             raise Ptq4ditError(f"A compared model cannot be named {name!r}, which is a row of every comparison; rename it.")
@@ -191,7 +191,7 @@ def _per_image(metric: Callable[..., jax.Array], reference: np.ndarray, images: 
 
 def compare(
     reference: FloatDiT,
-    others: Mapping[str, Network],
+    others: Mapping[str, Predictor],
     *,
     labels: ArrayLike | None,
     key: jax.Array,

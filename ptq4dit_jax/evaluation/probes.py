@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from ptq4dit_jax.engine import reference
 from ptq4dit_jax.evaluation import metrics
-from ptq4dit_jax.guidance import Guidance, GuidedChannels, Network, predict
+from ptq4dit_jax.guidance import Guidance, GuidedChannels, Predictor, predict
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
 from ptq4dit_jax.sampling import check_labels
@@ -71,7 +71,7 @@ def _with_sites(model: Any) -> FloatDiT:
 
 
 def layer_sqnr(
-    reference_model: FloatDiT, other: Network, x: ArrayLike, t: ArrayLike, y: ArrayLike | None
+    reference_model: FloatDiT, other: Predictor, x: ArrayLike, t: ArrayLike, y: ArrayLike | None
 ) -> dict[str, np.ndarray]:
     """SQNR in dB of the network's ``spec.outputs``, each model fed by its own earlier layers: full name of a site -> (L,).
 
@@ -86,7 +86,7 @@ def layer_sqnr(
 
 
 def layer_sqnr_along(
-    reference_model: FloatDiT, other: Network, inputs: np.ndarray, t: np.ndarray, labels: np.ndarray
+    reference_model: FloatDiT, other: Predictor, inputs: np.ndarray, t: np.ndarray, labels: np.ndarray
 ) -> dict[str, np.ndarray]:
     """:func:`layer_sqnr` with powers summed over steps, one step a batch as a sampler runs it.
 
@@ -120,7 +120,7 @@ def _predict_steps(
 
 
 def predicted_noise(
-    model: Network,
+    model: Predictor,
     inputs: ArrayLike,
     t: ArrayLike,
     labels: ArrayLike,
@@ -143,8 +143,8 @@ def predicted_noise(
 
 
 def step_sqnr(
-    reference_model: Network,
-    other: Network,
+    reference_model: Predictor,
+    other: Predictor,
     inputs: ArrayLike,
     t: ArrayLike,
     labels: ArrayLike,
