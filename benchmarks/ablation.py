@@ -1,12 +1,15 @@
 """Balancing x rounding x widths on a trained model, each with several seeds: the ablation that the papers leave out.
 
     python -m benchmarks.ablation --hardware "one NVIDIA H200"
-    python -m benchmarks.ablation --roundings nearest gptq --out benchmarks/results/closed_form.json
+    python -m benchmarks.ablation --balances csb+ssc search --roundings nearest gptq "adaround from gptq" \
+        --out benchmarks/results/closed_form.json
+    python -m benchmarks.ablation --salient --bits 8 4 --balances search --roundings gptq --out benchmarks/results/salient.json
 
 A seed decides the calibration rows and the rows that an iteration of reconstruction draws. What is measured is the same for
 all: the guided noise prediction at 25 steps of the float model's own trajectories, and images on the same noise. Results are
-written after every seed, and a later run continues from them. The table goes into docs/ablation.md; the second form makes the
-one without gradients, in minutes. The peers of every row are the other rows and the float model, in one run.
+written after every seed, and a later run continues from them. The tables go into docs/ablation.md. The second form makes that
+of rounding in closed form and of reconstruction from it, in minutes; the third that of the same network with salient channels.
+The peers of every row are the other rows and the float model, in one run.
 """
 
 from __future__ import annotations
@@ -23,11 +26,20 @@ import numpy as np
 
 import ptq4dit_jax as ptq
 from benchmarks import common
+from benchmarks.salient import salient_model
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare
 
 PAGE = common.ROOT / "docs" / "ablation.md"
-RESULTS, CLOSED_FORM = common.RESULTS / "ablation.json", common.RESULTS / "closed_form.json"
+RESULTS = common.RESULTS / "ablation.json"
+#: The tables of the page by the results that they show.
+TABLES = {
+    RESULTS: "ablation.py",
+    common.RESULTS / "closed_form.json": "ablation.py, from closed form",
+    common.RESULTS / "closed_form_500.json": "ablation.py, 500 iterations",
+    common.RESULTS / "salient.json": "ablation.py, salient channels",
+    common.RESULTS / "closed_form_digits.json": "ablation.py, digits",
+}
 BALANCES, BITS = ("none", "csb", "csb+ssc", "search"), (8, 4, 3)
 OFFICIAL = "official recipe"
 ROUNDINGS = ("nearest", "gptq", "adaround", "adaround from gptq", OFFICIAL)
@@ -102,7 +114,7 @@ def markdown(document: dict[str, Any]) -> str:
     learned = any("adaround" in name or OFFICIAL in name for name in measured)
     iterations = f"{document['iterations']:,} iterations a part, " if learned else ""
     lines = [
-        f"`models/{document['model']}`, {iterations}{len(seeds)} seeds (mean, lowest to highest), SQNR of the predicted noise "
+        f"{document['model']}, {iterations}{len(seeds)} seeds (mean, lowest to highest), SQNR of the predicted noise "
         f"at 25 steps, {document['samples']} images, DDPM 50 steps, guidance 1.5; {common.source(document)}.",
         "",
         f"| widths | balancing | rounding | {SQNR_MEAN} | {SQNR_POOLED} | PSNR of images (dB) |",
@@ -128,6 +140,7 @@ def joined(documents: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = common.parser(__doc__.splitlines()[0], RESULTS)
     parser.add_argument("--model", default="photos", help="a folder in models/")
+    parser.add_argument("--salient", action="store_true", help="with 2 %% of the channels made 30 times larger, one function")
     parser.add_argument("--iterations", type=int, default=2000)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -142,9 +155,8 @@ def main() -> None:
         run(arguments)
     text = markdown(json.loads(arguments.out.read_text()))
     print(text)
-    for results, table in ((RESULTS, "ablation.py"), (CLOSED_FORM, "ablation.py, without gradients")):
-        if arguments.out.resolve() == results:
-            common.put_table(PAGE, table, text)
+    if table := TABLES.get(arguments.out.resolve()):
+        common.put_table(PAGE, table, text)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -152,7 +164,7 @@ def run(arguments: argparse.Namespace) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")  # the float reference in true float32
     document = {
         **common.header(arguments),
-        "model": arguments.model,
+        "model": f"{arguments.model}, salient" if arguments.salient else arguments.model,
         "iterations": arguments.iterations,
         "samples": arguments.samples,
         "seeds": {},
@@ -167,6 +179,8 @@ def run(arguments: argparse.Namespace) -> None:
     loaded = ptq.load(common.ROOT / "models" / arguments.model)
     assert isinstance(loaded, ptq.FloatDiT)
     dit = loaded.astype(np.float32)
+    if arguments.salient:
+        dit = salient_model(dit)
     for seed in map(str, arguments.seeds):
         done = document["seeds"].get(seed, {})
         if missing := {name: settings for name, settings in wanted.items() if name not in done}:

@@ -37,6 +37,8 @@ def run(model: ptq.FloatDiT, config: ptq.QuantConfig, seed: int) -> dict[str, tu
     marks: list[tuple[str, tuple[float, float]]] = [("prepare", now())]
 
     def report(stage: str, done: int, total: int, note: str = "") -> None:
+        if stage.startswith("plan "):
+            print(f"{stage}: {note}", flush=True)
         stage = next((word for word in ("reconstruct", "round") if stage.startswith(f"{word} ")), stage)
         if marks[-1][0] != stage:
             marks.append((stage, now()))
@@ -85,6 +87,9 @@ def main() -> None:
     if totals:
         wall, cpu = (statistics.median(each) for each in zip(*totals, strict=True))
         print(f"median of {len(totals)}: {wall:.2f} s, CPU {cpu:.2f} s")
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if peak is not None:  # a CPU has no such counter
+        print(f"peak of the device's memory, the float model included: {peak / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":

@@ -88,8 +88,7 @@ class InputMoments:
 
     def about_mean(self) -> InputMoments:
         """Of no tokens yet, about the mean of those that these are of."""
-        mean = self.shift + self.first.value / jnp.maximum(self.count.value, 1.0)
-        return InputMoments.start(mean)
+        return InputMoments.start(self.shift + self.first.value / _or_one(self.count.value))
 
     def observe(
         self, x: jax.Array, exact: jax.Array, weight_B: jax.Array, precision: jax.lax.Precision = EXACT
@@ -180,7 +179,7 @@ def _round_weight(
 ) -> RoundedWeight:
     original, moments = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (kernel.T, moments))
     second, cross, first, drift = (
-        a / jnp.maximum(moments.count, 1.0) for a in (moments.second, moments.cross, moments.first, moments.drift)
+        a / _or_one(moments.count) for a in (moments.second, moments.cross, moments.first, moments.drift)
     )
     mean = moments.shift + first
     covariance, square = second - jnp.outer(first, first), jnp.outer(mean, mean)
@@ -199,10 +198,7 @@ def _round_weight(
     varies = ~constant[:, None] & ~constant[None]
     scaled = lambda matrix: jnp.where(varies, matrix[order][:, order] / (size[:, None] * size[None]), 0.0)
     A, D = scaled((covariance + covariance.T) / 2), scaled(cross)
-    damping = DAMPING + FEW_TOKENS * len(size) / jnp.maximum(moments.count, 1.0)
-    damped = A + jnp.diag(jnp.where(constant, 1.0, damping))
-    # The Cholesky factor of the matrix turned about its middle, turned back, is upper triangular: damped = R R^T.
-    factor = jnp.linalg.cholesky(damped[::-1, ::-1])
+    damped, factor = _factored(A, constant, DAMPING + FEW_TOKENS * len(size) / jnp.maximum(moments.count, 1.0))
     M = factor[::-1, ::-1] / jnp.diagonal(factor)[None, ::-1]
 
     w = original[:, order] * size[None]
@@ -233,6 +229,29 @@ def _round_weight(
     codes = best.codes[:, back].astype(jnp.int32) + zero_point[:, None]
     weight = QTensor.from_codes(codes, best.scale.astype(jnp.float32), zero_point, nearest.bits)
     return RoundedWeight(weight, unscaled[:, back], bias.astype(jnp.float32), error.astype(jnp.float32))
+
+
+def _factored(A: jax.Array, constant: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``A`` (K, K) damped, and the Cholesky factor of that matrix turned about its middle.
+
+    Turned back, the factor is upper triangular: ``damped = R R^T``. Sums of float32 may miss a variance by more than the
+    damping, which then grows until there is a factor.
+    """
+
+    def damp(state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        damping, *_ = state
+        damped = A + jnp.diag(jnp.where(constant, 1.0, damping))
+        factor = jnp.linalg.cholesky(damped[::-1, ::-1])
+        return 10 * damping, damped, factor, jnp.isfinite(factor).all() | (damping > 2 * len(A))
+
+    start = (damping, jnp.zeros_like(A), jnp.zeros_like(A), jnp.array(False))
+    _, damped, factor, _ = jax.lax.while_loop(lambda state: ~state[-1], damp, start)
+    return damped, factor
+
+
+def _or_one(count: jax.Array) -> jax.Array:
+    """A number of tokens to divide by. It may lie below 1: rows that a walk repeats count a share each."""
+    return jnp.where(count > 0, count, 1.0)
 
 
 def _decide(target: jax.Array, M: jax.Array, size: jax.Array, ranges: _Codes) -> jax.Array:

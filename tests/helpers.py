@@ -1,4 +1,4 @@
-"""What several test modules share: a small model, one with salient channels, a lowered sampler, and the distance of arrays."""
+"""What several test modules share: a small model, a lowered sampler, and the distance of arrays."""
 
 from __future__ import annotations
 
@@ -60,31 +60,6 @@ def tiny_model(seed: int = 0, **overrides: Any) -> FloatDiT:
 
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return FloatDiT(params=jax.tree_util.tree_map_with_path(draw, shapes), config=config)
-
-
-def salient_model(model: FloatDiT, *, share: float = 0.02, gain: float = 30.0, seed: int = 0) -> FloatDiT:
-    """The same float function with ``share`` (at least one) of the inputs of qkv, fc1 and proj made ``gain`` times as large.
-
-    For qkv and fc1 the adaLN linear makes them so, for proj the v columns of qkv; the rows of the kernel take it back.
-    Written in NumPy, one channel at a time, so that it shares nothing with ``ptq4dit_jax.folding``.
-    """
-    depth, width = model.config.depth, model.config.hidden_size
-    blocks = jax.tree.map(np.array, model.params["blocks"])
-    rng = np.random.default_rng(seed)
-    count = max(1, round(share * width))
-    for layer in range(depth):
-        for name, shift, scale in (("qkv", 0, 1), ("fc1", 3, 4)):
-            for channel in rng.choice(width, count, replace=False):
-                for chunk in (shift, scale):
-                    blocks["adaLN"]["kernel"][layer, :, chunk * width + channel] *= gain
-                    blocks["adaLN"]["bias"][layer, chunk * width + channel] *= gain
-                blocks["adaLN"]["bias"][layer, scale * width + channel] += gain - 1
-                blocks[name]["kernel"][layer, channel] /= gain
-        for channel in rng.choice(width, count, replace=False):
-            blocks["qkv"]["kernel"][layer, :, 2 * width + channel] *= gain
-            blocks["qkv"]["bias"][layer, 2 * width + channel] *= gain
-            blocks["proj"]["kernel"][layer, channel] /= gain
-    return model.replace(params={**model.params, "blocks": blocks})
 
 
 def random_inputs(config: DiTConfig, rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 from flax import struct
-from helpers import random_inputs, relative_error, salient_model, tiny_config, tiny_model
+from helpers import random_inputs, relative_error, tiny_config, tiny_model
 
+from benchmarks.salient import salient_model
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.quantizers import Balance

@@ -168,6 +168,33 @@ def test_sums_lose_nothing_to_rounding_and_do_not_depend_on_batches() -> None:
         assert (np.abs(np.asarray(getattr(total, name), np.float64) - value) / scale[name]).max() < 1e-6, name
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0, 3.0])
+def test_the_mean_of_rows_that_count_less_than_one_is_their_mean(share: float) -> None:
+    x = np.full((1, 2, 5), 7.0, np.float32)
+    seen = InputMoments.start(jnp.zeros(5)).observe(x, x, np.array([share / 2], np.float32))
+    for about in (seen.about_mean(), jax.jit(InputMoments.about_mean)(seen)):
+        np.testing.assert_allclose(about.shift, 7.0, rtol=1e-6)
+    assert InputMoments.start(jnp.ones(5)).about_mean().shift.tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("error", [0.05, 0.5, 5.0])
+def test_moments_that_rounding_made_indefinite_are_damped_until_there_is_a_factor(error: float) -> None:
+    """The target then tends to the float weight, and stays finite."""
+    case = layer(30, 8, seed=3)
+    x = case.x.copy()
+    x[..., 1::2] = x[..., ::2]
+    moments = case._replace(x=x).moments
+    size = np.sqrt(np.diagonal(moments.second))
+    noise = error * np.random.default_rng(0).standard_normal((30, 30)) * np.outer(size, size)
+    noisy = moments.replace(second=moments.second + noise * (1 - np.eye(30)))
+    covariance = np.asarray(noisy.second, np.float64) / float(noisy.count)
+    scaled = (covariance + covariance.T) / 2 / np.outer(size, size) * float(noisy.count)
+    assert np.linalg.eigvalsh(scaled)[0] < -0.05, "positive definite where it is damped as usual"
+    found = round_weight(case.kernel, case.nearest(4), noisy)
+    for leaf in (found.target, found.weight.scale, found.bias, found.error):
+        assert np.isfinite(leaf).all()
+
+
 def test_thousands_of_small_terms_beside_a_large_one_are_all_counted() -> None:
     add = jax.jit(lambda total: jax.lax.fori_loop(0, 5000, lambda _, t: t.add(jnp.float32(0.1)), total))
     total = add(gptq.Compensated.zeros().add(jnp.float32(1e7)))
@@ -210,8 +237,8 @@ def test_inputs_without_a_factor(kind: str, follow: bool) -> None:
     nearest = changed.nearest(4)
     found = round_weight(kernel, nearest, changed.moments, follow=follow)
     assert np.isfinite(np.asarray(found.weight.scale)).all()
-    assert np.isfinite(found.bias).all()
-    assert np.isfinite(found.error)
+    for leaf in (found.target, found.bias, found.error):
+        assert np.isfinite(leaf).all()
     before, after = changed.error(nearest, 0.0, follow), changed.error(found.weight, found.bias, follow)
     assert (after <= before * (1 + 1e-3) + 1e-5 * np.square(case.kernel).sum()).all()
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import PLAIN, random_inputs, relative_error, salient_model, same_bytes, tiny_model
+from helpers import PLAIN, random_inputs, relative_error, same_bytes, tiny_model
 from jax.sharding import Mesh
 
 import ptq4dit_jax as ptq
+from benchmarks.salient import salient_model
 from ptq4dit_jax.calibration import CalibrationData, ChannelExtremes, channel_extremes
 from ptq4dit_jax.checkpoints.float_dit import source_hash
 from ptq4dit_jax.model import FloatDiT

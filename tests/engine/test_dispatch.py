@@ -37,7 +37,7 @@ class Toy(Backend[jax.Array]):
         require(not weight.packed, "weights are packed")
         require(x.values.ndim == 2, f"the input has {x.values.ndim} axes")
         product = x.values.astype(jnp.float32) @ weight.values.astype(jnp.float32).T
-        return (product * x.scale * weight.scale + bias).astype(dtype)
+        return (product * x.scale * weight.scale[None] + bias[None]).astype(dtype)
 
 
 class Answers(Backend[jax.Array]):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.salient import salient_model
 from ptq4dit_jax import ptq
 from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, open_tensors
 from ptq4dit_jax.config import QuantConfig
@@ -66,7 +67,7 @@ def build() -> QuantizedDiT:
 
 def calibrated() -> QuantizedDiT:
     """A model that was quantized in earnest: factors are folded wherever they can be."""
-    model = helpers.salient_model(helpers.tiny_model())
+    model = salient_model(helpers.tiny_model())
     config = QuantConfig(
         balance="csb+ssc",
         rounding="nearest",
