@@ -26,9 +26,9 @@ from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.quantizers import QTensor, weight_code_range
 from ptq4dit_jax.ranges import RangeSearch, quantize_weight
 
-#: What is added to the variance of each input channel, as a share of it, so that the covariance can be factored; and how much
-#: more for each channel that there is for a token. As many tokens as channels fit a target to their own noise.
-DAMPING, FEW_TOKENS = 0.01, 1.0
+#: What is added to the variance of each input channel, as a share of it, so that the covariance can be factored. More is added
+#: by the square of channels per token: as many tokens as channels fit a target to their own noise, a few times as many do not.
+DAMPING = 0.01
 #: Input channels whose codes are decided one after another before the others hear of it.
 _COLUMNS = 128
 #: A channel counts as constant if its variance is a smaller share of the largest, or of its own mean square.
@@ -198,7 +198,7 @@ def _round_weight(
     varies = ~constant[:, None] & ~constant[None]
     scaled = lambda matrix: jnp.where(varies, matrix[order][:, order] / (size[:, None] * size[None]), 0.0)
     A, D = scaled((covariance + covariance.T) / 2), scaled(cross)
-    damped, factor = _factored(A, constant, DAMPING + FEW_TOKENS * len(size) / jnp.maximum(moments.count, 1.0))
+    damped, factor = _factored(A, constant, DAMPING + jnp.square(len(size) / jnp.maximum(moments.count, 1.0)))
     M = factor[::-1, ::-1] / jnp.diagonal(factor)[None, ::-1]
 
     w = original[:, order] * size[None]
@@ -269,15 +269,19 @@ def _decide(target: jax.Array, M: jax.Array, size: jax.Array, ranges: _Codes) ->
         wanted, step = cut(target), cut(steps)
         heard = wanted + jnp.matmul(errors, cut(M), precision=EXACT)
         among = jax.lax.dynamic_slice_in_dim(cut(M), start, columns)
+        place = jnp.arange(columns)[None]
+        low, high = ranges.low[:, None], ranges.high[:, None]
 
-        def decide(k: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            here, codes = state
-            position = heard[:, k] + jnp.matmul(here, among[:, k], precision=EXACT)
-            code = jnp.clip(jnp.round(position / step[:, k]), ranges.low, ranges.high)
-            return here.at[:, k].set(wanted[:, k] - code * step[:, k]), codes.at[:, k].set(code)
+        def decide(k: jax.Array, state: jax.Array) -> jax.Array:
+            """Codes before column k, and what is wanted from there on: one pass of elementwise operations for a column, since
+            a GPU spends its time here on starting kernels."""
+            column = lambda matrix: jax.lax.dynamic_index_in_dim(matrix, k, axis=1)
+            code = jnp.clip(jnp.round(column(state) / column(step)), low, high)
+            error = column(wanted) - code * column(step)
+            return jnp.where(place == k, code, state + error * jax.lax.dynamic_index_in_dim(among, k))
 
-        here, codes = jax.lax.fori_loop(0, columns, decide, (jnp.zeros_like(wanted), jnp.zeros_like(wanted)))
-        return jax.lax.dynamic_update_slice_in_dim(errors, here, start, axis=1), codes
+        codes = jax.lax.fori_loop(0, columns, decide, heard)
+        return jax.lax.dynamic_update_slice_in_dim(errors, wanted - codes * step, start, axis=1), codes
 
     starts = jnp.arange(0, K + padding, columns)
     _, codes = jax.lax.scan(decide_columns, jnp.zeros_like(target), starts)

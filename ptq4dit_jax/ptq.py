@@ -44,6 +44,7 @@ from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
 from ptq4dit_jax.ranges import RangeSearch, activation_parameters, quantize_weight
 from ptq4dit_jax.reconstruction import Journal, check_mesh, reconstruct, round_closed_form, units
 from ptq4dit_jax.schedules import Schedule
+from ptq4dit_jax.waiting import in_background
 
 
 class StageProgress(Protocol):
@@ -118,7 +119,7 @@ def quantize(
         raise Ptq4ditError(f"The weights hold NaN or infinity in {', '.join(bad[:3])}; a model must be finite to be quantized.")
     if config.learning is not None:
         check_mesh(config.learning, mesh)
-    source_sha256 = source_hash(model.params)
+    source_sha256 = in_background(lambda: source_hash(model.params))
     with _journal(config, model, source_sha256, key, calibration, state, fresh) as journal:
         if journal is not None:
             _report_resumed(journal, model, report)
@@ -133,7 +134,7 @@ def _quantized(
     row_batch: int | None,
     mesh: Mesh | None,
     journal: Journal | None,
-    source_sha256: str,
+    source_sha256: Callable[[], str],
     keep_poor: bool,
     report: StageProgress,
 ) -> QuantizedDiT:
@@ -187,7 +188,7 @@ def _quantized(
     )
     _check_result(quantized)
     facts = {
-        "source_sha256": source_sha256,
+        "source_sha256": source_sha256(),
         "settings": config.to_dict(),
         "calibration": {"rows": source, "steps": calibration.num_steps, "rows_per_step": calibration.num_rows},
     }
@@ -258,7 +259,7 @@ def _check_result(quantized: QuantizedDiT) -> None:
 def _journal(
     config: QuantConfig,
     model: FloatDiT,
-    source_sha256: str,
+    source_sha256: Callable[[], str],
     key: jax.Array,
     calibration: CalibrationData | None,
     state: str | os.PathLike[str] | None,
@@ -273,7 +274,7 @@ def _journal(
         return contextlib.nullcontext()
     given = None if calibration is None else content_hash({name: getattr(calibration, name) for name in ("x", "t", "y")})
     fingerprint = {
-        "weights": source_sha256,
+        "weights": source_sha256(),
         "network": model_meta(model.config, model.schedule),
         "settings": config.to_dict() | {"rounding": config.resolved_rounding},
         "key": jax.random.key_data(key).tolist(),

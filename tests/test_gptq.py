@@ -64,7 +64,7 @@ def as_published(case: Layer, weight: QTensor, follow: bool) -> tuple[np.ndarray
     d = case.d.astype(np.float64).reshape(x.shape)
     w = case.kernel.astype(np.float64).T
     share = np.repeat(case.weight.astype(np.float64), case.x.shape[1])
-    damping = 0.01 + x.shape[1] / share.sum()
+    damping = 0.01 + (x.shape[1] / share.sum()) ** 2
     share /= share.sum()
     target = w
     if follow:
@@ -185,8 +185,8 @@ def test_moments_that_rounding_made_indefinite_are_damped_until_there_is_a_facto
     x[..., 1::2] = x[..., ::2]
     moments = case._replace(x=x).moments
     size = np.sqrt(np.diagonal(moments.second))
-    noise = error * np.random.default_rng(0).standard_normal((30, 30)) * np.outer(size, size)
-    noisy = moments.replace(second=moments.second + noise * (1 - np.eye(30)))
+    noise = (error * np.random.default_rng(0).standard_normal((30, 30)) * np.outer(size, size)).astype(np.float32)
+    noisy = moments.replace(second=moments.second + noise * (1 - np.eye(30, dtype=np.float32)))
     covariance = np.asarray(noisy.second, np.float64) / float(noisy.count)
     scaled = (covariance + covariance.T) / 2 / np.outer(size, size) * float(noisy.count)
     assert np.linalg.eigvalsh(scaled)[0] < -0.05, "positive definite where it is damped as usual"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ptq4dit_jax.waiting import ready
+from ptq4dit_jax.waiting import in_background, ready
 
 
 def test_the_tree_comes_back_computed():
@@ -49,3 +49,26 @@ def test_a_keyboard_interrupt_comes_through():
     with pytest.raises(KeyboardInterrupt):
         ready([waited_for])
     assert waited_for.asked > 3
+
+
+def test_what_runs_in_the_background_is_waited_for_once_it_is_asked_for():
+    go = threading.Event()
+    result = in_background(lambda: go.wait(10) and "done")
+    go.set()
+    assert result() == "done" == result()
+
+
+def test_an_error_in_the_background_is_raised_where_the_result_is_asked_for():
+    result = in_background(lambda: 1 // 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            result()
+
+
+@pytest.mark.usefixtures("python_handles_sigint")
+def test_a_keyboard_interrupt_comes_through_a_wait_for_the_background():
+    result, started = in_background(lambda: time.sleep(20)), time.monotonic()
+    threading.Timer(0.2, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        result()
+    assert time.monotonic() - started < 10

@@ -67,8 +67,8 @@ def test_reports(comparison, tmp_path):
 
 @pytest.mark.parametrize(
     ("script", "results"),
-    [(digits, digits.RESULTS), (ablation, ablation.RESULTS), (ablation, ablation.CLOSED_FORM)],
-    ids=["digits", "ablation", "closed form"],
+    [(digits, digits.RESULTS), *((ablation, results) for results in ablation.TABLES)],
+    ids=lambda value: value.stem if isinstance(value, Path) else "",
 )
 def test_tables_of_benchmarks_are_those_of_their_results(script, results):
     """What is stored has both figures, and the document shows what is stored."""

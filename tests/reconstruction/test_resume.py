@@ -14,6 +14,7 @@ import pytest
 from helpers import tiny_model
 
 import ptq4dit_jax as ptq
+from ptq4dit_jax.checkpoints.float_dit import source_hash
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.ptq import _journal, _report_resumed
 from ptq4dit_jax.reconstruction import Journal, forget_journal
@@ -302,7 +303,7 @@ def key_words(seed):
 
 
 def opened(state, model, config, key=0, rows=None):
-    return _journal(config, model, ptq.checkpoints.float_dit.source_hash(model.params), jax.random.key(key), rows, state, False)
+    return _journal(config, model, lambda: source_hash(model.params), jax.random.key(key), rows, state, False)
 
 
 CONFIG = ptq.QuantConfig(calib_steps=2, calib_rows=4, steps=4, reconstruction=Reconstruction(iterations=5))
