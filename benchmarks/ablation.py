@@ -36,9 +36,7 @@ RESULTS = common.RESULTS / "ablation.json"
 TABLES = {
     RESULTS: "ablation.py",
     common.RESULTS / "closed_form.json": "ablation.py, from closed form",
-    common.RESULTS / "closed_form_500.json": "ablation.py, 500 iterations",
     common.RESULTS / "salient.json": "ablation.py, salient channels",
-    common.RESULTS / "closed_form_digits.json": "ablation.py, digits",
 }
 BALANCES, BITS = ("none", "csb", "csb+ssc", "search"), (8, 4, 3)
 OFFICIAL = "official recipe"
