@@ -19,10 +19,9 @@ import numpy as np
 
 import ptq4dit_jax as ptq
 from benchmarks import common
-from ptq4dit_jax.calibration import CalibrationData, channel_extremes
+from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.networks.dit import DiTConfig
-from ptq4dit_jax.ptq import apply_balancing, balance
 from ptq4dit_jax.reconstruction import MemoryPlan, optimize, reconstruct
 from ptq4dit_jax.reconstruction.learning import LearningWalk
 from ptq4dit_jax.reconstruction.units import units
@@ -58,8 +57,7 @@ def prepared(config: DiTConfig, calib_rows: int) -> tuple[ptq.FloatDiT, ptq.Quan
     wanted = ptq.QuantConfig(weight_bits=4, rounding="nearest")
     calibration = random_rows(config, STEPS, calib_rows)
     few = CalibrationData(x=calibration.x[:, :4], t=calibration.t, y=calibration.y[:, :4])
-    extremes = channel_extremes(model, few, sites=tuple(model.config.site_features))
-    folded, _ = apply_balancing(model, balance(model, wanted, extremes, few).factors)
+    folded = ptq.balance(model, wanted, ptq.observe(model, few), few).folded
     return folded, ptq.quantize(model, wanted, key=jax.random.key(0), calibration=few), calibration
 
 

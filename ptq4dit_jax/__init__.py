@@ -19,7 +19,8 @@ from ptq4dit_jax.evaluation import compare, write_report
 from ptq4dit_jax.guidance import Guidance, predict
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import PRESETS, DiTConfig
-from ptq4dit_jax.ptq import quantize
+from ptq4dit_jax.quantization import Balanced, Observed, Ranged, balance, choose_ranges, observe, pack, quantize
+from ptq4dit_jax.reconstruction import reconstruct, round_closed_form
 from ptq4dit_jax.sampling import sample, to_uint8
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule
 from ptq4dit_jax.sharding import data_mesh
@@ -29,19 +30,24 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "Balanced",
     "CalibrationData",
     "DiTConfig",
     "FloatDiT",
     "FlowSchedule",
     "Guidance",
     "NoiseSchedule",
+    "Observed",
     "Ptq4ditError",
     "QuantConfig",
     "QuantizedDiT",
+    "Ranged",
     "Reconstruction",
     "Sampling",
     "VAEConfig",
     "VAEDecoder",
+    "balance",
+    "choose_ranges",
     "compare",
     "data_mesh",
     "describe",
@@ -49,9 +55,13 @@ __all__ = [
     "import_checkpoint",
     "load",
     "load_vae",
+    "observe",
+    "pack",
     "predict",
     "quantize",
+    "reconstruct",
     "reference",
+    "round_closed_form",
     "sample",
     "sample_trajectories",
     "save",

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn, cast
 import numpy as np
 import typer
 
-from ptq4dit_jax import checkpoints, ending, ptq, sampling
+from ptq4dit_jax import checkpoints, ending, quantization, sampling
 from ptq4dit_jax.calibration import stored_rows
 from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.cli_convert import convert
@@ -269,7 +269,7 @@ def quantize(
     started = time.perf_counter()
     with stages() as report, warnings.catch_warnings():
         warnings.simplefilter("ignore", PoorQuality)  # it is said below
-        quantized = ptq.quantize(
+        quantized = quantization.quantize(
             dit,
             config,
             key=key,

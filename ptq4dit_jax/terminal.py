@@ -39,7 +39,7 @@ from ptq4dit_jax.errors import Ptq4ditError, printable
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.networks.dit import LARGEST, DiTConfig
 from ptq4dit_jax.npz_file import read_npz
-from ptq4dit_jax.ptq import StageProgress
+from ptq4dit_jax.progress import StageProgress
 from ptq4dit_jax.staging import claim, place, publish, staging
 from ptq4dit_jax.unfinished import expect
 from ptq4dit_jax.vae import VAEDecoder

@@ -31,6 +31,7 @@ import numpy as np
 from ptq4dit_jax import checkpoints
 from ptq4dit_jax.checkpoints import store
 from ptq4dit_jax.checkpoints.foreign.exporter import export_meta
+from ptq4dit_jax.hashing import content_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "--calib-steps 2 --calib-rows 4 --steps 4 --keep-poor"
@@ -107,11 +108,11 @@ def digest(path: Path) -> str | None:
     if (path / "report.json").exists():
         return " ".join(sorted(file.name for file in path.iterdir()))
     if path.is_dir():
-        return store.content_hash(store.read(path)[0])
+        return content_hash(store.read(path)[0])
     if path.suffix == ".npz":
         with np.load(path) as file:
-            return store.content_hash(dict(file))
-    return store.content_hash({"bytes": np.frombuffer(path.read_bytes(), np.uint8)})
+            return content_hash(dict(file))
+    return content_hash({"bytes": np.frombuffer(path.read_bytes(), np.uint8)})
 
 
 class Campaign:

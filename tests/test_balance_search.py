@@ -14,7 +14,6 @@ from ptq4dit_jax import balance_search
 from ptq4dit_jax.calibration import CalibrationData, ChannelExtremes, channel_extremes
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.spec import nest_sites
-from ptq4dit_jax.ptq import apply_balancing, balance
 from ptq4dit_jax.ranges import quantize_weight
 
 KEY = jax.random.key(0)
@@ -163,11 +162,12 @@ def test_devices_change_no_number(model, rows, searched, mesh8):
 
 
 def test_folding_it_leaves_the_float_output_unchanged(model, rows, extremes):
-    folded, _ = apply_balancing(model, balance(model, CONFIG, extremes, rows).factors)
+    folded = ptq.balance(model, CONFIG, ptq.Observed(extremes), rows).folded
     batch = rows.x[1], rows.t[1:2], rows.y[1]
     np.testing.assert_allclose(folded.apply(*batch), model.apply(*batch), atol=2e-4)
 
 
 def test_the_paper_s_balancing_stays_what_it_is(model, rows, extremes):
     """What is chosen by measurement is told apart from it."""
-    assert balance(model, dataclasses.replace(CONFIG, balance="csb+ssc"), extremes, rows).chosen == {}
+    config = dataclasses.replace(CONFIG, balance="csb+ssc")
+    assert ptq.balance(model, config, ptq.Observed(extremes), rows).chosen == {}

@@ -21,7 +21,6 @@ from ptq4dit_jax.checkpoints.float_dit import model_meta, read_model_meta
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.diffusion import denoise
 from ptq4dit_jax.model import FloatDiT, step_group
-from ptq4dit_jax.ptq import activation_quantizers
 from ptq4dit_jax.samplers import SAMPLERS
 
 Sentence = Callable[..., AbstractContextManager[None]]
@@ -187,9 +186,7 @@ def test_groups_of_steps_follow_the_noise(flow: ptq.FlowSchedule) -> None:
     """Both rows of Heun's that share a time share a group, and inside a chain groups are passed in order."""
     model = flow_model(flow)
     data = ptq.sample_trajectories(model, KEY, ptq.Sampling("heun", 4), steps=8, rows=2)
-    sites = tuple(model.config.site_features)
-    extremes = ptq.calibration.channel_extremes(model, data, sites=sites)
-    _, edges = activation_quantizers(model, CONFIG, data, extremes, {}, {})
+    edges = ptq.choose_ranges(ptq.Balanced.by(model, {}), CONFIG, ptq.observe(model, data), data).edges
     np.testing.assert_array_equal(edges, np.float32([0.75, 0.25]))
     assert edges.dtype == jnp.float32
     groups = [int(step_group(edges, flow.noise_level(jnp.asarray(t)[None]))) for t in data.t]

@@ -18,10 +18,9 @@ from jax.sharding import Mesh
 import ptq4dit_jax as ptq
 from benchmarks.salient import salient_model
 from ptq4dit_jax.calibration import CalibrationData, ChannelExtremes, channel_extremes
-from ptq4dit_jax.checkpoints.float_dit import source_hash
+from ptq4dit_jax.hashing import source_hash
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig
-from ptq4dit_jax.ptq import apply_balancing, balance
 
 DIGITS = Path(__file__).parents[1] / "models" / "digits"
 KEY = jax.random.key(0)
@@ -212,7 +211,7 @@ def test_progress_tells_each_stage_to_its_end(model: FloatDiT) -> None:
 
 
 def test_csb_takes_the_middle_step(model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes]) -> None:
-    found = balance(model, ptq.QuantConfig(balance="csb"), extremes, rows)
+    found = ptq.balance(model, ptq.QuantConfig(balance="csb"), ptq.Observed(extremes), rows)
     assert set(found.factors) == {f"blocks.{name}" for name in ("qkv_in", "proj_in", "fc1_in", "fc2_in", "v")}
     for name, layer in (("qkv_in", "qkv"), ("proj_in", "proj"), ("fc1_in", "fc1"), ("fc2_in", "fc2")):
         seen = extremes[f"blocks.{name}"]
@@ -226,7 +225,8 @@ def test_csb_takes_the_middle_step(model: FloatDiT, rows: CalibrationData, extre
 def test_ssc_weighs_steps_or_single_rows(
     model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes], ssc: str
 ) -> None:
-    found = balance(model, ptq.QuantConfig(balance="csb+ssc", ssc=ssc, temperature=0.5), extremes, rows)  # type: ignore[arg-type]
+    config = ptq.QuantConfig(balance="csb+ssc", ssc=ssc, temperature=0.5)  # type: ignore[arg-type]
+    found = ptq.balance(model, config, ptq.Observed(extremes), rows)
     samples = 3 if ssc == "steps" else 3 * 8
     for name in ("blocks.qkv_in", "blocks.proj_in", "blocks.fc1_in", "blocks.fc2_in"):
         eta, rho = np.asarray(found.eta[name], np.float64), np.asarray(found.rho[name], np.float64)
@@ -239,7 +239,7 @@ def test_ssc_weighs_steps_or_single_rows(
 
 def test_what_is_not_balanced(model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes]) -> None:
     def sites(**settings: Any) -> set[str]:
-        found = balance(model, ptq.QuantConfig(**settings), extremes, rows).factors
+        found = ptq.balance(model, ptq.QuantConfig(**settings), ptq.Observed(extremes), rows).factors
         return {name.removeprefix("blocks.") for name in found}
 
     assert sites(balance="none", equalize_v=False) == set()
@@ -249,7 +249,8 @@ def test_what_is_not_balanced(model: FloatDiT, rows: CalibrationData, extremes: 
 
 
 def test_exponent_zero_is_no_balancing(model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes]) -> None:
-    found = balance(model, ptq.QuantConfig(balance="csb+ssc", exponent=0.0, equalize_v=False), extremes, rows)
+    config = ptq.QuantConfig(balance="csb+ssc", exponent=0.0, equalize_v=False)
+    found = ptq.balance(model, config, ptq.Observed(extremes), rows)
     for factor in found.factors.values():
         np.testing.assert_array_equal(factor, np.ones_like(factor))
 
@@ -267,8 +268,7 @@ def test_exponent_zero_is_no_balancing(model: FloatDiT, rows: CalibrationData, e
 )
 def test_folding_leaves_the_float_output_unchanged(rows: CalibrationData, settings: dict[str, Any]) -> None:
     model = salient_model(tiny_model(), share=0.05)
-    extremes = channel_extremes(model, rows, sites=tuple(model.config.site_features))
-    folded, _ = apply_balancing(model, balance(model, ptq.QuantConfig(**settings), extremes, rows).factors)
+    folded = ptq.balance(model, ptq.QuantConfig(**settings), ptq.observe(model, rows), rows).folded
     for step in range(3):
         batch = rows.x[step], rows.t[step : step + 1], rows.y[step]
         assert relative_error(apply(folded, *batch), apply(model, *batch)) < 1e-5

@@ -123,12 +123,8 @@ def test_the_worst_layer_is_the_one_with_two_bits(layer: str, model: FloatDiT, r
 
 
 def model_folded(model: FloatDiT, rows: ptq.CalibrationData, policy: str) -> FloatDiT:
-    from ptq4dit_jax.calibration import channel_extremes
-    from ptq4dit_jax.ptq import apply_balancing, balance
-
     config = ptq.QuantConfig(**PLAIN, policy=policy)
-    extremes = channel_extremes(model, rows, sites=tuple(model.config.site_features))
-    return apply_balancing(model, balance(model, config, extremes, rows).factors)[0]
+    return ptq.balance(model, config, ptq.observe(model, rows), rows).folded
 
 
 @pytest.mark.slow
@@ -158,7 +154,7 @@ def test_the_cost_of_a_layer_is_that_of_its_weights_where_its_input_is_float(
 @pytest.mark.slow
 def test_measuring_changes_no_integer(model: FloatDiT, rows: ptq.CalibrationData, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = quantize(model, rows, weight_bits=4)
-    monkeypatch.setattr("ptq4dit_jax.ptq.measure", lambda *_: Quality(20.0, 1, 1))
+    monkeypatch.setattr("ptq4dit_jax.quantization.pipeline.measure", lambda *_: Quality(20.0, 1, 1))
     for a, b in zip(*map(jax.tree.leaves, (measured, quantize(model, rows, weight_bits=4))), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -18,8 +18,8 @@ from ptq4dit_jax import checkpoints
 from ptq4dit_jax.calibration import stored_rows
 from ptq4dit_jax.checkpoints.foreign import export_meta, open_tensors
 from ptq4dit_jax.config import Reconstruction
+from ptq4dit_jax.hashing import flatten
 from ptq4dit_jax.networks.dit import init_params
-from ptq4dit_jax.ptq import apply_balancing
 from ptq4dit_jax.sampling import check_labels
 
 KEY = jax.random.key(4)
@@ -111,7 +111,7 @@ def test_a_network_with_classes_needs_labels(make, raises_sentence):
 @each_kind
 def test_parameters(kind):
     config = tiny_config(**KINDS[kind])
-    params = checkpoints.float_dit.flatten(jax.eval_shape(lambda: init_params(config, KEY)))
+    params = flatten(jax.eval_shape(lambda: init_params(config, KEY)))
     assert ("position_embed/embedding" in params) == config.position_table
     assert ("label_embed/embedding" in params) == (config.num_labels > 0)
     if config.position_table:
@@ -164,7 +164,7 @@ def test_folding_leaves_the_function(kind):
     model = float_model(kind)
     rng = np.random.default_rng(3)
     factors = {f"{name}_in": np.exp(rng.normal(size=(2, 32))).astype(np.float32) for name in ("qkv", "proj", "fc1")}
-    folded, _ = apply_balancing(model, factors)
+    folded = ptq.Balanced.by(model, factors).folded
     x, t, y = random_inputs(model.config, 4)[0], np.array([0, 300, 700, 999]), labels_of(model, 4)
     assert relative_error(apply(folded, x, t, y), apply(model, x, t, y)) < 1e-5
 
@@ -215,7 +215,7 @@ def test_tables_that_do_not_fit_the_settings(make, kind, change, parts, tmp_path
     model = make(kind)
     _, meta = checkpoints.store.read(checkpoints.save(model, tmp_path / "model"))
     meta = {**meta, "config": {**meta["config"], **change}}
-    flat = checkpoints.float_dit.flatten(model.params) if isinstance(model, ptq.FloatDiT) else None
+    flat = flatten(model.params) if isinstance(model, ptq.FloatDiT) else None
     load = checkpoints.float_dit.load_float if flat else checkpoints.quantized_dit.load_quantized
     with raises_sentence(*parts):
         load(flat or checkpoints.quantized_dit._flatten(model), meta)

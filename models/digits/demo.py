@@ -25,7 +25,7 @@ from models.digits.classifier import train_classifier
 from ptq4dit_jax import ending
 from ptq4dit_jax.engine import describe
 from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare, sample_grid, write_report
-from ptq4dit_jax.ptq import StageProgress
+from ptq4dit_jax.progress import StageProgress
 from ptq4dit_jax.terminal import console, devices_line, megabytes, print_table, stages
 from ptq4dit_jax.unfinished import expect
 

@@ -17,6 +17,7 @@ from flax import traverse_util
 from ptq4dit_jax.checkpoints import store
 from ptq4dit_jax.edges import quoted, shown
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.hashing import flatten
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig, init_params
 from ptq4dit_jax.networks.registry import NETWORKS, name_of
@@ -66,16 +67,6 @@ def _check(arrays: Mapping[str, Any], meta: Mapping[str, Any], lead: str) -> tup
         raise Ptq4ditError(f"The model's dtype is {dtype!r}; a float model is stored in {', '.join(FLOATS)}.")
     check_arrays(arrays, expected_arrays(config, dtype), lead)
     return config, schedule
-
-
-def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested parameters as a flat dict with names joined by ``/``; a flat dict stays as it is."""
-    return traverse_util.flatten_dict(dict(params), sep="/")
-
-
-def source_hash(arrays: Mapping[str, Any]) -> str:
-    """The content hash of a model's parameters, flat or nested: what a model folder records as ``content_sha256``."""
-    return store.content_hash(flatten(arrays))
 
 
 def model_meta(config: DiTConfig, schedule: Schedule) -> dict[str, Any]:

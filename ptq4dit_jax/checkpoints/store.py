@@ -36,6 +36,7 @@ from ptq4dit_jax.checkpoints.addresses import address_of
 from ptq4dit_jax.documents import parse_json, read_json
 from ptq4dit_jax.edges import edge, shown
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.hashing import content_hash, native
 from ptq4dit_jax.staging import flush, flush_entries, remove, staging
 
 FORMAT, VERSION = "ptq4dit_jax", 2
@@ -52,17 +53,6 @@ _DTYPES = frozenset(
 )
 
 Arrays: TypeAlias = Mapping[str, "np.ndarray | jax.Array"]
-
-
-def content_hash(arrays: Arrays) -> str:
-    """SHA-256 (hexadecimal) over the name, dtype, shape and bytes of every array, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = _native(arrays[name])
-        digest.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
-        # Arrays of ml_dtypes have no buffer of their own; their bytes do.
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def write(path: str | os.PathLike[str], arrays: Arrays, meta: Mapping[str, Any], *, overwrite: bool = False) -> Path:
@@ -298,11 +288,6 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _native(array: np.ndarray | jax.Array) -> np.ndarray:
-    host = np.asarray(array)
-    return host.astype(host.dtype.newbyteorder("="), copy=False)
-
-
 def _to_host(name: str, array: np.ndarray | jax.Array) -> np.ndarray:
     if not isinstance(name, str) or not name:
         raise Ptq4ditError(f"Arrays are saved under names; {name!r} is none.")
@@ -311,7 +296,7 @@ def _to_host(name: str, array: np.ndarray | jax.Array) -> np.ndarray:
         raise Ptq4ditError(
             f"The array {name!r} is of type {dtype}, which cannot be saved; cast it to a NumPy type or bfloat16."
         )
-    return _native(array)
+    return native(array)
 
 
 def _software_versions() -> dict[str, str]:

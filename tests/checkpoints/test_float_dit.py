@@ -13,6 +13,7 @@ from store_helpers import seal
 from ptq4dit_jax import checkpoints
 from ptq4dit_jax.checkpoints import float_dit, store
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.hashing import flatten, source_hash
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig, init_params
 from ptq4dit_jax.schedules import NoiseSchedule
@@ -102,11 +103,11 @@ def test_what_the_folder_says(model, saved):
 
 def test_source_hash_is_the_content_hash_of_the_folder(model, saved):
     expected = json.loads((saved / "config.json").read_text())["content_sha256"]
-    assert float_dit.source_hash(model.params) == expected
-    assert float_dit.source_hash(float_dit.flatten(model.params)) == expected
-    assert float_dit.source_hash(store.read(saved)[0]) == expected
-    assert float_dit.source_hash(checkpoints.load(saved).params) == expected
-    assert float_dit.source_hash(model.astype("bfloat16").params) != expected
+    assert source_hash(model.params) == expected
+    assert source_hash(flatten(model.params)) == expected
+    assert source_hash(store.read(saved)[0]) == expected
+    assert source_hash(checkpoints.load(saved).params) == expected
+    assert source_hash(model.astype("bfloat16").params) != expected
 
 
 def test_provenance(model, tmp_path):

@@ -14,9 +14,9 @@ import pytest
 from helpers import tiny_model
 
 import ptq4dit_jax as ptq
-from ptq4dit_jax.checkpoints.float_dit import source_hash
 from ptq4dit_jax.config import Reconstruction
-from ptq4dit_jax.ptq import _journal, _report_resumed
+from ptq4dit_jax.hashing import source_hash
+from ptq4dit_jax.quantization import journals
 from ptq4dit_jax.reconstruction import Journal, forget_journal
 from ptq4dit_jax.reconstruction.resume import journal_beside, remove_journal
 
@@ -303,7 +303,7 @@ def key_words(seed):
 
 
 def opened(state, model, config, key=0, rows=None):
-    return _journal(config, model, lambda: source_hash(model.params), jax.random.key(key), rows, state, False)
+    return journals.open_journal(config, model, lambda: source_hash(model.params), jax.random.key(key), rows, state, False)
 
 
 CONFIG = ptq.QuantConfig(calib_steps=2, calib_rows=4, steps=4, reconstruction=Reconstruction(iterations=5))
@@ -354,11 +354,11 @@ def test_whatever_the_result_depends_on_makes_another_run(change, words, tmp_pat
         x = np.zeros((2, 4, *model.config.image_shape), np.float32)
         more["rows"] = ptq.calibration.CalibrationData(x=x, t=np.array([9, 5], np.int32), y=np.zeros((2, 4), np.int32))
     elif change == "device":
-        monkeypatch.setattr(ptq.ptq, "default", lambda: type("Device", (), {"platform": "cpu", "device_kind": "other"}))
+        monkeypatch.setattr(journals, "default", lambda: type("Device", (), {"platform": "cpu", "device_kind": "other"}))
     else:
         package = "ptq4dit-jax" if change == "own version" else change
-        version = ptq.ptq._version
-        monkeypatch.setattr(ptq.ptq, "_version", lambda name: "9.9" if name == package else version(name))
+        version = journals._version
+        monkeypatch.setattr(journals, "_version", lambda name: "9.9" if name == package else version(name))
     with raises_sentence(str(tmp_path / "s"), words, "--fresh"):
         opened(tmp_path / "s", model, config, **more)
 
@@ -367,15 +367,15 @@ def test_a_resumed_run_says_what_it_resumes(tmp_path):
     model, told = tiny_model(), []
     assert model.config.depth == 2
     with opened(tmp_path / "s", model, CONFIG) as journal:
-        _report_resumed(journal, model, lambda *stage: told.append(stage))
+        journals.report_resumed(journal, model, lambda *stage: told.append(stage))
         assert told == []
         for position in range(3):
             journal.finish(position, result(position))
     with opened(tmp_path / "s", model, CONFIG) as journal:
-        _report_resumed(journal, model, lambda *stage: told.append(stage))
+        journals.report_resumed(journal, model, lambda *stage: told.append(stage))
         journal.save_current(3, result(3), 500)
     with opened(tmp_path / "s", model, CONFIG) as journal:
-        _report_resumed(journal, model, lambda *stage: told.append(stage))
+        journals.report_resumed(journal, model, lambda *stage: told.append(stage))
     assert told == [
         ("resume reconstruction", 3, 5, "parts done: 3 of 5, up to block 0"),
         ("resume reconstruction", 3, 5, "parts done: 3 of 5, up to block 0; block 1 goes on from iteration 500"),

@@ -1,0 +1,35 @@
+"""The first stage: what each channel of each site takes on at each calibration step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flax import struct
+from jax.sharding import Mesh
+
+from ptq4dit_jax.calibration import CalibrationData, ChannelExtremes, channel_extremes, check_finite
+from ptq4dit_jax.model import FloatDiT
+
+
+@struct.dataclass
+class Observed:
+    """Statistics of the float network, by site: leaves (S, [L,] K)."""
+
+    extremes: Mapping[str, ChannelExtremes]
+
+
+def observe(model: FloatDiT, rows: CalibrationData, *, row_batch: int | None = None, mesh: Mesh | None = None) -> Observed:
+    """Statistics of every site of a float model on calibration rows, at every step.
+
+    Args:
+      model: what is to be quantized.
+      rows: as sampled (:func:`ptq4dit_jax.calibration.sample_trajectories`) or stored.
+      row_batch, mesh: those of :func:`ptq4dit_jax.calibration.channel_extremes`.
+
+    Raises:
+      Ptq4ditError: NaN or infinity in them.
+    """
+    sites = tuple(model.config.site_features)
+    extremes = channel_extremes(model, rows, sites=sites, row_batch=row_batch, mesh=mesh)
+    check_finite(extremes, rows.t)
+    return Observed(extremes)

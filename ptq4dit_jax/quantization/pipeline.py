@@ -1,0 +1,204 @@
+"""The pipeline: observe, balance, choose ranges, pack, round or reconstruct. Each stage is a function of the ones before."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ptq4dit_jax import sharding
+from ptq4dit_jax.calibration import CalibrationData, sample_trajectories
+from ptq4dit_jax.config import QuantConfig
+from ptq4dit_jax.engine import Provenance, QuantizedDiT
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.hashing import source_hash
+from ptq4dit_jax.model import FloatDiT, has_nonfinite
+from ptq4dit_jax.numerics import CALIBRATION, threefry
+from ptq4dit_jax.progress import StageProgress, silent
+from ptq4dit_jax.quality import REFUSE_BELOW, PoorQuality, Quality, measure, some_rows
+from ptq4dit_jax.quantization.activations import choose_ranges
+from ptq4dit_jax.quantization.balancing import balance
+from ptq4dit_jax.quantization.journals import open_journal, report_resumed
+from ptq4dit_jax.quantization.observations import observe
+from ptq4dit_jax.quantization.weights import pack
+from ptq4dit_jax.reconstruction import Journal, check_mesh, reconstruct, round_closed_form
+from ptq4dit_jax.waiting import in_background
+
+
+def quantize(
+    model: FloatDiT,
+    config: QuantConfig | None = None,
+    *,
+    key: jax.Array,
+    calibration: CalibrationData | None = None,
+    row_batch: int | None = None,
+    mesh: Mesh | None = None,
+    state: str | os.PathLike[str] | None = None,
+    fresh: bool = False,
+    keep_poor: bool = False,
+    progress: StageProgress | None = None,
+) -> QuantizedDiT:
+    """Quantizes a float DiT after training with PTQ4DiT.
+
+    Args:
+      model: the float model.
+      config: settings; ``QuantConfig()`` is W8A8 by our best measured settings, ``QuantConfig.paper()`` the paper's.
+      key: seed of the calibration noise; not used where ``calibration`` is given.
+      calibration: stored rows (:func:`ptq4dit_jax.calibration.stored_rows`) instead of sampling them.
+      row_batch: calibration rows begun at once on each device, to bound memory, but at least
+        :data:`~ptq4dit_jax.calibration.MICRO_BATCH`. It changes no number.
+      mesh: whose devices share the calibration rows, and the rows of each batch of a reconstruction. How many there are changes
+        no number, but for last bits of a reconstruction with ``parts=1``, GPUs' and TPUs' default.
+      state: a folder for what a reconstruction has learned so far. Where it holds an interrupted run of the same model,
+        settings, key and rows, that run goes on. It is left there; delete it when the result is safe.
+      fresh: start over, whatever ``state`` holds.
+      keep_poor: return a model that predicts worse than :data:`ptq4dit_jax.quality.REFUSE_BELOW`, too.
+      progress: called as stages advance.
+
+    Returns:
+      The integer model, self-contained. Its provenance holds its quality, measured on a few of the calibration rows.
+
+    Warns:
+      PoorQuality: that quality is below :data:`ptq4dit_jax.quality.WARN_BELOW`.
+
+    Raises:
+      Ptq4ditError: an argument that makes no sense; NaN or infinity in the weights, the calibration rows, what is observed of
+        them, or the result; a result of too poor quality, unless ``keep_poor``.
+    """
+    config, key = (config or QuantConfig()).for_network(model.config), threefry(key)
+    if row_batch is not None and row_batch < 1:
+        raise Ptq4ditError(f"row_batch must be positive, not {row_batch}.")
+    if calibration is None:
+        config = config.resolve(model.schedule, model.config)
+    report = progress or silent
+    if bad := has_nonfinite(model.params):
+        raise Ptq4ditError(f"The weights hold NaN or infinity in {', '.join(bad[:3])}; a model must be finite to be quantized.")
+    if config.learning is not None:
+        check_mesh(config.learning, mesh)
+    source_sha256 = in_background(lambda: source_hash(model.params))
+    with open_journal(config, model, source_sha256, key, calibration, state, fresh) as journal:
+        if journal is not None:
+            report_resumed(journal, model, report)
+        return _quantized(model, config, key, calibration, row_batch, mesh, journal, source_sha256, keep_poor, report)
+
+
+def _quantized(
+    model: FloatDiT,
+    config: QuantConfig,
+    key: jax.Array,
+    calibration: CalibrationData | None,
+    row_batch: int | None,
+    mesh: Mesh | None,
+    journal: Journal | None,
+    source_sha256: Callable[[], str],
+    keep_poor: bool,
+    report: StageProgress,
+) -> QuantizedDiT:
+    """:func:`quantize` with arguments that were checked and the journal open."""
+    # On one device, as is all that is made of it: what several run is a program of each (:func:`sharding.deal_out`), and the
+    # rest is the program of one.
+    model = jax.device_put(model.astype(jnp.float32), sharding.devices_of(mesh)[0])
+    model = dataclasses.replace(model, precision=CALIBRATION)
+    tell = lambda stage: lambda done, total: report(stage, done, total)
+    source = "given" if calibration is not None else f"sampled, key {jax.random.key_data(key).tolist()}"
+    if calibration is None:
+        report("sample calibration rows", 0, config.calib_rows)
+        calibration = sample_trajectories(
+            model,
+            key,
+            config.sampling,
+            steps=config.calib_steps,
+            rows=config.calib_rows,
+            row_batch=row_batch,
+            mesh=mesh,
+            progress=tell("sample calibration rows"),
+        )
+    calibration = CalibrationData(x=np.asarray(calibration.x), t=np.asarray(calibration.t), y=np.asarray(calibration.y))
+    some = some_rows(calibration)
+
+    report("gather channel statistics", 0, 1)
+    observed = observe(model, calibration, row_batch=row_batch, mesh=mesh)
+    report("gather channel statistics", 1, 1)
+    balanced = balance(
+        model, config, observed, calibration, row_batch=row_batch, mesh=mesh, progress=tell("try ways of balancing")
+    )
+    folded = balanced.folded
+    report("choose activation ranges", 0, 1)
+    ranged = choose_ranges(balanced, config, observed, calibration, row_batch=row_batch, mesh=mesh)
+    report("choose activation ranges", 1, 1)
+    quantized = pack(balanced, ranged, config, observed, progress=tell("choose weight ranges"))
+    _check_result(quantized)
+    facts = {
+        "source_sha256": source_sha256(),
+        "settings": config.to_dict(),
+        "calibration": {"rows": source, "steps": calibration.num_steps, "rows_per_step": calibration.num_rows},
+    }
+    if balanced.chosen:
+        facts["balancing"] = {site: chosen.to_dict() for site, chosen in balanced.chosen.items()}
+    if config.resolved_rounding == "gptq":
+        quantized, rounded = round_closed_form(
+            folded,
+            quantized,
+            calibration,
+            search=config.range_search,
+            mesh=mesh,
+            announce=lambda plan: report("plan rounding", 1, 1, f"{plan}"),
+            progress=lambda part, done, total, error: report(f"round {part}", done, total, f"error {error:.3f} x nearest"),
+        )
+        facts["rounding"] = {row.pop("part"): row for row in rounded}
+        _check_result(quantized)
+    if config.learning is not None:
+        quantized, learned = reconstruct(
+            folded,
+            quantized,
+            calibration,
+            config.learning,
+            key=jax.random.fold_in(key, 1),
+            journal=journal,
+            search=config.range_search,
+            mesh=mesh,
+            announce=lambda plan: report("plan reconstruction", 1, 1, f"{plan}"),
+            progress=lambda part, done, total, error: report(
+                f"reconstruct {part}", done, total, f"error {error:.3f} x nearest"
+            ),
+        )
+        facts["reconstruction"] = {row.pop("part"): row for row in learned}
+        _check_result(quantized)
+    report("measure the result", 0, 1)
+    quality = measure(model, folded, quantized, some)
+    report("measure the result", 1, 1, f"{quality}" if not quality.is_poor else f"SQNR {quality.sqnr_mean_db:.1f} dB")
+    _check_quality(quality, model.schedule.objective, keep_poor, None if journal is None else journal.folder)
+    facts["quality"] = quality.to_dict()
+    quantized = sharding.replicate(mesh, quantized)
+    return quantized.replace(provenance=Provenance(facts))
+
+
+def _check_quality(quality: Quality, objective: str, keep_poor: bool, learned: Path | None) -> None:
+    """Refuses a model that is of no use, and warns of one that may be of little; ``learned`` is where the journal is."""
+    if not quality.is_poor:
+        return
+    words = f"The quantized model's predicted {objective} has an SQNR of {quality.sqnr_mean_db:.1f} dB"
+    words += f", worst in {', '.join(map(str, quality.worst))}"
+    remedy = "use more bits, another policy or more calibration rows"
+    if quality.sqnr_mean_db < REFUSE_BELOW and not keep_poor:
+        again = "" if learned is None else f"; what was learned is in {learned}, so that takes no learning again"
+        raise Ptq4ditError(
+            f"{words}, and below {REFUSE_BELOW:g} dB a model is refused; {remedy}, or keep it with --keep-poor "
+            f"(keep_poor=True){again}."
+        )
+    warnings.warn(f"{words}; {remedy}.", PoorQuality, stacklevel=4)
+
+
+def _check_result(quantized: QuantizedDiT) -> None:
+    if bad := has_nonfinite(quantized):
+        raise Ptq4ditError(
+            f"The quantized model would hold NaN or infinity in {', '.join(bad[:3])}; check that the float model makes good "
+            "samples."
+        )
