@@ -207,6 +207,32 @@ def test_progress_tells_each_stage_to_its_end(model: FloatDiT) -> None:
         assert counts == sorted(counts)
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_the_stages_one_by_one_make_what_quantize_makes(
+    model: FloatDiT, rows: CalibrationData, w4a8: ptq.QuantizedDiT, rounding: str
+) -> None:
+    config = ptq.QuantConfig(**{**PLAIN, "rounding": rounding}, weight_bits=4)
+    observed = ptq.observe(model, rows)
+    balanced = ptq.balance(model, config, observed, rows)
+    ranged = ptq.choose_ranges(balanced, config, observed, rows)
+    packed = ptq.pack(balanced, ranged, config, observed)
+    wanted = w4a8
+    if rounding == "gptq":
+        packed, parts = ptq.round_closed_form(balanced.folded, packed, rows)
+        assert {row["part"] for row in parts} >= {"block 0", "head"}
+        wanted = ptq.quantize(model, config, key=KEY, calibration=rows)
+    assert same_bytes(packed, wanted)
+
+
+def test_what_stages_return_passes_through_jit(model: FloatDiT, rows: CalibrationData) -> None:
+    config = ptq.QuantConfig(**PLAIN)
+    observed = ptq.observe(model, rows)
+    balanced = ptq.balance(model, config, observed, rows)
+    ranged = ptq.choose_ranges(balanced, config, observed, rows)
+    for value in (observed, balanced, ranged):
+        assert same_bytes(jax.jit(lambda tree: tree)(value), value)
+
+
 # Balancing.
 
 
