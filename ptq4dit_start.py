@@ -1,13 +1,17 @@
-"""The start of a program: takes signals while the library is imported, which takes a second or more.
+"""The start of a program: what is heeded and shown before the library is imported, which takes a second or more.
 
-A module of its own, because importing anything of ``ptq4dit_jax`` imports all of it. It ends the process as
-:func:`ptq4dit_jax.ending.run` does, which takes over. This is the console script ``ptq4dit``.
+A module of its own, because importing anything of ``ptq4dit_jax`` imports all of it. It takes signals, and ends the process as
+:func:`ptq4dit_jax.ending.run` does, which takes over; and it shows the help of the whole program, for which it reads
+``ptq4dit_jax/cli_overview.py`` alone. This is the console script ``ptq4dit``.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -26,9 +30,25 @@ def take_signals() -> None:
             signal.signal(number, _leave)
 
 
+def _overview(arguments: list[str]) -> None:
+    """Shows help and ends the process; returns where the package is not found as files."""
+    package = importlib.util.find_spec("ptq4dit_jax")  # does not import it
+    if package is None or package.origin is None:
+        return
+    path = Path(package.origin).with_name("cli_overview.py")
+    spec = importlib.util.spec_from_file_location("ptq4dit_cli_overview", path)
+    if spec is None or spec.loader is None:
+        return
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.show(arguments)
+
+
 def entry() -> NoReturn:
     """The console script, which ends the process."""
     take_signals()
+    if sys.argv[1:] in ([], ["--help"]):
+        _overview(sys.argv[1:])
     from ptq4dit_jax.cli import entry as command
 
     command()

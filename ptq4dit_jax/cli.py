@@ -33,6 +33,7 @@ from ptq4dit_jax.cli_options import (
     Vae,
     VaeScale,
 )
+from ptq4dit_jax.cli_overview import program
 from ptq4dit_jax.config import QuantConfig, Reconstruction
 from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.engine import QuantizedDiT, choice, describe
@@ -74,15 +75,7 @@ from ptq4dit_jax.terminal import (
 )
 from ptq4dit_jax.unfinished import expect_journal
 
-app = typer.Typer(
-    name="ptq4dit",
-    help="Post-training quantization of Diffusion Transformers: W8A8 and W4A8 with real integers, in JAX.",
-    epilog="A MODEL is a folder written by this program, a checkpoint of another code base (see convert), the address of one,"
-    " or random:PRESET (random weights), for example random:DiT-S/2.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
+app = program()
 
 #: The tables of a DiT, for the names in help.
 _DIT = known_specs()[0]

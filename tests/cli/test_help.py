@@ -32,6 +32,24 @@ def test_help_of_the_program_names_the_commands(capsys):
     assert all(command in shown for command in COMMANDS)
 
 
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_help_of_the_program_is_the_same_without_the_library(arguments, tmp_path):
+    """What the console script shows, which imports nothing heavy, and what the library's commands say of themselves."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    script = f"import sys, ptq4dit_start; sys.argv[1:] = {arguments}; ptq4dit_start.entry()"
+    # A module that is None here cannot be imported.
+    alone = "import sys; sys.modules.update(jax=None, numpy=None, flax=None, orbax=None); " + script
+    shown = [
+        subprocess.run(
+            [sys.executable, *program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=120
+        )
+        for program in (["-c", alone], ["-m", "ptq4dit_jax.cli", *arguments])
+    ]
+    outputs = {(done.returncode, done.stdout, done.stderr) for done in shown}
+    assert len(outputs) == 1, outputs
+    assert all(command in shown[0].stdout for command in COMMANDS)
+
+
 def test_exit_status_of_the_program(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
