@@ -72,8 +72,8 @@ class _Trials:
     which the best counts; None scales each token by itself.
     """
 
-    kernel: Any
-    factors: Any
+    kernel: jax.Array
+    factors: jax.Array
     weights: QTensor
     acts: ActQuantizer | None
     bits: int = struct.field(pytree_node=False)

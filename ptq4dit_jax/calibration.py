@@ -187,9 +187,9 @@ class ChannelExtremes:
     ``power`` is that of the last batch seen, at most :data:`MOST_POWER`; the extremes are those of all.
     """
 
-    low: Any
-    high: Any
-    power: Any
+    low: jax.Array
+    high: jax.Array
+    power: jax.Array
     per_row: bool = struct.field(pytree_node=False, default=False)
 
     def observe(self, x: jax.Array) -> ChannelExtremes:
@@ -212,9 +212,9 @@ class Histogram:
     """Observer that counts values in equal bins between ``low`` and ``high`` (); counts (bins,) float32; the ends take the
     rest."""
 
-    low: Any
-    high: Any
-    counts: Any
+    low: jax.Array
+    high: jax.Array
+    counts: jax.Array
 
     def observe(self, x: jax.Array) -> Histogram:
         bins = self.counts.shape[-1]

@@ -39,8 +39,8 @@ _CONSTANT = 1e-12
 class Compensated:
     """A float32 sum and what rounding has lost of it (Knuth's two-sum); both of one shape."""
 
-    total: Any
-    lost: Any
+    total: jax.Array
+    lost: jax.Array
 
     @classmethod
     def zeros(cls, *shape: int) -> Compensated:
@@ -124,9 +124,9 @@ class RoundedWeight:
     rounding to the nearest. Both errors are counted from that of the target."""
 
     weight: QTensor
-    target: Any
-    bias: Any
-    error: Any
+    target: jax.Array
+    bias: jax.Array
+    error: jax.Array
 
 
 class _Codes(NamedTuple):

@@ -32,7 +32,7 @@ class FloatDiT:
     config: DiTConfig = struct.field(pytree_node=False)
     schedule: Schedule = struct.field(pytree_node=False, default=NoiseSchedule())
     quantizers: Any = struct.field(default_factory=dict)
-    group_edges: Any = struct.field(default_factory=lambda: jnp.zeros((0,), jnp.int32))
+    group_edges: jax.Array = struct.field(default_factory=lambda: jnp.zeros((0,), jnp.int32))
     compute: str | None = struct.field(pytree_node=False, default=None)
     precision: jax.lax.Precision = struct.field(pytree_node=False, default=EXACT)
 

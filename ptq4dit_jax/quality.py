@@ -142,7 +142,7 @@ class _Costs:
     ``kernel`` ([L,] K, N) is the float one and ``layer`` stands for it; ``act`` is the quantizer of an input without weights.
     """
 
-    kernel: Any = None
+    kernel: jax.Array | None = None
     layer: QLinear | None = None
     act: ActQuantizer | None = None
 

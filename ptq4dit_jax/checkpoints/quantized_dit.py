@@ -131,7 +131,7 @@ def _skeleton(
 ) -> QuantizedDiT:
     """The model with shapes and dtypes for leaves."""
 
-    def leaf(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    def leaf(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
     def act(spec: Mapping[str, Any], lead: tuple[int, ...], K: int) -> ActQuantizer:

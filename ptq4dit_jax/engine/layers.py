@@ -32,7 +32,7 @@ class QLinear:
     """
 
     weight: QTensor
-    bias: Any
+    bias: jax.Array
     act: ActQuantizer | None = None
 
     @classmethod

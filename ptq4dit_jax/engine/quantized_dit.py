@@ -50,10 +50,10 @@ class QuantizedDiT:
 
     linears: dict[str, QLinear]
     sites: dict[str, ActQuantizer]
-    label_embed: Any
-    group_edges: Any
+    label_embed: jax.Array | None
+    group_edges: jax.Array
     config: DiTConfig = struct.field(pytree_node=False)
-    position_embed: Any = None
+    position_embed: jax.Array | None = None
     schedule: Schedule = struct.field(pytree_node=False, default=NoiseSchedule())
     dtype: str = struct.field(pytree_node=False, default="float32")
     backend: str = struct.field(pytree_node=False, default="auto")

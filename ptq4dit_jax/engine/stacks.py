@@ -18,7 +18,7 @@ class OfLayer:
     """
 
     stack: Any
-    index: Any
+    index: jax.Array
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -60,9 +60,9 @@ fake_quant.defvjp(_forward, _backward)
 class LearnedQuantizer:
     """A site's quantizer during training: ``scale`` and ``zero_point`` are (B,), one for each row's group of steps."""
 
-    scale: Any
-    zero_point: Any
-    balance: Any
+    scale: jax.Array
+    zero_point: jax.Array
+    balance: jax.Array | None
     bits: int = struct.field(pytree_node=False)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -109,9 +109,9 @@ class LearningWalk(Walk):
     def _step_bytes(self, size: int, on_host: bool) -> int:
         lead = (_BATCHES_SENT if on_host else size, self.batch_size)
         T, D = self.config.num_tokens, self.config.hidden_size
-        hidden = jax.ShapeDtypeStruct((*lead, T, D), self.dtype)
+        hidden: Any = jax.ShapeDtypeStruct((*lead, T, D), self.dtype)
         condition = jax.ShapeDtypeStruct((*lead, D), self.dtype)
-        group, weight = (jax.ShapeDtypeStruct(lead, dtype) for dtype in (jnp.int32, jnp.float32))
+        group, weight = (cast(Any, jax.ShapeDtypeStruct(lead, dtype)) for dtype in (jnp.int32, jnp.float32))
         rows = Rows(inputs=(hidden, condition), target=hidden, group=group, weight=weight)
         others = jax.eval_shape(lambda: (jnp.float32(0), threefry(jax.random.key(0)), jnp.int32(0)))
 

@@ -37,8 +37,8 @@ class _Seen:
 
     inputs: tuple[Any, ...]
     float_inputs: tuple[Any, ...]
-    group: Any
-    share: Any
+    group: jax.Array
+    share: jax.Array
 
 
 class PartInputs:

@@ -53,9 +53,9 @@ class Rows:
     """
 
     inputs: tuple[Any, ...]
-    target: Any
-    group: Any
-    weight: Any
+    target: jax.Array
+    group: jax.Array
+    weight: jax.Array
 
 
 @struct.dataclass
@@ -65,8 +65,8 @@ class TrainState:
 
     variables: Variables
     optimizer: Any
-    iteration: Any
-    errors: Any
+    iteration: jax.Array
+    errors: jax.Array
 
 
 def optimizers(settings: Reconstruction) -> tuple[Adam, Adam]:

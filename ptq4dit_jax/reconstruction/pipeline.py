@@ -43,9 +43,9 @@ class PartResult:
     error of each iteration relative to the former."""
 
     part: RoundedPart
-    before: Any
-    after: Any
-    errors: Any
+    before: jax.Array
+    after: jax.Array
+    errors: jax.Array
 
 
 @struct.dataclass

@@ -5,8 +5,6 @@ Kernels are in Flax's order (..., K, N) here, as the training forward multiplies
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -29,10 +27,10 @@ class RoundedKernel:
     are the least and greatest centered code of each channel.
     """
 
-    base: Any
-    scale: Any
-    low: Any
-    high: Any
+    base: jax.Array
+    scale: jax.Array
+    low: jax.Array
+    high: jax.Array
     bits: int = struct.field(pytree_node=False)
 
     @classmethod
