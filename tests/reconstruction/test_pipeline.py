@@ -19,6 +19,7 @@ import ptq4dit_jax as ptq
 from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import Reconstruction
+from ptq4dit_jax.hashing import source_hash
 from ptq4dit_jax.numerics import threefry
 from ptq4dit_jax.quantization.journals import open_journal
 from ptq4dit_jax.reconstruction import reconstruct
@@ -315,14 +316,10 @@ def test_fresh_starts_over(model, rows, tmp_path):
                 model, rows, state=state, key=jax.random.key(seed), fresh=seed == 7, progress=stop_at("embed condition", 100)
             )
     key = threefry(jax.random.key(7))
-    with open_journal(CONFIG.for_network(model.config), model, ptq_hash(model), key, rows, state, False) as journal:
+    with open_journal(
+        CONFIG.for_network(model.config), model, lambda: source_hash(model.params), key, rows, state, False
+    ) as journal:
         assert journal is not None
-
-
-def ptq_hash(model: ptq.FloatDiT) -> str:
-    from ptq4dit_jax.hashing import source_hash
-
-    return source_hash(model.params)
 
 
 def test_a_folder_of_something_else_is_left_alone(model, rows, tmp_path, raises_sentence):
