@@ -273,8 +273,7 @@ def _decide(target: jax.Array, M: jax.Array, size: jax.Array, ranges: _Codes) ->
         low, high = ranges.low[:, None], ranges.high[:, None]
 
         def decide(k: jax.Array, state: jax.Array) -> jax.Array:
-            """Codes before column k, and what is wanted from there on: one pass of elementwise operations for a column, since
-            a GPU spends its time here on starting kernels."""
+            """Codes before column k, and what is wanted from there on; one elementwise operation decides a column."""
             column = lambda matrix: jax.lax.dynamic_index_in_dim(matrix, k, axis=1)
             code = jnp.clip(jnp.round(column(state) / column(step)), low, high)
             error = column(wanted) - code * column(step)
