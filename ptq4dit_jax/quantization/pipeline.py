@@ -110,16 +110,7 @@ def _quantized(
     source = "given" if calibration is not None else f"sampled, key {jax.random.key_data(key).tolist()}"
     if calibration is None:
         report("sample calibration rows", 0, config.calib_rows)
-        calibration = sample_trajectories(
-            model,
-            key,
-            config.sampling,
-            steps=config.calib_steps,
-            rows=config.calib_rows,
-            row_batch=row_batch,
-            mesh=mesh,
-            progress=tell("sample calibration rows"),
-        )
+        calibration = _sampled(model, config, key, row_batch, mesh, tell("sample calibration rows"))
     calibration = CalibrationData(x=np.asarray(calibration.x), t=np.asarray(calibration.t), y=np.asarray(calibration.y))
     some = some_rows(calibration)
 
@@ -178,6 +169,27 @@ def _quantized(
     facts["quality"] = quality.to_dict()
     quantized = sharding.replicate(mesh, quantized)
     return quantized.replace(provenance=Provenance(facts))
+
+
+def _sampled(
+    model: FloatDiT,
+    config: QuantConfig,
+    key: jax.Array,
+    row_batch: int | None,
+    mesh: Mesh | None,
+    progress: Callable[[int, int], None],
+) -> CalibrationData:
+    assert config.calib_steps is not None  # resolved
+    return sample_trajectories(
+        model,
+        key,
+        config.sampling,
+        steps=config.calib_steps,
+        rows=config.calib_rows,
+        row_batch=row_batch,
+        mesh=mesh,
+        progress=progress,
+    )
 
 
 def _check_quality(quality: Quality, objective: str, keep_poor: bool, learned: Path | None) -> None:
