@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ptq4dit_jax as ptq
 from benchmarks.salient import salient_model
-from ptq4dit_jax import ptq
 from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, open_tensors
 from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.engine import QLinear, QuantizedDiT, reference

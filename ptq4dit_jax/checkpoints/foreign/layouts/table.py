@@ -1,7 +1,7 @@
 """A layout: a table from the names in a foreign file to ours, and what else a file of its kind tells.
 
 Names are written with ``{i}`` for the index of a block. Our names are those of
-:func:`ptq4dit_jax.checkpoints.float_dit.flatten`: blocks are stacked on a leading depth axis, kernels are (K, N), and the rows
+:func:`ptq4dit_jax.hashing.flatten`: blocks are stacked on a leading depth axis, kernels are (K, N), and the rows
 of the patch embedding's kernel are (row, column, channel).
 """
 
