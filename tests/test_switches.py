@@ -22,6 +22,7 @@ from ptq4dit_jax.diffusion import sample_keys, sample_noise
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.guidance import combine_guidance
 from ptq4dit_jax.model import FloatDiT, step_group
+from ptq4dit_jax.quantization import observations
 from ptq4dit_jax.quantizers import ActQuantizer, pack_nibbles, unpack_nibbles
 from ptq4dit_jax.ranges import activation_parameters, quantize_weight
 from ptq4dit_jax.reconstruction.adam import Adam
@@ -261,13 +262,13 @@ def test_no_product_takes_its_precision_from_the_user(some_models, default, dtyp
 
 def test_statistics_take_what_the_hardware_multiplies_fast(monkeypatch):
     """TF32 where there is any: float32 would double the time of calibration on an H200."""
-    seen, whole = [], ptq.quantize.__globals__["channel_extremes"]
+    seen, whole = [], observations.channel_extremes
 
     def watch(model, *args, **kwargs):
         seen.append(model.precision)
         return whole(model, *args, **kwargs)
 
-    monkeypatch.setitem(ptq.quantize.__globals__, "channel_extremes", watch)
+    monkeypatch.setattr(observations, "channel_extremes", watch)
     model = helpers.tiny_model(depth=1)
     rows = ptq.stored_rows(x=weights(1, *model.config.image_shape), t=[5], y=[1], config=model.config)
     quantized = ptq.quantize(model, key=jax.random.key(0), calibration=rows)
