@@ -108,7 +108,7 @@ def refused(here, inputs, w4, capsys, monkeypatch):
         with monkeypatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("error")
             if not started:
-                for owner, work in ((cli.ptq, "quantize"), (cli.sampling, "sample_batches"), (cli, "compare")):
+                for owner, work in ((cli.quantization, "quantize"), (cli.sampling, "sample_batches"), (cli, "compare")):
                     patch.setattr(owner, work, lambda *_, **__: pytest.fail("long work began"))
             status = cli.main(
                 [stands_for.get(a, a) for a in (arguments.split(" ") if isinstance(arguments, str) else arguments)]

@@ -129,7 +129,7 @@ def test_the_state_of_a_finished_reconstruction_goes_and_what_is_none_stays(here
         Path(state, "notes.txt").write_text("mine")
         return ptq.load(w4.folder)
 
-    monkeypatch.setattr(cli.ptq, "quantize", quick)
+    monkeypatch.setattr(cli.quantization, "quantize", quick)
     run("quantize", DIGITS, "--out", "q", "--reconstruct")
     assert sorted(os.listdir()) == [".q.reconstruction", "q"]
     assert os.listdir(".q.reconstruction") == ["notes.txt"]

@@ -117,7 +117,7 @@ def test_options_of_quantize_reach_the_settings(options, expected, here, monkeyp
         seen.append(config)
         raise ptq.Ptq4ditError("Seen.")
 
-    monkeypatch.setattr(cli.ptq, "quantize", stop)
+    monkeypatch.setattr(cli.quantization, "quantize", stop)
     assert cli.main(["quantize", DIGITS, "--out", "q", *options]) == 1
     make = ptq.QuantConfig.paper if "--paper" in options else ptq.QuantConfig
     assert seen == [make(**expected, steps=50, sampler="ddpm", cfg_scale=1.5, calib_steps=25)]
@@ -261,7 +261,7 @@ def test_overwrite_replaces_files_and_models(w4, here, monkeypatch):
     run("sample", w4.folder, "--out", "a.npz", *WALK, "--overwrite")
     assert np.load("a.npz")["arr_0"].shape == (4, 8, 8, 1)
     shutil.copytree(DIGITS, "model")
-    monkeypatch.setattr(cli.ptq, "quantize", lambda *_, **__: ptq.load(w4.folder))
+    monkeypatch.setattr(cli.quantization, "quantize", lambda *_, **__: ptq.load(w4.folder))
     run("quantize", DIGITS, "--out", "model", *CALIBRATE, "--overwrite")
     assert store.read_config("model")["kind"] == "quantized_dit"
     assert Path("model/train.py").is_file()  # what is no part of the model stays

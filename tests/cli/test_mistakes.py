@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from cli_helpers import DIGITS, VAE, run
 
-from ptq4dit_jax import chain, cli
+from ptq4dit_jax import chain
+from ptq4dit_jax.quantization import observations
 
 MODELS = {
     "random:DiT-XXL/2": ("Unknown DiT preset 'DiT-XXL/2'", "DiT-XL/2"),
@@ -101,7 +102,7 @@ def test_mistakes_in_quantize(options, refused):
 )
 def test_mistakes_that_quantization_finds(options, words, refused, monkeypatch):
     monkeypatch.setattr(chain, "sample_batch", lambda *_, **__: pytest.fail("long work began"))
-    monkeypatch.setattr(cli.ptq, "channel_extremes", lambda *_, **__: pytest.fail("long work began"))
+    monkeypatch.setattr(observations, "channel_extremes", lambda *_, **__: pytest.fail("long work began"))
     refused(f"quantize D --out new/q {options}", *words, started=True)
 
 

@@ -10,6 +10,7 @@ from cli_helpers import DIGITS, WALK, listing
 import ptq4dit_jax as ptq
 from ptq4dit_jax import chain, cli
 from ptq4dit_jax.checkpoints import store
+from ptq4dit_jax.quantization import pipeline, weights
 
 OUTPUTS = {"quantize D": "q", "sample D": "a.npz", "evaluate Q --against D": "r"}
 
@@ -65,8 +66,8 @@ def test_forms_that_samples_are_not_written_in(name, refused):
 @pytest.mark.parametrize(
     ("command", "owner", "work"),
     [
-        ("quantize D --out new/q", cli.ptq, "sample_trajectories"),
-        ("quantize D --out new/q", cli.ptq, "quantize_linear"),
+        ("quantize D --out new/q", pipeline, "sample_trajectories"),
+        ("quantize D --out new/q", weights, "quantize_linear"),
         ("sample D --out new/a.png", chain, "sample_batch"),
         ("evaluate Q --against D --out new/r", cli, "compare"),
         ("info D --json new/x.json", cli, "summary_of"),
@@ -77,7 +78,7 @@ def test_control_c_while_working(command, owner, work, here, w4, capsys, monkeyp
         raise KeyboardInterrupt
 
     if work == "quantize_linear":  # the stages before it are not what is tested
-        monkeypatch.setattr(cli.ptq, "quantize", interrupted)
+        monkeypatch.setattr(cli.quantization, "quantize", interrupted)
     monkeypatch.setattr(owner, work, interrupted)
     arguments = [{"D": DIGITS, "Q": str(w4.folder)}.get(a, a) for a in command.split()]
     assert cli.main(arguments) not in (0, 1)
@@ -108,7 +109,7 @@ def test_an_interrupted_save_leaves_the_old_model(here, w4, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.ptq, "quantize", lambda *_, **__: ptq.load(w4.folder))
+    monkeypatch.setattr(cli.quantization, "quantize", lambda *_, **__: ptq.load(w4.folder))
     monkeypatch.setattr(store, "_publish", interrupted)
     assert cli.main(["quantize", DIGITS, "--out", "model", "--overwrite"]) != 0
     assert listing(here) == before
