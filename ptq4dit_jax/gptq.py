@@ -178,9 +178,8 @@ def _round_weight(
     kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch, follow: bool
 ) -> RoundedWeight:
     original, moments = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (kernel.T, moments))
-    second, cross, first, drift = (
-        a / _or_one(moments.count) for a in (moments.second, moments.cross, moments.first, moments.drift)
-    )
+    count = _or_one(moments.count)
+    second, cross, first, drift = (a / count for a in (moments.second, moments.cross, moments.first, moments.drift))
     mean = moments.shift + first
     covariance, square = second - jnp.outer(first, first), jnp.outer(mean, mean)
     power = jnp.diagonal(covariance + square)
@@ -198,7 +197,7 @@ def _round_weight(
     varies = ~constant[:, None] & ~constant[None]
     scaled = lambda matrix: jnp.where(varies, matrix[order][:, order] / (size[:, None] * size[None]), 0.0)
     A, D = scaled((covariance + covariance.T) / 2), scaled(cross)
-    damped, factor = _factored(A, constant, DAMPING + jnp.square(len(size) / jnp.maximum(moments.count, 1.0)))
+    damped, factor = _factored(A, constant, DAMPING + jnp.square(len(size) / count))
     M = factor[::-1, ::-1] / jnp.diagonal(factor)[None, ::-1]
 
     w = original[:, order] * size[None]

@@ -42,18 +42,17 @@ def choose_ranges(
       rows: counted in histograms of the balanced model.
       row_batch, mesh: those of :func:`ptq4dit_jax.calibration.histograms`.
     """
-    folded, extremes, residual = balanced.folded, observed.extremes, balanced.residual
+    folded, factors, residual = balanced.folded, balanced.factors, balanced.residual
     G, groups, edges = step_groups(folded.schedule, rows.t, config.step_groups)
     ranges = {}
     config, spec = config.for_network(folded.config), folded.config.spec
     dynamic = config.dynamic_sites or ()
-    factors = balanced.factors
     undone = {other: factors[name] for name, other in equalized_sites(config, spec).items() if name in factors}
     integer = integer_sites(config, spec)
     for name in integer:
         if name in dynamic:
             continue
-        low, high = extremes[name].low, extremes[name].high
+        low, high = observed.extremes[name].low, observed.extremes[name].high
         factor = residual.get(name, factors.get(name, jnp.ones((), jnp.float32)))
         if name in undone:
             factor = factor * undone[name]  # the extremes were seen before v was equalized

@@ -106,9 +106,9 @@ def balance(
     for name in names:
         s_x = extremes[name].salience
         s_w = salience.weight_salience(model.layer(layers[name])["kernel"])
+        activation_salience[name], weight_salience[name] = s_x, s_w
         if config.balance == "search":
             factors[name] = chosen[name].factors
-            activation_salience[name], weight_salience[name] = s_x, s_w
             continue
         if config.balance == "csb":
             weighed = s_x[s_x.shape[0] // 2]
@@ -120,7 +120,6 @@ def balance(
                 samples = s_x
             weighed, eta[name], rho[name] = jax.jit(salience.ssc_salience)(samples, s_w, config.temperature)
         factors[name] = salience.balancing_factors(weighed, s_w, config.exponent)
-        activation_salience[name], weight_salience[name] = s_x, s_w
     return Balanced.by(
         model,
         factors,

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ptq4dit_jax.checkpoints.float_dit import check_arrays, expected_arrays, flatten
+from ptq4dit_jax.checkpoints.float_dit import check_arrays, expected_arrays
 from ptq4dit_jax.checkpoints.foreign.layouts import LIGHTNING, META, Entry, Layout
 from ptq4dit_jax.checkpoints.foreign.objectives import add_variance, drop_variance
 from ptq4dit_jax.checkpoints.foreign.safetensors_file import write_safetensors
 from ptq4dit_jax.engine import QuantizedDiT, reference
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.hashing import flatten
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig, position_embedding
 from ptq4dit_jax.networks.spec import flatten_sites
