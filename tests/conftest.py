@@ -78,17 +78,6 @@ def few_memory_maps(compilations: Counter[str]) -> Iterator[None]:
 
 
 @pytest.fixture
-def as_users_compile() -> Iterator[None]:
-    """Compiles with all optimizations, for a test whose limits are those of programs so compiled."""
-    wanted = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "0") != "0"
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", wanted)
-    jax.clear_caches()
-
-
-@pytest.fixture
 def heeded_signals() -> Iterator[None]:
     """Lets processes that a test starts heed the signals which this one ignores, as under nohup."""
     numbers = [

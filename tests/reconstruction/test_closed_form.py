@@ -164,17 +164,41 @@ def test_other_widths_balancing_and_dynamic_scales(bits, model, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("as_users_compile")  # how often a last bit tips a code depends on it
-def test_rows_on_the_host_change_nothing(model, rows, nearest):
+def test_rows_on_the_host_change_last_bits_alone(model, rows, nearest):
+    """One tipped code moves all that follow it, so codes are not compared but what decides them: every part's moments and
+    outputs, from the same hidden states. A last bit may tip codes of activations; a row that was left out is 1 of 120."""
+    walks = here, there = [ClosedFormWalk(model, nearest, rows, None, where) for where in ("auto", "host")]
+    assert [walk.plan.on_host for walk in walks] == [False, True]
+    for unit in units(model.config):
+        part = here.nearest(unit)
+        inputs = [PartInputs(walk, unit) for walk in walks]
+        for layer in unit.layers:
+            a, b = (found.moments(layer, part) for found in inputs)
+            square, count = np.abs(a.second).max(), float(a.count)
+            mean = (square * count) ** 0.5
+            scales = {"second": square, "cross": square, "first": mean, "drift": mean, "count": count}
+            scales["shift"] = np.abs(a.shift).max()
+            for name, scale in scales.items():
+                np.testing.assert_allclose(getattr(b, name), getattr(a, name), rtol=0, atol=3e-4 * scale, err_msg=name)
+        fed = [walk.rows(unit) for walk in walks]
+        (out, error), (same, close) = (walk.outputs(unit, part, rows) for walk, rows in zip(walks, fed, strict=True))
+        assert relative_error(np.asarray(same), np.asarray(out)) < 1e-3
+        assert relative_error(np.asarray(fed[1].target), np.asarray(fed[0].target)) < 1e-5
+        assert float(close) == pytest.approx(float(error), rel=1e-2)
+        here.advance(unit, out, fed[0].target)
+        there.advance(unit, np.asarray(out), np.asarray(fed[0].target))
+
+
+@pytest.mark.slow
+def test_a_walk_with_its_rows_on_the_host_says_so_and_gains_as_much(model, rows, nearest):
     told = []
     run = lambda **more: round_closed_form(model, nearest, rows, announce=told.append, **more)
-    (here, facts), (there, same) = run(), run(rows_on="host")
+    (_, facts), (_, same) = run(), run(rows_on="host")
     assert [plan.on_host for plan in told] == [False, True]
     assert "stream from the host" in str(told[1])
-    # Batch by batch means are rounded once more than in one scan.
-    for name, layer in here.linears.items():
-        assert np.mean(np.asarray(layer.weight.codes()) != np.asarray(there.linears[name].weight.codes())) < 0.01
-    assert facts[2]["after"] == pytest.approx(same[2]["after"], rel=1e-2)
+    for here, there in zip(facts, same, strict=True):
+        assert there["part"] == here["part"]
+        assert there["after"] == pytest.approx(here["after"], rel=0.1)
 
 
 @pytest.mark.slow
