@@ -2,7 +2,7 @@
 
 A module of its own, because importing anything of ``ptq4dit_jax`` imports all of it. It takes signals, and ends the process as
 :func:`ptq4dit_jax.ending.run` does, which takes over; and it shows the help of the whole program, for which it reads
-``ptq4dit_jax/cli_overview.py`` alone. This is the console script ``ptq4dit``.
+``ptq4dit_jax/cli/overview.py`` alone. This is the console script ``ptq4dit``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def _overview(arguments: list[str]) -> None:
     package = importlib.util.find_spec("ptq4dit_jax")  # does not import it
     if package is None or package.origin is None:
         return
-    path = Path(package.origin).with_name("cli_overview.py")
-    spec = importlib.util.spec_from_file_location("ptq4dit_cli_overview", path)
+    path = Path(package.origin).parent / "cli" / "overview.py"
+    spec = importlib.util.spec_from_file_location("ptq4dit_overview", path)
     if spec is None or spec.loader is None:
         return
     module = importlib.util.module_from_spec(spec)

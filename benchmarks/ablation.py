@@ -78,16 +78,16 @@ def cells(iterations: int) -> dict[str, dict[str, Any]]:
 def measure(dit: ptq.FloatDiT, seed: int, samples: int, wanted: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Figures of the wanted cells for one seed."""
     base, key = ptq.QuantConfig(), jax.random.key(seed)
-    rows = ptq.sample_trajectories(dit, key, base.sampling, steps=base.calib_steps, rows=base.calib_rows)
+    rows = ptq.sample_trajectories(dit, base.calibration, key=key)
     models, seconds = {}, {}
     for name, settings in wanted.items():
         started = time.perf_counter()
-        config = ptq.QuantConfig(**settings)
+        config = ptq.QuantConfig.of(**settings)
         models[name] = jax.block_until_ready(ptq.quantize(dit, config, key=key, calibration=rows, keep_poor=True))
         seconds[name] = time.perf_counter() - started
         print(f"seed {seed}  {name}  {seconds[name]:.1f} s", flush=True)
     labels = np.arange(samples) % dit.config.num_classes
-    comparison = compare(dit, models, labels=labels, key=jax.random.key(1000), sampling=base.sampling)
+    comparison = compare(dit, models, labels=labels, key=jax.random.key(1000), sampling=base.calibration.sampling)
     return {
         name: {
             "sqnr_mean_db": f.sqnr_mean_db,

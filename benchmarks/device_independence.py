@@ -95,7 +95,7 @@ def outcome(case: Case, row_batch: int | None, samples: bool = True) -> dict[str
     model = ptq.FloatDiT.init(DiTConfig(**case.shape), jax.random.key(100 + case.seed))
     mesh = sharding.data_mesh() if jax.device_count() > 1 else None
     key = jax.random.key(case.seed)
-    quantized = ptq.quantize(model, ptq.QuantConfig(**case.settings), key=key, row_batch=row_batch, mesh=mesh)
+    quantized = ptq.quantize(model, ptq.QuantConfig.of(**case.settings), key=key, row_batch=row_batch, mesh=mesh)
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(quantized))
     found = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
     labels = np.arange(11) % case.shape["num_classes"] if case.shape["num_classes"] else 11

@@ -17,19 +17,19 @@ import numpy as np
 import ptq4dit_jax as ptq
 from benchmarks import common
 from models.digits.classifier import train_classifier
-from ptq4dit_jax.config import Balance, Rounding
+from ptq4dit_jax.config import BalancingMethod, Rounding
 from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, compare
 
 CARD = common.ROOT / "models" / "digits" / "README.md"
 RESULTS = common.RESULTS / "digits.json"
 #: The default, and what it is instead of.
-WAYS: tuple[tuple[Balance, Rounding], ...] = (
+WAYS: tuple[tuple[BalancingMethod, Rounding], ...] = (
     ("search", "gptq"),
     ("csb+ssc", "gptq"),
     ("search", "nearest"),
     ("csb+ssc", "nearest"),
 )
-PAPER: tuple[Balance, ...] = ("none", "csb", "csb+ssc")
+PAPER: tuple[BalancingMethod, ...] = ("none", "csb", "csb+ssc")
 
 
 def settings() -> dict[str, ptq.QuantConfig]:
@@ -37,7 +37,7 @@ def settings() -> dict[str, ptq.QuantConfig]:
     made = {}
     for bits in (8, 4, 3):
         for balance, rounding in WAYS:
-            made[f"W{bits}A8 {balance}, {rounding}"] = ptq.QuantConfig(weight_bits=bits, balance=balance, rounding=rounding)
+            made[f"W{bits}A8 {balance}, {rounding}"] = ptq.QuantConfig.of(weight_bits=bits, balance=balance, rounding=rounding)
     for bits in (8, 4):
         for balance in PAPER:
             made[f"paper W{bits}A8 {balance}, nearest"] = ptq.QuantConfig.paper(weight_bits=bits, balance=balance)
@@ -49,12 +49,12 @@ def measure(samples: int) -> list[dict[str, Any]]:
     dit = ptq.load(common.ROOT / "models" / "digits")
     assert isinstance(dit, ptq.FloatDiT)
     base = ptq.QuantConfig()
-    rows = ptq.sample_trajectories(dit, jax.random.key(0), base.sampling, steps=base.calib_steps, rows=base.calib_rows)
+    rows = ptq.sample_trajectories(dit, base.calibration, key=jax.random.key(0))
     models: dict[str, Any] = {}
     for name, config in settings().items():
         models[name] = ptq.quantize(dit, config, key=jax.random.key(0), calibration=rows, keep_poor=True)
     labels = np.arange(samples) % dit.config.num_classes
-    comparison = compare(dit, models, labels=labels, key=jax.random.key(1), sampling=base.sampling)
+    comparison = compare(dit, models, labels=labels, key=jax.random.key(1), sampling=base.calibration.sampling)
     judge = train_classifier()
     recognized = {name: float(np.mean(judge.predict(images) == labels)) for name, images in comparison.images.items()}
     table = [{"model": "float32", "bytes": comparison.reference_bytes, "recognized": recognized["float32"]}]

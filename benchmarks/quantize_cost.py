@@ -69,7 +69,7 @@ def main() -> None:
     model = ptq.FloatDiT.init(DiTConfig.preset(arguments.preset, input_size=arguments.input_size, **shape), jax.random.key(0))
     parts = {} if arguments.parts is None else {"parts": arguments.parts}
     learn = Reconstruction(iterations=arguments.iterations, **parts) if arguments.iterations else None
-    config = ptq.QuantConfig(
+    config = ptq.QuantConfig.of(
         weight_bits=arguments.weight_bits,
         calib_steps=arguments.calib_steps,
         calib_rows=arguments.calib_rows,

@@ -22,7 +22,7 @@ from benchmarks import common
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.networks.dit import DiTConfig
-from ptq4dit_jax.reconstruction import MemoryPlan, optimize, reconstruct
+from ptq4dit_jax.reconstruction import optimize, reconstruct
 from ptq4dit_jax.reconstruction.learning import LearningWalk
 from ptq4dit_jax.reconstruction.units import units
 
@@ -54,7 +54,7 @@ def random_rows(config: DiTConfig, steps: int, rows: int) -> CalibrationData:
 def prepared(config: DiTConfig, calib_rows: int) -> tuple[ptq.FloatDiT, ptq.QuantizedDiT, CalibrationData]:
     """Random weights, balanced, and quantized by few rows; and the rows to reconstruct with."""
     model = ptq.FloatDiT.init(config, jax.random.key(0))
-    wanted = ptq.QuantConfig(weight_bits=4, rounding="nearest")
+    wanted = ptq.QuantConfig.of(weight_bits=4, rounding="nearest")
     calibration = random_rows(config, STEPS, calib_rows)
     few = CalibrationData(x=calibration.x[:, :4], t=calibration.t, y=calibration.y[:, :4])
     folded = ptq.balance(model, wanted, ptq.observe(model, few), few).folded
@@ -105,14 +105,14 @@ def measure_walk(preset: str, settings: Reconstruction, calib_rows: int) -> dict
     """Seconds of a walk through the whole network, and its peak of device memory."""
     folded, quantized, calibration = prepared(DiTConfig.preset(preset), calib_rows)
     peak = lambda: (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    before, plans = peak(), list[MemoryPlan]()
+    before, plan = peak(), LearningWalk(folded, quantized, calibration, settings, None).plan
     started = time.perf_counter()
-    reconstruct(folded, quantized, calibration, settings, key=jax.random.key(0), announce=plans.append)
+    reconstruct(folded, quantized, calibration, settings, key=jax.random.key(0))
     return {
         "seconds": time.perf_counter() - started,
         "iterations_a_part": settings.iterations,
-        "planned_peak_bytes": plans[0].peak,
-        "plan": str(plans[0]),
+        "planned_peak_bytes": plan.peak,
+        "plan": str(plan),
         "peak_bytes_before": before,
         "peak_bytes": peak(),
     }

@@ -57,7 +57,7 @@ def load(engine: str, config: DiTConfig) -> tuple[Any, dict[str, Any]]:
         if products != len(qwix_dit.LAYERS):
             raise RuntimeError(f"Qwix made {products} integer products of a block's {len(qwix_dit.LAYERS)} linear layers.")
         return quantized, {"software": {"Qwix": importlib.metadata.version("qwix")}}
-    settings = ptq.QuantConfig(
+    settings = ptq.QuantConfig.of(
         weight_bits=int(engine[1]),
         steps=4,
         calib_steps=2,

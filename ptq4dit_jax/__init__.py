@@ -3,7 +3,7 @@
 import jax, jax.numpy as jnp, ptq4dit_jax as ptq
 
 dit = ptq.load("models/digits")
-q = ptq.quantize(dit, ptq.QuantConfig(weight_bits=4), key=jax.random.key(0))
+q = ptq.quantize(dit, ptq.QuantConfig.of(weight_bits=4), key=jax.random.key(0))
 ptq.save(q, "out/digits-w4a8")
 images = ptq.sample(q, labels=jnp.arange(10), key=jax.random.key(1), steps=50, cfg_scale=1.5)
 """
@@ -11,7 +11,7 @@ images = ptq.sample(q, labels=jnp.arange(10), key=jax.random.key(1), steps=50, c
 from ptq4dit_jax.calibration import CalibrationData, sample_trajectories, stored_rows
 from ptq4dit_jax.checkpoints import load, save
 from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, load_vae
-from ptq4dit_jax.config import QuantConfig, Reconstruction
+from ptq4dit_jax.config import Activations, Balancing, Calibration, QuantConfig, Reconstruction, Weights
 from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.engine import QuantizedDiT, describe, reference
 from ptq4dit_jax.errors import Ptq4ditError
@@ -19,6 +19,7 @@ from ptq4dit_jax.evaluation import compare, write_report
 from ptq4dit_jax.guidance import Guidance, predict
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import PRESETS, DiTConfig
+from ptq4dit_jax.policy import Policy
 from ptq4dit_jax.quantization import Balanced, Observed, Ranged, balance, choose_ranges, observe, pack, quantize
 from ptq4dit_jax.reconstruction import reconstruct, round_closed_form
 from ptq4dit_jax.sampling import sample, to_uint8
@@ -30,7 +31,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "Activations",
     "Balanced",
+    "Balancing",
+    "Calibration",
     "CalibrationData",
     "DiTConfig",
     "FloatDiT",
@@ -38,6 +42,7 @@ __all__ = [
     "Guidance",
     "NoiseSchedule",
     "Observed",
+    "Policy",
     "Ptq4ditError",
     "QuantConfig",
     "QuantizedDiT",
@@ -46,6 +51,7 @@ __all__ = [
     "Sampling",
     "VAEConfig",
     "VAEDecoder",
+    "Weights",
     "balance",
     "choose_ranges",
     "compare",

@@ -21,8 +21,7 @@ from jax.typing import ArrayLike
 
 from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration_rows import ImageLayout, flat_rows, order_by_steps, whole_numbers
-from ptq4dit_jax.config import calibration_steps
-from ptq4dit_jax.diffusion import Sampling
+from ptq4dit_jax.config.sections import Calibration, calibration_steps
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig
@@ -90,29 +89,34 @@ def micro_batches(num_rows: int) -> list[slice]:
 
 def sample_trajectories(
     model: FloatDiT,
-    key: jax.Array,
-    sampling: Sampling,
+    calibration: Calibration = Calibration(),
     *,
-    steps: int | None = None,
-    rows: int = 64,
+    key: jax.Array,
     row_batch: int | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> CalibrationData:
     """Calibration rows from the float model's own sampling, with the sampler and guidance that will be used.
 
-    Keeps the network's inputs at ``steps`` evenly spaced steps of the chain, by default 25 or all of a shorter chain. Labels
-    spread evenly over all classes. With guidance half of the ``rows`` are conditional and the other half their twins with the
-    null class, also at steps outside its interval; without it all are conditional. What ``sampling`` leaves open follows the
-    model. The network sees :data:`MICRO_BATCH` rows at once, and the devices of ``mesh`` share such batches, so that they do
-    not change the rows; ``row_batch`` is that of :func:`channel_extremes`.
+    Keeps the network's inputs at evenly spaced steps of the chain. Labels spread evenly over all classes. With guidance half of
+    the rows are conditional and the other half their twins with the null class, also at steps outside its interval; without it
+    all are conditional. The network sees :data:`MICRO_BATCH` rows at once, and the devices of ``mesh`` share such batches, so
+    that they do not change the rows.
+
+    Args:
+      model: the float model.
+      calibration: how many rows at how many steps, and how they are sampled.
+      key: of the noise.
+      row_batch: as in :func:`channel_extremes`.
+      mesh: whose devices share the work.
+      progress: called with (rows done, rows in all).
 
     Raises:
       Ptq4ditError: numbers of steps or rows that cannot be, or rows that hold NaN or infinity.
     """
-    resolved = sampling.resolve(model.schedule, model.config)
+    resolved = calibration.sampling.resolve(model.schedule, model.config)
     chain = resolved.tables().t
-    steps = calibration_steps(steps, len(chain))
+    steps, rows = calibration_steps(calibration.steps, len(chain)), calibration.rows
     guided = resolved.guidance.guided is not None
     if rows < 1 or (guided and rows % 2):
         raise Ptq4ditError(f"Calibration rows must be positive, and even under guidance (pairs of twins), not {rows}.")

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ptq4dit_jax import samplers
 from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.guidance import Guidance, GuidedChannels, ResolvedGuidance, as_number
+from ptq4dit_jax.guidance import Guidance, ResolvedGuidance, as_number
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.samplers import AUTO, Sampler, StepTables, check_name, sampler_for
 from ptq4dit_jax.schedules import Schedule
+from ptq4dit_jax.settings import changed, section, setting
 
 #: Steps where neither the user nor the model says otherwise.
 DEFAULT_STEPS = 50
@@ -40,10 +42,12 @@ class Sampling:
       Ptq4ditError: an unknown sampler, steps that are neither a count nor a text, eta out of range, or no :class:`Guidance`.
     """
 
-    sampler: str = AUTO
-    steps: int | str | None = None
-    eta: float = 0.0
-    guidance: Guidance = Guidance()
+    sampler: str = setting(AUTO, samplers.help_on_names())
+    steps: int | str | None = setting(
+        None, samplers.help_on_steps(), shown=f"the model's own number if it has one, else {DEFAULT_STEPS}"
+    )
+    eta: float = setting(0.0, samplers.help_on_eta())
+    guidance: Guidance = section(Guidance())
 
     def __post_init__(self) -> None:
         check_name(self.sampler)
@@ -60,16 +64,9 @@ class Sampling:
             )
 
     @classmethod
-    def of(
-        cls,
-        *,
-        cfg_scale: float | None = Guidance.scale,
-        cfg_channels: GuidedChannels = Guidance.channels,
-        guidance_interval: tuple[float, float] | None = Guidance.interval,
-        **settings: Any,
-    ) -> Sampling:
-        """From single settings by the names that options have, as :meth:`ResolvedSampling.to_dict` gives them."""
-        return cls(**settings, guidance=Guidance(cfg_scale, cfg_channels, guidance_interval))
+    def of(cls, **settings: Any) -> Sampling:
+        """From single settings by their flat names, as :meth:`ResolvedSampling.to_dict` gives them and options have them."""
+        return changed(cls(), settings)
 
     def resolve(self, schedule: Schedule, network: DiTConfig) -> ResolvedSampling:
         """How a model of this schedule and shape is sampled, with everything filled in that depends on it.

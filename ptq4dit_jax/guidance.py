@@ -16,6 +16,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.numerics import at_least_float32
 from ptq4dit_jax.schedules import Schedule
+from ptq4dit_jax.settings import setting
 
 GuidedChannels = Literal["first3", "all"]
 #: The scale for a model that can be guided and was not trained to be guided already.
@@ -33,6 +34,14 @@ class Predictor(Protocol):
     schedule: Schedule
 
     def apply(self, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array: ...
+
+
+def _read_interval(text: str) -> tuple[float, ...]:
+    """``0,0.7`` to its two ends. Whether they make an interval is for :class:`Guidance` to say."""
+    try:
+        return tuple(float(end) for end in text.split(","))
+    except ValueError:
+        raise Ptq4ditError(f"--guidance-interval must be two numbers such as 0,0.7, not {quoted(text)}.") from None
 
 
 def as_number(value: Any) -> float:
@@ -60,9 +69,24 @@ class Guidance:
       Ptq4ditError: a scale that no sample survives, channels of another name, or an interval that lies not within 0 to 1.
     """
 
-    scale: float | None = None
-    channels: GuidedChannels = "first3"
-    interval: tuple[float, float] | None = None
+    scale: float | None = setting(
+        None,
+        "Classifier-free guidance; 1 turns it off.",
+        name="cfg_scale",
+        shown=f"{DEFAULT_SCALE}, or 1 without a null class or where training has guided the model",
+    )
+    channels: GuidedChannels = setting(
+        "first3", "Guide the first3 channels, as Meta's code and SiT do, or all.", name="cfg_channels"
+    )
+    interval: tuple[float, float] | None = setting(
+        None,
+        "Guide only the steps that begin in this interval of time, which runs from 1 (noise) to 0 (data): in a flow the "
+        "share of noise, else the timestep over their number.",
+        name="guidance_interval",
+        shown="all steps",
+        metavar="LOW,HIGH",
+        read=_read_interval,
+    )
 
     def __post_init__(self) -> None:
         if self.scale is not None:

@@ -80,6 +80,20 @@ class Policy:
                 f"Unknown policy {self.name!r}; the policies are {', '.join(POLICIES)}, then layer=bits for exceptions."
             )
 
+    @staticmethod
+    def help() -> str:
+        """What a policy may be, in words."""
+        spec = known_specs()[0]
+        layers = ", ".join(spec.linears)
+        return f"{', '.join(POLICIES)}; then layer=bits or layer=bits:float, or {attention_of(spec)}=float. Layers: {layers}."
+
+    def __str__(self) -> str:
+        """The text that :meth:`parse` reads it from."""
+        exceptions = [f"{layer}={rule.weight_bits}{'' if rule.integer else ':float'}" for layer, rule in self.layers]
+        if self.attention is not None:
+            exceptions.append(f"{attention_of(known_specs()[0])}={'integer' if self.attention else 'float'}")
+        return ",".join([self.name, *exceptions])
+
     @classmethod
     def parse(cls, text: str) -> Policy:
         """Reads a policy such as ``edges8`` or ``uniform,blocks.adaLN=8,final=8:float,blocks.attention=float``.

@@ -16,7 +16,7 @@ from ptq4dit_jax.chain import Progress as Progress
 from ptq4dit_jax.chain import Request
 from ptq4dit_jax.diffusion import ResolvedSampling, Sampling
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.guidance import GuidedChannels, Predictor
+from ptq4dit_jax.guidance import Predictor
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.numerics import threefry
 from ptq4dit_jax.vae import VAEDecoder
@@ -84,17 +84,13 @@ def sample(
     key: jax.Array,
     *,
     sampling: Sampling | None = None,
-    steps: int | str | None = None,
-    sampler: str | None = None,
-    eta: float | None = None,
-    cfg_scale: float | None = None,
-    cfg_channels: GuidedChannels | None = None,
     batch_size: int | None = None,
     noise: ArrayLike | None = None,
     step_noise: ArrayLike | None = None,
     decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> np.ndarray:
     """Samples one image (or latent) per label.
 
@@ -103,9 +99,6 @@ def sample(
       labels: (N,) class labels; of a model without classes the number N of images, or None for one.
       key: the seed; sample ``i`` sees noise made of the key and ``i`` alone, whatever the batch size or the devices.
       sampling: how to walk from noise to image; what it leaves open follows the model.
-      steps, sampler, eta, cfg_scale, cfg_channels: the same setting by setting, for short, and not beside ``sampling``. The
-        first three are fields of :class:`~ptq4dit_jax.diffusion.Sampling`; ``cfg_scale`` and ``cfg_channels`` are the scale
-        and the channels of its :class:`~ptq4dit_jax.guidance.Guidance`. ``cfg_scale=1`` turns guidance off and halves the work.
       batch_size: images per compiled call; the last batch is padded. By default up to 256 per device, fewer where the compiled
         program would not fit into the free memory.
       noise: initial noise (N, H, W, C) instead of the key's.
@@ -113,6 +106,9 @@ def sample(
       decoder: makes pictures of the latents, within the same compiled program.
       mesh: shards each batch over the mesh's ``data`` axis.
       progress: called with (images done, images in all) after each batch.
+      **settings: the same setting by setting, for short, and not beside ``sampling``. ``sampler``, ``steps`` and ``eta`` are
+        fields of :class:`~ptq4dit_jax.diffusion.Sampling`; ``cfg_scale``, ``cfg_channels`` and ``guidance_interval`` are those
+        of its :class:`~ptq4dit_jax.guidance.Guidance`. ``cfg_scale=1`` turns guidance off and halves the work.
 
     Returns:
       (N, H, W, C) float32, on the host, in the range that the model was trained on; with a decoder its pictures, in [-1, 1]
@@ -121,11 +117,9 @@ def sample(
     Raises:
       Ptq4ditError: an argument that makes no sense, or a sample that holds NaN or infinity; the sentence names the step.
     """
-    loose = {"sampler": sampler, "steps": steps, "eta": eta} | {"cfg_scale": cfg_scale, "cfg_channels": cfg_channels}
-    given: dict[str, Any] = {name: value for name, value in loose.items() if value is not None}
-    if sampling is not None and given:
-        raise Ptq4ditError(f"The argument sampling says how to sample already; leave out {', '.join(given)}, or sampling.")
-    resolved = (sampling or Sampling.of(**given)).resolve(model.schedule, model.config)
+    if sampling is not None and settings:
+        raise Ptq4ditError(f"The argument sampling says how to sample already; leave out {', '.join(settings)}, or sampling.")
+    resolved = (sampling or Sampling.of(**settings)).resolve(model.schedule, model.config)
     request = _prepare(model, labels, key, resolved, noise, step_noise, decoder, mesh)
     return request.collect(request.batch_size(batch_size), progress)[0]
 

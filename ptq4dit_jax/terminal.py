@@ -226,14 +226,6 @@ def parse_labels(text: str, repeat: int = 1) -> np.ndarray:
     return np.tile(np.concatenate([np.arange(*ends, dtype=np.int32) for ends in ranges]), repeat)
 
 
-def parse_interval(text: str | None) -> tuple[float, ...] | None:
-    """``0,0.7`` to its two ends; None where nothing is given. Whether they make an interval is for ``Guidance`` to say."""
-    try:
-        return None if text is None else tuple(float(end) for end in text.split(","))
-    except ValueError:
-        raise Ptq4ditError(f"--guidance-interval must be two numbers such as 0,0.7, not {quoted(text)}.") from None
-
-
 def wanted_labels(text: str | None, default: str, repeat: int, config: DiTConfig) -> np.ndarray:
     """The labels (N,) int32 that ``--labels`` and ``--repeat`` ask for; zeros (repeat,) where the model has no classes."""
     if config.num_labels:

@@ -29,6 +29,14 @@ WALK = ["--labels", "0-3", "--steps", "4"]
 COMMANDS = typer.main.get_command(cli.app).commands
 
 
+def patch(monkeypatch, name, value):
+    """Replaces what commands know by that name."""
+    modules = [module for module in (cli.info, cli.convert, cli.quantize, cli.sample, cli.evaluate) if hasattr(module, name)]
+    assert modules, name
+    for module in modules:
+        monkeypatch.setattr(module, name, value)
+
+
 def run(*arguments):
     """The program in this process; a command must succeed. Arguments may be paths."""
     assert cli.main([str(a) for a in arguments]) == 0

@@ -28,7 +28,7 @@ def digest(tree) -> str:
 def main() -> None:
     key, labels = jax.random.key(3), [0, 2, 4]
     model = helpers.tiny_model(depth=1, hidden_size=16, num_heads=2)
-    rows = ptq.sample_trajectories(model, key, Sampling(steps=3), steps=2, rows=4)
+    rows = ptq.sample_trajectories(model, ptq.Calibration(steps=2, rows=4, sampling=Sampling(steps=3)), key=key)
     found = {
         "parameters": digest(ptq.FloatDiT.init(model.config, key).params),
         "calibration rows": digest(rows),
@@ -37,9 +37,9 @@ def main() -> None:
     chain = {"calib_steps": 2, "calib_rows": 4, "steps": 3}
     learned = Reconstruction(iterations=3, batch_size=8, row_weights="steps")
     for name, config in {
-        "W4A8": QuantConfig(**helpers.PLAIN, weight_bits=4, **chain),
+        "W4A8": QuantConfig.of(**helpers.PLAIN, weight_bits=4, **chain),
         "the paper's W8A8": QuantConfig.paper(8, ssc="rows", **chain),
-        "learned from closed form": QuantConfig(
+        "learned from closed form": QuantConfig.of(
             weight_bits=4, range_search="percentile", dynamic_sites=(), balance="csb+ssc", reconstruction=learned, **chain
         ),
     }.items():

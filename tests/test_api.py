@@ -17,7 +17,7 @@ from ptq4dit_jax.checkpoints import store
 
 DIGITS = Path(__file__).resolve().parents[1] / "models/digits"
 SHORTER = {
-    "QuantConfig(weight_bits=4)": "QuantConfig(weight_bits=4, calib_steps=2, calib_rows=4, steps=4)",
+    "QuantConfig.of(weight_bits=4)": "QuantConfig.of(weight_bits=4, calib_steps=2, calib_rows=4, steps=4)",
     "jnp.arange(10)": "jnp.arange(4)",
     "steps=50": "steps=4",
 }

@@ -17,7 +17,7 @@ from ptq4dit_jax.networks.spec import nest_sites
 from ptq4dit_jax.ranges import quantize_weight
 
 KEY = jax.random.key(0)
-CONFIG = ptq.QuantConfig(weight_bits=4, balance="search", rounding="nearest", step_groups=2, calib_rows=8)
+CONFIG = ptq.QuantConfig.of(weight_bits=4, balance="search", rounding="nearest", step_groups=2, calib_rows=8)
 SITES = ("qkv_in", "proj_in", "fc1_in", "fc2_in")
 DYNAMIC = ("blocks.qkv_in", "blocks.fc1_in")
 
@@ -145,7 +145,7 @@ def searched(model, rows):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ptq4dit_jax.quality.PoorQuality")
 def test_it_is_better_than_none_and_says_what_it_chose(model, rows, searched):
-    none = ptq.quantize(model, dataclasses.replace(CONFIG, balance="none"), key=KEY, calibration=rows)
+    none = ptq.quantize(model, CONFIG.replace(balance="none"), key=KEY, calibration=rows)
     quality = lambda q: q.provenance.facts["quality"]["sqnr_mean_db"]
     assert quality(searched) > quality(none) + 0.5
     facts = searched.provenance.facts["balancing"]
@@ -169,5 +169,5 @@ def test_folding_it_leaves_the_float_output_unchanged(model, rows, extremes):
 
 def test_the_paper_s_balancing_stays_what_it_is(model, rows, extremes):
     """What is chosen by measurement is told apart from it."""
-    config = dataclasses.replace(CONFIG, balance="csb+ssc")
+    config = CONFIG.replace(balance="csb+ssc")
     assert ptq.balance(model, config, ptq.Observed(extremes), rows).chosen == {}

@@ -79,7 +79,7 @@ def test_steps_of_many_digits(steps, raises_sentence):
 )
 def test_settings_of_quantization(settings, words, raises_sentence):
     with raises_sentence(*words):
-        ptq.QuantConfig(**settings)
+        ptq.QuantConfig.of(**settings)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_results_larger_than_the_memory(tiny_model, monkeypatch, raises_sentence
     with raises_sentence("2,000,000 samples", "2.0 GB of memory, and 1.0 GB are free"):
         sampling.sample(tiny_model, np.zeros(2_000_000, np.int32), KEY, batch_size=8)
     with raises_sentence("1,000,000 samples", "26.6 GB of memory"):
-        ptq.sample_trajectories(tiny_model, KEY, ptq.Sampling(steps=50), steps=25, rows=2_000_000)
+        ptq.sample_trajectories(tiny_model, ptq.Calibration(steps=25, rows=2_000_000), key=KEY)
 
 
 def test_the_number_of_images_of_a_model_without_classes(raises_sentence):

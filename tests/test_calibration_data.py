@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from helpers import relative_error, same_bytes, tiny_config, tiny_model
 
 from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration import sample_trajectories, spread_labels, stored_rows
+from ptq4dit_jax.config import Calibration
 from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
@@ -27,7 +29,7 @@ def model() -> FloatDiT:
 
 def test_trajectories_are_the_inputs_of_the_samplers_steps(model: FloatDiT) -> None:
     sampling, key = Sampling.of(sampler="ddpm", steps=10, cfg_scale=2.0), jax.random.key(3, impl="threefry2x32")
-    data = sample_trajectories(model, key, sampling, steps=5, rows=12)
+    data = sample_trajectories(model, Calibration(steps=5, rows=12, sampling=sampling), key=key)
     assert (data.num_steps, data.num_rows) == (5, 12)
     assert (data.x.dtype, data.t.dtype, data.y.dtype) == (np.float32, np.int32, np.int32)
 
@@ -51,7 +53,8 @@ def test_trajectories_without_guidance_are_all_conditional(model: FloatDiT) -> N
     """Every step of the chain this time."""
     sampling, key = Sampling.of(sampler="ddim", steps=4, cfg_scale=1.0), jax.random.key(0)
     reported: list[tuple[int, int]] = []
-    data = sample_trajectories(model, key, sampling, steps=4, rows=11, progress=lambda *done: reported.append(done))
+    calibration = Calibration(steps=4, rows=11, sampling=sampling)
+    data = sample_trajectories(model, calibration, key=key, progress=lambda *done: reported.append(done))
     np.testing.assert_array_equal(data.t, [750, 500, 250, 0])
     assert data.x.shape == (4, 11, *CONFIG.image_shape)
     np.testing.assert_array_equal(data.y, [[0, 1, 2, 3, 4] * 2 + [0]] * 4)
@@ -63,10 +66,10 @@ def test_trajectories_without_guidance_are_all_conditional(model: FloatDiT) -> N
 
 @pytest.mark.slow
 def test_devices_and_row_batches_change_no_trajectory(model: FloatDiT, mesh8: Any) -> None:
-    how = {"steps": 2, "rows": 22}
-    alone = sample_trajectories(model, jax.random.key(0), Sampling(steps=3), **how)
+    run = partial(sample_trajectories, model, Calibration(steps=2, rows=22, sampling=Sampling(steps=3)), key=jax.random.key(0))
+    alone = run()
     for other in ({"mesh": mesh8}, {"mesh": sharding.data_mesh(mesh8.devices.ravel()[:2])}, {"row_batch": 1}):
-        assert same_bytes(sample_trajectories(model, jax.random.key(0), Sampling(steps=3), **how, **other), alone)
+        assert same_bytes(run(**cast(Any, other)), alone)
 
 
 @pytest.mark.parametrize(("count", "classes"), [(1, 10), (4, 10), (10, 10), (25, 10), (32, 1000), (7, 1)])
@@ -85,19 +88,21 @@ def test_labels_spread_over_all_classes(count: int, classes: int) -> None:
 @pytest.mark.parametrize("steps", [0, -1, 6])
 def test_more_calibration_steps_than_sampler_steps(model: FloatDiT, steps: int) -> None:
     with pytest.raises(Ptq4ditError, match=rf"Calibration steps must be 1 to the sampler's 5 steps, not {steps}\."):
-        sample_trajectories(model, jax.random.key(0), Sampling(steps=5), steps=steps, rows=2)
+        sample_trajectories(model, Calibration(steps=steps, rows=2, sampling=Sampling(steps=5)), key=jax.random.key(0))
 
 
 @pytest.mark.parametrize(("rows", "cfg_scale"), [(0, 1.0), (-2, 1.0), (0, 1.5), (7, 1.5)])
 def test_impossible_numbers_of_rows(model: FloatDiT, rows: int, cfg_scale: float) -> None:
     with pytest.raises(Ptq4ditError, match=rf"rows must be positive, and even under guidance .*, not {rows}\."):
-        sample_trajectories(model, jax.random.key(0), Sampling.of(steps=5, cfg_scale=cfg_scale), steps=2, rows=rows)
+        sample_trajectories(
+            model, Calibration(steps=2, rows=rows, sampling=Sampling.of(steps=5, cfg_scale=cfg_scale)), key=jax.random.key(0)
+        )
 
 
 def test_a_model_without_a_null_class_cannot_be_guided() -> None:
     model = tiny_model(null_class=False)
     with pytest.raises(Ptq4ditError, match="without a null class"):
-        sample_trajectories(model, jax.random.key(0), Sampling.of(steps=5, cfg_scale=1.5), steps=2, rows=2)
+        sample_trajectories(model, Calibration(rows=2, sampling=Sampling.of(steps=5, cfg_scale=1.5)), key=jax.random.key(0))
 
 
 # --- stored rows

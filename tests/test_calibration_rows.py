@@ -177,7 +177,7 @@ def test_the_network_sees_each_row_with_its_own_timestep(mixed: ptq.CalibrationD
 def test_a_model_is_quantized_on_them(mixed: ptq.CalibrationData) -> None:
     """With groups that part at the cleanest row of a step, and rows of reconstruction in the order of their timesteps."""
     model = jax.tree.map(jax.numpy.asarray, tiny_model())
-    config = ptq.QuantConfig(**PLAIN, step_groups=2, dynamic_sites=())
+    config = ptq.QuantConfig.of(**PLAIN, step_groups=2, dynamic_sites=())
     q = ptq.quantize(model, config, key=jax.random.key(0), calibration=mixed)
     np.testing.assert_array_equal(q.group_edges, [650])
     same = ptq.quantize(model, config, key=jax.random.key(0), calibration=mixed, row_batch=2)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given as given_any
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
-from ptq4dit_jax.config import QuantConfig
+from ptq4dit_jax.config import Activations, Balancing, Calibration, QuantConfig, Reconstruction, Weights
 from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.guidance import Guidance
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.policy import POLICIES, LayerRule, Policy, Rules
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule
+from ptq4dit_jax.settings import flat, leaves
 
 BLOCK_LAYERS = {"blocks.adaLN", "blocks.qkv", "blocks.proj", "blocks.fc1", "blocks.fc2"}
 SPEC = DiTConfig.example().spec
@@ -71,7 +76,7 @@ def test_attention_is_left_in_float_or_taken_back() -> None:
 @pytest.mark.parametrize("policy", ["uniform", "edges8", "small8,final=3", "weights-only"])
 @pytest.mark.parametrize("weight_bits", [3, 8])
 def test_activations_of_16_bits_leave_the_widths_of_the_policy(policy: str, weight_bits: int) -> None:
-    config = QuantConfig(weight_bits=weight_bits, act_bits=16, policy=policy)
+    config = QuantConfig.of(weight_bits=weight_bits, act_bits=16, policy=policy)
     assert {name: rule.weight_bits for name, rule in config.rules(SPEC).layers.items()} == {
         name: rule.weight_bits for name, rule in layer_rules(policy, weight_bits).items()
     }
@@ -81,9 +86,9 @@ def test_activations_of_16_bits_leave_the_widths_of_the_policy(policy: str, weig
 
 
 def test_the_name_says_what_is_quantized() -> None:
-    assert QuantConfig(weight_bits=4).name == "W4A8"
-    assert QuantConfig(policy="weights-only").name == "W8A16"
-    assert QuantConfig(act_bits=6, policy="weights-only,blocks.attention=integer").name == "W8A6"
+    assert QuantConfig.of(weight_bits=4).name == "W4A8"
+    assert QuantConfig.of(policy="weights-only").name == "W8A16"
+    assert QuantConfig.of(act_bits=6, policy="weights-only,blocks.attention=integer").name == "W8A6"
 
 
 def test_exceptions_follow_the_name_and_the_last_one_holds() -> None:
@@ -123,7 +128,7 @@ def test_a_policy_that_cannot_be_read(policy: str, parts: tuple[str, ...], raise
     with raises_sentence(*parts):
         layer_rules(policy, 4)
     with raises_sentence(*parts):
-        QuantConfig(policy=policy)
+        QuantConfig.of(policy=policy)
 
 
 @pytest.mark.parametrize(
@@ -160,12 +165,12 @@ def test_a_policy_that_cannot_be_read(policy: str, parts: tuple[str, ...], raise
 )
 def test_a_setting_that_cannot_be(settings: dict[str, Any], parts: tuple[str, ...], raises_sentence: Sentence) -> None:
     with raises_sentence(*parts):
-        QuantConfig(**settings)
+        QuantConfig.of(**settings)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_every_width_is_allowed(bits: int) -> None:
-    config = QuantConfig(weight_bits=bits, act_bits=bits, policy="uniform")
+    config = QuantConfig.of(weight_bits=bits, act_bits=bits, policy="uniform")
     assert {rule.weight_bits for rule in config.rules(SPEC).layers.values()} == {bits}
 
 
@@ -173,21 +178,20 @@ def test_the_paper() -> None:
     """CSB with exponent 1/2 and SSC with temperature 1 on qkv, proj and fc1 alone; static ranges; all linears alike."""
     for bits in (8, 4):
         paper = QuantConfig.paper(weight_bits=bits)
-        assert (paper.weight_bits, paper.act_bits) == (bits, 8)
-        assert (paper.balance, paper.ssc, paper.temperature, paper.exponent) == ("csb+ssc", "steps", 1.0, 0.5)
-        assert not paper.balance_fc2
-        assert not paper.equalize_v
-        assert not paper.weigh_inputs
+        assert (paper.weights.bits, paper.activations.bits) == (bits, 8)
+        assert paper.balancing == Balancing(method="csb+ssc", fc2=False, equalize_v=False)
+        assert (paper.balancing.ssc, paper.balancing.temperature, paper.balancing.exponent) == ("steps", 1.0, 0.5)
+        assert not paper.weights.weigh_inputs
         assert paper.range_search == "percentile"
-        assert (paper.step_groups, paper.dynamic_sites) == (1, ())
+        assert (paper.activations.step_groups, paper.activations.dynamic_sites) == (1, ())
         resolved = paper.resolve(NoiseSchedule(), DiTConfig.preset("DiT-S/2"))
-        assert (resolved.calib_steps, resolved.calib_rows) == (25, 64)
+        assert (resolved.calibration.steps, resolved.calibration.rows) == (25, 64)
         assert set(paper.rules(SPEC).layers.values()) == {LayerRule(bits)}
 
 
 def test_the_paper_with_exceptions() -> None:
     paper = QuantConfig.paper(4, balance="csb", range_search="mse")
-    assert (paper.balance, paper.range_search, paper.balance_fc2) == ("csb", "mse", False)
+    assert (paper.balancing.method, paper.range_search, paper.balancing.fc2) == ("csb", "mse", False)
 
 
 @pytest.mark.parametrize(
@@ -201,20 +205,22 @@ def test_the_paper_with_exceptions() -> None:
 )
 def test_a_setting_that_the_balancing_does_not_use_is_refused(settings, words, raises_sentence) -> None:
     with raises_sentence(*words):
-        QuantConfig(**settings)
-    assert QuantConfig(balance="csb+ssc", ssc="rows", exponent=0.25, temperature=2.0).ssc == "rows"
+        QuantConfig.of(**settings)
+    assert QuantConfig.of(balance="csb+ssc", ssc="rows", exponent=0.25, temperature=2.0).balancing.ssc == "rows"
 
 
 def test_defaults_run_every_block_on_integers() -> None:
     config = QuantConfig()
-    assert (config.weight_bits, config.act_bits, config.balance) == (8, 8, "search")
+    assert (config.weights.bits, config.activations.bits, config.balancing.method) == (8, 8, "search")
     assert {name for name, rule in config.rules(SPEC).layers.items() if rule.integer} == BLOCK_LAYERS
 
 
 def test_how_rows_are_sampled_is_a_value() -> None:
-    assert QuantConfig().sampling == Sampling()
+    assert QuantConfig().calibration.sampling == Sampling()
     settings: dict[str, Any] = {"sampler": "ddim", "steps": "ddim25", "eta": 0.5, "cfg_scale": 2.0, "cfg_channels": "all"}
-    assert QuantConfig(**settings).sampling == Sampling("ddim", "ddim25", 0.5, Guidance(2.0, "all"))
+    assert QuantConfig.of(**settings).calibration.sampling == Sampling("ddim", "ddim25", 0.5, Guidance(2.0, "all"))
+    interval = QuantConfig.of(guidance_interval=(0.1, 0.8)).resolve(NoiseSchedule(), NETWORK)
+    assert interval.calibration.sampling.guidance.interval == (0.1, 0.8)
 
 
 NETWORK = DiTConfig.preset("DiT-S/2")
@@ -239,9 +245,10 @@ NETWORK = DiTConfig.preset("DiT-S/2")
 )
 def test_what_is_not_given_follows_the_model(given: Any, schedule: Any, null_class: bool, expected: Any) -> None:
     network = DiTConfig.preset("DiT-S/2", null_class=null_class)
-    for make in (QuantConfig, QuantConfig.paper):
+    for make in (QuantConfig.of, QuantConfig.paper):
         resolved = make(**given).resolve(schedule, network)
-        assert (resolved.sampler, resolved.steps, resolved.cfg_scale, resolved.calib_steps) == expected
+        stored = resolved.to_dict()
+        assert tuple(stored[name] for name in ("sampler", "steps", "cfg_scale", "calib_steps")) == expected
         assert resolved.resolve(schedule, network) == resolved
 
 
@@ -255,20 +262,98 @@ def test_what_is_not_given_follows_the_model(given: Any, schedule: Any, null_cla
 )
 def test_what_is_given_must_fit_the_model(given: Any, schedule: Any, parts: Any, raises_sentence: Sentence) -> None:
     with raises_sentence(*parts):
-        QuantConfig(**given).resolve(schedule, NETWORK)
+        QuantConfig.of(**given).resolve(schedule, NETWORK)
 
 
 def test_a_network_without_null_class_cannot_be_guided_on_demand(raises_sentence: Sentence) -> None:
     with raises_sentence("null class", "cfg_scale 1"):
-        QuantConfig(cfg_scale=2.0).resolve(NoiseSchedule(), DiTConfig.preset("DiT-S/2", null_class=False))
+        QuantConfig.of(cfg_scale=2.0).resolve(NoiseSchedule(), DiTConfig.preset("DiT-S/2", null_class=False))
 
 
 def test_settings_are_json_and_come_back() -> None:
     config = QuantConfig.paper(4, dynamic_sites=("blocks.qkv_in",), step_groups=5, steps="ddim25")
-    stored = json.loads(json.dumps(config.to_dict()))
-    assert QuantConfig(**{**stored, "dynamic_sites": tuple(stored["dynamic_sites"])}) == config
+    assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def _some_settings() -> st.SearchStrategy[QuantConfig]:
+    balancing = st.one_of(
+        st.builds(Balancing, method=st.just("csb+ssc"), ssc=st.sampled_from(["steps", "rows"]), exponent=st.floats(0, 1)),
+        st.builds(Balancing, method=st.just("search"), temperature=st.floats(0.1, 10), fc2=st.booleans()),
+    )
+    sites = st.none() | st.lists(st.sampled_from(["blocks.qkv_in", "blocks.probs", "blocks.fc2_in"]), unique=True).map(tuple)
+    guidance = st.builds(Guidance, st.none() | st.floats(-9, 9), interval=st.none() | st.just((0.0, 0.75)))
+    sampling = st.builds(Sampling, steps=st.none() | st.integers(1, 50) | st.just("ddim25"), guidance=guidance)
+    return st.builds(
+        QuantConfig,
+        weights=st.builds(Weights, bits=st.integers(2, 8), weigh_inputs=st.booleans()),
+        activations=st.builds(Activations, bits=st.sampled_from([4, 8, 16]), dynamic_sites=sites),
+        balancing=balancing,
+        calibration=st.builds(Calibration, steps=st.none() | st.integers(1, 9), sampling=sampling),
+        policy=st.sampled_from(["uniform", "edges8,final=6:float", "small8,blocks.attention=float"]).map(Policy.parse),
+        reconstruction=st.none() | st.builds(Reconstruction, iterations=st.integers(1, 99), warmup=st.floats(0, 0.9)),
+    )
+
+
+@hypothesis_settings(max_examples=50, deadline=None)
+@given_any(_some_settings())
+def test_any_settings_come_back(config: QuantConfig) -> None:
+    assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert QuantConfig().replace(**flat(config)) == config
+
+
+@pytest.mark.parametrize("folder", ["w8a8", "w4a8"])
+def test_settings_that_an_earlier_version_stored(folder: str) -> None:
+    """Of models kept from before settings had sections; what was not known then has its default."""
+    path = Path(__file__).parent / "golden" / "quantized" / folder / "config.json"
+    stored = json.loads(path.read_text())["provenance"]["settings"]
+    config = QuantConfig.from_dict(stored)
+    assert {name: value for name, value in json.loads(json.dumps(config.to_dict())).items() if name in stored} == stored
+    assert config.calibration.sampling.guidance.interval is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "parts"),
+    [
+        ({"weight_bits": 4, "weight_bit": 4}, ("'weight_bit'", "newer version")),
+        ({"reconstruction": {"iterations": 5, "seed": 1}}, ("'seed'", "newer version")),
+        ({"exponent": "much", "balance": "csb"}, ("stored settings",)),
+        ({"reconstruction": 5}, ("reconstruction", "5")),
+        ({"policy": "best"}, ("'best'",)),
+        ({"policy": 7}, ("policy", "7")),
+    ],
+)
+def test_stored_settings_that_cannot_be(stored: dict[str, Any], parts: tuple[str, ...], raises_sentence: Sentence) -> None:
+    with raises_sentence(*parts):
+        QuantConfig.from_dict(stored)
+
+
+def test_sections_and_flat_names_say_the_same() -> None:
+    sections = QuantConfig(
+        weights=Weights(bits=4),
+        activations=Activations(step_groups=2),
+        balancing=Balancing(method="csb", exponent=0.25),
+        calibration=Calibration(rows=8, sampling=Sampling("ddim", 25, guidance=Guidance(2.0))),
+        policy=Policy("uniform"),
+    )
+    named = {"weight_bits": 4, "step_groups": 2, "balance": "csb", "exponent": 0.25, "calib_rows": 8}
+    sampled = {"sampler": "ddim", "steps": 25, "cfg_scale": 2.0, "policy": "uniform"}
+    assert QuantConfig.of(**named, **sampled) == sections
+    assert sections.replace(exponent=0.5).balancing == Balancing(method="csb")
+    with pytest.raises(TypeError, match="no setting 'weight_bit'; did you mean weight_bits"):
+        QuantConfig.of(weight_bit=4)
+
+
+def test_no_two_settings_share_a_name() -> None:
+    names = [leaf.name for leaf in leaves(QuantConfig)]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("policy", ["uniform", "edges8,final=6:float,blocks.qkv=5", "weights-only,blocks.attention=integer"])
+def test_a_policy_is_written_as_it_is_read(policy: str) -> None:
+    assert str(Policy.parse(policy)) == policy
+    assert Policy.parse(str(Policy.parse(f" {policy} "))) == Policy.parse(policy)
 
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(AttributeError):
-        QuantConfig().weight_bits = 4  # type: ignore[misc]
+        QuantConfig().weights.bits = 4  # type: ignore[misc]

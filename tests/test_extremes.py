@@ -164,7 +164,7 @@ def changed(path: str, change: Callable[[np.ndarray], Any]) -> FloatDiT:
 def quality(model: FloatDiT, **settings: Any) -> float:
     q = ptq.quantize(
         model,
-        ptq.QuantConfig(**PLAIN, **settings),
+        ptq.QuantConfig.of(**PLAIN, **settings),
         key=KEY,
         calibration=three_steps(model),
         keep_poor=True,

@@ -130,7 +130,7 @@ def test_calibration_rows_must_be_finite(raises_sentence):
     tiny = helpers.tiny_model()
     broken = tiny.replace(params=jax.tree.map(lambda a: a * np.float32(1e12), tiny.params))
     with raises_sentence("Calibration row 0 (label 0)", "step 1 of 3", "float32"):
-        ptq.quantize(broken, ptq.QuantConfig(**PLAIN, steps=3, calib_rows=2), key=KEY)
+        ptq.quantize(broken, ptq.QuantConfig.of(**PLAIN, steps=3, calib_rows=2), key=KEY)
 
 
 def test_statistics_must_be_finite(raises_sentence):
@@ -146,7 +146,7 @@ def test_statistics_must_be_finite(raises_sentence):
         y=np.zeros((2, 2), np.int32),
     )
     with raises_sentence("blocks.fc2_in", "calibration step 1 of 2 (t = 900)"):
-        ptq.quantize(model, ptq.QuantConfig(**PLAIN), key=KEY, calibration=rows)
+        ptq.quantize(model, ptq.QuantConfig.of(**PLAIN), key=KEY, calibration=rows)
 
 
 @pytest.mark.parametrize("field", ["low", "high", "power"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -28,7 +27,7 @@ KEY = jax.random.key(0)
 LABELS = np.array([3, 0, 4])
 FLOWS = [ptq.FlowSchedule(data_time=end) for end in (0, 1)]
 #: Settings of a small quantization whose chain is Heun's: four steps, eight calls of the network.
-CONFIG = ptq.QuantConfig(steps=4, sampler="heun", calib_steps=8, calib_rows=4, step_groups=3, cfg_channels="all")
+CONFIG = ptq.QuantConfig.of(steps=4, sampler="heun", calib_steps=8, calib_rows=4, step_groups=3, cfg_channels="all")
 
 
 def flow_model(schedule: ptq.FlowSchedule = FLOWS[1]) -> FloatDiT:
@@ -77,7 +76,7 @@ def test_samplers_and_objectives_that_do_not_fit(raises_sentence: Sentence) -> N
             ptq.sample(flow_model(), LABELS, KEY, sampler=name)
     for name in ("euler", "heun"):
         with raises_sentence(repr(name), "predicts noise", "use one of ddpm, ddim, dpm++2m"):
-            ptq.quantize(tiny_model(), ptq.QuantConfig(sampler=name), key=KEY)
+            ptq.quantize(tiny_model(), ptq.QuantConfig.of(sampler=name), key=KEY)
 
 
 def test_a_step_size_is_not_another(raises_sentence: Sentence) -> None:
@@ -99,8 +98,8 @@ def test_auto_is_what_the_model_asks_for() -> None:
     assert ptq.Sampling.of(**resolved.to_dict()).resolve(FLOWS[0], network) == resolved
     filled = {"steps": 50, "cfg_scale": 1.5, "calib_steps": 25}
     assert ptq.QuantConfig.paper().resolve(FLOWS[0], network) == ptq.QuantConfig.paper(sampler="euler", **filled)
-    ddim = ptq.QuantConfig(sampler="ddim")
-    assert ddim.resolve(ptq.NoiseSchedule(), network) == ptq.QuantConfig(sampler="ddim", **filled)
+    ddim = ptq.QuantConfig.of(sampler="ddim")
+    assert ddim.resolve(ptq.NoiseSchedule(), network) == ptq.QuantConfig.of(sampler="ddim", **filled)
 
 
 # Samplers ------------------------------------------------------------------------------------------------------------------
@@ -172,7 +171,9 @@ def test_a_discarded_variance_half_is_never_read() -> None:
 
 @pytest.mark.parametrize("flow", FLOWS)
 def test_calibration_rows_lie_on_the_chain(flow: ptq.FlowSchedule) -> None:
-    data = ptq.sample_trajectories(flow_model(flow), KEY, ptq.Sampling("heun", 4), steps=8, rows=4)
+    data = ptq.sample_trajectories(
+        flow_model(flow), ptq.Calibration(steps=8, rows=4, sampling=ptq.Sampling("heun", 4)), key=KEY
+    )
     level = np.repeat([1, 0.75, 0.5, 0.25, 0], 2)[1:-1]
     np.testing.assert_array_equal(data.t, np.abs(flow.data_time - level).astype(np.float32))
     assert data.t.dtype == np.float32
@@ -185,7 +186,7 @@ def test_calibration_rows_lie_on_the_chain(flow: ptq.FlowSchedule) -> None:
 def test_groups_of_steps_follow_the_noise(flow: ptq.FlowSchedule) -> None:
     """Both rows of Heun's that share a time share a group, and inside a chain groups are passed in order."""
     model = flow_model(flow)
-    data = ptq.sample_trajectories(model, KEY, ptq.Sampling("heun", 4), steps=8, rows=2)
+    data = ptq.sample_trajectories(model, ptq.Calibration(steps=8, rows=2, sampling=ptq.Sampling("heun", 4)), key=KEY)
     edges = ptq.choose_ranges(ptq.Balanced.by(model, {}), CONFIG, ptq.observe(model, data), data).edges
     np.testing.assert_array_equal(edges, np.float32([0.75, 0.25]))
     assert edges.dtype == jnp.float32
@@ -283,7 +284,7 @@ def test_eight_devices_give_the_images_of_one(quantized: ptq.QuantizedDiT, mesh8
 
 @pytest.mark.slow
 def test_reconstruction(model: FloatDiT) -> None:
-    config = dataclasses.replace(CONFIG, weight_bits=4, reconstruction=Reconstruction(iterations=20, batch_size=4))
+    config = CONFIG.replace(weight_bits=4, reconstruction=Reconstruction(iterations=20, batch_size=4))
     learned = ptq.quantize(model, config, key=KEY)
     facts = learned.provenance.facts
     assert facts["settings"]["sampler"] == "heun"

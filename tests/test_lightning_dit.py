@@ -121,7 +121,7 @@ def test_folding_leaves_the_function_and_nothing_behind_fc2(model):
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "least"), [(8, 30.0), (4, 15.0)])
 def test_it_is_quantized_saved_loaded_and_sampled(bits, least, model, rows, tmp_path):
-    config = ptq.QuantConfig(weight_bits=bits)
+    config = ptq.QuantConfig.of(weight_bits=bits)
     quantized = ptq.quantize(model, config, key=jax.random.key(0), calibration=rows)
     assert quantized.provenance.facts["quality"]["sqnr_mean_db"] > least
     assert quantized.linears["blocks.fc2"].act.balance is None
@@ -146,7 +146,7 @@ def test_it_is_quantized_saved_loaded_and_sampled(bits, least, model, rows, tmp_
 @pytest.mark.slow
 def test_it_is_reconstructed(model, rows):
     learned = ptq.Reconstruction(iterations=20, batch_size=8)
-    config = ptq.QuantConfig(**{**PLAIN, "rounding": None}, weight_bits=4, reconstruction=learned)
+    config = ptq.QuantConfig.of(**{**PLAIN, "rounding": None}, weight_bits=4, reconstruction=learned)
     made = ptq.quantize(model, config, key=jax.random.key(0), calibration=rows)
     facts = made.provenance.facts["reconstruction"]
     assert list(facts) == ["embed image", "embed condition", "block 0", "block 1", "head"]

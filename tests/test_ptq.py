@@ -56,7 +56,7 @@ def extremes(model: FloatDiT, rows: CalibrationData) -> dict[str, ChannelExtreme
 
 @pytest.fixture(scope="module")
 def w4a8(model: FloatDiT, rows: CalibrationData) -> ptq.QuantizedDiT:
-    return ptq.quantize(model, ptq.QuantConfig(**PLAIN, weight_bits=4), key=KEY, calibration=rows)
+    return ptq.quantize(model, ptq.QuantConfig.of(**PLAIN, weight_bits=4), key=KEY, calibration=rows)
 
 
 def error(model: FloatDiT, q: ptq.QuantizedDiT) -> float:
@@ -71,7 +71,7 @@ def error(model: FloatDiT, q: ptq.QuantizedDiT) -> float:
 def test_the_result_says_where_it_comes_from(model: FloatDiT, w4a8: ptq.QuantizedDiT) -> None:
     facts = w4a8.provenance.facts
     assert facts["source_sha256"] == source_hash(model.params)
-    assert facts["settings"] == ptq.QuantConfig(**PLAIN, weight_bits=4).for_network(model.config).to_dict()
+    assert facts["settings"] == ptq.QuantConfig.of(**PLAIN, weight_bits=4).for_network(model.config).to_dict()
     assert facts["settings"]["dynamic_sites"] == ("blocks.qkv_in", "blocks.probs", "blocks.fc1_in")
     assert facts["calibration"] == {"rows": "given", "steps": 3, "rows_per_step": 8}
     assert w4a8.config == model.config
@@ -95,7 +95,7 @@ def test_the_default_feeds_the_edges_with_floats(w4a8: ptq.QuantizedDiT) -> None
 
 def test_a_policy_gives_each_layer_the_width_asked_for(model: FloatDiT, rows: CalibrationData) -> None:
     policy = "uniform,blocks.adaLN=6,final=8:float,blocks.fc2=3,blocks.qkv=4:float"
-    q = ptq.quantize(model, ptq.QuantConfig(**PLAIN, weight_bits=4, policy=policy), key=KEY, calibration=rows)
+    q = ptq.quantize(model, ptq.QuantConfig.of(**PLAIN, weight_bits=4, policy=policy), key=KEY, calibration=rows)
     bits = {row["layer"]: row["weight_bits"] for row in ptq.describe(q)}
     expected = dict.fromkeys(LINEARS, 4) | {"blocks.adaLN": 6, "final": 8, "blocks.fc2": 3}
     assert {name: bits[name] for name in LINEARS} == expected
@@ -114,7 +114,7 @@ def test_weights_hold_codes_of_their_width(w4a8: ptq.QuantizedDiT) -> None:
 
 def test_dynamic_sites_keep_no_ranges(model: FloatDiT, rows: CalibrationData) -> None:
     q = ptq.quantize(
-        model, ptq.QuantConfig(**PLAIN, dynamic_sites=("blocks.qkv_in", "blocks.fc2_in")), key=KEY, calibration=rows
+        model, ptq.QuantConfig.of(**PLAIN, dynamic_sites=("blocks.qkv_in", "blocks.fc2_in")), key=KEY, calibration=rows
     )
     for layer, dynamic in (("blocks.qkv", True), ("blocks.fc2", True), ("blocks.fc1", False)):
         act = q.linears[layer].act
@@ -139,7 +139,7 @@ def test_every_width_runs_and_fewer_bits_cost_more() -> None:
     rows = three_steps(model)
 
     def errors(setting: str) -> list[float]:
-        configs = [ptq.QuantConfig(**PLAIN, policy="uniform", step_groups=1, **{setting: bits}) for bits in range(2, 9)]
+        configs = [ptq.QuantConfig.of(**PLAIN, policy="uniform", step_groups=1, **{setting: bits}) for bits in range(2, 9)]
         return [error(model, ptq.quantize(model, config, key=KEY, calibration=rows, keep_poor=True)) for config in configs]
 
     for setting in ("weight_bits", "act_bits"):
@@ -150,7 +150,7 @@ def test_every_width_runs_and_fewer_bits_cost_more() -> None:
 
 
 def test_one_key_one_result(model: FloatDiT) -> None:
-    config = ptq.QuantConfig(**PLAIN, weight_bits=4, calib_steps=2, calib_rows=4, steps=4, sampler="ddim", step_groups=2)
+    config = ptq.QuantConfig.of(**PLAIN, weight_bits=4, calib_steps=2, calib_rows=4, steps=4, sampler="ddim", step_groups=2)
     first, again, other = (ptq.quantize(model, config, key=jax.random.key(seed)) for seed in (0, 0, 1))
     assert same_bytes(first, again)
     assert not same_bytes(first, other)
@@ -158,22 +158,22 @@ def test_one_key_one_result(model: FloatDiT) -> None:
 
 
 def test_stored_rows_stand_in_for_sampled_ones(model: FloatDiT) -> None:
-    config = ptq.QuantConfig(**PLAIN, weight_bits=4, calib_steps=2, calib_rows=4, steps=4, sampler="ddim", step_groups=2)
+    config = ptq.QuantConfig.of(**PLAIN, weight_bits=4, calib_steps=2, calib_rows=4, steps=4, sampler="ddim", step_groups=2)
     sampled = ptq.quantize(model, config, key=KEY)
-    data = ptq.sample_trajectories(model, KEY, config.sampling, steps=2, rows=4)
+    data = ptq.sample_trajectories(model, config.calibration, key=KEY)
     flat = ptq.stored_rows(data.x.reshape(-1, *data.x.shape[2:]), np.repeat(data.t, 4), data.y.ravel(), model.config)
     assert same_bytes(ptq.quantize(model, config, key=jax.random.key(9), calibration=flat), sampled)
 
 
 def test_more_groups_than_calibration_steps_are_as_many_as_steps(model: FloatDiT, rows: CalibrationData) -> None:
-    q = ptq.quantize(model, ptq.QuantConfig(**PLAIN, step_groups=20), key=KEY, calibration=rows)
+    q = ptq.quantize(model, ptq.QuantConfig.of(**PLAIN, step_groups=20), key=KEY, calibration=rows)
     assert q.num_groups == 3
     np.testing.assert_array_equal(q.group_edges, [900, 400])
 
 
 @pytest.mark.parametrize("row_batch", [1, 3, 4, 100])
 def test_row_batches_change_nothing(model: FloatDiT, rows: CalibrationData, w4a8: ptq.QuantizedDiT, row_batch: int) -> None:
-    config = ptq.QuantConfig(**PLAIN, weight_bits=4)
+    config = ptq.QuantConfig.of(**PLAIN, weight_bits=4)
     assert same_bytes(ptq.quantize(model, config, key=KEY, calibration=rows, row_batch=row_batch), w4a8)
 
 
@@ -182,7 +182,7 @@ def test_row_batches_change_nothing(model: FloatDiT, rows: CalibrationData, w4a8
 def test_calibration_over_eight_devices_gives_the_same_bytes(
     model: FloatDiT, rows: CalibrationData, w4a8: ptq.QuantizedDiT, mesh8: Mesh, count: int
 ) -> None:
-    config = ptq.QuantConfig(**PLAIN, weight_bits=4)
+    config = ptq.QuantConfig.of(**PLAIN, weight_bits=4)
     part = CalibrationData(x=rows.x[:, :count], t=rows.t, y=rows.y[:, :count])
     alone = w4a8 if count == 8 else ptq.quantize(model, config, key=KEY, calibration=part)
     assert same_bytes(ptq.quantize(model, config, key=KEY, calibration=part, mesh=mesh8), alone)
@@ -190,7 +190,7 @@ def test_calibration_over_eight_devices_gives_the_same_bytes(
 
 def test_progress_tells_each_stage_to_its_end(model: FloatDiT) -> None:
     seen: list[tuple[str, int, int]] = []
-    config = ptq.QuantConfig(balance="search", rounding="nearest", calib_steps=2, calib_rows=4, steps=4, sampler="ddim")
+    config = ptq.QuantConfig.of(balance="search", rounding="nearest", calib_steps=2, calib_rows=4, steps=4, sampler="ddim")
     ptq.quantize(model, config, key=KEY, progress=lambda stage, done, total, note="": seen.append((stage, done, total)))
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
     assert stages == [
@@ -211,7 +211,7 @@ def test_progress_tells_each_stage_to_its_end(model: FloatDiT) -> None:
 def test_the_stages_one_by_one_make_what_quantize_makes(
     model: FloatDiT, rows: CalibrationData, w4a8: ptq.QuantizedDiT, rounding: str
 ) -> None:
-    config = ptq.QuantConfig(**{**PLAIN, "rounding": rounding}, weight_bits=4)
+    config = ptq.QuantConfig.of(**{**PLAIN, "rounding": rounding}, weight_bits=4)
     observed = ptq.observe(model, rows)
     balanced = ptq.balance(model, config, observed, rows)
     ranged = ptq.choose_ranges(balanced, config, observed, rows)
@@ -225,7 +225,7 @@ def test_the_stages_one_by_one_make_what_quantize_makes(
 
 
 def test_what_stages_return_passes_through_jit(model: FloatDiT, rows: CalibrationData) -> None:
-    config = ptq.QuantConfig(**PLAIN)
+    config = ptq.QuantConfig.of(**PLAIN)
     observed = ptq.observe(model, rows)
     balanced = ptq.balance(model, config, observed, rows)
     ranged = ptq.choose_ranges(balanced, config, observed, rows)
@@ -237,7 +237,7 @@ def test_what_stages_return_passes_through_jit(model: FloatDiT, rows: Calibratio
 
 
 def test_csb_takes_the_middle_step(model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes]) -> None:
-    found = ptq.balance(model, ptq.QuantConfig(balance="csb"), ptq.Observed(extremes), rows)
+    found = ptq.balance(model, ptq.QuantConfig.of(balance="csb"), ptq.Observed(extremes), rows)
     assert set(found.factors) == {f"blocks.{name}" for name in ("qkv_in", "proj_in", "fc1_in", "fc2_in", "v")}
     for name, layer in (("qkv_in", "qkv"), ("proj_in", "proj"), ("fc1_in", "fc1"), ("fc2_in", "fc2")):
         seen = extremes[f"blocks.{name}"]
@@ -251,7 +251,7 @@ def test_csb_takes_the_middle_step(model: FloatDiT, rows: CalibrationData, extre
 def test_ssc_weighs_steps_or_single_rows(
     model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes], ssc: str
 ) -> None:
-    config = ptq.QuantConfig(balance="csb+ssc", ssc=ssc, temperature=0.5)  # type: ignore[arg-type]
+    config = ptq.QuantConfig.of(balance="csb+ssc", ssc=ssc, temperature=0.5)  # type: ignore[arg-type]
     found = ptq.balance(model, config, ptq.Observed(extremes), rows)
     samples = 3 if ssc == "steps" else 3 * 8
     for name in ("blocks.qkv_in", "blocks.proj_in", "blocks.fc1_in", "blocks.fc2_in"):
@@ -265,7 +265,7 @@ def test_ssc_weighs_steps_or_single_rows(
 
 def test_what_is_not_balanced(model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes]) -> None:
     def sites(**settings: Any) -> set[str]:
-        found = ptq.balance(model, ptq.QuantConfig(**settings), ptq.Observed(extremes), rows).factors
+        found = ptq.balance(model, ptq.QuantConfig.of(**settings), ptq.Observed(extremes), rows).factors
         return {name.removeprefix("blocks.") for name in found}
 
     assert sites(balance="none", equalize_v=False) == set()
@@ -275,7 +275,7 @@ def test_what_is_not_balanced(model: FloatDiT, rows: CalibrationData, extremes: 
 
 
 def test_exponent_zero_is_no_balancing(model: FloatDiT, rows: CalibrationData, extremes: dict[str, ChannelExtremes]) -> None:
-    config = ptq.QuantConfig(balance="csb+ssc", exponent=0.0, equalize_v=False)
+    config = ptq.QuantConfig.of(balance="csb+ssc", exponent=0.0, equalize_v=False)
     found = ptq.balance(model, config, ptq.Observed(extremes), rows)
     for factor in found.factors.values():
         np.testing.assert_array_equal(factor, np.ones_like(factor))
@@ -294,7 +294,7 @@ def test_exponent_zero_is_no_balancing(model: FloatDiT, rows: CalibrationData, e
 )
 def test_folding_leaves_the_float_output_unchanged(rows: CalibrationData, settings: dict[str, Any]) -> None:
     model = salient_model(tiny_model(), share=0.05)
-    folded = ptq.balance(model, ptq.QuantConfig(**settings), ptq.observe(model, rows), rows).folded
+    folded = ptq.balance(model, ptq.QuantConfig.of(**settings), ptq.observe(model, rows), rows).folded
     for step in range(3):
         batch = rows.x[step], rows.t[step : step + 1], rows.y[step]
         assert relative_error(apply(folded, *batch), apply(model, *batch)) < 1e-5
@@ -312,9 +312,9 @@ def digits() -> tuple[FloatDiT, FloatDiT]:
 
 
 def trajectories(model: FloatDiT, seed: int) -> CalibrationData:
-    return ptq.sample_trajectories(
-        model, jax.random.key(seed), ptq.Sampling.of(sampler="ddpm", steps=10, cfg_scale=1.5), steps=5, rows=20
-    )
+    sampling = ptq.Sampling.of(sampler="ddpm", steps=10, cfg_scale=1.5)
+    calibration = ptq.Calibration(steps=5, rows=20, sampling=sampling)
+    return ptq.sample_trajectories(model, calibration, key=jax.random.key(seed))
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +342,7 @@ def test_the_salient_model_is_the_same_function(
 
 def lost(models: tuple[FloatDiT, FloatDiT], rows: tuple[CalibrationData, CalibrationData], **settings: Any) -> float:
     """What the salient model is worse by at W4A8, in dB, on rows that it was not calibrated on."""
-    config, (calibration, held_out) = ptq.QuantConfig(weight_bits=4, **settings), rows
+    config, (calibration, held_out) = ptq.QuantConfig.of(weight_bits=4, **settings), rows
     untouched, salient = (
         sqnr(models[0], ptq.quantize(model, config, key=KEY, calibration=calibration), held_out) for model in models
     )
@@ -379,7 +379,7 @@ def test_a_dead_channel_does_no_harm(rows: CalibrationData, model: FloatDiT) -> 
         blocks["adaLN"]["kernel"][:, :, chunk * 32] = 0
         blocks["adaLN"]["bias"][:, chunk * 32] = -chunk
     dead = model.replace(params={**model.params, "blocks": blocks})
-    q = ptq.quantize(dead, ptq.QuantConfig(**PLAIN), key=KEY, calibration=rows)
+    q = ptq.quantize(dead, ptq.QuantConfig.of(**PLAIN), key=KEY, calibration=rows)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(q) if jnp.issubdtype(leaf.dtype, jnp.floating))
     assert error(dead, q) < 0.05
 
@@ -413,19 +413,19 @@ def test_calibration_that_cannot_be_sampled(
     model: FloatDiT, settings: dict[str, Any], parts: tuple[str, ...], raises_sentence: Sentence
 ) -> None:
     with raises_sentence(*parts):
-        ptq.quantize(model, ptq.QuantConfig(**settings), key=KEY)
+        ptq.quantize(model, ptq.QuantConfig.of(**settings), key=KEY)
 
 
 def test_guidance_needs_a_null_class(raises_sentence: Sentence) -> None:
     unguided = tiny_model(null_class=False)
-    config = ptq.QuantConfig(**PLAIN, calib_steps=1, calib_rows=2, steps=2, cfg_scale=1.5)
+    config = ptq.QuantConfig.of(**PLAIN, calib_steps=1, calib_rows=2, steps=2, cfg_scale=1.5)
     with raises_sentence("null class", "cfg_scale 1"):
         ptq.quantize(unguided, config, key=KEY)
 
 
 def test_a_model_without_guidance_and_learned_variance() -> None:
     plain = tiny_model(null_class=False, learn_sigma=False)
-    config = ptq.QuantConfig(**PLAIN, calib_steps=1, calib_rows=3, steps=2, cfg_scale=1.0)
+    config = ptq.QuantConfig.of(**PLAIN, calib_steps=1, calib_rows=3, steps=2, cfg_scale=1.0)
     q = ptq.quantize(plain, config, key=KEY)
     x, _ = random_inputs(plain.config, 5)
     y, t = np.arange(5, dtype=np.int32), np.array([0])

@@ -40,7 +40,7 @@ def rows(model: FloatDiT) -> ptq.CalibrationData:
 def quantize(model: FloatDiT, rows: ptq.CalibrationData, *, keep_poor: bool = False, **settings: Any) -> ptq.QuantizedDiT:
     return ptq.quantize(
         model,
-        ptq.QuantConfig(**{**PLAIN, **settings}),
+        ptq.QuantConfig.of(**{**PLAIN, **settings}),
         key=KEY,
         calibration=rows,
         keep_poor=keep_poor,
@@ -123,7 +123,7 @@ def test_the_worst_layer_is_the_one_with_two_bits(layer: str, model: FloatDiT, r
 
 
 def model_folded(model: FloatDiT, rows: ptq.CalibrationData, policy: str) -> FloatDiT:
-    config = ptq.QuantConfig(**PLAIN, policy=policy)
+    config = ptq.QuantConfig.of(**PLAIN, policy=policy)
     return ptq.balance(model, config, ptq.observe(model, rows), rows).folded
 
 
@@ -166,7 +166,7 @@ def test_what_was_learned_is_kept_for_the_next_run(
     """A refusal after reconstruction leaves its journal, and with ``keep_poor`` no iteration is run again."""
     state = tmp_path / "state"
     few = Reconstruction(iterations=20, batch_size=4, start="nearest")
-    config = ptq.QuantConfig(balance="csb+ssc", reconstruction=few, **BAD)
+    config = ptq.QuantConfig.of(balance="csb+ssc", reconstruction=few, **BAD)
     with pytest.raises(ptq.Ptq4ditError, match=f"what was learned is in {re.escape(str(state))}, so that takes no learning"):
         ptq.quantize(model, config, key=KEY, calibration=rows, state=state)
     monkeypatch.setattr("ptq4dit_jax.reconstruction.learning.LearningWalk.train", lambda *_: pytest.fail("learned again"))

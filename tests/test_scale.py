@@ -22,7 +22,7 @@ from helpers import PLAIN, tiny_model
 
 folder = sys.argv[1]
 shape = ptq.DiTConfig.preset("DiT-XL/2").to_dict()
-config = ptq.QuantConfig(**PLAIN, weight_bits=4, calib_steps=1, calib_rows=2, sampler="dpm++2m", steps=1)
+config = ptq.QuantConfig.of(**PLAIN, weight_bits=4, calib_steps=1, calib_rows=2, sampler="dpm++2m", steps=1)
 model = tiny_model(**shape)
 num_params = model.num_params
 q = ptq.quantize(model, config, key=jax.random.key(0))

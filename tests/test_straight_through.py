@@ -31,7 +31,7 @@ def dit() -> ptq.FloatDiT:
 
 @pytest.fixture(scope="module")
 def q(dit: ptq.FloatDiT) -> ptq.QuantizedDiT:
-    return ptq.quantize(dit, ptq.QuantConfig(**PLAIN, **SETTINGS), key=jax.random.key(0))  # type: ignore[arg-type]
+    return ptq.quantize(dit, ptq.QuantConfig.of(**PLAIN, **SETTINGS), key=jax.random.key(0))  # type: ignore[arg-type]
 
 
 def loss(model: Any) -> Scalar:
@@ -87,7 +87,7 @@ def test_so_does_the_path_of_the_kernels(policy: str, raises_sentence: Any) -> N
     """Traced, as it would be on Hopper; there JAX's own words for a kernel without a derivative would come first."""
     config = DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=128, depth=1, num_heads=2, num_classes=10)
     dit = jax.tree.map(jnp.asarray, tiny_model(**config.to_dict()))
-    quantized = ptq.quantize(dit, ptq.QuantConfig(**PLAIN, policy=policy, **SETTINGS), key=jax.random.key(0))  # type: ignore[arg-type]
+    quantized = ptq.quantize(dit, ptq.QuantConfig.of(**PLAIN, policy=policy, **SETTINGS), key=jax.random.key(0))  # type: ignore[arg-type]
     q = quantized.astype(jnp.bfloat16).replace(backend="hopper")  # type: ignore[attr-defined]
     x, y = random_inputs(config, 2)
     with raises_sentence(*WAY_OUT):
@@ -208,7 +208,7 @@ def test_the_straight_through_twin_of_a_model(dit: ptq.FloatDiT, q: ptq.Quantize
 def test_the_gradient_of_the_digits_model(weight_bits: int) -> None:
     dit = ptq.load(Path(__file__).parents[1] / "models" / "digits")
     assert isinstance(dit, ptq.FloatDiT)
-    config = ptq.QuantConfig(**PLAIN, weight_bits=weight_bits, steps=4, calib_steps=4, calib_rows=8)
+    config = ptq.QuantConfig.of(**PLAIN, weight_bits=weight_bits, steps=4, calib_steps=4, calib_rows=8)
     q = ptq.quantize(dit, config, key=jax.random.key(0))
     cosine, ratio = compare(dit, q, random_inputs(dit.config, 3)[0])
     print(f"W{weight_bits}A8: cosine {cosine:.4f}, norm {ratio:.3f} of the float model's")

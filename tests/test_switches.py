@@ -237,7 +237,7 @@ def some_models():
         x=weights(2, *model.config.image_shape), t=np.int32([5, 900]), y=np.int32([1, 2]), config=model.config
     )
     made = [
-        ptq.quantize(model, QuantConfig(policy=policy), key=jax.random.key(0), calibration=rows)
+        ptq.quantize(model, QuantConfig.of(policy=policy), key=jax.random.key(0), calibration=rows)
         for policy in ("edges8-float", "uniform")
     ]
     return [model, *made, ptq.reference(made[0])]

@@ -46,7 +46,7 @@ def guidance(model):
 @cache
 def quantized_model(kind):
     model = float_model(kind)
-    config = ptq.QuantConfig(**PLAIN, **SETTINGS, cfg_scale=guidance(model))
+    config = ptq.QuantConfig.of(**PLAIN, **SETTINGS, cfg_scale=guidance(model))
     return ptq.quantize(jax.tree.map(jnp.asarray, model), config, key=KEY)
 
 
@@ -173,7 +173,7 @@ def test_folding_leaves_the_function(kind):
 def test_reconstruction():
     model = float_model("both")
     learn = Reconstruction(iterations=3, batch_size=2)
-    config = ptq.QuantConfig(**SETTINGS, cfg_scale=guidance(model), balance="csb+ssc", reconstruction=learn)
+    config = ptq.QuantConfig.of(**SETTINGS, cfg_scale=guidance(model), balance="csb+ssc", reconstruction=learn)
     learned = ptq.quantize(jax.tree.map(jnp.asarray, model), config, key=KEY)
     x, t = random_inputs(model.config, 4)[0], np.array([300])
     assert relative_error(apply(learned, x, t), apply(model, x, t)) < 0.5

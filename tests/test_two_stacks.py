@@ -92,7 +92,7 @@ def rows() -> CalibrationData:
 @pytest.mark.slow
 @pytest.mark.parametrize("learned", [None, ptq.Reconstruction(iterations=10, batch_size=8)], ids=["gptq", "adaround"])
 def test_it_is_quantized_described_saved_loaded_and_sampled(learned, model, rows, tmp_path):
-    config = ptq.QuantConfig(reconstruction=learned, policy="edges8-float,mlps.down=6")
+    config = ptq.QuantConfig.of(reconstruction=learned, policy="edges8-float,mlps.down=6")
     quantized = ptq.quantize(model, config, key=jax.random.key(0), calibration=rows)
     facts = quantized.provenance.facts["rounding" if learned is None else "reconstruction"]
     assert list(facts) == ["embed image", "embed condition", *(f"mixer {i}" for i in range(3)), "mlp 0", "mlp 1", "head"]
@@ -113,4 +113,4 @@ def test_it_is_quantized_described_saved_loaded_and_sampled(learned, model, rows
 
 def test_a_policy_names_its_layers_and_no_others(model, rows, raises_sentence):
     with raises_sentence("Unknown layer 'blocks.fc1'", "mixers.qkv", "mlps.down"):
-        ptq.quantize(model, ptq.QuantConfig(policy="uniform,blocks.fc1=4"), key=jax.random.key(0), calibration=rows)
+        ptq.quantize(model, ptq.QuantConfig.of(policy="uniform,blocks.fc1=4"), key=jax.random.key(0), calibration=rows)

@@ -48,21 +48,14 @@ def main() -> None:
     dit = ptq.load(MODEL)
     assert isinstance(dit, ptq.FloatDiT)
     console.print(f"ptq4dit_jax on {devices_line()}: DiT on handwritten digits, {dit.num_params / 1e6:.2f} M parameters")
-    settings = [ptq.QuantConfig(weight_bits=bits).resolve(dit.schedule, dit.config) for bits in (8, 4)]
+    settings = [ptq.QuantConfig.of(weight_bits=bits).resolve(dit.schedule, dit.config) for bits in (8, 4)]
     console.print("Calibrating on the float model's own sampling, then quantizing twice from the same rows")
     models: dict[str, Any] = {}
     with stages() as report:
-        first = settings[0]
-        rows = ptq.sample_trajectories(
-            dit,
-            key,
-            first.sampling,
-            steps=first.calib_steps,
-            rows=first.calib_rows,
-            progress=lambda done, total: report("sample calibration rows", done, total),
-        )
+        calibration = settings[0].calibration
+        rows = ptq.sample_trajectories(dit, calibration, key=key, progress=partial(report, "sample calibration rows"))
         for config in settings:
-            name = f"W{config.weight_bits}A{config.act_bits}"
+            name = f"W{config.weights.bits}A{config.activations.bits}"
             quantized = ptq.quantize(
                 dit,
                 config,
@@ -78,8 +71,8 @@ def main() -> None:
             models,
             labels=labels,
             key=jax.random.key(1),
-            sampling=first.sampling,
-            progress=lambda done, total: report("sample and compare on the same noise", done, total),
+            sampling=calibration.sampling,
+            progress=report,
         )
 
     rows_shown = describe(models["W4A8"])
@@ -114,7 +107,8 @@ def main() -> None:
                 "recognized": f"{recognized[name]:.1%}",
             }
         )
-    print_table(f"{len(labels)} images, DDPM {first.steps} steps, guidance {first.cfg_scale}, same noise", table)
+    how = calibration.sampling.resolve(dit.schedule, dit.config)
+    print_table(f"{len(labels)} images, {how}, same noise", table)
     console.print("SQNR: of the guided noise prediction. bfloat16 shows the noise floor.")
 
     first_of_class = np.arange(10) * SAMPLES_PER_CLASS

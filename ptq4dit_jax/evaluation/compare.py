@@ -21,11 +21,12 @@ from jax.typing import ArrayLike
 from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import metrics
-from ptq4dit_jax.evaluation.metrics import Interval
+from ptq4dit_jax.evaluation.metrics import Interval, StepsSQNR
 from ptq4dit_jax.evaluation.probes import layer_sqnr_along, predicted_noise
-from ptq4dit_jax.guidance import Predictor
+from ptq4dit_jax.guidance import Guidance, Predictor
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig
+from ptq4dit_jax.progress import StageProgress, silent
 from ptq4dit_jax.sampling import Progress, check_labels, run_chain
 from ptq4dit_jax.schedules import Schedule
 from ptq4dit_jax.vae import VAEDecoder
@@ -88,6 +89,23 @@ class ModelFigures:
     ssim: np.ndarray
     ssim_interval: Interval
 
+    @classmethod
+    def of(
+        cls, model: Any, sqnr: StepsSQNR, layers: dict[str, np.ndarray], psnr: np.ndarray, ssim: np.ndarray, seed: int
+    ) -> ModelFigures:
+        """From what was measured of a model; ``seed`` is the bootstrap's."""
+        return cls(
+            num_bytes=num_bytes(model),
+            sqnr_mean_db=float(sqnr.mean_db),
+            sqnr_pooled_db=float(sqnr.pooled_db),
+            step_sqnr_db=np.asarray(sqnr.step_db),
+            layer_sqnr_db=layers,
+            psnr_db=psnr,
+            psnr_interval=metrics.bootstrap_interval(psnr, seed),
+            ssim=ssim,
+            ssim_interval=metrics.bootstrap_interval(ssim, seed),
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -149,6 +167,13 @@ def _check_models(reference: FloatDiT, others: Mapping[str, Predictor]) -> None:
                 )
 
 
+def _check_counts(sqnr_steps: int, sqnr_rows: int, batch_size: int | None) -> None:
+    if sqnr_steps < 1 or sqnr_rows < 1:
+        raise Ptq4ditError(f"SQNR needs at least one step and one row, not {sqnr_steps} steps and {sqnr_rows} rows.")
+    if batch_size is not None and batch_size < 1:
+        raise Ptq4ditError(f"batch_size must be positive, not {batch_size}.")
+
+
 def _settings(part: DiTConfig | Schedule) -> dict[str, Any]:
     objective = {} if isinstance(part, DiTConfig) else {"objective": part.objective}
     return objective | dataclasses.asdict(part)
@@ -202,8 +227,7 @@ def compare(
     seed: int = 0,
     decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
-    progress: Progress | None = None,
-    stage: Callable[[str, int, int], None] | None = None,
+    progress: StageProgress = silent,
 ) -> Comparison:
     """Measures ``others`` and the noise floor against ``reference`` computing in float32.
 
@@ -218,99 +242,95 @@ def compare(
       seed: of the bootstrap.
       decoder: makes pictures of latents, which are then what the image figures compare.
       mesh: shards the sampling over ``data``; the rest runs on one device.
-      progress: called with (images done, images in all) while sampling.
-      stage: called with (stage, done, total) for what lies before and after: the reference's trajectories (of images) and the
-        figures (of models).
+      progress: called as stages advance: the reference's trajectories and all models' samples (of images), and the figures (of
+        models).
 
     Raises:
       Ptq4ditError: models or settings that cannot be compared, or NaN or infinity in the samples or predictions of a model,
         which the sentence names.
     """
     _check_models(reference, others)
-    if sqnr_steps < 1 or sqnr_rows < 1:
-        raise Ptq4ditError(f"SQNR needs at least one step and one row, not {sqnr_steps} steps and {sqnr_rows} rows.")
-    if batch_size is not None and batch_size < 1:
-        raise Ptq4ditError(f"batch_size must be positive, not {batch_size}.")
+    _check_counts(sqnr_steps, sqnr_rows, batch_size)
     reference = reference.astype(jnp.float32)
-    config, labels_N = reference.config, check_labels(labels, reference.config)
-    resolved = sampling.resolve(reference.schedule, config)
-    report = stage or (lambda stage, done, total: None)
-    timesteps = resolved.tables().t
+    labels_N = check_labels(labels, reference.config)
+    resolved = sampling.resolve(reference.schedule, reference.config)
     models = {NOISE_FLOOR: reference.astype(jnp.bfloat16), **others}
 
-    kept = _evenly(len(timesteps), sqnr_steps)
     rows = _evenly(len(labels_N), min(sqnr_rows, batch_size or sqnr_rows))
-    t_S, y_B = timesteps[kept], labels_N[rows]
-    trajectories = partial(report, "sample trajectories of the reference")
-    trajectories(0, len(rows))
-    sampled, inputs = run_chain(
-        reference,
-        y_B,
-        key,
-        sampling,
-        decoder=decoder,
-        mesh=mesh,
-        keep_steps=kept,
-        progress=trajectories,
-        what="The reference's image",
-    )
+    placed: dict[str, Any] = {"decoder": decoder, "mesh": mesh}
+    chain = partial(run_chain, key=key, sampling=sampling, **placed)
+    seen, sampled = _trajectories(chain, reference, sampling, labels_N[rows], sqnr_steps, progress)
     # Where the trajectories are those of all labels, their ends are the reference's images.
     pending = models if len(rows) == len(labels_N) else {REFERENCE: reference, **models}
-    images = {REFERENCE: sampled} | same_noise_images(
-        pending,
-        labels_N,
-        key,
-        sampling,
-        progress=progress,
-        decoder=decoder,
-        mesh=mesh,
-        batch_size=batch_size,
-    )
+    sampling_all = partial(progress, "sample on the same noise")
+    others_images = same_noise_images(pending, labels_N, key, sampling, progress=sampling_all, batch_size=batch_size, **placed)
+    images, data_range = _full_scale({REFERENCE: sampled} | others_images)
 
-    images, data_range = _full_scale(images)
-
-    # Layers are compared on a few rows of a few steps: their activations are held whole.
-    few = _evenly(len(kept), _LAYER_STEPS)
-    layer_inputs, layer_labels = inputs[few, :_LAYER_ROWS], y_B[:_LAYER_ROWS]
-    if resolved.guidance.guided is not None:
-        layer_inputs = np.concatenate([layer_inputs] * 2, axis=1)
-        layer_labels = np.concatenate([layer_labels, np.full_like(layer_labels, config.null_label)])
-
-    noise = predicted_noise(reference, inputs, t_S, y_B, sampling.guidance)
-    _check_prediction(REFERENCE, noise, t_S)
+    noise = seen.predicted_by(REFERENCE, reference)
     figures: dict[str, ModelFigures] = {}
     for name, model in models.items():
-        report("measure", len(figures), len(models))
-        other_noise = predicted_noise(model, inputs, t_S, y_B, sampling.guidance)
-        _check_prediction(name, other_noise, t_S)
-        psnr = _per_image(_psnr_db, images[REFERENCE], images[name], data_range)
-        ssim = _per_image(_ssim, images[REFERENCE], images[name], data_range)
-        sqnr = _steps_sqnr(noise, other_noise)
-        figures[name] = ModelFigures(
-            num_bytes=num_bytes(model),
-            sqnr_mean_db=float(sqnr.mean_db),
-            sqnr_pooled_db=float(sqnr.pooled_db),
-            step_sqnr_db=np.asarray(sqnr.step_db),
-            layer_sqnr_db=layer_sqnr_along(reference, model, layer_inputs, t_S[few], layer_labels),
-            psnr_db=psnr,
-            psnr_interval=metrics.bootstrap_interval(psnr, seed),
-            ssim=ssim,
-            ssim_interval=metrics.bootstrap_interval(ssim, seed),
-        )
-    report("measure", len(models), len(models))
+        progress("measure", len(figures), len(models))
+        psnr, similarity = (_per_image(metric, images[REFERENCE], images[name], data_range) for metric in (_psnr_db, _ssim))
+        sqnr = _steps_sqnr(noise, seen.predicted_by(name, model))
+        layers = layer_sqnr_along(reference, model, *seen.for_layers(reference))
+        figures[name] = ModelFigures.of(model, sqnr, layers, psnr, similarity, seed)
+    progress("measure", len(models), len(models))
+    settings = {
+        "objective": reference.schedule.objective,
+        **resolved.to_dict(),
+        "images": len(labels_N),
+        "sqnr_steps": len(seen.t),
+        "sqnr_rows": len(rows),
+        "bootstrap_seed": seed,
+    }
     return Comparison(
         figures=figures,
         reference_bytes=num_bytes(reference),
-        timesteps=t_S,
+        timesteps=seen.t,
         labels=labels_N,
         images=images,
         data_range=data_range,
-        settings={
-            "objective": reference.schedule.objective,
-            **resolved.to_dict(),
-            "images": len(labels_N),
-            "sqnr_steps": len(kept),
-            "sqnr_rows": len(rows),
-            "bootstrap_seed": seed,
-        },
+        settings=settings,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What predictions are compared on: inputs (S, N, H, W, C) of the reference's trajectories, times (S,) and labels (N,)."""
+
+    inputs: np.ndarray
+    t: np.ndarray
+    y: np.ndarray
+    guidance: Guidance
+
+    def predicted_by(self, name: str, model: Predictor) -> np.ndarray:
+        """The guided prediction of a model (S, N, H, W, C), which must be finite."""
+        prediction = predicted_noise(model, self.inputs, self.t, self.y, self.guidance)
+        _check_prediction(name, prediction, self.t)
+        return prediction
+
+    def for_layers(self, reference: FloatDiT) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs, times and labels of a few rows of a few steps: there the activations of layers are held whole."""
+        few = _evenly(len(self.t), _LAYER_STEPS)
+        inputs, labels = self.inputs[few, :_LAYER_ROWS], self.y[:_LAYER_ROWS]
+        if self.guidance.resolve(reference.schedule, reference.config).guided is not None:
+            inputs = np.concatenate([inputs] * 2, axis=1)
+            labels = np.concatenate([labels, np.full_like(labels, reference.config.null_label)])
+        return inputs, self.t[few], labels
+
+
+def _trajectories(
+    chain: Callable[..., tuple[np.ndarray, np.ndarray]],
+    reference: FloatDiT,
+    sampling: Sampling,
+    labels: np.ndarray,
+    steps: int,
+    progress: StageProgress,
+) -> tuple[_Seen, np.ndarray]:
+    """What the reference is fed on its own trajectories, at ``steps`` of the chain, and its images."""
+    stage = partial(progress, "sample trajectories of the reference")
+    stage(0, len(labels))
+    timesteps = sampling.resolve(reference.schedule, reference.config).tables().t
+    kept = _evenly(len(timesteps), steps)
+    images, inputs = chain(reference, labels, keep_steps=kept, progress=stage, what="The reference's image")
+    return _Seen(inputs, timesteps[kept], labels, sampling.guidance), images

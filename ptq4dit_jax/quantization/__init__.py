@@ -1,6 +1,6 @@
 """Quantizing a float model: stages that are functions of what the stages before returned, and :func:`quantize`, all of them.
 
-rows = ptq.sample_trajectories(dit, key, config.sampling, steps=25, rows=64)
+rows = ptq.sample_trajectories(dit, config.calibration, key=key)
 observed = ptq.observe(dit, rows)
 balanced = ptq.balance(dit, config, observed, rows)
 ranged = ptq.choose_ranges(balanced, config, observed, rows)

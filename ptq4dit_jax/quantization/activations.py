@@ -43,10 +43,10 @@ def choose_ranges(
       row_batch, mesh: those of :func:`ptq4dit_jax.calibration.histograms`.
     """
     folded, factors, residual = balanced.folded, balanced.factors, balanced.residual
-    G, groups, edges = step_groups(folded.schedule, rows.t, config.step_groups)
+    G, groups, edges = step_groups(folded.schedule, rows.t, config.activations.step_groups)
     ranges = {}
     config, spec = config.for_network(folded.config), folded.config.spec
-    dynamic = config.dynamic_sites or ()
+    dynamic = config.activations.dynamic_sites or ()
     undone = {other: factors[name] for name, other in equalized_sites(config, spec).items() if name in factors}
     integer = integer_sites(config, spec)
     for name in integer:
@@ -70,19 +70,19 @@ def choose_ranges(
 
     acts = {}
     for name, h in counted.items():
-        scale, zero_point = activation_parameters(h.low, h.high, h.counts, config.act_bits, config.range_search)
+        scale, zero_point = activation_parameters(h.low, h.high, h.counts, config.activations.bits, config.range_search)
         acts[name] = ActQuantizer(
             scale=jnp.moveaxis(scale, 0, -1),
             zero_point=jnp.moveaxis(zero_point, 0, -1),
             balance=residual.get(name),
-            bits=config.act_bits,
+            bits=config.activations.bits,
         )
     for name in (name for name in dynamic if name in integer):
         acts[name] = ActQuantizer(
             scale=None,
             zero_point=None,
             balance=residual.get(name),
-            bits=config.act_bits,
+            bits=config.activations.bits,
             dynamic=True,
             nonnegative=spec.sites[name].nonnegative,
         )

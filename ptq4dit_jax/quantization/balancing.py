@@ -84,9 +84,9 @@ def balance(
     for name in equalized_sites(config, spec):
         s_v = extremes[name].salience.max(0)
         factors[name] = salience.equalizing_factors(s_v.reshape(s_v.shape[0], -1))
-    if config.balance == "search":
-        assert config.dynamic_sites is not None
-        _, groups, _ = step_groups(model.schedule, rows.t, config.step_groups)
+    if config.balancing.method == "search":
+        assert config.activations.dynamic_sites is not None
+        _, groups, _ = step_groups(model.schedule, rows.t, config.activations.step_groups)
         equalized = Balanced.by(model, factors).folded
         chosen = balance_search.search(
             model,
@@ -95,22 +95,22 @@ def balance(
             groups,
             {site: equalized.layer(layer)["kernel"] for site, layer in layers.items()},
             {site: rules.layers[layer].weight_bits for site, layer in layers.items()},
-            dynamic=config.dynamic_sites,
-            act_bits=config.act_bits,
-            temperature=config.temperature,
+            dynamic=config.activations.dynamic_sites,
+            act_bits=config.activations.bits,
+            temperature=config.balancing.temperature,
             range_search=config.range_search,
             progress=progress,
         )
-    if names and config.balance == "csb+ssc" and config.ssc == "rows":
+    if names and config.balancing.method == "csb+ssc" and config.balancing.ssc == "rows":
         by_row = channel_extremes(model, rows, sites=names, per_row=True, row_batch=row_batch, mesh=mesh)
     for name in names:
         s_x = extremes[name].salience
         s_w = salience.weight_salience(model.layer(layers[name])["kernel"])
         activation_salience[name], weight_salience[name] = s_x, s_w
-        if config.balance == "search":
+        if config.balancing.method == "search":
             factors[name] = chosen[name].factors
             continue
-        if config.balance == "csb":
+        if config.balancing.method == "csb":
             weighed = s_x[s_x.shape[0] // 2]
         else:
             if by_row:
@@ -118,8 +118,8 @@ def balance(
                 samples = by_step.reshape(-1, *by_step.shape[2:])
             else:
                 samples = s_x
-            weighed, eta[name], rho[name] = jax.jit(salience.ssc_salience)(samples, s_w, config.temperature)
-        factors[name] = salience.balancing_factors(weighed, s_w, config.exponent)
+            weighed, eta[name], rho[name] = jax.jit(salience.ssc_salience)(samples, s_w, config.balancing.temperature)
+        factors[name] = salience.balancing_factors(weighed, s_w, config.balancing.exponent)
     return Balanced.by(
         model,
         factors,

@@ -20,11 +20,11 @@ def integer_sites(config: QuantConfig, spec: NetworkSpec) -> tuple[str, ...]:
 
 def balanced_sites(config: QuantConfig, spec: NetworkSpec) -> tuple[str, ...]:
     """Sites to balance; balancing serves a quantized input, so layers fed by floats are left alone."""
-    if config.balance == "none":
+    if config.balancing.method == "none":
         return ()
     sites = {name: spec.sites[name] for name in integer_sites(config, spec)}
     homes = {name: site for name, site in sites.items() if site.home is not None and site.feeds is not None}
-    return tuple(name for name, site in homes.items() if config.balance_fc2 or site.in_paper)
+    return tuple(name for name, site in homes.items() if config.balancing.fc2 or site.in_paper)
 
 
 def equalized_sites(config: QuantConfig, spec: NetworkSpec) -> dict[str, str]:
@@ -33,7 +33,9 @@ def equalized_sites(config: QuantConfig, spec: NetworkSpec) -> dict[str, str]:
     for name, site in spec.sites.items():
         if site.feeds is None and isinstance(site.home, Columns) and site.home.undone is not None:
             found[name] = str(site.place.beside(site.home.undone))
-    return {name: other for name, other in found.items() if config.equalize_v and name in integer and other in integer}
+    if not config.balancing.equalize_v:
+        return {}
+    return {name: other for name, other in found.items() if name in integer and other in integer}
 
 
 def step_groups(schedule: Schedule, t: ArrayLike, wanted: int) -> tuple[int, np.ndarray, jax.Array]:

@@ -40,7 +40,7 @@ def open_journal(
     fingerprint = {
         "weights": source_sha256(),
         "network": model_meta(model.config, model.schedule),
-        "settings": config.to_dict() | {"rounding": config.resolved_rounding},
+        "settings": config.to_dict() | {"rounding": config.rounding},
         "key": jax.random.key_data(key).tolist(),
         "calibration rows": given or "sampled by these settings and key",
         "software": {name: _version(name) for name in ("ptq4dit-jax", "jax", "jaxlib")},

@@ -21,7 +21,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.hashing import source_hash
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.numerics import CALIBRATION, threefry
-from ptq4dit_jax.progress import StageProgress, silent
+from ptq4dit_jax.progress import StageProgress, in_one, silent
 from ptq4dit_jax.quality import REFUSE_BELOW, PoorQuality, Quality, measure, some_rows
 from ptq4dit_jax.quantization.activations import choose_ranges
 from ptq4dit_jax.quantization.balancing import balance
@@ -43,7 +43,7 @@ def quantize(
     state: str | os.PathLike[str] | None = None,
     fresh: bool = False,
     keep_poor: bool = False,
-    progress: StageProgress | None = None,
+    progress: StageProgress = silent,
 ) -> QuantizedDiT:
     """Quantizes a float DiT after training with PTQ4DiT.
 
@@ -77,7 +77,6 @@ def quantize(
         raise Ptq4ditError(f"row_batch must be positive, not {row_batch}.")
     if calibration is None:
         config = config.resolve(model.schedule, model.config)
-    report = progress or silent
     if bad := has_nonfinite(model.params):
         raise Ptq4ditError(f"The weights hold NaN or infinity in {', '.join(bad[:3])}; a model must be finite to be quantized.")
     if config.learning is not None:
@@ -85,8 +84,8 @@ def quantize(
     source_sha256 = in_background(lambda: source_hash(model.params))
     with open_journal(config, model, source_sha256, key, calibration, state, fresh) as journal:
         if journal is not None:
-            report_resumed(journal, model, report)
-        return _quantized(model, config, key, calibration, row_batch, mesh, journal, source_sha256, keep_poor, report)
+            report_resumed(journal, model, progress)
+        return _quantized(model, config, key, calibration, row_batch, mesh, journal, source_sha256, keep_poor, progress)
 
 
 def _quantized(
@@ -109,21 +108,21 @@ def _quantized(
     tell = lambda stage: lambda done, total: report(stage, done, total)
     source = "given" if calibration is not None else f"sampled, key {jax.random.key_data(key).tolist()}"
     if calibration is None:
-        report("sample calibration rows", 0, config.calib_rows)
-        calibration = _sampled(model, config, key, row_batch, mesh, tell("sample calibration rows"))
+        report("sample calibration rows", 0, config.calibration.rows)
+        calibration = sample_trajectories(
+            model, config.calibration, key=key, row_batch=row_batch, mesh=mesh, progress=tell("sample calibration rows")
+        )
     calibration = CalibrationData(x=np.asarray(calibration.x), t=np.asarray(calibration.t), y=np.asarray(calibration.y))
     some = some_rows(calibration)
 
-    report("gather channel statistics", 0, 1)
-    observed = observe(model, calibration, row_batch=row_batch, mesh=mesh)
-    report("gather channel statistics", 1, 1)
+    with in_one(report, "gather channel statistics"):
+        observed = observe(model, calibration, row_batch=row_batch, mesh=mesh)
     balanced = balance(
         model, config, observed, calibration, row_batch=row_batch, mesh=mesh, progress=tell("try ways of balancing")
     )
     folded = balanced.folded
-    report("choose activation ranges", 0, 1)
-    ranged = choose_ranges(balanced, config, observed, calibration, row_batch=row_batch, mesh=mesh)
-    report("choose activation ranges", 1, 1)
+    with in_one(report, "choose activation ranges"):
+        ranged = choose_ranges(balanced, config, observed, calibration, row_batch=row_batch, mesh=mesh)
     quantized = pack(balanced, ranged, config, observed, progress=tell("choose weight ranges"))
     _check_result(quantized)
     facts = {
@@ -133,15 +132,14 @@ def _quantized(
     }
     if balanced.chosen:
         facts["balancing"] = {site: chosen.to_dict() for site, chosen in balanced.chosen.items()}
-    if config.resolved_rounding == "gptq":
+    if config.rounding == "gptq":
         quantized, rounded = round_closed_form(
             folded,
             quantized,
             calibration,
             search=config.range_search,
             mesh=mesh,
-            announce=lambda plan: report("plan rounding", 1, 1, f"{plan}"),
-            progress=lambda part, done, total, error: report(f"round {part}", done, total, f"error {error:.3f} x nearest"),
+            progress=report,
         )
         facts["rounding"] = {row.pop("part"): row for row in rounded}
         _check_result(quantized)
@@ -155,41 +153,17 @@ def _quantized(
             journal=journal,
             search=config.range_search,
             mesh=mesh,
-            announce=lambda plan: report("plan reconstruction", 1, 1, f"{plan}"),
-            progress=lambda part, done, total, error: report(
-                f"reconstruct {part}", done, total, f"error {error:.3f} x nearest"
-            ),
+            progress=report,
         )
         facts["reconstruction"] = {row.pop("part"): row for row in learned}
         _check_result(quantized)
-    report("measure the result", 0, 1)
-    quality = measure(model, folded, quantized, some)
-    report("measure the result", 1, 1, f"{quality}" if not quality.is_poor else f"SQNR {quality.sqnr_mean_db:.1f} dB")
+    with in_one(report, "measure the result") as note:
+        quality = measure(model, folded, quantized, some)
+        note(f"{quality}" if not quality.is_poor else f"SQNR {quality.sqnr_mean_db:.1f} dB")
     _check_quality(quality, model.schedule.objective, keep_poor, None if journal is None else journal.folder)
     facts["quality"] = quality.to_dict()
     quantized = sharding.replicate(mesh, quantized)
     return quantized.replace(provenance=Provenance(facts))
-
-
-def _sampled(
-    model: FloatDiT,
-    config: QuantConfig,
-    key: jax.Array,
-    row_batch: int | None,
-    mesh: Mesh | None,
-    progress: Callable[[int, int], None],
-) -> CalibrationData:
-    assert config.calib_steps is not None  # resolved
-    return sample_trajectories(
-        model,
-        key,
-        config.sampling,
-        steps=config.calib_steps,
-        rows=config.calib_rows,
-        row_batch=row_batch,
-        mesh=mesh,
-        progress=progress,
-    )
 
 
 def _check_quality(quality: Quality, objective: str, keep_poor: bool, learned: Path | None) -> None:

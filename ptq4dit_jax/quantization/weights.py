@@ -41,7 +41,7 @@ def pack(
     tell = progress or (lambda done, total: None)
     for done, (name, site) in enumerate(spec.site_of.items()):
         tell(done, len(spec.linears))
-        importance = _input_power(observed.extremes[site], site, balanced.factors) if config.weigh_inputs else None
+        importance = _input_power(observed.extremes[site], site, balanced.factors) if config.weights.weigh_inputs else None
         linears[name] = quantize_linear(folded, config, name, ranged.acts.get(site), importance)
     tell(len(spec.linears), len(spec.linears))
     return QuantizedDiT(

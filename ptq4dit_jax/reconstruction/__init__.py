@@ -2,7 +2,7 @@
 
 from ptq4dit_jax.reconstruction.closed_form import round_closed_form
 from ptq4dit_jax.reconstruction.learning import check_mesh
-from ptq4dit_jax.reconstruction.pipeline import UnitProgress, reconstruct
+from ptq4dit_jax.reconstruction.pipeline import reconstruct
 from ptq4dit_jax.reconstruction.resume import Journal, forget_journal, journal_beside
 from ptq4dit_jax.reconstruction.units import units
 from ptq4dit_jax.reconstruction.walk import MemoryPlan
@@ -10,7 +10,6 @@ from ptq4dit_jax.reconstruction.walk import MemoryPlan
 __all__ = [
     "Journal",
     "MemoryPlan",
-    "UnitProgress",
     "check_mesh",
     "forget_journal",
     "journal_beside",

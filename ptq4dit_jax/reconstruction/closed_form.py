@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,16 +17,14 @@ from ptq4dit_jax.engine import QuantizedDiT
 from ptq4dit_jax.gptq import InputMoments, RoundedWeight, round_weight
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.numerics import CALIBRATION
+from ptq4dit_jax.progress import StageProgress, silent
 from ptq4dit_jax.quantizers import QTensor
 from ptq4dit_jax.ranges import RangeSearch
 from ptq4dit_jax.reconstruction.moments import PartInputs
 from ptq4dit_jax.reconstruction.parts import RoundedPart, assemble
 from ptq4dit_jax.reconstruction.units import Unit, units
-from ptq4dit_jax.reconstruction.walk import MemoryPlan, Walk
+from ptq4dit_jax.reconstruction.walk import Walk
 from ptq4dit_jax.waiting import ready
-
-#: Called with the part, layers done, layers in all, and the layer's error relative to rounding to the nearest.
-LayerProgress = Callable[[str, int, int, float], None]
 
 #: Rows of a pass, and into how many parts a CPU cuts them.
 _BATCH, _PARTS = 32, 8
@@ -75,7 +73,7 @@ def rounding_bytes(walk: Walk) -> int:
 
 
 def round_part(
-    walk: Walk, unit: Unit, *, search: RangeSearch, sequential: bool = True, progress: LayerProgress | None = None
+    walk: Walk, unit: Unit, *, search: RangeSearch, sequential: bool = True, progress: StageProgress = silent
 ) -> tuple[RoundedPart, dict[str, RoundedWeight]]:
     """Rounds the layers of a part in closed form, one after another; every layer is one pass over the rows.
 
@@ -92,8 +90,7 @@ def round_part(
         found = ready(_rounded(*arguments, search=search, follow=sequential))
         layers[layer] = found
         part = part.with_layer(layer, found.weight, params["bias"] + found.bias)
-        if progress is not None:
-            progress(unit.name, done + 1, len(unit.layers), float(found.error))
+        progress(f"round {unit.name}", done + 1, len(unit.layers), f"error {float(found.error):.3f} x nearest")
     return part, layers
 
 
@@ -114,8 +111,7 @@ def round_closed_form(
     sequential: bool = True,
     mesh: Mesh | None = None,
     rows_on: RowsOn = "auto",
-    announce: Callable[[MemoryPlan], None] | None = None,
-    progress: LayerProgress | None = None,
+    progress: StageProgress = silent,
 ) -> tuple[QuantizedDiT, list[dict[str, Any]]]:
     """Rounds all weights in closed form (:mod:`ptq4dit_jax.gptq`), each layer for the inputs that the layers before it make.
 
@@ -132,16 +128,14 @@ def round_closed_form(
         would be worse than rounding to the nearest: it makes up for errors of layers that end up rounded differently.
       mesh: whose devices share the rows. On CPUs 1, 2, 4 and 8 give the same numbers.
       rows_on: where hidden states are kept, as in :class:`ptq4dit_jax.config.Reconstruction`.
-      announce: called once, before the first pass, with what memory it will take.
-      progress: called after each layer.
+      progress: called with what memory it will take before the first pass, and after each layer.
 
     Returns:
       The model with new weights and biases; and for each part its name, its mean squared errors before and after, and the error
       of each of its layers relative to rounding to the nearest.
     """
     walk = ClosedFormWalk(folded, quantized, calibration, mesh, rows_on)
-    if announce is not None:
-        announce(walk.plan)
+    progress("plan rounding", 1, 1, str(walk.plan))
     parts, facts = [], []
     for unit in units(folded.config):
         nearest, rows = walk.nearest(unit), walk.rows(unit)

@@ -19,7 +19,6 @@ from ptq4dit_jax.engine import QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.gptq import RoundedWeight
 from ptq4dit_jax.model import FloatDiT
-from ptq4dit_jax.networks.ops import Network
 from ptq4dit_jax.networks.spec import UnitKind
 from ptq4dit_jax.numerics import EXACT, threefry
 from ptq4dit_jax.reconstruction import optimize
@@ -47,16 +46,11 @@ def _compiled(
     structure: Any,
     shapes: tuple[Any, ...],
     mesh: Mesh | None,
-    config: Network,
-    kind: UnitKind,
-    settings: Reconstruction,
-    dtype: str,
-    parts: int,
+    how: optimize.Learning,
     drawn: bool,
 ) -> Any:
     """The program of :func:`optimize.train` for arguments of that structure: rows sharded over their strata, the rest whole."""
-    static = {"config": config, "kind": kind, "settings": settings, "dtype": dtype, "parts": parts, "drawn": drawn}
-    train: Any = partial(cast(Any, optimize.train), **static, devices=sharding.data_size(mesh))
+    train: Any = partial(optimize.train, how=how, drawn=drawn, devices=sharding.data_size(mesh))
     whole, strata = PartitionSpec(), PartitionSpec(None, "data")
     if mesh is not None:
         places = (whole, whole, strata, whole, whole, whole)
@@ -128,7 +122,8 @@ class LearningWalk(Walk):
     def _program(self, kind: UnitKind, drawn: bool, *arguments: Any) -> Any:
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        return _compiled(structure, shapes, self.mesh, self.config, kind, self.settings, self.dtype, self.parts, drawn)
+        how = optimize.Learning(self.config, kind, self.settings, self.dtype, self.parts)
+        return _compiled(structure, shapes, self.mesh, how, drawn)
 
     def task(self, unit: Unit, start: Mapping[str, RoundedWeight] | None = None) -> tuple[Task, Variables]:
         """What is fixed and what is learned for a part: at the float weights, or at the codes of ``start``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -153,6 +154,18 @@ def _on_grid(step: jax.Array) -> jax.Array:
     return jnp.round(step * 2**14) * 2**-14
 
 
+@dataclasses.dataclass(frozen=True)
+class Learning:
+    """How a part is learned, besides on what: the ``kind`` of part of which network, the settings, the type to compute in, and
+    into how many ``parts`` a batch is cut, whose gradients are added up in order."""
+
+    config: Network
+    kind: UnitKind
+    settings: Reconstruction
+    dtype: str
+    parts: int
+
+
 def train(
     state: TrainState,
     task: Task,
@@ -161,11 +174,7 @@ def train(
     key: jax.Array,
     stop: jax.Array,
     *,
-    config: Network,
-    kind: UnitKind,
-    settings: Reconstruction,
-    dtype: str,
-    parts: int,
+    how: Learning,
     drawn: bool = False,
     devices: int = 1,
 ) -> TrainState:
@@ -178,6 +187,7 @@ def train(
     The loss is ``squared error / start_error + regularizer * indecision / weights``, times the number of weights: both
     terms are then of the order of one per weight whatever the model, and one setting fits all.
     """
+    settings, parts = how.settings, how.parts
     for_rounding, for_scales = optimizers(settings)
     first = state.iteration
     count = sum(kernel.base.size for kernel in task.kernels.values())
@@ -187,7 +197,7 @@ def train(
 
     def error(learned: tuple[dict[str, jax.Array], dict[str, jax.Array]], batch: Rows) -> jax.Array:
         kernels, log_scale = learned
-        output = predict(task, kernels, log_scale, batch.inputs, batch.group, config, kind, dtype)
+        output = predict(task, kernels, log_scale, batch.inputs, batch.group, how.config, how.kind, how.dtype)
         return squared_error(output, batch) / start_error
 
     def regularizer(rounding: dict[str, jax.Array], progress: jax.Array) -> jax.Array:

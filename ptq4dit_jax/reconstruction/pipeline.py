@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -20,6 +20,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.gptq import RoundedWeight
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.numerics import threefry
+from ptq4dit_jax.progress import StageProgress, silent
 from ptq4dit_jax.ranges import RangeSearch
 from ptq4dit_jax.reconstruction import optimize
 from ptq4dit_jax.reconstruction.closed_form import round_part
@@ -29,10 +30,6 @@ from ptq4dit_jax.reconstruction.parts import RoundedPart, assemble
 from ptq4dit_jax.reconstruction.resume import Journal
 from ptq4dit_jax.reconstruction.rounding import RoundedKernel
 from ptq4dit_jax.reconstruction.units import Unit, units
-from ptq4dit_jax.reconstruction.walk import MemoryPlan
-
-#: Called with (part, iterations done, iterations in all, error relative to rounding to the nearest).
-UnitProgress = Callable[[str, int, int, float], None]
 
 _REPORT_EVERY, _CURVE_POINTS = 100, 50
 
@@ -70,8 +67,7 @@ def reconstruct(
     save_every: int = 500,
     search: RangeSearch = "mse",
     mesh: Mesh | None = None,
-    announce: Callable[[MemoryPlan], None] | None = None,
-    progress: UnitProgress | None = None,
+    progress: StageProgress = silent,
 ) -> tuple[QuantizedDiT, list[dict[str, Any]]]:
     """Learns the rounding of the weights and the scales of the activations, part after part (PTQ4DiT, section 4.3; AdaRound).
 
@@ -88,8 +84,7 @@ def reconstruct(
       save_every: iterations between two such saves inside a part.
       search: how the ranges of weights are chosen where they are rounded in closed form.
       mesh: shards every batch over ``data``.
-      announce: called once, before the first iteration, with what memory it will take.
-      progress: called every hundred iterations.
+      progress: called with what memory it will take before the first iteration, and every hundred iterations.
 
     Returns:
       The model with new weights and scales, and for each part its name, errors before and after, and the curve between.
@@ -98,8 +93,7 @@ def reconstruct(
       Ptq4ditError: the batch cannot be spread over the mesh, or a part's error is NaN or infinite.
     """
     key, walk = threefry(key), LearningWalk(folded, quantized, calibration, settings, mesh)
-    if announce is not None:
-        announce(walk.plan)
+    progress("plan reconstruction", 1, 1, str(walk.plan))
     parts, facts = [], []
     for position, unit in enumerate(units(folded.config)):
         nearest, rows = walk.nearest(unit), walk.rows(unit)
@@ -117,12 +111,16 @@ def reconstruct(
         else:
             outputs, _ = walk.outputs(unit, sharding.replicate(mesh, result.part), rows)
         _check_error(unit, result.after, walk.dtype)
-        if progress is not None:
-            progress(unit.name, settings.iterations, settings.iterations, float(result.after / before))
+        _report(progress, unit, settings.iterations, settings.iterations, float(result.after / before))
         walk.advance(unit, outputs, rows.target)
         parts.append((unit, result.part))
         facts.append(_facts(unit, result))
     return assemble(quantized, parts), facts
+
+
+def _report(progress: StageProgress, unit: Unit, done: int, iterations: int, error: float) -> None:
+    """Tells how far a part is, and its error relative to rounding to the nearest."""
+    progress(f"reconstruct {unit.name}", done, iterations, f"error {error:.3f} x nearest")
 
 
 def _check_error(unit: Unit, error: Any, dtype: str) -> None:
@@ -143,7 +141,7 @@ def _learned(
     journal: Journal | None,
     save_every: int,
     search: RangeSearch,
-    progress: UnitProgress | None,
+    progress: StageProgress,
 ) -> tuple[PartResult, Any]:
     """What learning makes of a part, or the start if that is better; and its outputs."""
     work = None if journal is None else journal.current(position, _like_work(walk, unit))
@@ -179,7 +177,7 @@ def _optimize(
     key: jax.Array,
     journal: Journal | None,
     save_every: int,
-    progress: UnitProgress | None,
+    progress: StageProgress,
 ) -> TrainState:
     """Iterates to the end from the state of ``work``; ``before`` is the error of rounding to the nearest, and ``error`` that of
     the start, which the loss counts from."""
@@ -192,9 +190,9 @@ def _optimize(
         done = stop
         if journal is not None and done < settings.iterations and done % save_every == 0:
             journal.save_current(position, dataclasses.replace(work, state=state), done)
-        if progress is not None and done < settings.iterations:
+        if done < settings.iterations:
             recent = float(state.errors[max(0, done - _REPORT_EVERY) : done].mean())
-            progress(unit.name, done, settings.iterations, recent * float(error / before))
+            _report(progress, unit, done, settings.iterations, recent * float(error / before))
     return state
 
 

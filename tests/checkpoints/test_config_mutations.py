@@ -24,7 +24,7 @@ def folders(tmp_path_factory):
     """A saved model of each kind, what lies in its folder, and a digest of its arrays."""
     folder = tmp_path_factory.mktemp("models")
     model = jax.tree.map(jnp.asarray, helpers.tiny_model(in_channels=1))
-    config = ptq.QuantConfig(**PLAIN, weight_bits=4, calib_steps=2, calib_rows=4, steps=4)
+    config = ptq.QuantConfig.of(**PLAIN, weight_bits=4, calib_steps=2, calib_rows=4, steps=4)
     quantized = ptq.quantize(model, config, key=jax.random.key(0))
     found = {}
     for kind, saved in zip(KINDS, (model, quantized), strict=True):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import helpers
 import numpy as np
 import pytest
-from cli_helpers import CALIBRATE, DIGITS, figures, listing, run
+from cli_helpers import CALIBRATE, DIGITS, figures, listing, patch, run
 
 from ptq4dit_jax import checkpoints, cli
 
@@ -17,17 +17,17 @@ from ptq4dit_jax import checkpoints, cli
 @pytest.fixture(autouse=True, scope="module")
 def one_device():
     """All commands on one device, as compiling for the suite's eight virtual ones takes long; one test undoes it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "all_devices_mesh", lambda: None)
-        yield patch
+    with pytest.MonkeyPatch.context() as changed:
+        patch(changed, "all_devices_mesh", lambda: None)
+        yield changed
 
 
 @pytest.fixture(scope="session")
 def w4(tmp_path_factory):
     """The digits model quantized by the program: its folder and the figures."""
     folder = tmp_path_factory.mktemp("w4")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "all_devices_mesh", lambda: None)
+    with pytest.MonkeyPatch.context() as changed:
+        patch(changed, "all_devices_mesh", lambda: None)
         run("quantize", DIGITS, "--out", folder / "model", *CALIBRATE, "--json", folder / "figures.json")
     return SimpleNamespace(folder=folder / "model", figures=figures(folder / "figures.json"))
 
@@ -105,11 +105,12 @@ def refused(here, inputs, w4, capsys, monkeypatch):
 
     def check(arguments, *words, started=False):
         before = listing(here)
-        with monkeypatch.context() as patch, warnings.catch_warnings():
+        with monkeypatch.context() as changed, warnings.catch_warnings():
             warnings.simplefilter("error")
             if not started:
-                for owner, work in ((cli.quantization, "quantize"), (cli.sampling, "sample_batches"), (cli, "compare")):
-                    patch.setattr(owner, work, lambda *_, **__: pytest.fail("long work began"))
+                long = {"quantize": cli.quantize.quantization, "sample_batches": cli.sample.sampling, "compare": cli.evaluate}
+                for work, owner in long.items():
+                    changed.setattr(owner, work, lambda *_, **__: pytest.fail("long work began"))
             status = cli.main(
                 [stands_for.get(a, a) for a in (arguments.split(" ") if isinstance(arguments, str) else arguments)]
             )

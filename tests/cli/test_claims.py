@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_helpers import CALIBRATE, DIGITS, ROOT, WALK, listing, run
+from cli_helpers import CALIBRATE, DIGITS, ROOT, WALK, listing, patch, run
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import cli
@@ -53,8 +53,7 @@ def test_a_second_process_is_told_before_any_work(command, holds, here, capsys, 
     name = next(a for a in arguments if a.startswith("out"))
     other = holds(name)
     before = listing(here)
-    for module in (cli, sys.modules["ptq4dit_jax.cli_convert"]):
-        monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("work began"))
+    patch(monkeypatch, "load_model", lambda *_: pytest.fail("work began"))
     for more in ([], ["--json", name] if command != "info" else [], ["--overwrite"] if command != "info" else []):
         assert cli.main([*arguments, *more]) == 1
         assert "Another run is writing" in capsys.readouterr().err
@@ -68,7 +67,7 @@ def test_a_second_process_is_told_before_any_work(command, holds, here, capsys, 
 
 def test_a_journal_that_another_process_holds_is_refused_before_any_work(holds, here, capsys, monkeypatch):
     holds(".out.reconstruction")
-    monkeypatch.setattr(cli, "load_model", lambda *_: pytest.fail("work began"))
+    patch(monkeypatch, "load_model", lambda *_: pytest.fail("work began"))
     assert cli.main(["quantize", DIGITS, "--out", "out", "--reconstruct"]) == 1
     assert ".out.reconstruction" in capsys.readouterr().err
     long = "x" * 225  # fits, but its journal's name does not
@@ -105,7 +104,7 @@ def test_a_file_that_came_to_the_place_meanwhile_is_kept_without_overwrite(here,
         Path("a.npz").write_text("mine")
         file.write(b"all samples")
 
-    monkeypatch.setattr(cli, "write_samples", slow)
+    patch(monkeypatch, "write_samples", slow)
     assert cli.main(["sample", str(w4.folder), "--out", "a.npz", *WALK]) == 1
     assert "a.npz exists" in capsys.readouterr().err
     assert listing(here) == {"a.npz": b"mine"}
@@ -129,13 +128,13 @@ def test_the_state_of_a_finished_reconstruction_goes_and_what_is_none_stays(here
         Path(state, "notes.txt").write_text("mine")
         return ptq.load(w4.folder)
 
-    monkeypatch.setattr(cli.quantization, "quantize", quick)
+    monkeypatch.setattr(cli.quantize.quantization, "quantize", quick)
     run("quantize", DIGITS, "--out", "q", "--reconstruct")
     assert sorted(os.listdir()) == [".q.reconstruction", "q"]
     assert os.listdir(".q.reconstruction") == ["notes.txt"]
     assert "could not be removed" not in capsys.readouterr().out
     Path(".q.reconstruction/notes.txt").unlink()
-    monkeypatch.setattr(cli, "forget_journal", lambda state: False)
+    patch(monkeypatch, "forget_journal", lambda state: False)
     run("quantize", DIGITS, "--out", "q", "--reconstruct", "--overwrite", "--json", "x.json")
     assert ".q.reconstruction" in capsys.readouterr().out.split("could not be removed")[1]
     assert Path("x.json").exists()

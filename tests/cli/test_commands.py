@@ -1,5 +1,6 @@
 """The commands end to end on the shipped model with tiny settings."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
-from cli_helpers import CALIBRATE, DIGITS, VAE, WALK, figures, run
+from cli_helpers import CALIBRATE, DIGITS, VAE, WALK, figures, patch, run
 from PIL import Image
 
 import ptq4dit_jax as ptq
@@ -89,8 +90,8 @@ def test_quantize_reconstructs_and_clears_up(inputs, here):
 
 def test_quantize_from_stored_rows(w4, here):
     """The rows that the program samples itself, handed to it in a file and in another order, give the same model."""
-    dit, config = ptq.load(DIGITS), ptq.QuantConfig(steps=4)
-    rows = ptq.sample_trajectories(dit, jax.random.key(0), config.sampling, steps=2, rows=4)
+    dit, config = ptq.load(DIGITS), ptq.QuantConfig.of(steps=4)
+    rows = ptq.sample_trajectories(dit, dataclasses.replace(config.calibration, steps=2, rows=4), key=jax.random.key(0))
     x, y, t = rows.x.reshape(8, 8, 8, 1), np.ravel(rows.y), np.repeat(rows.t, 4)
     order = [4, 0, 5, 1, 2, 6, 3, 7]
     np.savez("rows.npz", x=x[order], t=t[order], y=y[order])
@@ -117,9 +118,9 @@ def test_options_of_quantize_reach_the_settings(options, expected, here, monkeyp
         seen.append(config)
         raise ptq.Ptq4ditError("Seen.")
 
-    monkeypatch.setattr(cli.quantization, "quantize", stop)
+    monkeypatch.setattr(cli.quantize.quantization, "quantize", stop)
     assert cli.main(["quantize", DIGITS, "--out", "q", *options]) == 1
-    make = ptq.QuantConfig.paper if "--paper" in options else ptq.QuantConfig
+    make = ptq.QuantConfig.paper if "--paper" in options else ptq.QuantConfig.of
     assert seen == [make(**expected, steps=50, sampler="ddpm", cfg_scale=1.5, calib_steps=25)]
 
 
@@ -177,8 +178,8 @@ def test_all_devices_take_part(w4, here, monkeypatch):
         meshes.append(mesh)
         return iter([(0, np.zeros((len(labels), 8, 8, 1), np.float32))])
 
-    monkeypatch.setattr(cli, "all_devices_mesh", terminal.all_devices_mesh)
-    monkeypatch.setattr(cli.sampling, "sample_batches", no_sampling)
+    patch(monkeypatch, "all_devices_mesh", terminal.all_devices_mesh)
+    monkeypatch.setattr(cli.sample.sampling, "sample_batches", no_sampling)
     run("sample", w4.folder, "--out", "a.png")
     expected = jax.devices() if jax.device_count() > 1 else None
     assert meshes[0] is expected or meshes[0].devices.tolist() == expected
@@ -200,7 +201,7 @@ def test_explicit_noise_is_that_of_the_key(w4, here):
 def test_latents_are_written_as_floats(here, monkeypatch):
     latents = np.random.default_rng(0).standard_normal((2, 6, 6, 4), np.float32)
     checkpoints.save(helpers.tiny_model(in_channels=4), "latent")
-    monkeypatch.setattr(cli.sampling, "sample_batches", lambda *_, **__: iter([(0, latents[:1]), (1, latents[1:])]))
+    monkeypatch.setattr(cli.sample.sampling, "sample_batches", lambda *_, **__: iter([(0, latents[:1]), (1, latents[1:])]))
     run("sample", "latent", "--out", "a.npz", "--labels", "1-2")
     with np.load("a.npz") as file:
         np.testing.assert_array_equal(file["latents"], latents)
@@ -261,7 +262,7 @@ def test_overwrite_replaces_files_and_models(w4, here, monkeypatch):
     run("sample", w4.folder, "--out", "a.npz", *WALK, "--overwrite")
     assert np.load("a.npz")["arr_0"].shape == (4, 8, 8, 1)
     shutil.copytree(DIGITS, "model")
-    monkeypatch.setattr(cli.quantization, "quantize", lambda *_, **__: ptq.load(w4.folder))
+    monkeypatch.setattr(cli.quantize.quantization, "quantize", lambda *_, **__: ptq.load(w4.folder))
     run("quantize", DIGITS, "--out", "model", *CALIBRATE, "--overwrite")
     assert store.read_config("model")["kind"] == "quantized_dit"
     assert Path("model/train.py").is_file()  # what is no part of the model stays

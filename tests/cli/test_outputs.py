@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli_helpers import DIGITS, WALK, listing
+from cli_helpers import DIGITS, WALK, listing, patch
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import chain, cli
@@ -69,8 +69,8 @@ def test_forms_that_samples_are_not_written_in(name, refused):
         ("quantize D --out new/q", pipeline, "sample_trajectories"),
         ("quantize D --out new/q", weights, "quantize_linear"),
         ("sample D --out new/a.png", chain, "sample_batch"),
-        ("evaluate Q --against D --out new/r", cli, "compare"),
-        ("info D --json new/x.json", cli, "summary_of"),
+        ("evaluate Q --against D --out new/r", cli.evaluate, "compare"),
+        ("info D --json new/x.json", cli.info, "summary_of"),
     ],
 )
 def test_control_c_while_working(command, owner, work, here, w4, capsys, monkeypatch):
@@ -78,7 +78,7 @@ def test_control_c_while_working(command, owner, work, here, w4, capsys, monkeyp
         raise KeyboardInterrupt
 
     if work == "quantize_linear":  # the stages before it are not what is tested
-        monkeypatch.setattr(cli.quantization, "quantize", interrupted)
+        monkeypatch.setattr(cli.quantize.quantization, "quantize", interrupted)
     monkeypatch.setattr(owner, work, interrupted)
     arguments = [{"D": DIGITS, "Q": str(w4.folder)}.get(a, a) for a in command.split()]
     assert cli.main(arguments) not in (0, 1)
@@ -93,7 +93,7 @@ def test_nothing_half_written_stays(error, here, w4, capsys, monkeypatch):
         file.write(b"PK half")
         raise error
 
-    monkeypatch.setattr(cli, "write_samples", begun)
+    patch(monkeypatch, "write_samples", begun)
     status = cli.main(["sample", str(w4.folder), "--out", "new/a.npz", *WALK])
     message = capsys.readouterr().err
     assert status != 0
@@ -109,7 +109,7 @@ def test_an_interrupted_save_leaves_the_old_model(here, w4, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.quantization, "quantize", lambda *_, **__: ptq.load(w4.folder))
+    monkeypatch.setattr(cli.quantize.quantization, "quantize", lambda *_, **__: ptq.load(w4.folder))
     monkeypatch.setattr(store, "_publish", interrupted)
     assert cli.main(["quantize", DIGITS, "--out", "model", "--overwrite"]) != 0
     assert listing(here) == before

@@ -93,14 +93,14 @@ def test_a_fault_in_a_later_batch_drops_what_was_streamed(models, here, capsys, 
         assert there == [".lock", ".tmp"], "the first batch is on its way, and the place is claimed"
         raise ptq.Ptq4ditError("Image 2 holds NaN.")
 
-    monkeypatch.setattr(cli.sampling, "sample_batches", stream)
+    monkeypatch.setattr(cli.sample.sampling, "sample_batches", stream)
     assert cli.main(["sample", str(models / "one"), "--out", "new/a.npz", "--labels", "0-3"]) == 1
     assert "Image 2 holds NaN." in capsys.readouterr().err
     assert listing(here) == {}
 
 
 def test_too_large_a_picture_is_refused_before_sampling(models, here, capsys, monkeypatch):
-    monkeypatch.setattr(cli.sampling, "sample_batches", lambda *_, **__: pytest.fail("long work began"))
+    monkeypatch.setattr(cli.sample.sampling, "sample_batches", lambda *_, **__: pytest.fail("long work began"))
     assert cli.main(["sample", str(models / "one"), "--out", "a.png", "--labels", "0-4", "--repeat", "10000"]) == 1
     assert "50,000 images" in (error := capsys.readouterr().err)
     assert ".npz" in error

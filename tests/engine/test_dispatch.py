@@ -137,7 +137,7 @@ def test_derivatives_through_a_kernel_are_refused_in_a_sentence(raises_sentence:
 
 @pytest.fixture(scope="module")
 def quantized() -> ptq.QuantizedDiT:
-    config = ptq.QuantConfig(**PLAIN, policy="edges8", steps=2, calib_steps=2, calib_rows=2)
+    config = ptq.QuantConfig.of(**PLAIN, policy="edges8", steps=2, calib_steps=2, calib_rows=2)
     return ptq.quantize(jax.tree.map(jnp.asarray, tiny_model()), config, key=jax.random.key(0))
 
 

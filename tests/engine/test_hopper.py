@@ -77,7 +77,9 @@ def small_model(bits: int, width: int = 128, side: int = 16, **settings: Any) ->
     """Depth 2, 64 tokens unless ``side`` says otherwise, to run on the kernels."""
     config = DiTConfig(input_size=side, patch_size=2, in_channels=4, hidden_size=width, depth=2, num_heads=2, num_classes=10)
     dit = jax.tree.map(jnp.asarray, helpers.tiny_model(**config.to_dict()))
-    quant = ptq.QuantConfig(**helpers.PLAIN, weight_bits=bits, steps=2, calib_steps=2, calib_rows=2, step_groups=2, **settings)
+    quant = ptq.QuantConfig.of(
+        **helpers.PLAIN, weight_bits=bits, steps=2, calib_steps=2, calib_rows=2, step_groups=2, **settings
+    )
     return ptq.quantize(dit, quant, key=jax.random.key(0)).astype(jnp.bfloat16).replace(backend="hopper")
 
 

@@ -331,7 +331,7 @@ def test_a_whole_model_is_its_reference() -> None:
         input_size=16, patch_size=2, in_channels=4, hidden_size=128, depth=2, num_heads=2, num_classes=10, mlp_ratio=1.0
     )
     dit = jax.tree.map(jnp.asarray, helpers.tiny_model(**config.to_dict()))
-    settings = ptq.QuantConfig(**PLAIN, steps=2, calib_steps=2, calib_rows=2, step_groups=2)
+    settings = ptq.QuantConfig.of(**PLAIN, steps=2, calib_steps=2, calib_rows=2, step_groups=2)
     q = ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16)
     x, y = jax.random.normal(jax.random.key(1), (1, *config.image_shape), jnp.float32), jnp.array([2])
     apply = jax.jit(lambda model: model.apply(x, jnp.array([400]), y).astype(jnp.float32))

@@ -21,7 +21,7 @@ def models() -> list[ptq.QuantizedDiT]:
         dit = jax.tree.map(jnp.asarray, tiny_model(seed))
         q = ptq.quantize(
             dit,
-            ptq.QuantConfig(**PLAIN, steps=2, calib_steps=1, calib_rows=2),
+            ptq.QuantConfig.of(**PLAIN, steps=2, calib_steps=1, calib_rows=2),
             key=jax.random.key(0),
         )
         made.append(q.replace(provenance=Provenance({"name": name})))  # type: ignore[attr-defined]

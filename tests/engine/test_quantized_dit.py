@@ -49,7 +49,9 @@ def digits() -> FloatDiT:
 @pytest.fixture(scope="module")
 def rows(digits: FloatDiT) -> CalibrationData:
     """Inputs of the network as sampling meets them: 5 steps of 16 rows, half of them null twins."""
-    return ptq.sample_trajectories(digits, jax.random.key(5), ptq.Sampling("ddpm", STEPS), steps=5, rows=16)
+    return ptq.sample_trajectories(
+        digits, ptq.Calibration(steps=5, rows=16, sampling=ptq.Sampling("ddpm", STEPS)), key=jax.random.key(5)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def quantized(digits: FloatDiT, rows: CalibrationData) -> Quantized:
 
     @cache
     def make(weight_bits: int, policy: str, **settings: Any) -> ptq.QuantizedDiT:
-        config = ptq.QuantConfig(**PLAIN, weight_bits=weight_bits, policy=policy, **{"step_groups": 1, **settings})
+        config = ptq.QuantConfig.of(**PLAIN, weight_bits=weight_bits, policy=policy, **{"step_groups": 1, **settings})
         return ptq.quantize(digits, config, key=jax.random.key(0), calibration=rows)
 
     return make
@@ -251,7 +253,7 @@ def test_a_second_call_compiles_nothing_nor_does_another_model_of_the_same_shape
     model = quantized(8, "edges8")
     other = ptq.quantize(
         digits,
-        ptq.QuantConfig(**PLAIN, weight_bits=8, policy="edges8", step_groups=1),
+        ptq.QuantConfig.of(**PLAIN, weight_bits=8, policy="edges8", step_groups=1),
         key=jax.random.key(1),
         calibration=CalibrationData(x=rows.x[:, ::-1] * 0.9, t=rows.t, y=rows.y[:, ::-1]),
     )
@@ -282,7 +284,7 @@ def tiny() -> tuple[FloatDiT, CalibrationData, ptq.QuantizedDiT]:
     data = CalibrationData(
         x=x.astype(np.float32), t=np.array([900, 600, 300, 0], np.int32), y=np.tile(np.arange(6, dtype=np.int32), (4, 1))
     )
-    config = ptq.QuantConfig(**PLAIN, weight_bits=4, policy="edges8", step_groups=4, dynamic_sites=())
+    config = ptq.QuantConfig.of(**PLAIN, weight_bits=4, policy="edges8", step_groups=4, dynamic_sites=())
     return model, data, ptq.quantize(model, config, key=jax.random.key(0), calibration=data)
 
 

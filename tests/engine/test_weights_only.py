@@ -29,7 +29,7 @@ def dit() -> ptq.FloatDiT:
 
 @pytest.fixture(scope="module")
 def w4(dit: ptq.FloatDiT) -> ptq.QuantizedDiT:
-    return ptq.quantize(dit, ptq.QuantConfig(**PLAIN, **SETTINGS, policy="weights-only"), key=jax.random.key(0))
+    return ptq.quantize(dit, ptq.QuantConfig.of(**PLAIN, **SETTINGS, policy="weights-only"), key=jax.random.key(0))
 
 
 def apply(model: Any) -> np.ndarray:
@@ -107,7 +107,7 @@ def test_its_gradient_is_that_of_its_twin(w4: ptq.QuantizedDiT) -> None:
     "policy", ["edges8-float,blocks.attention=float", "uniform,blocks.proj=8:float,blocks.attention=float"]
 )
 def test_attention_alone_in_float(dit: ptq.FloatDiT, policy: str) -> None:
-    q = ptq.quantize(dit, ptq.QuantConfig(**PLAIN, **SETTINGS, policy=policy), key=jax.random.key(0))
+    q = ptq.quantize(dit, ptq.QuantConfig.of(**PLAIN, **SETTINGS, policy=policy), key=jax.random.key(0))
     assert q.sites == {}
     assert q.linears["blocks.qkv"].integer
     rows = {row["layer"]: row for row in ptq.describe(q)}
@@ -133,7 +133,7 @@ def test_it_is_saved_and_damage_is_seen(w4: ptq.QuantizedDiT, tmp_path: Path, ra
 @pytest.mark.slow
 def test_roundings_are_learned_without_scales(dit: ptq.FloatDiT) -> None:
     learn = Reconstruction(iterations=30, batch_size=4)
-    config = ptq.QuantConfig(**SETTINGS, act_bits=16, reconstruction=learn)
+    config = ptq.QuantConfig.of(**SETTINGS, act_bits=16, reconstruction=learn)
     q = ptq.quantize(dit, config, key=jax.random.key(0))
     for part in q.provenance.facts["reconstruction"].values():
         assert part["after"] <= part["before"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def rounded(model: FloatDiT, step: float) -> FloatDiT:
 def result(model):
     """Micro-batches of two, and steps compared on two rows: every program is compiled for a batch of two."""
     others = {"fine": rounded(model, 2**-9), "coarse": rounded(model, 2**-4), "same": model}
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[Any, ...]] = []
     done = compare(
         model,
         others,
@@ -56,7 +57,7 @@ def test_images_are_the_samplers_clipped_to_what_is_written(result, model):
 
 def test_where_steps_are_compared_on_all_rows_nothing_is_sampled_twice(result, model):
     comparison, others, _ = result
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[Any, ...]] = []
     few = compare(
         model,
         {"fine": others["fine"]},
@@ -69,7 +70,8 @@ def test_where_steps_are_compared_on_all_rows_nothing_is_sampled_twice(result, m
     assert list(few.images) == ["float32", "bfloat16", "fine"]
     for name, images in few.images.items():
         np.testing.assert_allclose(images, comparison.images[name][:2], atol=1e-3)
-    assert calls == [(2, 4), (4, 4)]
+    sampled = [call[1:] for call in calls if call[0] == "sample on the same noise"]
+    assert sampled == [(2, 4), (4, 4)]
 
 
 def test_figures_follow_from_the_images(result):
@@ -108,7 +110,12 @@ def test_steps_and_settings_are_recorded(result):
     comparison, _, calls = result
     assert comparison.timesteps.tolist() == [999, 333, 0]
     assert (comparison.settings["sqnr_steps"], comparison.settings["sqnr_rows"], comparison.settings["images"]) == (3, 2, 6)
-    assert calls == [(done, 30) for done in range(2, 31, 2)]
+    by_stage = {stage: [call[1:] for call in calls if call[0] == stage] for stage, *_ in calls}
+    assert by_stage == {
+        "sample trajectories of the reference": [(0, 2), (2, 2)],
+        "sample on the same noise": [(done, 30) for done in range(2, 31, 2)],
+        "measure": [(done, 4) for done in range(5)],
+    }
 
 
 def test_json_is_finite_and_complete(result):

@@ -20,8 +20,8 @@ import ptq4dit_jax as ptq
 FOLDER = Path(__file__).parent / "quantized"
 #: By the name of its folder, how each was quantized.
 MODELS = {
-    "w8a8": ptq.QuantConfig(steps=8, calib_steps=4, calib_rows=8, step_groups=2),
-    "w4a8": ptq.QuantConfig(steps=8, calib_steps=4, calib_rows=8, step_groups=2, weight_bits=4),
+    "w8a8": ptq.QuantConfig.of(steps=8, calib_steps=4, calib_rows=8, step_groups=2),
+    "w4a8": ptq.QuantConfig.of(steps=8, calib_steps=4, calib_rows=8, step_groups=2, weight_bits=4),
 }
 
 

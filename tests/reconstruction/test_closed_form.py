@@ -1,7 +1,5 @@
 """Closed-form rounding of a small model from end to end: its moments, what it gains, what it may change, on any devices."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -17,7 +15,9 @@ from ptq4dit_jax.reconstruction.closed_form import ClosedFormWalk
 from ptq4dit_jax.reconstruction.moments import PartInputs
 
 KEY = jax.random.key(0)
-CONFIG = ptq.QuantConfig(weight_bits=3, calib_steps=4, calib_rows=30, steps=4, step_groups=2, balance="none", equalize_v=False)
+CONFIG = ptq.QuantConfig.of(
+    weight_bits=3, calib_steps=4, calib_rows=30, steps=4, step_groups=2, balance="none", equalize_v=False
+)
 #: Of the layers below those that are fed 9 tokens a row; the others are fed one vector, that of a time by all rows together.
 TOKENWISE = ("blocks.qkv", "blocks.proj", "blocks.fc2", "patch_embed", "final")
 TIMES = np.array([999, 600, 300, 0], np.int32)
@@ -40,7 +40,7 @@ def rows(model):
 
 
 def quantize(model, rows, rounding="gptq", config=CONFIG, **more):
-    config = dataclasses.replace(config, rounding=rounding)
+    config = config.replace(rounding=rounding)
     return ptq.quantize(model, config, key=KEY, calibration=rows, keep_poor=True, **more)
 
 
@@ -158,7 +158,7 @@ def test_devices_change_no_number(devices, model, rows, rounded, mesh8):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 8])
 def test_other_widths_balancing_and_dynamic_scales(bits, model, rows):
-    config = ptq.QuantConfig(weight_bits=bits, calib_steps=4, calib_rows=30, steps=4, policy="uniform")
+    config = ptq.QuantConfig.of(weight_bits=bits, calib_steps=4, calib_rows=30, steps=4, policy="uniform")
     nearest, rounded = (quantize(model, rows, how, config) for how in ("nearest", "gptq"))
     assert error(model, rounded, rows) < error(model, nearest, rows)
 
@@ -192,10 +192,12 @@ def test_rows_on_the_host_change_last_bits_alone(model, rows, nearest):
 @pytest.mark.slow
 def test_a_walk_with_its_rows_on_the_host_says_so_and_gains_as_much(model, rows, nearest):
     told = []
-    run = lambda **more: round_closed_form(model, nearest, rows, announce=told.append, **more)
+    report = lambda stage, done, total, note="": told.append(note) if stage == "plan rounding" else None
+    run = lambda **more: round_closed_form(model, nearest, rows, progress=report, **more)
     (_, facts), (_, same) = run(), run(rows_on="host")
-    assert [plan.on_host for plan in told] == [False, True]
-    assert "stream from the host" in str(told[1])
+    assert len(told) == 2
+    assert "stay on the device" in told[0]
+    assert "stream from the host" in told[1]
     for here, there in zip(facts, same, strict=True):
         assert there["part"] == here["part"]
         assert there["after"] == pytest.approx(here["after"], rel=0.1)
@@ -234,22 +236,22 @@ def test_progress_is_told_layer_by_layer(model, rows):
 
 def test_settings_that_contradict_each_other(raises_sentence):
     with raises_sentence("rounding gptq", "reconstruction", "leave out one"):
-        ptq.QuantConfig(rounding="gptq", reconstruction=Reconstruction())
+        ptq.QuantConfig.of(rounding="gptq", reconstruction=Reconstruction())
     with raises_sentence("rounding", "nearest, gptq, adaround", "'best'"):
-        ptq.QuantConfig(rounding="best")
-    assert ptq.QuantConfig().resolved_rounding == "gptq"
-    assert ptq.QuantConfig(rounding="adaround").learning == Reconstruction()
-    assert ptq.QuantConfig(reconstruction=Reconstruction(iterations=3)).resolved_rounding == "adaround"
-    assert ptq.QuantConfig(rounding="gptq").learning is None
-    assert ptq.QuantConfig.paper().resolved_rounding == "nearest"
+        ptq.QuantConfig.of(rounding="best")
+    assert ptq.QuantConfig().rounding == "gptq"
+    assert ptq.QuantConfig.of(rounding="adaround").learning == Reconstruction()
+    assert ptq.QuantConfig.of(reconstruction=Reconstruction(iterations=3)).rounding == "adaround"
+    assert ptq.QuantConfig.of(rounding="gptq").learning is None
+    assert ptq.QuantConfig.paper().rounding == "nearest"
 
 
 def test_the_paper_rounds_to_the_nearest_and_learns_from_there():
     paper = ptq.QuantConfig.paper
-    assert (paper().resolved_rounding, paper().balance, paper().learning) == ("nearest", "csb+ssc", None)
+    assert (paper().rounding, paper().balancing.method, paper().learning) == ("nearest", "csb+ssc", None)
     for settings in ({"rounding": "adaround"}, {"reconstruction": Reconstruction(iterations=7)}):
         learning = paper(**settings).learning
         assert learning.start == "nearest"
         assert learning.iterations == (7 if "reconstruction" in settings else 2000)
     assert paper(reconstruction=Reconstruction(start="gptq")).learning.start == "gptq"  # what is said decides
-    assert paper(rounding="gptq").resolved_rounding == "gptq"
+    assert paper(rounding="gptq").rounding == "gptq"

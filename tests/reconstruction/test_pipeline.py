@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow  # the programs of four kinds of parts are compile
 
 KEY, SETTINGS = jax.random.key(0), Reconstruction(iterations=200, batch_size=8, start="nearest")
 FROM_GPTQ = dataclasses.replace(SETTINGS, start="gptq")
-CONFIG = ptq.QuantConfig(
+CONFIG = ptq.QuantConfig.of(
     weight_bits=3, balance="csb+ssc", calib_steps=4, calib_rows=30, steps=4, step_groups=2, reconstruction=SETTINGS
 )
 
@@ -51,7 +51,7 @@ def rows(model: ptq.FloatDiT) -> CalibrationData:
 
 
 def quantize(model: ptq.FloatDiT, rows: CalibrationData, settings: Reconstruction | None = SETTINGS, **more: Any) -> Any:
-    config = dataclasses.replace(CONFIG, reconstruction=settings, rounding="nearest" if settings is None else None)
+    config = CONFIG.replace(reconstruction=settings, rounding="nearest" if settings is None else None)
     return ptq.quantize(model, config, key=more.pop("key", KEY), calibration=rows, **more)
 
 
@@ -77,7 +77,7 @@ def learned(run: SimpleNamespace) -> ptq.QuantizedDiT:
 @pytest.fixture(scope="module")
 def rounded(model: ptq.FloatDiT, rows: CalibrationData) -> ptq.QuantizedDiT:
     """In closed form."""
-    return ptq.quantize(model, dataclasses.replace(CONFIG, reconstruction=None, rounding="gptq"), key=KEY, calibration=rows)
+    return ptq.quantize(model, CONFIG.replace(reconstruction=None, rounding="gptq"), key=KEY, calibration=rows)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_the_plan_is_told_before_the_first_iteration(run):
 
 def test_row_weights_and_dynamic_sites(model, rows):
     settings = dataclasses.replace(SETTINGS, iterations=3, row_weights="steps")
-    config = dataclasses.replace(CONFIG, reconstruction=settings, dynamic_sites=("blocks.qkv_in",), policy="uniform")
+    config = CONFIG.replace(reconstruction=settings, dynamic_sites=("blocks.qkv_in",), policy="uniform")
     q = ptq.quantize(model, config, key=KEY, calibration=rows)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(q) if jnp.issubdtype(leaf.dtype, jnp.floating))
     assert error(model, q, rows) < 1

@@ -306,7 +306,7 @@ def opened(state, model, config, key=0, rows=None):
     return journals.open_journal(config, model, lambda: source_hash(model.params), jax.random.key(key), rows, state, False)
 
 
-CONFIG = ptq.QuantConfig(calib_steps=2, calib_rows=4, steps=4, reconstruction=Reconstruction(iterations=5))
+CONFIG = ptq.QuantConfig.of(calib_steps=2, calib_rows=4, steps=4, reconstruction=Reconstruction(iterations=5))
 
 
 def test_the_same_run_goes_on(tmp_path):
@@ -349,7 +349,7 @@ def test_whatever_the_result_depends_on_makes_another_run(change, words, tmp_pat
     elif change == "key":
         more["key"] = 3
     elif change == "settings":
-        config = dataclasses.replace(config, calib_rows=6)
+        config = config.replace(calib_rows=6)
     elif change == "rows":
         x = np.zeros((2, 4, *model.config.image_shape), np.float32)
         more["rows"] = ptq.calibration.CalibrationData(x=x, t=np.array([9, 5], np.int32), y=np.zeros((2, 4), np.int32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,17 @@ from ptq4dit_jax.checkpoints.foreign.diffusers_config import read_folder, read_s
 from ptq4dit_jax.checkpoints.foreign.evidence import Evidence, Ignored, collect
 from ptq4dit_jax.checkpoints.foreign.layouts import DIFFUSERS, META, Entry, Layout, View
 from ptq4dit_jax.checkpoints.foreign.names import normal_name
-from ptq4dit_jax.checkpoints.foreign.objectives import GivenSchedule, drop_variance, find_schedule, fold_gains, fold_step_size
+from ptq4dit_jax.checkpoints.foreign.objectives import drop_variance, find_schedule, fold_gains, fold_step_size
+from ptq4dit_jax.checkpoints.foreign.options import ImportOptions
 from ptq4dit_jax.checkpoints.foreign.parameter_sets import ParameterSet, find_parameters, listed
-from ptq4dit_jax.checkpoints.foreign.shapes import Given, by_number, our_shapes, read_config
+from ptq4dit_jax.checkpoints.foreign.shapes import by_number, our_shapes, read_config
 from ptq4dit_jax.checkpoints.foreign.tensors import TensorFile, open_tensors
 from ptq4dit_jax.edges import edge
 from ptq4dit_jax.errors import Ptq4ditError, printable
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig, position_embedding
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
+from ptq4dit_jax.settings import changed
 
 
 @dataclass(frozen=True)
@@ -60,21 +62,8 @@ class Imported:
 def import_checkpoint(
     path: str | os.PathLike[str],
     *,
-    num_heads: int | None = None,
-    input_size: int | None = None,
-    classes: int | None = None,
-    null_class: bool | None = None,
-    ema: bool = True,
-    weights: str | None = None,
-    as_diffusers: bool = False,
-    objective: str | None = None,
-    flow_steps: int | None = None,
-    data_time: int | None = None,
-    timesteps: int | None = None,
-    beta_start: float | None = None,
-    beta_end: float | None = None,
-    ignore: Iterable[str] = (),
     progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> tuple[FloatDiT, Imported]:
     """A float model from a checkpoint of another code base, recognized by content (:mod:`~.layouts` lists them).
 
@@ -83,21 +72,8 @@ def import_checkpoint(
 
     Args:
       path: a file, or a folder: a diffusers pipeline or its transformer, shards with their index, an Orbax checkpoint.
-      num_heads: of attention.
-      input_size: side of the image or latent.
-      classes: their number, without a null class.
-      null_class: whether the last row of the table of labels means "no class".
-      ema: take averaged weights if there are any; False takes those that were being trained.
-      weights: the prefix of the set of weights to take, where there are several; overrides ``ema``.
-      as_diffusers: compute what diffusers computes (time frequencies over 127, MLP norm epsilon of its config) instead of what
-        Meta's code, with which published weights were trained, computes from the same weights. For its folders only.
-      objective: what the network predicts, ``noise`` or ``velocity``.
-      flow_steps: the number of equal Euler steps that a network made for a step size is to be sampled with: 128 by default for
-        shortcut models, 1 for mean flows. 0 gives it the size 0 and any number of steps: the velocity itself of a mean flow.
-      data_time: the end of a flow's time at which x is data, 0 or 1.
-      timesteps, beta_start, beta_end: of the linear schedule of a model that predicts noise.
-      ignore: keys of the checkpoint's configuration, or names of configuration files, to leave out.
       progress: called with the tensors read and their total.
+      **options: fields of :class:`~.options.ImportOptions` and its sections, such as ``num_heads`` and ``ema``.
 
     Returns:
       The model, on the default device, and what was found. Peak memory is the model plus its largest stacked parameter.
@@ -107,23 +83,22 @@ def import_checkpoint(
         tensors (all named at once); evidence that contradicts itself, the tensors or an option, or cannot be honoured; NaN or
         infinity; a size that has to be given; an option that does not fit.
     """
+    given = changed(ImportOptions(), options)
     with edge(f"the checkpoint {os.fspath(path)}"):
         file = open_tensors(path)
-        chosen = find_parameters(file, ema=ema, wanted=weights)
-        layout, ignored = chosen.layout, Ignored(ignore)
+        chosen = find_parameters(file, ema=given.ema, wanted=given.weights)
+        layout, ignored = chosen.layout, Ignored(given.ignore)
         is_diffusers = layout is DIFFUSERS
         evidence = collect(file, ignored, without=("config.json",) if is_diffusers else (), is_on=layout.is_on)
         folder = file.files[0].parent
         epsilon, told = (
             read_folder(folder, evidence, ignored) if is_diffusers else (None, read_scheduler(folder, evidence, ignored))
         )
-        _check_unread(file, chosen, folder, ema)
+        _check_unread(file, chosen, folder, given.ema)
         if words := file.contents.dropped_words().removeprefix("; not understood: "):
             evidence.notes.append(f"Not read, as nothing here understands it: {words}.")
-        given = Given(num_heads, input_size, classes, null_class)
-        config, view = read_config(file, chosen.view, layout, evidence, given, epsilon if as_diffusers else None)
-        spoken = GivenSchedule(objective, flow_steps, data_time, timesteps, beta_start, beta_end)
-        schedule = find_schedule(file, view, layout, config, evidence, spoken, told)
+        config, view = read_config(file, chosen.view, layout, evidence, given.shape, epsilon if given.as_diffusers else None)
+        schedule = find_schedule(file, view, layout, config, evidence, given.schedule, told)
         _check_betas(view, schedule, evidence, ignored)
         ignored.check(file.path)
         layout.check(view, config)

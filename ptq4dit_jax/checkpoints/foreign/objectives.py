@@ -13,33 +13,12 @@ import numpy as np
 from ptq4dit_jax.checkpoints.foreign.evidence import Evidence, Said
 from ptq4dit_jax.checkpoints.foreign.layouts import Layout, View
 from ptq4dit_jax.checkpoints.foreign.lazy import TensorFile
+from ptq4dit_jax.checkpoints.foreign.options import GivenSchedule
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.folding import fold_modulation
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.parts import timestep_frequencies
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
-
-
-@dataclasses.dataclass(frozen=True)
-class GivenSchedule:
-    """What the user says about what a network predicts; None where nothing is said.
-
-    ``objective`` is ``noise`` or ``velocity``; ``data_time`` the end of a flow's time that has the data, 0 or 1;
-    ``flow_steps`` the number of steps that a network made for a step size is for; the rest are fields of a noise schedule.
-    """
-
-    objective: str | None = None
-    flow_steps: int | None = None
-    data_time: int | None = None
-    timesteps: int | None = None
-    beta_start: float | None = None
-    beta_end: float | None = None
-
-    @property
-    def betas(self) -> dict[str, Any]:
-        """The fields of a noise schedule that are given."""
-        fields = {"num_timesteps": self.timesteps, "beta_start": self.beta_start, "beta_end": self.beta_end}
-        return {name: value for name, value in fields.items() if value is not None}
 
 
 def find_schedule(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from ptq4dit_jax.checkpoints.foreign.evidence import Evidence, Said
 from ptq4dit_jax.checkpoints.foreign.layouts import Entry, Layout, View
 from ptq4dit_jax.checkpoints.foreign.lazy import Tensor, TensorFile
 from ptq4dit_jax.checkpoints.foreign.objectives import said_objective
+from ptq4dit_jax.checkpoints.foreign.options import GivenShape
 from ptq4dit_jax.checkpoints.foreign.parameter_sets import listed
 from ptq4dit_jax.checkpoints.foreign.strangers import form_of, parts_of_another
 from ptq4dit_jax.errors import Ptq4ditError
@@ -23,19 +23,8 @@ from ptq4dit_jax.networks.dit import PRESETS, DiTConfig
 _MAX_BLOCKS = 1000
 
 
-@dataclass(frozen=True)
-class Given:
-    """What the user says about a checkpoint: sizes that it may not tell, and whether to compute what diffusers computes."""
-
-    num_heads: int | None = None
-    input_size: int | None = None
-    classes: int | None = None
-    null_class: bool | None = None
-    as_diffusers: bool = False
-
-
 def read_config(
-    file: TensorFile, view: View, layout: Layout, evidence: Evidence, given: Given, norm_eps: float | None
+    file: TensorFile, view: View, layout: Layout, evidence: Evidence, given: GivenShape, norm_eps: float | None
 ) -> tuple[DiTConfig, View]:
     """The configuration of the network, and the tensors with zeros for biases that it was made without.
 
@@ -154,7 +143,7 @@ def _config(
     depth: int,
     evidence: Evidence,
     faults: _Faults,
-    given: Given,
+    given: GivenShape,
     norm_eps: float | None,
 ) -> DiTConfig:
     """The shape of the network, read off the shapes of its tensors."""
@@ -244,7 +233,7 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _classes(file: TensorFile, evidence: Evidence, rows: int, given: Given) -> tuple[int, bool]:
+def _classes(file: TensorFile, evidence: Evidence, rows: int, given: GivenShape) -> tuple[int, bool]:
     """The number of classes, and whether a row of the table behind theirs means none of them."""
     said, dropout = evidence.said.get("classes"), evidence.said.get("dropout of labels")
     if rows == 0:

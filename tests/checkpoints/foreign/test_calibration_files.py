@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_helpers import run
+from cli_helpers import patch, run
 from foreign_files import write_torch
 from helpers import tiny_model
 
 import ptq4dit_jax as ptq
-from ptq4dit_jax import cli
 from ptq4dit_jax.checkpoints import store
 from ptq4dit_jax.terminal import calibration_line, read_calibration
 
@@ -98,7 +97,7 @@ def test_the_line_says_what_was_made_of_the_rows() -> None:
 
 @pytest.mark.slow
 def test_the_command_calibrates_on_the_authors_file_as_on_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "all_devices_mesh", lambda: None)
+    patch(monkeypatch, "all_devices_mesh", lambda: None)
     monkeypatch.chdir(tmp_path)
     ptq.save(tiny_model(), "m")
     arrays = authors()

@@ -68,7 +68,7 @@ def build() -> QuantizedDiT:
 def calibrated() -> QuantizedDiT:
     """A model that was quantized in earnest: factors are folded wherever they can be."""
     model = salient_model(helpers.tiny_model())
-    config = QuantConfig(
+    config = QuantConfig.of(
         balance="csb+ssc",
         rounding="nearest",
         weight_bits=4,

@@ -1,0 +1,64 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ptq4dit_jax.terminal import claim_target, load_vae, write_json
+from ptq4dit_jax.vae import VAEConfig, VAEDecoder
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A model folder, a foreign checkpoint or its address, random:PRESET or random:PRESET@SIZE.", show_default=False
+    ),
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", metavar="FILE")]
+Seed = Annotated[int, typer.Option(help="Seed of all noise; the same seed gives the same bytes.")]
+Repeat = Annotated[int, typer.Option(help="Samples of each label; of a model without classes, samples in all.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(help="Images per compiled call.", show_default="up to 256 per device, fewer if memory is short"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """How a command's results are written."""
+
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False
+    json: Json = None
+
+    def claim(self, context: typer.Context, out: Path, folder_with: str | None = None) -> None:
+        """Makes sure that both outputs can be written, and that no other process writes them until the command has ended."""
+        claim_target(context, out, self.overwrite, folder_with)
+        claim_target(context, self.json, overwrite=True)
+
+    def figures(self, figures: Mapping[str, Any]) -> None:
+        """Writes the command's figures, if that was asked for."""
+        write_json(self.json, figures)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What makes pictures of latents."""
+
+    vae: Annotated[
+        str | None,
+        typer.Option(help="The VAE that makes pictures of a model's latents: a folder of diffusers or a file.", metavar="PATH"),
+    ] = None
+    vae_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Scaling factor of the VAE's latents, where nothing tells it.", show_default=str(VAEConfig.scaling_factor)
+        ),
+    ] = None
+
+    def load(self) -> VAEDecoder | None:
+        """The decoder, if there is one; prints what was decided and guessed."""
+        return None if self.vae is None else load_vae(self.vae, self.vae_scale)

@@ -1,0 +1,189 @@
+"""``ptq4dit quantize``: from a float model to a model of integers."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+import typer
+
+from ptq4dit_jax import checkpoints, quantization
+from ptq4dit_jax.calibration import CalibrationData, stored_rows
+from ptq4dit_jax.cli.derived import Given, Group, Settings, with_options
+from ptq4dit_jax.cli.options import ModelArgument, Seed, Written
+from ptq4dit_jax.config import QuantConfig, Reconstruction
+from ptq4dit_jax.engine import QuantizedDiT, describe
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.evaluation import num_bytes
+from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.quality import REFUSE_BELOW, WARN_BELOW, PoorQuality, Quality
+from ptq4dit_jax.reconstruction import forget_journal, journal_beside
+from ptq4dit_jax.staging import claim
+from ptq4dit_jax.terminal import (
+    all_devices_mesh,
+    calibration_line,
+    console,
+    devices_line,
+    load_model,
+    megabytes,
+    print_layers,
+    read_calibration,
+    read_key,
+    stages,
+    working,
+)
+from ptq4dit_jax.unfinished import expect_journal
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Calibration rows from a file."""
+
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Stored rows instead: an npz or file of torch.save with x (M, H, W, C), t (M,) and y (M,), or, as PTQ4DiT's "
+            "authors store them, xs (S, N, C, H, W), ts and y.",
+            metavar="FILE",
+        ),
+    ] = None
+    calibration_layout: Annotated[
+        str, typer.Option(help="Axes of the stored images, NHWC or NCHW; auto goes by the model's image shape.")
+    ] = "auto"
+
+    def read(self, model: FloatDiT) -> tuple[CalibrationData | None, str]:
+        """The rows for a model, and what they are in words; None and nothing where there is no file."""
+        if self.calibration is None:
+            return None, ""
+        with working(f"Reading {self.calibration}"):
+            arrays = read_calibration(self.calibration, labelled=bool(model.config.num_labels))
+        rows = stored_rows(
+            arrays["x"],
+            arrays["t"],
+            arrays.get("y"),
+            config=model.config,
+            schedule=model.schedule,
+            layout=cast(Any, self.calibration_layout),
+        )
+        return rows, calibration_line(rows, arrays["x"].size // int(np.prod(model.config.image_shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What settings start from."""
+
+    paper: Annotated[bool, typer.Option("--paper", help="The paper's settings to the letter, but for the options given.")] = (
+        False
+    )
+    reconstruct: Annotated[
+        bool, typer.Option("--reconstruct", help="Learn roundings (AdaRound) and activation scales, block by block.")
+    ] = False
+
+    def config(self, given: Given) -> QuantConfig:
+        """The settings that were asked for.
+
+        Raises:
+          Ptq4ditError: options of learning without learning.
+        """
+        learned = given.pop("reconstruction", {})
+        if self.reconstruct or given.get("rounding") == "adaround":
+            given = given | {"reconstruction": Reconstruction(**learned)}
+        elif learned:
+            raise Ptq4ditError(
+                f"The setting {next(iter(learned))} of reconstruction says nothing without --reconstruct; pass that, or leave "
+                "it out."
+            )
+        return (QuantConfig.paper if self.paper else QuantConfig.of)(**given)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conduct:
+    """How a run goes about it; none of it changes the result."""
+
+    row_batch: Annotated[int | None, typer.Option(help="Rows per calibration pass, to bound memory.")] = None
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start --reconstruct over instead of going on where an earlier run stopped.")
+    ] = False
+    keep_poor: Annotated[
+        bool,
+        typer.Option("--keep-poor", help=f"Write a model that predicts below {REFUSE_BELOW:g} dB of SQNR, too."),
+    ] = False
+
+
+@with_options
+def quantize(
+    context: typer.Context,
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="Folder to write the quantized model to.", show_default=False)],
+    preset: Annotated[Preset, Group()],
+    given: Annotated[Given, Settings(QuantConfig)],
+    stored: Annotated[Stored, Group()],
+    conduct: Annotated[Conduct, Group()],
+    written: Annotated[Written, Group()],
+    seed: Seed = 0,
+) -> None:
+    """Quantizes a float model after training: calibrate, balance and fold, choose ranges, pack, save."""
+    config = preset.config(given)
+    key = read_key(seed)
+    written.claim(context, out, "config.json")
+    state = None if config.learning is None else journal_beside(out)
+    if state is not None:
+        context.with_resource(claim(state))
+        expect_journal(state, fresh=conduct.fresh)
+    dit = load_model(model)
+    if not isinstance(dit, FloatDiT):
+        raise Ptq4ditError(f"{model} is quantized already; quantize the float model that it came from.")
+    rows, on_rows = stored.read(dit)
+    if rows is None:
+        config = config.resolve(dit.schedule, dit.config)
+        calibration = config.calibration
+        resolved = calibration.sampling.resolve(dit.schedule, dit.config)
+        on_rows = f"Calibrating on {calibration.rows} rows at {calibration.steps} steps of the chain: {resolved}"
+    balanced = "weights only" if config.weights_only else f"balance {config.balancing.method}"
+    console.print(f"Quantizing {model} to {config.name} on {devices_line()}: {balanced}, policy {config.policy}")
+    console.print(on_rows)
+    started = time.perf_counter()
+    with stages() as report, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PoorQuality)  # it is said below
+        quantized = quantization.quantize(
+            dit,
+            config,
+            key=key,
+            calibration=rows,
+            mesh=all_devices_mesh(),
+            state=state,
+            progress=report,
+            **dataclasses.asdict(conduct),
+        )
+    seconds = time.perf_counter() - started
+    print_layers(describe(quantized))
+    with working(f"Writing {out}"):
+        where = checkpoints.save(quantized, out, provenance={"source": model, "seed": seed}, overwrite=written.overwrite)
+    if state is not None and not forget_journal(state):
+        console.print(f"The state of the reconstruction, which is of no more use, could not be removed: {state}")
+    _print_result(dit, quantized, seconds)
+    console.print(f"Model: {where}")
+    quality = Quality.of(quantized)
+    figures = {
+        "float_bytes": num_bytes(dit),
+        "bytes": num_bytes(quantized),
+        "seconds": seconds,
+        "quality": quality and quality.to_dict(),
+        "settings": quantized.provenance.facts["settings"],
+    }
+    written.figures({**figures, "layers": describe(quantized), "out": str(out)})
+
+
+def _print_result(dit: FloatDiT, quantized: QuantizedDiT, seconds: float) -> None:
+    before, after = num_bytes(dit), num_bytes(quantized)
+    console.print(f"{megabytes(before)} -> {megabytes(after)} ({before / after:.1f}x smaller) in {seconds:.1f} s")
+    if (quality := Quality.of(quantized)) is not None:
+        of = f"the predicted {dit.schedule.objective} on {quality.steps} x {quality.rows} calibration rows"
+        console.print(f"Quality: {quality}, of {of}")
+        if quality.is_poor:
+            remedy = "use more bits, another policy or more rows"
+            console.print(f"Warning: below {WARN_BELOW:g} dB samples are visibly worse; {remedy}.")

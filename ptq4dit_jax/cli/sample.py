@@ -1,0 +1,132 @@
+"""``ptq4dit sample``: images from a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import numpy as np
+import typer
+
+from ptq4dit_jax import sampling
+from ptq4dit_jax.checkpoints import Model
+from ptq4dit_jax.cli.derived import Given, Group, Settings, with_options
+from ptq4dit_jax.cli.options import BatchSize, Decoding, ModelArgument, Repeat, Seed, Written
+from ptq4dit_jax.diffusion import Sampling
+from ptq4dit_jax.engine import choice
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.outputs import check_picture, write_picture, write_samples
+from ptq4dit_jax.terminal import (
+    all_devices_mesh,
+    console,
+    devices_line,
+    load_model,
+    parse_labels,
+    read_arrays,
+    read_key,
+    runs_line,
+    stages,
+    to_run,
+    wanted_labels,
+    write_file,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Computing:
+    """What samples are computed in, and by what."""
+
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto (bfloat16 for a quantized model on a GPU or TPU, float32 for a model stored in float16), float32, "
+            "bfloat16 or float16.",
+            metavar="TYPE",
+        ),
+    ] = "auto"
+    backend: Annotated[str, typer.Option(help=f"What runs integer products: {', '.join(choice.names())}.")] = "auto"
+
+
+@with_options
+def sample(
+    context: typer.Context,
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="A .png grid, or an .npz in ADM's form (arr_0, uint8 NHWC).", show_default=False)],
+    given: Annotated[Given, Settings(Sampling)],
+    decoding: Annotated[Decoding, Group()],
+    computing: Annotated[Computing, Group()],
+    written: Annotated[Written, Group()],
+    labels: Annotated[
+        str | None, typer.Option(help="Class labels: 0-9, or 1,3,5-7; none of a model without classes.", show_default="0")
+    ] = None,
+    repeat: Repeat = 1,
+    batch_size: BatchSize = None,
+    noise: Annotated[
+        Path | None,
+        typer.Option(help="An npz with noise (N, H, W, C) and, if wanted, step_noise (S, N, H, W, C).", metavar="FILE"),
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Samples images from a float or quantized model, the whole chain in one compiled program."""
+    if out.suffix not in (".png", ".npz"):
+        raise Ptq4ditError(f"--out must end in .png or .npz, not {out.name!r}.")
+    key = read_key(seed)
+    written.claim(context, out)
+    # Mistakes in these cost no loading.
+    parse_labels("0" if labels is None else labels, repeat)
+    choice.checked(computing.backend)
+    how = Sampling.of(**given)
+    loaded = to_run(load_model(model), computing.dtype, computing.backend)
+    wanted = wanted_labels(labels, "0", repeat, loaded.config)
+    _check_pictures(model, loaded, out, decoding)
+    resolved = how.resolve(loaded.schedule, loaded.config)
+    decoder = decoding.load()
+    named = wanted if loaded.config.num_labels else None
+    columns = len(wanted) // repeat if repeat > 1 and named is not None else None
+    if out.suffix == ".png":
+        side = loaded.config.input_size * (1 if decoder is None else decoder.config.factor)
+        check_picture(len(wanted), side, side, columns)
+    arrays = {} if noise is None else read_arrays(noise, ("noise",), ("step_noise",))
+    console.print(f"Sampling {len(wanted)} images from {model} on {devices_line()}, {runs_line(loaded)}: {resolved}")
+    started = time.perf_counter()
+    with stages() as report:
+        report("sample", 0, len(wanted))
+        batches = sampling.sample_batches(
+            cast(Any, loaded),
+            wanted,
+            key,
+            sampling=how,
+            batch_size=batch_size,
+            decoder=decoder,
+            mesh=all_devices_mesh(),
+            **arrays,
+        )
+
+        def images() -> Iterator[np.ndarray]:
+            for start, batch in batches:
+                report("sample", start + len(batch), len(wanted))
+                yield batch
+
+        write = (
+            (lambda file: write_picture(file, images(), columns))
+            if out.suffix == ".png"
+            else (lambda file: write_samples(file, images(), len(wanted), named))
+        )
+        where = write_file(out, write, overwrite=written.overwrite)
+    seconds = time.perf_counter() - started
+    console.print(f"{len(wanted)} images in {seconds:.1f} s, compilation included")
+    console.print(f"Images: {where}")
+    written.figures({"images": len(wanted), "seconds": seconds, **resolved.to_dict(), "seed": seed, "out": str(out)})
+
+
+def _check_pictures(name: str, model: Model, out: Path, decoding: Decoding) -> None:
+    """Raises where pictures are asked for and the model makes none."""
+    channels = model.config.in_channels
+    if decoding.vae is None and out.suffix == ".png" and channels not in (1, 3):
+        raise Ptq4ditError(
+            f"{name} makes latents of {channels} channels, not pictures; pass its VAE with --vae, or use an "
+            "--out that ends in .npz."
+        )

@@ -1,0 +1,130 @@
+"""Settings of block reconstruction."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+from ptq4dit_jax.config.checks import MAX_ROWS, check_choice
+from ptq4dit_jax.edges import quoted, shown
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.settings import setting
+
+#: Where the hidden states of calibration rows are kept.
+RowsOn = Literal["auto", "device", "host"]
+Start = Literal["nearest", "gptq"]
+
+#: The most iterations of a part, far above what is of use.
+MAX_ITERATIONS = 10**7
+#: Of a learning rate, a regularizer or its exponents.
+_MAX_RATE = 1e6
+#: Parts of a batch on CPUs where nothing is said: as many as a host has devices.
+_PARTS = 8
+
+
+def _read_exponents(text: str) -> tuple[float, ...]:
+    """``20,2`` to its two numbers. Whether they may be exponents is for :class:`Reconstruction` to say."""
+    try:
+        return tuple(float(exponent) for exponent in text.split(","))
+    except ValueError:
+        raise Ptq4ditError(f"--exponents must be two numbers such as 20,2, not {quoted(text)}.") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """How block reconstruction learns roundings and activation scales (:mod:`ptq4dit_jax.reconstruction`).
+
+    Attributes:
+      iterations: for each part: the embedders, every block, the final layer.
+      start: what learning starts from. ``nearest``: the ranges of rounding to the nearest, and the float weights within them.
+        ``gptq``: closed-form rounding of the part behind the learned parts before it. None is ``gptq``.
+      batch_size: rows of an iteration, one from each of as many strata of the calibration rows; a multiple of the devices.
+      rounding_rate, scale_rate: Adam's learning rates of the rounding variables and of the logarithms of activation scales;
+        the latter decays to 0 by a cosine, the former if ``decay_rounding``.
+      rounding_eps: Adam's epsilon for the rounding variables, whose gradients are of the order of 1. One as large lets a
+        weight move by how much it matters to the error: with a small one all move alike, most of them by the noise of batches.
+      regularizer: weight of undecided roundings against the error, both counted per weight.
+      exponents: of the regularizer, first and last.
+      warmup: part of the iterations without regularizer.
+      row_weights: ``plain``, or ``steps``: rows count inversely to the float part's mean square change at their step.
+      dtype: compute type; ``auto`` is bfloat16 on GPU and TPU and float32 on CPU.
+      parts: into how many parts a batch is cut, whose gradients are added up in order. Every number of devices that divides it
+        gives the same integers. None is 8 on CPUs, or the largest divisor of 8 that divides ``batch_size``, and 1 elsewhere:
+        parts of 4 rows are too little work for a GPU.
+      rows_on: where hidden states are kept: ``device``, ``host`` (streamed batch by batch), or ``auto``, the device if they
+        fit.
+    """
+
+    iterations: int = setting(2000, "Iterations for each block, the embedders and the final layer.")
+    start: Start | None = setting(
+        None,
+        "What learning starts from: nearest, or gptq, the closed form behind what was learned before.",
+        flag="reconstruct-from",
+        shown="gptq; nearest with --paper",
+    )
+    batch_size: int = setting(
+        32, "Rows of an iteration, a multiple of the devices and of --reconstruct-parts.", flag="reconstruct-batch"
+    )
+    rounding_rate: float = setting(0.3, "Adam's learning rate of the roundings.")
+    rounding_eps: float = setting(1.0, "Adam's epsilon of the roundings; a small one moves all weights alike.")
+    decay_rounding: bool = setting(True, "Whether the learning rate of the roundings decays to 0 by a cosine.")
+    scale_rate: float = setting(1e-3, "Adam's learning rate of the logarithms of activation scales.")
+    regularizer: float = setting(0.1, "Weight of undecided roundings against the error.")
+    exponents: tuple[float, float] = setting(
+        (20.0, 2.0), "Exponents of the regularizer, first and last.", shown="20,2", metavar="FIRST,LAST", read=_read_exponents
+    )
+    warmup: float = setting(0.2, "Part of the iterations without regularizer.")
+    row_weights: Literal["plain", "steps"] = setting(
+        "plain", "How rows count: plain, or steps, inversely to the mean square change at their step."
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = setting(
+        "auto", "Type to learn in: bfloat16, float32, or auto, float32 on a CPU only.", flag="reconstruct-dtype"
+    )
+    parts: int | None = setting(
+        None,
+        "Parts of a batch; every number of devices that divides it learns the same integers.",
+        flag="reconstruct-parts",
+        shown="8 on CPUs, else 1",
+    )
+    rows_on: RowsOn = setting(
+        "auto", "Where hidden states are kept: device, host, or auto, the device if they fit.", flag="reconstruct-rows-on"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", *(() if self.parts is None else ("parts",))):
+            value, most = getattr(self, name), MAX_ITERATIONS if name == "iterations" else MAX_ROWS
+            if not isinstance(value, int) or value < 1:
+                raise Ptq4ditError(f"Reconstruction {name} must be a positive integer, not {shown(value)}.")
+            if value > most:
+                raise Ptq4ditError(f"Reconstruction {name} must be at most {most}, not {shown(value)}.")
+        if self.parts is not None and self.batch_size % self.parts:
+            raise Ptq4ditError(f"A reconstruction batch of {self.batch_size} rows cannot be cut into {self.parts} equal parts.")
+        for name in ("rounding_rate", "scale_rate", "regularizer"):
+            if not 0 <= getattr(self, name) <= _MAX_RATE:
+                raise Ptq4ditError(
+                    f"Reconstruction {name} must be finite and not negative, at most {_MAX_RATE:g}, not {getattr(self, name)}."
+                )
+        if not 0 < self.rounding_eps <= _MAX_RATE:  # 0 would divide 0 by 0 for a weight without a gradient
+            raise Ptq4ditError(
+                f"Reconstruction rounding_eps must be finite and positive, at most {_MAX_RATE:g}, not {self.rounding_eps}."
+            )
+        if not 0 <= self.warmup < 1:
+            raise Ptq4ditError(f"Reconstruction warmup must be at least 0 and below 1, not {self.warmup}.")
+        if len(self.exponents) != 2 or not all(1 <= value <= _MAX_RATE for value in self.exponents):
+            raise Ptq4ditError(f"Reconstruction exponents must be two numbers of at least 1, not {self.exponents}.")
+        check_choice("Reconstruction start", self.start, (*get_args(Start), None))
+        check_choice("Reconstruction row_weights", self.row_weights, ("plain", "steps"))
+        check_choice("Reconstruction dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        check_choice("Reconstruction rows_on", self.rows_on, get_args(RowsOn))
+
+    @property
+    def resolved_start(self) -> Start:
+        """``start``, or what stands for None."""
+        return self.start or "gptq"
+
+    def gradient_parts(self, platform: str) -> int:
+        """``parts``, or what stands for None on that platform of JAX."""
+        if self.parts is not None:
+            return self.parts
+        return math.gcd(self.batch_size, _PARTS) if platform == "cpu" else 1

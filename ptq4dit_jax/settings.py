@@ -1,0 +1,107 @@
+"""Settings as dataclasses in sections, and the flat names by which stored models and the command line know them.
+
+Code holds sections: ``config.balancing.exponent``. What is written down is flat: ``{"exponent": 0.5}``, ``--exponent 0.5``. A
+field says both at once, so that neither side keeps a list of its own:
+
+    exponent: float = setting(0.5, "Of the balancing factors; 0.5 is CSB, 0 no balancing.")
+    balancing: Balancing = section(Balancing())
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+_S = TypeVar("_S")
+_KEY, _SECTION = "setting", "section"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is said of a field outside the code.
+
+    Attributes:
+      help: a sentence for the command line.
+      name: the flat name; empty for the field's own.
+      shown: what stands for the default in help; None for the default itself.
+      metavar: what stands for the value in help; None for the type's.
+      read: makes the value from the text of an option, where text is not the value.
+      flag: the option's spelling where it is not the flat name's.
+      of: the dataclass of settings that the value is, where it may also be None.
+    """
+
+    help: str
+    name: str = ""
+    shown: str | None = None
+    metavar: str | None = None
+    read: Callable[[str], Any] | None = None
+    flag: str | None = None
+    of: type | None = None
+
+
+def setting(default: Any, help: str, **more: Any) -> Any:
+    """A field of a section; ``more`` are attributes of its :class:`Setting`."""
+    return dataclasses.field(default=default, metadata={_KEY: Setting(help, **more)})
+
+
+def section(default: Any) -> Any:
+    """A field that is a dataclass of settings itself, and has no flat name."""
+    return dataclasses.field(default=default, metadata={_SECTION: True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A setting by its flat ``name``: its ``field`` of the dataclass ``owner``, and what is ``said`` of it."""
+
+    name: str
+    owner: type
+    field: dataclasses.Field[Any]
+    said: Setting
+
+
+def leaves(kind: type) -> Iterator[Leaf]:
+    """All settings of a dataclass and its sections, in order."""
+    for field in dataclasses.fields(kind):
+        if _SECTION in field.metadata:
+            yield from leaves(type(field.default))
+        elif (said := field.metadata.get(_KEY)) is not None:
+            yield Leaf(said.name or field.name, kind, field, said)
+
+
+def changed(value: _S, settings: Mapping[str, Any]) -> _S:
+    """A dataclass of settings with some of them set, by their flat names. Every section that changes validates itself.
+
+    Raises:
+      TypeError: a name that no setting has.
+    """
+    names = [leaf.name for leaf in leaves(type(value))]
+    if unknown := [name for name in settings if name not in names]:
+        close = difflib.get_close_matches(unknown[0], names, 1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}."
+        raise TypeError(f"{type(value).__name__} has no setting {unknown[0]!r}; {hint}")
+    return _changed(value, settings)
+
+
+def _changed(value: _S, settings: Mapping[str, Any]) -> _S:
+    new = {}
+    for field in dataclasses.fields(cast(Any, value)):
+        if _SECTION in field.metadata:
+            old = getattr(value, field.name)
+            if (part := _changed(old, settings)) is not old:
+                new[field.name] = part
+        elif (said := field.metadata.get(_KEY)) is not None and (name := said.name or field.name) in settings:
+            new[field.name] = settings[name]
+    return dataclasses.replace(cast(Any, value), **new) if new else value
+
+
+def flat(value: Any) -> dict[str, Any]:
+    """All settings of a dataclass and its sections by their flat names."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        if _SECTION in field.metadata:
+            found |= flat(getattr(value, field.name))
+        elif (said := field.metadata.get(_KEY)) is not None:
+            found[said.name or field.name] = getattr(value, field.name)
+    return found
