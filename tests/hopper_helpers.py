@@ -11,6 +11,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ptq4dit_jax.engine import choice
+from ptq4dit_jax.engine.hopper import gemm, nibbles
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 IS_HOPPER = choice.resolve("auto", "bfloat16").name == "hopper"
@@ -56,3 +57,24 @@ def operands(
         jnp.asarray(rng.integers(low, high, (N, K)), jnp.float32), column, jnp.asarray(zeros, jnp.float32), bits
     )
     return Encoded(values, scale, None), weight, jnp.asarray(rng.normal(size=N), jnp.float32)
+
+
+def words_of_bytes(ref: Any, *index: Any) -> jax.Array:
+    data = ref[0][index]
+    return jax.lax.bitcast_convert_type(data.reshape(data.shape[0], -1, 4), jnp.int32)
+
+
+def bytes_of_words(ref: Any, words: jax.Array, *index: Any) -> None:
+    ref[0][index] = jax.lax.bitcast_convert_type(words, jnp.int8).reshape(words.shape[0], -1)
+
+
+@contextmanager
+def interpreted_kernels() -> Iterator[None]:
+    """Runs kernels on the CPU as :func:`interpreter` does; blocks have several tiles, and words are made of bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemm, "core_count", lambda: 3)
+        # The interpreter keeps the bytes and the words of the same memory apart; here words are made of bytes.
+        patch.setattr(nibbles, "load_words", words_of_bytes)
+        patch.setattr(nibbles, "store_words", bytes_of_words)
+        with interpreter():
+            yield

@@ -7,7 +7,6 @@ arrivals nobody has seen.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import helpers
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import HOPPER, PLAIN, XLA
-from hopper_helpers import HAS_INTERPRETER, interpreter
+from hopper_helpers import HAS_INTERPRETER, interpreted_kernels
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.engine import hopper
@@ -45,22 +44,9 @@ LAYER, LAYERS = 2, 4
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(gemm, "core_count", lambda: 3)  # so that a block has several tiles
-    # The interpreter keeps the bytes and the words of the same memory apart; here words are made of bytes.
-    monkeypatch.setattr(nibbles, "load_words", words_of_bytes)
-    monkeypatch.setattr(nibbles, "store_words", bytes_of_words)
-    with interpreter():
+def interpreted() -> Iterator[None]:
+    with interpreted_kernels():
         yield
-
-
-def words_of_bytes(ref: Any, *index: Any) -> jax.Array:
-    data = ref[0][index]
-    return jax.lax.bitcast_convert_type(data.reshape(data.shape[0], -1, 4), jnp.int32)
-
-
-def bytes_of_words(ref: Any, words: jax.Array, *index: Any) -> None:
-    ref[0][index] = jax.lax.bitcast_convert_type(words, jnp.int8).reshape(words.shape[0], -1)
 
 
 def stacked(layer: np.ndarray | float, *, alone: bool = False, dtype: object = None) -> jax.Array:

@@ -1,0 +1,126 @@
+"""One contract for each operation, kept by every backend: run here, by an interpreter, or lowered for a device that is absent.
+
+A backend gives what NumPy gives, or refuses the call with a reason. The reference refuses nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hopper_helpers import HAS_INTERPRETER, interpreted_kernels
+from operation_contracts import Case, cases
+
+from ptq4dit_jax.devices import default_device
+from ptq4dit_jax.engine import choice, xla
+from ptq4dit_jax.engine.backends import Backend, NotCovered
+from ptq4dit_jax.engine.dispatch import AnyBackend, Dispatch
+
+CASES = list(cases())
+
+
+class Mode(enum.Enum):
+    """How an operation is made to run."""
+
+    EAGER = "eager"
+    JITTED = "jitted"
+    INTERPRETED = "interpreted"
+    LOWERED = "lowered"
+
+
+#: What runs a backend's kernels on a CPU.
+INTERPRETERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {"hopper": interpreted_kernels} if HAS_INTERPRETER else {}
+#: What JAX calls the platform that kernels are lowered for.
+LOWERS_FOR = {"gpu": "cuda", "tpu": "tpu"}
+
+
+def modes() -> Iterator[Any]:
+    """Every backend in every mode that it has on this machine."""
+    for backend in choice.BACKENDS:
+        runs = not backend.why_not(default_device(), "bfloat16")
+        wanted = {
+            Mode.EAGER: backend is xla.BACKEND,
+            Mode.JITTED: runs,
+            Mode.INTERPRETED: not runs and backend.name in INTERPRETERS,
+            Mode.LOWERED: not runs and backend.platform is not None,
+        }
+        for mode in (mode for mode, there in wanted.items() if there):
+            marks = [pytest.mark.makes_nan] if mode is Mode.INTERPRETED else []
+            yield pytest.param(backend, mode, id=f"{backend.name}-{mode.value}", marks=marks)
+
+
+def outcome(backend: AnyBackend, mode: Mode, case: Case) -> Any:
+    """What the operation gives, as arrays; of what is only lowered its shapes."""
+    call = case.call(Dispatch((backend,)))
+    if mode is Mode.EAGER:
+        return call(*case.args)
+    if mode is Mode.LOWERED:
+        shapes = jax.eval_shape(call, *case.args)
+        jax.jit(call).trace(*case.args).lower(lowering_platforms=(LOWERS_FOR[str(backend.platform)],))
+        return shapes
+    around = INTERPRETERS[backend.name]() if mode is Mode.INTERPRETED else contextlib.nullcontext()
+    with around:
+        return jax.block_until_ready(jax.jit(call)(*case.args))
+
+
+@pytest.mark.parametrize(("backend", "mode"), list(modes()))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_an_operation_gives_what_numpy_gives_or_says_why_not(case: Case, backend: AnyBackend, mode: Mode) -> None:
+    with contextlib.ExitStack() as refused:
+        if backend is not xla.BACKEND:  # which refuses nothing
+            refused.enter_context(contextlib.suppress(NotCovered))
+        got = outcome(backend, mode, case)
+        check(got, case, backend, mode)
+
+
+@pytest.mark.parametrize("backend", choice.BACKENDS, ids=lambda backend: backend.name)
+def test_a_backend_covers_calls_of_what_it_overrides_and_refuses_with_a_reason(backend: AnyBackend) -> None:
+    covered, reasons = set(), []
+    for case in CASES:
+        try:
+            jax.eval_shape(case.call(Dispatch((backend,))), *case.args)
+            covered.add(case.operation)
+        except NotCovered as refusal:
+            reasons.append(str(refusal).removeprefix(f"{backend.name}: "))
+    overridden = {case.operation for case in CASES} & set(vars(type(backend)))
+    if backend.attention_library is not None and backend.unfit(default_device()):
+        overridden -= {"attention"}  # is the library's, which has it on that device only
+    assert covered == overridden
+    assert all(reasons)
+    assert backend is not xla.BACKEND or not reasons
+
+
+def check(got: Any, case: Case, backend: AnyBackend, mode: Mode) -> None:
+    if mode is Mode.LOWERED:
+        if case.operation == "prepared":  # in a form that is the backend's own affair
+            return
+        expected = jax.eval_shape(case.call(xla.BACKEND), *case.args)
+        assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(got)] == [
+            (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expected)
+        ]
+        return
+    case.check(got, backend)
+
+
+def test_every_operation_has_a_contract() -> None:
+    """The public methods of a backend that are not about the device it runs on."""
+    about_devices = {"unfit", "why_not"}
+    methods = {name for name, value in vars(Backend).items() if callable(value) and not name.startswith("_")}
+    assert {case.operation for case in CASES} == methods - about_devices
+    names = [case.name for case in CASES]
+    assert len(names) == len(set(names))
+
+
+def test_a_wrong_result_breaks_the_contract() -> None:
+    """Each check notices a result that is off by what one forgotten factor or code would make."""
+    for case in CASES:
+        got = case.call(xla.BACKEND)(*case.args)
+        spoiled = jax.tree.map(lambda leaf: leaf + np.asarray(5, leaf.dtype), got)
+        with pytest.raises(AssertionError):
+            case.check(spoiled, xla.BACKEND)
