@@ -13,7 +13,7 @@ from ptq4dit_jax.checkpoints import load, save
 from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, load_vae
 from ptq4dit_jax.config import Activations, Balancing, Calibration, QuantConfig, Reconstruction, Weights
 from ptq4dit_jax.diffusion import Sampling
-from ptq4dit_jax.engine import QuantizedDiT, describe, reference
+from ptq4dit_jax.engine import LayerReport, QuantizedDiT, describe, reference
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import compare, write_report
 from ptq4dit_jax.guidance import Guidance, predict
@@ -40,6 +40,7 @@ __all__ = [
     "FloatDiT",
     "FlowSchedule",
     "Guidance",
+    "LayerReport",
     "NoiseSchedule",
     "Observed",
     "Policy",

@@ -100,10 +100,10 @@ def test_float_and_quantized_models_have_one_face(example):
 
 
 def test_describe_says_what_runs(example):
-    rows = {row["layer"]: row for row in ptq.describe(example[0]["q"])}
+    rows = {row.layer: row for row in ptq.describe(example[0]["q"])}
     assert set(ptq.load(DIGITS).config.linear_shapes) | {"blocks.q @ k", "blocks.probs @ v"} == set(rows)
     for layer in ("blocks.qkv", "blocks.proj", "blocks.fc1", "blocks.fc2", "blocks.adaLN"):
-        assert (rows[layer]["weight_bits"], rows[layer]["act_bits"], rows[layer]["integer"]) == (4, 8, True)
+        assert (rows[layer].weight_bits, rows[layer].act_bits, rows[layer].integer) == (4, 8, True)
 
 
 def test_the_model_is_its_config_and_its_parameters():

@@ -125,9 +125,9 @@ def test_it_is_quantized_saved_loaded_and_sampled(bits, least, model, rows, tmp_
     quantized = ptq.quantize(model, config, key=jax.random.key(0), calibration=rows)
     assert quantized.provenance.facts["quality"]["sqnr_mean_db"] > least
     assert quantized.linears["blocks.fc2"].act.balance is None
-    described = {row["layer"]: row for row in ptq.describe(quantized)}
+    described = {row.layer: row for row in ptq.describe(quantized)}
     blocks = [name for name in CONFIG.spec.linears if "." in name]
-    assert {described[name]["runs"] for name in blocks} == {"int8 x int8 -> int32"}
+    assert {described[name].runs for name in blocks} == {"int8 x int8 -> int32"}
     twin = ptq.reference(quantized)
     x, y = random_inputs(CONFIG, 4, seed=3)
     arguments = x, np.float32([0.5]), y

@@ -84,22 +84,22 @@ def test_the_source_is_left_as_it_was(model: FloatDiT, w4a8: ptq.QuantizedDiT) -
 
 
 def test_the_default_feeds_the_edges_with_floats(w4a8: ptq.QuantizedDiT) -> None:
-    table = {row["layer"]: row for row in ptq.describe(w4a8)}
+    table = {row.layer: row for row in ptq.describe(w4a8)}
     for name, linear in LINEARS.items():
         edge = linear.edge
-        assert table[name]["integer"] is not edge
-        assert table[name]["weight_bits"] == (8 if edge else 4)
-        assert table[name]["act_bits"] == (32 if edge else 8)
-        assert table[name]["runs"] == ("float32 on de-quantized weights" if edge else "int8 x int8 -> int32")
+        assert table[name].integer is not edge
+        assert table[name].weight_bits == (8 if edge else 4)
+        assert table[name].act_bits == (32 if edge else 8)
+        assert table[name].runs == ("float32 on de-quantized weights" if edge else "int8 x int8 -> int32")
 
 
 def test_a_policy_gives_each_layer_the_width_asked_for(model: FloatDiT, rows: CalibrationData) -> None:
     policy = "uniform,blocks.adaLN=6,final=8:float,blocks.fc2=3,blocks.qkv=4:float"
     q = ptq.quantize(model, ptq.QuantConfig.of(**PLAIN, weight_bits=4, policy=policy), key=KEY, calibration=rows)
-    bits = {row["layer"]: row["weight_bits"] for row in ptq.describe(q)}
+    bits = {row.layer: row.weight_bits for row in ptq.describe(q)}
     expected = dict.fromkeys(LINEARS, 4) | {"blocks.adaLN": 6, "final": 8, "blocks.fc2": 3}
     assert {name: bits[name] for name in LINEARS} == expected
-    assert {row["layer"] for row in ptq.describe(q) if not row["integer"]} == {"final", "blocks.qkv"}
+    assert {row.layer for row in ptq.describe(q) if not row.integer} == {"final", "blocks.qkv"}
     assert q.linears["blocks.fc2"].act.balance is not None
     assert error(model, q) < 0.5
 

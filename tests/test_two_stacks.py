@@ -97,9 +97,9 @@ def test_it_is_quantized_described_saved_loaded_and_sampled(learned, model, rows
     facts = quantized.provenance.facts["rounding" if learned is None else "reconstruction"]
     assert list(facts) == ["embed image", "embed condition", *(f"mixer {i}" for i in range(3)), "mlp 0", "mlp 1", "head"]
     assert quantized.provenance.facts["quality"]["sqnr_mean_db"] > 25
-    described = {row["layer"]: row for row in ptq.describe(quantized)}
-    assert described["mlps.down"]["weight_bits"] == 6
-    assert {described[f"mixers.{name}"]["runs"] for name in ("qkv", "out", "q @ k")} == {"int8 x int8 -> int32"}
+    described = {row.layer: row for row in ptq.describe(quantized)}
+    assert described["mlps.down"].weight_bits == 6
+    assert {described[f"mixers.{name}"].runs for name in ("qkv", "out", "q @ k")} == {"int8 x int8 -> int32"}
     assert quantized.linears["mlps.down"].act.balance is None
     x, y = random_inputs(CONFIG, 4, seed=2)
     arguments = x, jnp.array([500]), y

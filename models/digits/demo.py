@@ -75,12 +75,10 @@ def main() -> None:
             progress=report,
         )
 
-    rows_shown = describe(models["W4A8"])
-    integer = sum(row["integer"] for row in rows_shown)
-    console.print(
-        f"W4A8: {integer} of {len(rows_shown)} kinds of product run int8 x int8 -> int32; the others are fed by floats:"
-    )
-    console.print("  " + ", ".join(row["layer"] for row in rows_shown if not row["integer"]))
+    layers = describe(models["W4A8"])
+    integer = sum(layer.integer for layer in layers)
+    console.print(f"W4A8: {integer} of {len(layers)} kinds of product run int8 x int8 -> int32; the others are fed by floats:")
+    console.print("  " + ", ".join(layer.layer for layer in layers if not layer.integer))
 
     judge = train_classifier()
     recognized = {name: float(np.mean(judge.predict(images) == labels)) for name, images in comparison.images.items()}
@@ -119,7 +117,7 @@ def main() -> None:
         out / "report",
         comparison,
         title="Digits: W8A8 and W4A8 against float",
-        describe_rows=rows_shown,
+        describe_rows=[layer.words() for layer in layers],
         settings=dataclasses.asdict(settings[1]),
         rounding=models["W4A8"].provenance.facts.get("rounding"),
         balancing=models["W4A8"].provenance.facts.get("balancing"),

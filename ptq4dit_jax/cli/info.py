@@ -29,7 +29,7 @@ def info(context: typer.Context, model: ModelArgument, json: Json = None) -> Non
     if isinstance(loaded, QuantizedDiT):
         running = to_run(loaded, "auto", "auto")
         console.print(f"{'runs':>14}  {runs_line(running)}")
-        rows = describe(running)
+        rows = [layer.words() for layer in describe(running)]
         print_layers(rows)
     for key, value in facts.items():
         if key == "evidence" and isinstance(value, dict):

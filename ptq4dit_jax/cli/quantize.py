@@ -160,7 +160,8 @@ def quantize(
             **dataclasses.asdict(conduct),
         )
     seconds = time.perf_counter() - started
-    print_layers(describe(quantized))
+    layers = [layer.words() for layer in describe(quantized)]
+    print_layers(layers)
     with working(f"Writing {out}"):
         where = checkpoints.save(quantized, out, provenance={"source": model, "seed": seed}, overwrite=written.overwrite)
     if state is not None and not forget_journal(state):
@@ -175,7 +176,7 @@ def quantize(
         "quality": quality and quality.to_dict(),
         "settings": quantized.provenance.facts["settings"],
     }
-    written.figures({**figures, "layers": describe(quantized), "out": str(out)})
+    written.figures({**figures, "layers": layers, "out": str(out)})
 
 
 def _print_result(dit: FloatDiT, quantized: QuantizedDiT, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any, NamedTuple
 
@@ -16,44 +17,125 @@ from ptq4dit_jax.networks.spec import Place
 from ptq4dit_jax.quantizers import ActQuantizer
 
 
-def describe(model: QuantizedDiT) -> list[dict[str, Any]]:
-    """What runs for each layer and each product of attention on the default device: name, shape, bits, input ranges, the
-    arithmetic, and the backend, as the forward decides it while it is traced for rows of one timestep. Bits of what stays float
-    are those of its type. ``why`` says why it is not, or not all of it, the model's backend; empty where it is."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActRanges:
+    """The ranges that activations are quantized to: found per row at run time (``dynamic``), or one per tensor for each of
+    ``groups`` groups of steps; and whether a channel's factor remains at run time (``balanced``)."""
+
+    dynamic: bool
+    groups: int
+    balanced: bool
+
+    @classmethod
+    def of(cls, act: ActQuantizer) -> ActRanges:
+        return cls(dynamic=act.dynamic, groups=1 if act.dynamic else act.scale.shape[-1], balanced=act.balance is not None)
+
+    def __str__(self) -> str:
+        """Such as "per tensor, 5 groups of steps, balanced"."""
+        if self.dynamic:
+            return "per row"
+        groups = "" if self.groups == 1 else f", {self.groups} groups of steps"
+        return f"per tensor{groups}{', balanced' if self.balanced else ''}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What runs for a layer, or for a product of attention.
+
+    Attributes:
+      layer: its full name, such as ``blocks.qkv``, or ``blocks.q @ k`` of a product.
+      lead: how often it is there, ``(depth,)`` in a stack and ``()`` outside.
+      size: inputs K and outputs N of a layer; None of a product of attention.
+      heads: of a product of attention; None of a layer.
+      weight_bits, act_bits: of both operands; those of what stays float are those of its type.
+      ranges: of the activations; None where they stay float.
+      dtype: in which the model computes between its integer products.
+      backend: what runs it, and whose codes it takes if not its own.
+      why: why that is not, or not all of it, the model's backend; empty where it is.
+    """
+
+    layer: str
+    lead: tuple[int, ...]
+    size: tuple[int, int] | None
+    heads: int | None
+    weight_bits: int
+    act_bits: int
+    ranges: ActRanges | None
+    dtype: str
+    backend: str
+    why: str
+
+    @property
+    def integer(self) -> bool:
+        """Whether both operands are integers."""
+        return self.ranges is not None
+
+    @property
+    def shape(self) -> str:
+        """Such as "28 x 1152 -> 3456", or "28 x 16 heads"."""
+        what = f"{self.heads} heads" if self.size is None else f"{self.size[0]} -> {self.size[1]}"
+        return "".join(f"{depth} x " for depth in self.lead) + what
+
+    @property
+    def runs(self) -> str:
+        """The arithmetic, such as "int8 x int8 -> int32"."""
+        if self.integer:
+            return "int8 x int8 -> int32"
+        return self.dtype if self.size is None else f"{self.dtype} on de-quantized weights"
+
+    def words(self) -> dict[str, Any]:
+        """The report as a row of a table or of JSON."""
+        return {
+            "layer": self.layer,
+            "shape": self.shape,
+            "weight_bits": self.weight_bits,
+            "act_bits": self.act_bits,
+            "ranges": "none" if self.ranges is None else str(self.ranges),
+            "runs": self.runs,
+            "backend": self.backend,
+            "why": self.why,
+            "integer": self.integer,
+        }
+
+
+def describe(model: QuantizedDiT) -> list[LayerReport]:
+    """What runs for each layer and each product of attention on the default device, as the forward decides it while it is
+    traced for rows of one timestep."""
     ran, attention, on_codes = _what_runs(model)
     bits = 8 * jnp.dtype(model.dtype).itemsize
-    rows = []
     spec = model.config.spec
+    reports = []
     for name, linear in spec.linears.items():  # JAX sorts the names of a pytree it rebuilds
         layer = model.linears[name]
-        rows.append(
-            {
-                "layer": name,
-                "shape": "".join(f"{depth} x " for depth in linear.place.lead) + f"{linear.K} -> {linear.N}",
-                "weight_bits": layer.weight.bits,
-                "act_bits": layer.act.bits if layer.act else bits,
-                "ranges": _ranges(layer.act),
-                "runs": "int8 x int8 -> int32" if layer.integer else f"{model.dtype} on de-quantized weights",
+        reports.append(
+            LayerReport(
+                layer=name,
+                lead=linear.place.lead,
+                size=(linear.K, linear.N),
+                heads=None,
+                weight_bits=layer.weight.bits,
+                act_bits=layer.act.bits if layer.act else bits,
+                ranges=ActRanges.of(layer.act) if layer.act else None,
+                dtype=model.dtype,
                 **ran.get(name, _Runs(xla.BACKEND.name, ""))._asdict(),
-                "integer": layer.integer,
-            }
+            )
         )
     for stack, (left, right) in itertools.product(spec.attending, (("q", "k"), ("probs", "v"))):
         a, b = (model.sites.get(str(Place(side, stack))) if on_codes else None for side in (left, right))
-        heads = spec.sites[str(Place("q", stack))].features[0]
-        rows.append(
-            {
-                "layer": f"{Place(left, stack)} @ {right}",
-                "shape": f"{stack.depth} x {heads} heads",
-                "weight_bits": b.bits if b else bits,
-                "act_bits": a.bits if a else bits,
-                "ranges": _ranges(a),
-                "runs": "int8 x int8 -> int32" if a else model.dtype,
+        reports.append(
+            LayerReport(
+                layer=f"{Place(left, stack)} @ {right}",
+                lead=(stack.depth,),
+                size=None,
+                heads=spec.sites[str(Place("q", stack))].features[0],
+                weight_bits=b.bits if b else bits,
+                act_bits=a.bits if a else bits,
+                ranges=ActRanges.of(a) if a else None,
+                dtype=model.dtype,
                 **attention._asdict(),
-                "integer": a is not None,
-            }
+            )
         )
-    return rows
+    return reports
 
 
 class _Runs(NamedTuple):
@@ -87,14 +169,3 @@ def _what_runs(model: QuantizedDiT) -> tuple[dict[str, _Runs], _Runs, bool]:
         fused = can_fuse_attention(model.dtype, width)
         return by_layer, _Runs("cudnn" if fused else xla.BACKEND.name, ""), False
     return by_layer, _Runs(attention.runs_on, attention.why), attention.backend.attends_on_codes
-
-
-def _ranges(act: ActQuantizer | None) -> str:
-    if act is None:
-        return "none"
-    if act.dynamic:
-        return "per row"
-    groups = act.scale.shape[-1]
-    return ("per tensor" if groups == 1 else f"per tensor, {groups} groups of steps") + (
-        ", balanced" if act.balance is not None else ""
-    )

@@ -151,14 +151,14 @@ def test_a_model_runs_by_a_backend_of_one_operation(quantized: ptq.QuantizedDiT)
     x, y = random_inputs(quantized.config, 2)
     toy, reference = (quantized.replace(backend=name) for name in ("toy", "xla"))  # type: ignore[attr-defined]
     np.testing.assert_allclose(toy.apply(x, T, y), reference.apply(x, T, y), rtol=1e-3, atol=1e-3)
-    rows = {row["layer"]: row for row in ptq.describe(toy)}
-    assert rows["time_fc1"]["backend"] == "toy, codes by xla"
-    assert rows["time_fc1"]["why"] == "there is no kernel for encode"
-    assert rows["patch_embed"]["why"] == "there is no kernel for encode; the input has 3 axes"
-    assert rows["blocks.qkv"]["backend"] == rows["blocks.q @ k"]["backend"] == "xla"
-    assert rows["blocks.fc1"]["why"] == "there is no kernel for modulate_encode; there is no kernel for linear_gelu"
-    assert rows["blocks.q @ k"]["why"] == "there is no kernel for attention"
-    assert rows["blocks.q @ k"]["integer"]
+    rows = {row.layer: row for row in ptq.describe(toy)}
+    assert rows["time_fc1"].backend == "toy, codes by xla"
+    assert rows["time_fc1"].why == "there is no kernel for encode"
+    assert rows["patch_embed"].why == "there is no kernel for encode; the input has 3 axes"
+    assert rows["blocks.qkv"].backend == rows["blocks.q @ k"].backend == "xla"
+    assert rows["blocks.fc1"].why == "there is no kernel for modulate_encode; there is no kernel for linear_gelu"
+    assert rows["blocks.q @ k"].why == "there is no kernel for attention"
+    assert rows["blocks.q @ k"].integer
 
 
 @pytest.mark.usefixtures("with_toy")

@@ -95,8 +95,8 @@ def test_a_whole_model_lowers_with_its_blocks_as_kernels(bits: int) -> None:
     # Two norms, qkv, codes for proj, proj, fc1, fc2, once for all blocks. Packed weights: also the one that unpacks those of a
     # block, and the modulation of all blocks.
     assert text.count("custom_call @mosaic_gpu") == (9 if bits == 4 else 7)
-    rows = {row["layer"]: row for row in ptq.describe(q)}
-    assert all(rows[f"blocks.{layer}"]["backend"] == "hopper" for layer in ("qkv", "proj", "fc1", "fc2"))
+    rows = {row.layer: row for row in ptq.describe(q)}
+    assert all(rows[f"blocks.{layer}"].backend == "hopper" for layer in ("qkv", "proj", "fc1", "fc2"))
 
 
 def functions(program: str) -> dict[str, Counter[str]]:
@@ -159,13 +159,13 @@ def test_weights_of_padded_widths_are_concatenated_from_halves() -> None:
 def test_attention_is_a_kernel_that_gives_codes_where_it_covers_the_shape() -> None:
     q = small_model(8, side=32)
     blocks_run_kernels_alone(q)
-    products = [row for row in ptq.describe(q) if row["layer"] in ("blocks.q @ k", "blocks.probs @ v")]
-    assert [(row["backend"], row["runs"], row["integer"]) for row in products] == [("hopper", "bfloat16", False)] * 2
+    products = [row for row in ptq.describe(q) if row.layer in ("blocks.q @ k", "blocks.probs @ v")]
+    assert [(row.backend, row.runs, row.integer) for row in products] == [("hopper", "bfloat16", False)] * 2
 
 
 def runs_on(q: ptq.QuantizedDiT) -> dict[str, str]:
     """What the table says of the layers of the blocks."""
-    rows = {row["layer"].removeprefix("blocks."): row["backend"] for row in ptq.describe(q)}
+    rows = {row.layer.removeprefix("blocks."): row.backend for row in ptq.describe(q)}
     return {name: rows[name] for name in ("adaLN", "qkv", "proj", "fc1", "fc2")}
 
 
@@ -184,12 +184,12 @@ def test_the_table_says_what_is_lowered() -> None:
     with pytest.raises(ptq.Ptq4ditError, match="hopper computes in bfloat16, not in float32"):
         runs_on(small_model(8).astype(jnp.float32))
     assert set(runs_on(small_model(8).astype(jnp.float32).replace(backend="auto")).values()) == {"xla"}
-    edges = {row["layer"]: row["backend"] for row in ptq.describe(small_model(8, policy="edges8"))}
+    edges = {row.layer: row.backend for row in ptq.describe(small_model(8, policy="edges8"))}
     assert (edges["patch_embed"], edges["time_fc1"], edges["final"]) == (mixed, "xla", own)
 
 
 def test_it_says_why_what_is_not_covered_is_not() -> None:
-    why = lambda q: {row["layer"].removeprefix("blocks."): row["why"] for row in ptq.describe(q)}
+    why = lambda q: {row.layer.removeprefix("blocks."): row.why for row in ptq.describe(q)}
     covered = why(small_model(8))
     assert covered["adaLN"].endswith("weights of 8 bits are read by XLA as fast as memory can")
     assert [covered[layer] for layer in ("qkv", "proj", "fc1", "fc2")] == [""] * 4

@@ -78,14 +78,12 @@ def test_the_table_says_in_what_it_runs(w4: ptq.QuantizedDiT, dtype: str, backen
     rows = ptq.describe(w4.astype(dtype).replace(backend=backend))  # type: ignore[attr-defined]
     bits = {"float32": 32, "bfloat16": 16}[dtype]
     layers, products = rows[:-2], rows[-2:]
-    assert {(row["runs"], row["act_bits"], row["ranges"]) for row in layers} == {
-        (f"{dtype} on de-quantized weights", bits, "none")
-    }
-    assert [(row["layer"], row["runs"], row["weight_bits"], row["act_bits"]) for row in products] == [
+    assert {(row.runs, row.act_bits, row.ranges) for row in layers} == {(f"{dtype} on de-quantized weights", bits, None)}
+    assert [(row.layer, row.runs, row.weight_bits, row.act_bits) for row in products] == [
         ("blocks.q @ k", dtype, bits, bits),
         ("blocks.probs @ v", dtype, bits, bits),
     ]
-    assert not any(row["integer"] for row in rows)
+    assert not any(row.integer for row in rows)
     program = jax.jit(lambda q: q.apply(jnp.zeros((1, 6, 6, 3)), T, jnp.array([0]))).lower(w4.astype(dtype)).as_text()
     products_of = [line for line in program.splitlines() if "dot_general" in line]
     assert products_of
@@ -110,8 +108,8 @@ def test_attention_alone_in_float(dit: ptq.FloatDiT, policy: str) -> None:
     q = ptq.quantize(dit, ptq.QuantConfig.of(**PLAIN, **SETTINGS, policy=policy), key=jax.random.key(0))
     assert q.sites == {}
     assert q.linears["blocks.qkv"].integer
-    rows = {row["layer"]: row for row in ptq.describe(q)}
-    assert (rows["blocks.q @ k"]["runs"], rows["blocks.qkv"]["runs"]) == ("float32", "int8 x int8 -> int32")
+    rows = {row.layer: row for row in ptq.describe(q)}
+    assert (rows["blocks.q @ k"].runs, rows["blocks.qkv"].runs) == ("float32", "int8 x int8 -> int32")
     assert relative_error(apply(q), apply(ptq.reference(q))) < 0.02
     assert np.isfinite(
         layer_sqnr(dit, q, *random_inputs(dit.config, 2)[:1], T, random_inputs(dit.config, 2)[1])["blocks.block_out"]
