@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Final, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -95,7 +96,7 @@ class Tensor:
 
 
 #: A value in a file that is no tensor.
-Plain: TypeAlias = str | int | float | bool | tuple[Any, ...] | None
+Plain: TypeAlias = str | int | float | bool | tuple[str | int | float | bool, ...] | None
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,14 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def dtype_named(name: Any) -> np.dtype:
+def dtype_named(name: object) -> np.dtype:
     """The dtype of a plain name such as ``float32`` or ``bfloat16``."""
     if not isinstance(name, str) or name not in _DTYPES:
         raise Damaged(f"its tensors are of the unknown type {quoted(name, 40)}")
     return _DTYPES[name]
 
 
-def checked_shape(shape: Any) -> tuple[int, ...]:
+def checked_shape(shape: object) -> tuple[int, ...]:
     """A shape from a file: a few whole numbers whose product, zeros left out, some machine could address."""
     if not isinstance(shape, (tuple, list)):
         raise Damaged(f"a tensor has {shown(shape, 40)} for a shape")
@@ -186,7 +187,7 @@ class OtherKey:
         return self is other
 
 
-def plain_key(key: Any) -> Any:
+def plain_key(key: object) -> str | tuple[str, ...] | OtherKey:
     """A key as a container may have it: text, a tuple of texts, or an :class:`OtherKey`.
 
     Numbers become text, whose hashes no file can foresee: a dict of integers with equal hashes takes hours to fill.
@@ -196,12 +197,14 @@ def plain_key(key: Any) -> Any:
     if type(key) in (int, bool):
         return str(key)
     if type(key) is tuple and 0 < len(key) <= MAX_DEPTH and all(type(part) is str for part in map(plain_key, key)):
-        return tuple(map(plain_key, key))
+        return tuple(part for part in map(plain_key, key) if isinstance(part, str))
     return OtherKey(type(key).__name__)
 
 
 def flatten(
-    tree: Any, children: Callable[[Any], Mapping[Any, Any] | None], unread: Callable[[Any], str | None] = lambda node: None
+    tree: object,
+    children: Callable[[object], Mapping[object, object] | None],
+    unread: Callable[[object], str | None] = lambda node: None,
 ) -> Contents:
     """All tensors and plain values of a tree of containers by dotted name.
 
@@ -232,7 +235,7 @@ def flatten(
         if characters > _MAX_NAMES:
             raise Damaged("its names are longer than those of any checkpoint")
 
-    def walk(node: Any, name: str, depth: int) -> None:
+    def walk(node: object, name: str, depth: int) -> None:
         nonlocal nodes, entries_seen
         if (plain := _plain(node)) is not _NOT_PLAIN:
             if len(found.facts) < _MAX_FACTS:
@@ -273,18 +276,22 @@ def flatten(
     return found
 
 
-_NOT_PLAIN = object()
+class _Kind(enum.Enum):
+    NOT_PLAIN = enum.auto()
 
 
-def _plain(node: Any) -> Any:
+_NOT_PLAIN: Final = _Kind.NOT_PLAIN
+
+
+def _plain(node: object) -> Plain | _Kind:
     """The node itself if it is text, a number, or a short list of such; ``_NOT_PLAIN`` for anything else."""
-    if node is None or type(node) in (bool, int, float):
+    if node is None or type(node) is bool or type(node) is int or type(node) is float:
         return node
     if isinstance(node, tuple) and hasattr(node, "_fields"):  # a class or function that a pickle names
         return ".".join(map(str, node))[:_MAX_TEXT]
     if type(node) is str:
         return node[: _MAX_OBJECT if node[:1] == "{" else _MAX_TEXT]
-    if type(node) in (list, tuple) and 0 < len(node) <= _MAX_LIST:
+    if (type(node) is list or type(node) is tuple) and 0 < len(node) <= _MAX_LIST:
         items = tuple(item[:_MAX_TEXT] if type(item) is str else item for item in node)
         if all(type(item) in (str, bool, int, float) for item in items):
             return items

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class _Walker:
     def number(self, code: str) -> Any:
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
-    def value(self) -> Any:
+    def value(self) -> object:
         self.depth, self.count = self.depth + 1, self.count + 1
         if self.count > MAX_ENTRIES:
             raise Damaged("it holds more values than any checkpoint")
@@ -61,7 +62,7 @@ class _Walker:
         self.depth -= 1
         return value
 
-    def of_code(self, code: int) -> Any:
+    def of_code(self, code: int) -> object:
         if code <= 0x7F or code >= 0xE0:
             return code if code <= 0x7F else code - 256
         if code <= 0x8F:
@@ -80,8 +81,8 @@ class _Walker:
             return getattr(self, kind)(count)
         raise Damaged(f"it holds the value type {code:#04x}, which does not exist")
 
-    def map(self, count: int) -> dict[Any, Any]:
-        entries: dict[Any, Any] = {}
+    def map(self, count: int) -> dict[object, object]:
+        entries: dict[object, object] = {}
         for _ in range(count):
             key = self.value()
             if type(key) not in (str, int):
@@ -91,7 +92,7 @@ class _Walker:
             entries[name] = self.value()
         return entries
 
-    def list(self, count: int) -> list[Any]:
+    def list(self, count: int) -> list[object]:
         return [self.value() for _ in range(count)]
 
     def text(self, count: int) -> str | Span:
@@ -105,13 +106,16 @@ class _Walker:
     def bytes(self, count: int) -> Span:
         return self.source.span(count)
 
-    def extension(self, count: int) -> Any:
+    def extension(self, count: int) -> Tensor | None:
         kind = self.number(">b")
         if kind not in (_ARRAY, _SCALAR):
             self.source.span(count)
             return None
         end = self.source.position + count
-        shape, dtype, values = self.value()
+        parts = self.value()
+        if not isinstance(parts, Iterable):
+            raise TypeError("an array is no list")
+        shape, dtype, values = parts
         if not isinstance(values, Span) or self.source.position != end:
             raise Damaged(f"the array that ends at byte {end} does not fill its place")
         return tensor_of(values, checked_shape(shape), dtype_named(dtype))
@@ -152,13 +156,13 @@ _SIZED: dict[int, tuple[str, str | int]] = {
 }
 
 
-def _children(node: Any) -> Any:
+def _children(node: object) -> Mapping[object, object] | None:
     if isinstance(node, dict) and node.get(_CHUNKED):
         return {"": _joined(node)}
     return inert_children(node)
 
 
-def _joined(node: dict[str, Any]) -> Tensor:
+def _joined(node: dict[Any, Any]) -> Tensor:
     """An array that Flax cut into pieces because it is of a gigabyte or more."""
     shape = checked_shape(list(node["shape"].values()))
     chunks = [node["chunks"][str(i)] for i in range(len(node["chunks"]))]

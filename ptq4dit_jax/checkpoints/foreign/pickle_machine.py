@@ -18,7 +18,7 @@ import struct
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, WantsCode, decoding, plain_key
 from ptq4dit_jax.checkpoints.foreign.snapshot import Cursor, LatinSpan, Span
@@ -37,13 +37,13 @@ class Inert:
     """What stands for an object that is not built: the name that would have built it, and what it would have been given."""
 
     of: Name
-    args: Any = ()
-    state: Any = None
-    items: dict[Any, Any] | None = None
-    values: list[Any] | None = None
+    args: object = ()
+    state: object = None
+    items: dict[object, object] | None = None
+    values: list[object] | None = None
 
 
-Rebuild: TypeAlias = Mapping[tuple[str, str], Callable[..., Any]]
+Rebuild: TypeAlias = Mapping[tuple[str, str], Callable[..., object]]
 
 #: Names of the standard library that checkpoints hold objects of. A call of any other is not needed by any, so it is refused.
 _HARMLESS = {
@@ -71,7 +71,7 @@ _MARK = object()
 _NEVER_BUILT = (str, int, float, tuple, dict, list, Span, LatinSpan, Inert, type(None))
 
 
-def inert_children(node: Any) -> Mapping[Any, Any] | None:
+def inert_children(node: object) -> Mapping[object, object] | None:
     """The entries of a container, or of an object that was not built: its attributes, else its arguments and items."""
     if isinstance(node, dict):
         return node
@@ -82,7 +82,7 @@ def inert_children(node: Any) -> Mapping[Any, Any] | None:
         if isinstance(state, tuple) and len(state) == 2:  # of a class with __slots__: (attributes, slots)
             parts = [part for part in state if isinstance(part, dict)]
             state = {key: value for part in parts for key, value in part.items()}
-        entries = dict(enumerate(node.args)) if isinstance(node.args, tuple) else {}
+        entries: dict[object, object] = dict(enumerate(node.args)) if isinstance(node.args, tuple) else {}
         if len(entries) == 1 and isinstance(entries[0], dict):  # a mapping built from a dict
             entries = dict(entries[0])
         entries |= dict(enumerate(node.values or ())) | (node.items or {})
@@ -90,7 +90,7 @@ def inert_children(node: Any) -> Mapping[Any, Any] | None:
     return None
 
 
-def unread_kind(node: Any) -> str | None:
+def unread_kind(node: object) -> str | None:
     """The name of what an object that was not built stands for, unless it is a container of settings or harmless."""
     if not isinstance(node, Inert):
         return None
@@ -103,9 +103,9 @@ def unread_kind(node: Any) -> str | None:
 def run(
     source: Cursor,
     rebuild: Rebuild,
-    persistent: Callable[[Any], Any] | None = None,
-    build: Callable[[Any, Any], Any] | None = None,
-) -> Any:
+    persistent: Callable[[object], object] | None = None,
+    build: Callable[[object, object], object] | None = None,
+) -> object:
     """The object that a pickle (protocol 2 to 5) describes.
 
     Bytes and long texts are :class:`Span` and :class:`LatinSpan`; keys are those of :func:`~.lazy.plain_key`.
@@ -125,15 +125,22 @@ def run(
 
 
 class _Machine:
-    def __init__(self, source: Cursor, rebuild: Rebuild, persistent: Any, build: Any) -> None:
+    def __init__(
+        self,
+        source: Cursor,
+        rebuild: Rebuild,
+        persistent: Callable[[object], object] | None,
+        build: Callable[[object, object], object] | None,
+    ) -> None:
         self.source, self.rebuild, self.persistent, self.build = source, rebuild, persistent, build
         self.take, self.calls, self.copies = source.take, 0, 0
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.stack: list[object] = []
+        self.memo: dict[int, object] = {}
         self.memo_keys: dict[int, int] = {}
 
-    def number(self, code: str) -> Any:
-        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+    def number(self, code: str) -> int:
+        number: int = struct.unpack(code, self.take(struct.calcsize(code)))[0]
+        return number
 
     def line(self) -> str:
         line = bytearray()
@@ -143,7 +150,7 @@ class _Machine:
                 raise Damaged("its pickle holds a name without end")
         return line.decode()
 
-    def marked(self) -> list[Any]:
+    def marked(self) -> list[object]:
         """All values above the last mark, which is removed with them."""
         at = len(self.stack) - 1
         while self.stack[at] is not _MARK:
@@ -154,7 +161,7 @@ class _Machine:
         del self.stack[at:]
         return values
 
-    def run(self) -> Any:
+    def run(self) -> object:
         for _ in range(MAX_STEPS):
             code = self.take(1)[0]
             if code == 0x2E:  # STOP
@@ -165,7 +172,7 @@ class _Machine:
             step(self)
         raise Damaged("its pickle holds more values than any checkpoint")
 
-    def push(self, value: Any) -> None:
+    def push(self, value: object) -> None:
         self.stack.append(value)
 
     def count_call(self) -> None:
@@ -173,7 +180,7 @@ class _Machine:
         if self.calls > MAX_CALLS:
             raise Damaged("its pickle calls more than any checkpoint does")
 
-    def call(self, function: Any, args: Any) -> Any:
+    def call(self, function: object, args: object) -> object:
         """What stands for ``function(*args)``: of our own making, or inert."""
         if not isinstance(args, tuple):
             raise Damaged("its pickle calls something without arguments")
@@ -213,7 +220,7 @@ class _Machine:
             if self.memo.get(key) is target:
                 self.memo[key] = self.stack[-1]
 
-    def set_items(self, pairs: list[Any]) -> None:
+    def set_items(self, pairs: list[object]) -> None:
         target = self.stack[-1]
         if isinstance(target, Inert) and target.items is None:
             target.items = {}
@@ -230,7 +237,7 @@ class _Machine:
         self.push({})
         self.set_items(pairs)
 
-    def append(self, values: list[Any]) -> None:
+    def append(self, values: list[object]) -> None:
         target = self.stack[-1]
         if isinstance(target, Inert) and target.values is None:
             target.values = []
@@ -280,7 +287,7 @@ class _Machine:
         if not isinstance(value, _NEVER_BUILT):
             self.memo_keys[id(value)] = key
 
-    def two_and(self, act: Callable[[_Machine, list[Any]], None]) -> None:
+    def two_and(self, act: Callable[[_Machine, list[object]], None]) -> None:
         values = self.stack[-2:]
         del self.stack[-2:]
         act(self, values)
@@ -293,7 +300,7 @@ class _Machine:
 
 _M = _Machine
 _SET, _FROZENSET = Name("builtins", "set"), Name("builtins", "frozenset")
-_STEPS: dict[int, Callable[[_Machine], Any]] = {
+_STEPS: dict[int, Callable[[_Machine], object]] = {
     ord("("): lambda m: m.push(_MARK),
     ord("0"): lambda m: m.stack.pop(),
     ord("1"): _M.marked,
@@ -305,7 +312,7 @@ _STEPS: dict[int, Callable[[_Machine], Any]] = {
     ord("J"): lambda m: m.push(m.number("<i")),
     ord("K"): lambda m: m.push(m.number("<B")),
     ord("M"): lambda m: m.push(m.number("<H")),
-    ord("G"): lambda m: m.push(m.number(">d")),
+    ord("G"): lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
     0x8A: lambda m: m.push(m.integer(m.number("<B"))),
     0x8B: lambda m: m.push(m.integer(m.number("<i"))),
     # text and bytes; the latter stay in the file

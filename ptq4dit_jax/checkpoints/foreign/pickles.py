@@ -8,13 +8,13 @@ objects whose fields are walked for arrays. Nothing in the file is run (:mod:`pt
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ptq4dit_jax.checkpoints.foreign.lazy import Contents, checked_shape, dtype_named, flatten, plain_key
+from ptq4dit_jax.checkpoints.foreign.lazy import Contents, Tensor, checked_shape, dtype_named, flatten, plain_key
 from ptq4dit_jax.checkpoints.foreign.pickle_machine import Inert, Name, Rebuild, inert_children, run, unread_kind
 from ptq4dit_jax.checkpoints.foreign.snapshot import Cursor, LatinSpan, Snapshot, Span, tensor_of
 
@@ -26,7 +26,7 @@ class _UnfilledArray:
     """An array before its state is set: shape, type and bytes."""
 
 
-def _dtype(name: Any, *_: Any) -> Any:
+def _dtype(name: object, *_: object) -> np.dtype | Inert:
     if isinstance(name, Name):  # ml_dtypes.bfloat16
         return dtype_named(name.name)
     if isinstance(name, str) and _PLAIN.fullmatch(name):
@@ -48,41 +48,49 @@ class _Latin:
         return np.frombuffer(self.text.encode("latin-1"), np.uint8)
 
 
-def _bytes(text: Any = "", *_: Any) -> Any:
+def _bytes(text: object = "", *_: object) -> object:
     return _Latin(text) if isinstance(text, str) else text
 
 
-def _array(data: Any, dtype: Any, shape: Any, order: str) -> Any:
+def _array(data: object, dtype: object, shape: object, order: str) -> Tensor | Inert:
     data = _bytes(data)  # text where Python 2 wrote it
     if not isinstance(dtype, np.dtype) or not isinstance(data, (_Latin, LatinSpan, Span)):
         return Inert(Name("numpy", "ndarray"))  # of objects or records: no tensor
     return tensor_of(data, checked_shape(shape), dtype, order)
 
 
-def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> Any:
+def _frombuffer(data: object, dtype: object, shape: object, order: object, *_: object) -> Tensor | Inert:
     return _array(data, dtype, shape, "F" if order == "F" else "C")
 
 
-def _scalar(dtype: Any, data: Any = None) -> Any:
+def _scalar(dtype: object, data: object = None) -> Tensor | Inert:
     return _array(data, dtype, (), "C")
 
 
-def _build(target: Any, state: Any) -> Any:
+def _build(target: object, state: object) -> object:
     if isinstance(target, np.dtype):
+        if not isinstance(state, Sequence):
+            raise TypeError("the state of a dtype is no tuple")
         return target.newbyteorder(state[1]) if state[1] in "<>" else target
     if isinstance(target, _UnfilledArray):
+        if not isinstance(state, Iterable):
+            raise TypeError("the state of an array is no tuple")
         _, shape, dtype, fortran, data = state
         return _array(data, dtype, shape, "F" if fortran else "C")
     return target
 
 
-def _reconstruct_jax(function: Any, args: Any, state: Any, *_: Any) -> Any:
+def _reconstruct_jax(function: object, args: object, state: object, *_: object) -> object:
     return _build(_UnfilledArray(), state)
 
 
-def _mapping(entries: Any = ()) -> dict[Any, Any]:
+def _mapping(entries: object = ()) -> dict[object, object]:
     """A dict of a dict or of pairs."""
-    return dict(entries) if isinstance(entries, dict) else {plain_key(key): value for key, value in entries}
+    if isinstance(entries, dict):
+        return dict(entries)
+    if not isinstance(entries, Iterable):
+        raise TypeError("a dict is made of neither a dict nor pairs")
+    return {plain_key(key): value for key, value in entries}
 
 
 #: Names of plain containers, which every kind of file has.

@@ -13,10 +13,10 @@ import math
 import os
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -87,7 +87,7 @@ class _Storage:
     count: int
     dtype: np.dtype
 
-    def view(self, first: Any, shape: Any, strides: Any) -> Tensor:
+    def view(self, first: object, shape: object, strides: object) -> Tensor:
         """A tensor with strides, all counted in values."""
         shape, strides = checked_shape(shape), checked_shape(strides)
         size = math.prod(shape)
@@ -110,11 +110,11 @@ def _c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def _rebuild_tensor(storage: Any, first: Any, shape: Any, strides: Any, *_: Any) -> Any:
+def _rebuild_tensor(storage: object, first: object, shape: object, strides: object, *_: object) -> Tensor | Inert:
     return storage.view(first, shape, strides) if isinstance(storage, _Storage) else Inert(Name("torch", "Tensor"))
 
 
-def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any = None, *_: Any) -> Any:
+def _rebuild_from_type(function: object, kind: object, args: object, state: object = None, *_: object) -> object:
     """A tensor with attributes, or of a subclass: the tensor itself. A subclass that wraps others keeps them as its state."""
     if isinstance(function, Name) and function in _TORCH and isinstance(args, tuple):
         return _TORCH[function](*args)
@@ -194,7 +194,9 @@ def read_torch(path: Path) -> Contents:
     if order is not None and (order.span.size != 6 or order.read(0, 6).tobytes() != b"little"):
         raise Damaged("it was written on a big-endian machine")
 
-    def persistent(reference: Any) -> Any:
+    def persistent(reference: object) -> object:
+        if not isinstance(reference, Iterable):
+            raise TypeError("a reference to a storage is no tuple")
         kind, storage, key, _, count = reference
         if kind != "storage" or not isinstance(storage, Name) or storage.name not in _STORAGES:
             return Inert(Name("torch", "Storage"))
