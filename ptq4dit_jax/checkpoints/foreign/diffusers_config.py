@@ -17,7 +17,7 @@ from ptq4dit_jax.schedules import NoiseSchedule
 
 _CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 #: Keys of the transformer whose only value is that of a DiT.
-_PLAIN: dict[str, tuple[Any, ...]] = {
+_PLAIN: dict[str, tuple[object, ...]] = {
     "activation_fn": ("gelu-approximate",),
     "norm_type": ("ada_norm_zero",),
     "attention_bias": (True,),
@@ -79,7 +79,7 @@ SCHEDULERS |= {
     f"{name}Scheduler": _HEUN for name in ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
 }
 #: Keys of the scheduler that must have one of these values, since the model or its samples would be others.
-_SCHEDULE_MUST: dict[str, tuple[Any, ...]] = {
+_SCHEDULE_MUST: dict[str, tuple[object, ...]] = {
     "beta_schedule": ("linear",),
     "prediction_type": ("epsilon",),
     "trained_betas": (None,),
@@ -93,7 +93,7 @@ _SCHEDULE_MUST: dict[str, tuple[Any, ...]] = {
 _VARIANCES = (None, "fixed_small", "fixed_small_log", "learned_range")
 _SCHEDULE_FIELDS = {"num_train_timesteps": "num_timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
 #: Keys that choose how to sample, which --sampler and --steps do here, with their plainest values.
-_SAMPLING: dict[str, tuple[Any, ...]] = {
+_SAMPLING: dict[str, tuple[object, ...]] = {
     "timestep_spacing": ("leading", "linspace"),
     "steps_offset": (0,),
     "set_alpha_to_one": (True,),
@@ -158,12 +158,12 @@ def _settings(path: Path, ignored: Ignored) -> Mapping[str, Any]:
     return {key: value for key, value in values.items() if key not in ignored and (key == "_class_name" or key[:1] != "_")}
 
 
-def _refused(path: Path, key: str, value: Any, why: str) -> Ptq4ditError:
+def _refused(path: Path, key: str, value: object, why: str) -> Ptq4ditError:
     what = f"The file {path} has {key} = {repr(value)[:60]}, {why}"
     return Ptq4ditError(f"{what}; leave it out with ignore (--ignore {key}) only if you know better.")
 
 
-def _one_of(values: tuple[Any, ...]) -> str:
+def _one_of(values: tuple[object, ...]) -> str:
     return " or ".join(repr(value) for value in values if value is not None) or "null"
 
 
@@ -185,7 +185,7 @@ def _read_transformer(path: Path, evidence: Evidence, ignored: Ignored) -> float
     return float(epsilon)
 
 
-def _take(path: Path, key: str, value: Any, evidence: Evidence) -> None:
+def _take(path: Path, key: str, value: object, evidence: Evidence) -> None:
     try:
         evidence.add(KEYS[key].what, Said(KEYS[key].read(value), key, f"{path.name}: {key}"))
     except (Unfit, Unread) as error:

@@ -174,7 +174,7 @@ def collect(file: TensorFile, ignored: Ignored, *, without: Iterable[str] = (), 
     return evidence
 
 
-def _may_matter(key: str, value: Any) -> bool:
+def _may_matter(key: str, value: Plain) -> bool:
     """Whether a key that is not understood may change what the network computes."""
     if value in (*_NOTHING, False, 0):
         return False
@@ -182,7 +182,7 @@ def _may_matter(key: str, value: Any) -> bool:
     return flow or SUSPECT.search(key) is not None or not HARMLESS.search(key)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

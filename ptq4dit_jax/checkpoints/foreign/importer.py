@@ -63,7 +63,7 @@ def import_checkpoint(
     path: str | os.PathLike[str],
     *,
     progress: Callable[[int, int], None] | None = None,
-    **options: Any,
+    **options: object,
 ) -> tuple[FloatDiT, Imported]:
     """A float model from a checkpoint of another code base, recognized by content (:mod:`~.layouts` lists them).
 

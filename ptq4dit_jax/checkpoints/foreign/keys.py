@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
 from ptq4dit_jax.networks.dit import PRESETS
 
@@ -25,21 +25,21 @@ class Key(NamedTuple):
     """What a key decides, and how its value is read; ``read`` raises :class:`Unfit` or :class:`Unread`."""
 
     what: str
-    read: Callable[[Any], Any]
+    read: Callable[[object], object]
 
 
 class Must(NamedTuple):
     """A key of which only some values give the network that is imported; ``fits`` tells, ``reason`` says what others mean."""
 
-    fits: Callable[[Any], bool]
+    fits: Callable[[object], bool]
     reason: str
 
-    def check(self, value: Any) -> None:
+    def check(self, value: object) -> None:
         if not self.fits(value):
             raise Unfit(self.reason)
 
 
-def _count(value: Any) -> int:
+def _count(value: object) -> int:
     if isinstance(value, str):  # 64x64
         value = tuple(re.split(r"\s*[x,]\s*", value.strip("()[] ")))
     number = value[0] if isinstance(value, tuple) and len(set(value)) == 1 else value
@@ -50,28 +50,28 @@ def _count(value: Any) -> int:
     return int(number)
 
 
-def _classes(value: Any) -> int:
+def _classes(value: object) -> int:
     return len(value) if isinstance(value, tuple) and all(isinstance(name, str) for name in value) else _count(value)
 
 
-def _side(value: Any) -> int:
+def _side(value: object) -> int:
     if (side := _count(value)) > 4096:  # the number of samples for FID
         raise Unread
     return side
 
 
-def _never(value: Any) -> Any:
+def _never(value: object) -> NoReturn:
     raise Unfit("which is latent-diffusion's schedule, linear in the square root, and only the linear one is supported")
 
 
-def _positive(value: Any) -> float:
+def _positive(value: object) -> float:
     number = float(value) if isinstance(value, str) and re.fullmatch(r"\d+\.?\d*([eE][+-]?\d{1,3})?", value) else value
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
         raise Unfit("which is no number of at least 0")
     return float(number)
 
 
-def _flag(value: Any) -> bool:
+def _flag(value: object) -> bool:
     text = str(value).lower()
     if text not in ("true", "false", "0", "1", "none", "null", "yes", "no"):
         raise Unfit("which is neither true nor false")
@@ -99,10 +99,10 @@ class Preset(NamedTuple):
         return hash(self[1:])
 
 
-def _preset(value: Any) -> Preset:
+def _preset(value: object) -> Preset:
     text = value.rpartition(".")[2] if isinstance(value, str) else ""
     match = re.fullmatch(r"([A-Za-z_]*?)[-_]?(XS|Ti|S|B|L|XL|H|G)[-_/](\d{1,2})", text)
-    if match is None:
+    if match is None or not isinstance(value, str):
         raise Unread
     name = f"DiT-{match[2]}/{match[3]}"
     return Preset(value, match[1].lower(), name if name in PRESETS else None, int(match[3]))
@@ -125,15 +125,15 @@ _OBJECTIVES = {
 }
 
 
-def _objective(value: Any) -> str:
+def _objective(value: object) -> str:
     text = str(value).lower().rpartition(".")[2].replace("-", "_").replace(" ", "_")
     if text not in _OBJECTIVES:
         raise Unfit("and only networks that predict noise or the velocity of a straight flow can be sampled")
     return _OBJECTIVES[text]
 
 
-def _linear(words: tuple[str, ...], reason: str) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
+def _linear(words: tuple[str, ...], reason: str) -> Callable[[object], str]:
+    def read(value: object) -> str:
         if str(value).lower().rpartition(".")[2] not in words:
             raise Unfit(reason)
         return "linear"
@@ -148,13 +148,13 @@ _PATH = _linear(
 _BETAS = _linear(("linear",), "and only the linear schedule is supported")
 
 
-def _interface(value: Any) -> str:
+def _interface(value: object) -> str:
     if str(value).lower().replace("interface", "") not in ("sit", "flow", "velocity", "flow_matching"):
         raise Unfit("and only networks trained by a straight flow are supported under these names")
     return "velocity"
 
 
-TABLE: dict[str, tuple[Callable[[Any], Any], str]] = {
+TABLE: dict[str, tuple[Callable[[object], object], str]] = {
     "number of heads": (_count, "num_heads n_heads heads num_attention_heads attention_heads n_head nhead attn_heads"),
     "width of a head": (_count, "head_dim attention_head_dim head_width dim_head dim_per_head"),
     "classes": (
@@ -204,20 +204,24 @@ IMAGE_KEYS = {name for name, key in KEYS.items() if key.what in ("image size", "
 _OFF_WORDS = ("", "none", "null", "false", "no", "off", "identity", "0")
 
 
-def _off(value: Any) -> bool:
+def _off(value: object) -> bool:
     return value is None or value in (0, False) or (isinstance(value, str) and value.lower() in _OFF_WORDS)
 
 
-def _one_of(*values: Any) -> Callable[[Any], bool]:
+def _one_of(*values: object) -> Callable[[object], bool]:
     return lambda value: value is None or (value.lower().rpartition(".")[2] if isinstance(value, str) else value) in values
 
 
-def _without_rotation(value: Any) -> bool:
+def _is_millionth(value: object) -> bool:
+    return value is None or (isinstance(value, (str, int, float)) and abs(float(value) - 1e-6) < 1e-9)
+
+
+def _without_rotation(value: object) -> bool:
     return not re.search(r"rop|rotary|alibi|relative", str(value).lower())
 
 
 _ANOTHER = "which makes it another network than DiT"
-MUST_TABLE: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
+MUST_TABLE: tuple[tuple[str, Callable[[object], bool], str, str], ...] = (
     (
         "off",
         _off,
@@ -258,7 +262,7 @@ MUST_TABLE: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
     ),
     (
         "1e-6",
-        lambda value: value is None or abs(float(value) - 1e-6) < 1e-9,
+        _is_millionth,
         "and the norms of a DiT have 1e-6",
         "norm_eps layer_norm_eps layernorm_eps ln_eps",
     ),
@@ -279,8 +283,8 @@ MUST_TABLE: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
 )
 
 
-def _safely(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    def check(value: Any) -> bool:
+def _safely(fits: Callable[[object], bool]) -> Callable[[object], bool]:
+    def check(value: object) -> bool:
         try:
             return bool(fits(value))
         except (TypeError, ValueError):

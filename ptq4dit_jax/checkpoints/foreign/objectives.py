@@ -218,6 +218,6 @@ def add_variance(params: Mapping[str, Any], config: DiTConfig) -> tuple[dict[str
     return {**params, **final}, wide
 
 
-def _halves(array: Any, config: DiTConfig) -> Any:
+def _halves(array: jax.Array, config: DiTConfig) -> jax.Array:
     """(..., P * P * 2C) to (..., P * P, 2, C): both halves are inside each position of a patch."""
     return array.reshape(*array.shape[:-1], config.patch_size**2, 2, config.in_channels)

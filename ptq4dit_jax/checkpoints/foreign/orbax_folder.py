@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorstore as ts
@@ -61,15 +61,16 @@ def _spec(base: dict[str, Any], name: str, driver: str) -> dict[str, Any]:
     return {"driver": driver, "kvstore": {**base, "path": path}}
 
 
-def _is_array(store: Any) -> bool:
+def _is_array(store: ts.TensorStore) -> bool:
     return store.dtype.name not in ("string", "json", "ustring")
 
 
-def _tensor(store: Any, size: int, files: Sequence[Snapshot]) -> Tensor:
+def _tensor(store: ts.TensorStore, size: int, files: Sequence[Snapshot]) -> Tensor:
     """An array of a folder whose files have ``size`` bytes; ``files`` are those that it may lie in."""
     shape, dtype = checked_shape(store.shape), np.dtype(store.dtype.numpy_dtype)
     # Made whole, however little of it is wanted; None for a single value.
-    chunk = math.prod(store.chunk_layout.write_chunk.shape or ()) * dtype.itemsize
+    pieces = cast(tuple[int, ...], store.chunk_layout.write_chunk.shape or ())  # all are known of an open array
+    chunk = math.prod(pieces) * dtype.itemsize
     if chunk > MAX_EXPANSION * size + 2**20:
         raise Damaged(f"an array comes in pieces of {chunk / 1e6:.1f} MB in {size / 1e6:.1f} MB")
 

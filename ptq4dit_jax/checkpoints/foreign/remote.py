@@ -14,9 +14,9 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import BinaryIO, Literal, Protocol, TypeAlias, TypedDict
 
 from ptq4dit_jax.checkpoints import store
 from ptq4dit_jax.checkpoints.addresses import address_of, copy_command, local_path
@@ -33,6 +33,28 @@ Progress: TypeAlias = Callable[[int, int], None]
 _MAX_FILES, _MAX_HEADS = 50_000, 2_000
 _BLOCK = 2**23
 _MEGABYTE = 10**6
+
+
+class _Entry(TypedDict, total=False):
+    """What a store says of a file or folder."""
+
+    name: str
+    size: int | None
+    type: str
+
+
+class _Store(Protocol):
+    """What is asked of a file system of fsspec, which has no types."""
+
+    def info(self, path: str) -> _Entry: ...
+
+    def ls(self, path: str, detail: Literal[True]) -> Iterable[_Entry]: ...
+
+    def find(self, path: str, *, detail: Literal[True]) -> Mapping[str, _Entry]: ...
+
+    def cat_ranges(self, paths: Sequence[str], starts: int, ends: int | None) -> Iterable[bytes]: ...
+
+    def open(self, path: str, mode: Literal["rb"], *, block_size: int) -> BinaryIO: ...
 
 
 class _Copy:
@@ -125,14 +147,14 @@ def _sentences(address: str) -> Iterator[None]:
         raise Ptq4ditError(f"The address {address} cannot be read here ({words.rstrip('.')}); {by_hand}.") from error
 
 
-def _connect(address: str) -> tuple[Any, str]:
+def _connect(address: str) -> tuple[_Store, str]:
     """The store of an address and the name of what is there in the store's own form."""
     fsspec = importlib.import_module("fsspec.core")
     files, root = fsspec.url_to_fs(address)
     return files, str(root).rstrip("/") or "/"
 
 
-def _listing(files: Any, root: str, address: str) -> tuple[str, dict[str, int]]:
+def _listing(files: _Store, root: str, address: str) -> tuple[str, dict[str, int]]:
     """The store's name of what is at an address, and sizes by such names: of all files in a folder, or of a file and those
     beside it, and of a pipeline's scheduler; -1 where the store does not tell one."""
     info = files.info(root)
@@ -162,14 +184,14 @@ def _listing(files: Any, root: str, address: str) -> tuple[str, dict[str, int]]:
     return root, sizes
 
 
-def _sizes(entries: Any) -> dict[str, int]:
+def _sizes(entries: Iterable[_Entry]) -> dict[str, int]:
     return {
         str(entry["name"]): _size(entry) for entry in entries if entry.get("type") == "file" and _usable(str(entry["name"]))
     }
 
 
-def _size(entry: Any) -> int:
-    return -1 if entry.get("size") is None else int(entry["size"])
+def _size(entry: _Entry) -> int:
+    return -1 if (size := entry.get("size")) is None else int(size)
 
 
 def _usable(name: str) -> bool:
@@ -185,7 +207,7 @@ def _is_json(name: str, sizes: dict[str, int]) -> bool:
     return _place(name).endswith(".json") and sizes[name] <= MAX_JSON
 
 
-def _lay_out(files: Any, sizes: dict[str, int], places: dict[str, Path]) -> None:
+def _lay_out(files: _Store, sizes: dict[str, int], places: dict[str, Path]) -> None:
     """Makes all files, of their size and without content but for what the search looks at."""
     for name, place in places.items():
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +236,7 @@ def _wanted(path: Path, part: str) -> Sequence[Path]:
 
 
 def _download(
-    files: Any, names: Sequence[str], sizes: dict[str, int], places: dict[str, Path], folder: Path, progress: Progress | None
+    files: _Store, names: Sequence[str], sizes: dict[str, int], places: dict[str, Path], folder: Path, progress: Progress | None
 ) -> None:
     total, done = sum(max(sizes[name], 0) for name in names), 0
     if total > (free := shutil.disk_usage(folder).free):

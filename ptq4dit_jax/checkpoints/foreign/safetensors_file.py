@@ -71,7 +71,7 @@ def read_safetensors(path: Path) -> Contents:
     return Contents(tensors, _metadata(metadata))
 
 
-def _check_once(pairs: list[tuple[str, Any]]) -> None:
+def _check_once(pairs: list[tuple[str, object]]) -> None:
     """Refuses a JSON object with two entries of one name; nothing is kept of it."""
     names = set()
     for name, _ in pairs:
@@ -80,7 +80,7 @@ def _check_once(pairs: list[tuple[str, Any]]) -> None:
         names.add(name)
 
 
-def _metadata(values: Any) -> dict[str, Plain]:
+def _metadata(values: object) -> dict[str, Plain]:
     """What the header says besides the tensors: text, or what text holds as JSON, by dotted name behind ``metadata``."""
     facts: dict[str, Plain] = {}
     for name, text in values.items() if isinstance(values, dict) else ():
@@ -93,7 +93,7 @@ def _metadata(values: Any) -> dict[str, Plain]:
 
 
 def write_safetensors(
-    write: Callable[[Any], Any],
+    write: Callable[[bytes | memoryview], object],
     tensors: Mapping[str, Callable[[], np.ndarray]],
     shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]],
 ) -> None:

@@ -229,7 +229,7 @@ def _check_sizes(evidence: Evidence, layout: Layout, told: Mapping[str, Any]) ->
 _OTHER_FAMILIES = ("lightningdit", "uvit", "mdt", "mdtv2", "maskdit", "mmdit", "pixart", "dim", "dimr", "ditdh", "jit")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -116,7 +116,7 @@ def read_beside(source: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _number(source: Path | str, value: Any, zero: bool = False) -> float:
+def _number(source: Path | str, value: object, zero: bool = False) -> float:
     try:
         number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
@@ -128,7 +128,7 @@ def _number(source: Path | str, value: Any, zero: bool = False) -> float:
     return number
 
 
-def _agree(source: Path | str, found: Any, told: float) -> None:
+def _agree(source: Path | str, found: object, told: float) -> None:
     if found is not None and not (isinstance(found, (int, float)) and math.isclose(found, told, rel_tol=1e-6)):
         raise Ptq4ditError(
             f"The scaling factor in {source} is {found!r}, not {told!r}; leave scaling_factor (--vae-scale) out, or change it "
