@@ -194,6 +194,11 @@ def test_the_paper_with_exceptions() -> None:
     assert (paper.balancing.method, paper.range_search, paper.balancing.fc2) == ("csb", "mse", False)
 
 
+def test_the_paper_refuses_a_reconstruction_that_is_none(raises_sentence) -> None:
+    with raises_sentence("The reconstruction must be a Reconstruction or None", "dict"):
+        QuantConfig.paper(reconstruction={"iterations": 5})
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

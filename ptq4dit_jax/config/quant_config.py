@@ -74,18 +74,18 @@ class QuantConfig:
             )
 
     @classmethod
-    def of(cls, **settings: Any) -> QuantConfig:
+    def of(cls, **settings: object) -> QuantConfig:
         """The defaults with single settings by their flat names; the policy may be its text."""
         return cls().replace(**settings)
 
-    def replace(self, **settings: Any) -> QuantConfig:
+    def replace(self, **settings: object) -> QuantConfig:
         """The same with single settings changed, by their flat names."""
         if isinstance(policy := settings.get("policy"), str):
             settings["policy"] = Policy.parse(policy)
         return changed(self, settings)
 
     @classmethod
-    def paper(cls, weight_bits: int = 8, **overrides: Any) -> QuantConfig:
+    def paper(cls, weight_bits: int = 8, **overrides: object) -> QuantConfig:
         """The paper's method to the letter: CSB and SSC on qkv, proj and fc1, one static range per tensor for activations,
         every linear at the same width; ranges by the official code's three percentiles; 25 steps (all of a shorter chain) of 32
         pairs of rows; weights rounded to the nearest, or by AdaRound from there with ``reconstruction``. ``overrides`` are
@@ -94,7 +94,8 @@ class QuantConfig:
         rounding = overrides.get("rounding") or ("nearest" if learned is None else "adaround")
         if rounding == "adaround":
             learned = learned or Reconstruction()
-            learned = dataclasses.replace(learned, start=learned.start or "nearest")
+            if isinstance(learned, Reconstruction):  # anything else is refused below
+                learned = dataclasses.replace(learned, start=learned.start or "nearest")
         paper = {
             "balance": "csb+ssc",
             "balance_fc2": False,
