@@ -99,7 +99,7 @@ def read_model_meta(meta: Mapping[str, Any]) -> tuple[DiTConfig, Schedule]:
     return config, settings_from_json(FlowSchedule, settings)
 
 
-def settings_from_json(cls: type[_Settings], values: Any) -> _Settings:
+def settings_from_json(cls: type[_Settings], values: object) -> _Settings:
     """A dataclass of plain fields (bool, int, float, str) from its JSON form; fields with a default may be left out."""
     if not isinstance(values, dict):
         raise Ptq4ditError(f"The model's {cls.__name__} is missing or is no JSON object, but {shown(values)}.")

@@ -31,7 +31,7 @@ def _handler() -> Iterator[ocp.PyTreeCheckpointHandler]:
     """A handler whose failures, which are of any type, are ``OSError``; what its threads print about them is muted."""
     hook = sys.unraisablehook
 
-    def unraisable(info: Any) -> None:
+    def unraisable(info: sys.UnraisableHookArgs) -> None:
         if str(info.exc_value) != "Event loop is closed":
             hook(info)
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from ptq4dit_jax.checkpoints import store
 from ptq4dit_jax.checkpoints.float_dit import FLOATS, check_arrays, model_meta, read_model_meta
@@ -92,7 +93,7 @@ def _expected(meta: Mapping[str, Any]) -> QuantizedDiT:
     return skeleton.replace(dtype=dtype)  # type: ignore[attr-defined]
 
 
-def _entry(values: Any, key: str) -> Any:
+def _entry(values: object, key: str) -> Any:
     """An entry of a description in JSON, which a damaged file may lack."""
     if not isinstance(values, Mapping) or key not in values:
         raise Ptq4ditError(f"This quantized model's config.json lacks or garbles {key!r}; the folder is damaged.")
@@ -131,7 +132,7 @@ def _skeleton(
 ) -> QuantizedDiT:
     """The model with shapes and dtypes for leaves."""
 
-    def leaf(dtype: Any, *shape: int) -> Any:
+    def leaf(dtype: DTypeLike, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
 
     def act(spec: Mapping[str, Any], lead: tuple[int, ...], K: int) -> ActQuantizer:

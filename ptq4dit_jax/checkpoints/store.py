@@ -194,7 +194,7 @@ def _incoming(config_sha256: str) -> str:
     return f"{_ARRAYS}-{config_sha256[:16]}"
 
 
-def _state(source: Path) -> Any:
+def _state(source: Path) -> object:
     """What differs if a model was exchanged between two looks at its folder."""
     try:
         config = (source / _CONFIG).stat()
@@ -310,10 +310,10 @@ def _software_versions() -> dict[str, str]:
 def _to_json(config: Mapping[str, Any]) -> str:
     """One line per entry of a field, so that an array's shape stays on one line."""
 
-    def entry(key: Any, value: Any) -> str:
+    def entry(key: object, value: object) -> str:
         return json.dumps({key: value}, allow_nan=False)[1:-1]
 
-    def field(key: str, value: Any) -> str:
+    def field(key: str, value: object) -> str:
         if not isinstance(value, dict) or not value:
             return entry(key, value)
         return f"{json.dumps(key)}: {{\n    " + ",\n    ".join(entry(*item) for item in value.items()) + "\n  }"
