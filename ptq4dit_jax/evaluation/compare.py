@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,22 @@ _LAYER_STEPS, _LAYER_ROWS = 5, 16
 _VALUES_PER_CALL = 2**25
 
 
+class _Placed(TypedDict, total=False):
+    """Where samples are made, and what makes pictures of them."""
+
+    decoder: VAEDecoder | None
+    mesh: Mesh | None
+
+
+class _ChainSettings(_Placed, total=False):
+    """What a chain may be given besides."""
+
+    batch_size: int | None
+    noise: ArrayLike | None
+    step_noise: ArrayLike | None
+    keep_steps: np.ndarray | None
+
+
 def same_noise_images(
     models: Mapping[str, Predictor],
     labels: ArrayLike | None,
@@ -45,7 +61,7 @@ def same_noise_images(
     sampling: Sampling = Sampling(),
     *,
     progress: Progress | None = None,
-    **settings: Any,
+    **settings: Unpack[_ChainSettings],
 ) -> dict[str, np.ndarray]:
     """Images (N, H, W, C) of every model on the same noise; ``settings`` go to :func:`ptq4dit_jax.sampling.run_chain`.
 
@@ -64,7 +80,7 @@ def _within(progress: Progress | None, index: int, count: int) -> Progress | Non
     return None if progress is None else lambda done, total: progress(index * total + done, count * total)
 
 
-def num_bytes(model: Any) -> int:
+def num_bytes(model: object) -> int:
     """Bytes of all arrays of a model as they lie in memory; packed integers count as they are packed."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
 
@@ -91,7 +107,7 @@ class ModelFigures:
 
     @classmethod
     def of(
-        cls, model: Any, sqnr: StepsSQNR, layers: dict[str, np.ndarray], psnr: np.ndarray, ssim: np.ndarray, seed: int
+        cls, model: object, sqnr: StepsSQNR, layers: dict[str, np.ndarray], psnr: np.ndarray, ssim: np.ndarray, seed: int
     ) -> ModelFigures:
         """From what was measured of a model; ``seed`` is the bootstrap's."""
         return cls(
@@ -137,7 +153,7 @@ class Comparison:
         }
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """``value`` in JSON's types: arrays become lists, named tuples dicts, non-finite numbers None, the unknown its text."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
@@ -257,7 +273,7 @@ def compare(
     models = {NOISE_FLOOR: reference.astype(jnp.bfloat16), **others}
 
     rows = _evenly(len(labels_N), min(sqnr_rows, batch_size or sqnr_rows))
-    placed: dict[str, Any] = {"decoder": decoder, "mesh": mesh}
+    placed: _Placed = {"decoder": decoder, "mesh": mesh}
     chain = partial(run_chain, key=key, sampling=sampling, **placed)
     seen, sampled = _trajectories(chain, reference, sampling, labels_N[rows], sqnr_steps, progress)
     # Where the trajectories are those of all labels, their ends are the reference's images.

@@ -4,46 +4,46 @@ on it."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 
-def _is_number(value: Any, least: float) -> bool:
-    return type(value) in (int, float) and least <= value < float("inf")
+def _is_number(value: object, least: float) -> bool:
+    return (type(value) is int or type(value) is float) and least <= value < float("inf")
 
 
-def _items(facts: Any) -> list[tuple[str, Any]]:
+def _items(facts: object) -> list[tuple[str, object]]:
     return [(str(name), value) for name, value in facts.items()] if isinstance(facts, Mapping) else []
 
 
-def _has_errors(part: Any) -> bool:
+def _has_errors(part: object) -> TypeGuard[Mapping[Any, Any]]:
     return isinstance(part, Mapping) and _is_number(part.get("before"), 1e-300) and _is_number(part.get("after"), 0)
 
 
-def learned_parts(facts: Any) -> dict[str, Mapping[str, Any]]:
+def learned_parts(facts: object) -> dict[str, Mapping[str, Any]]:
     """By part ``before``, ``after`` and the ``curve`` of learning."""
 
-    def whole(part: Any) -> bool:
+    def whole(part: object) -> TypeGuard[Mapping[str, Any]]:
         curve = part.get("curve") if _has_errors(part) else None
         return isinstance(curve, (list, tuple)) and len(curve) > 0 and all(type(value) in (int, float) for value in curve)
 
     return {name: part for name, part in _items(facts) if whole(part)}
 
 
-def rounded_parts(facts: Any) -> dict[str, Mapping[str, Any]]:
+def rounded_parts(facts: object) -> dict[str, Mapping[str, Any]]:
     """By part ``before``, ``after`` and by ``layers`` their errors relative to rounding to the nearest."""
 
-    def whole(part: Any) -> bool:
+    def whole(part: object) -> TypeGuard[Mapping[str, Any]]:
         layers = part.get("layers") if _has_errors(part) else None
         return isinstance(layers, Mapping) and len(layers) > 0 and all(_is_number(value, 0) for value in layers.values())
 
     return {name: part for name, part in _items(facts) if whole(part)}
 
 
-def balanced_sites(facts: Any) -> dict[str, Mapping[str, Any]]:
+def balanced_sites(facts: object) -> dict[str, Mapping[str, Any]]:
     """By site what was ``chosen`` for each block, and its error relative to no balancing, ``to_none``, and to the paper's,
     ``to_paper``; of one depth all."""
 
-    def whole(site: Any) -> bool:
+    def whole(site: object) -> TypeGuard[Mapping[str, Any]]:
         if not isinstance(site, Mapping) or not isinstance(site.get("chosen"), (list, tuple)):
             return False
         depth, ratios = len(site["chosen"]), [site.get(name) for name in ("to_none", "to_paper")]

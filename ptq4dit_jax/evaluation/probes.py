@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 from jax.typing import ArrayLike
 
-from ptq4dit_jax.engine import reference
+from ptq4dit_jax.engine import QuantizedDiT, reference
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.guidance import Guidance, GuidedChannels, Predictor, predict
 from ptq4dit_jax.model import FloatDiT
@@ -63,11 +63,11 @@ def _layer_powers(
     return ready(_deviation(other, _captured(reference, *batch), *batch))
 
 
-def _with_sites(model: Any) -> FloatDiT:
+def _with_sites(model: Predictor) -> FloatDiT:
     """The model itself if it has sites, else the fake-quant twin of a quantized model."""
     if isinstance(model, FloatDiT):
         return model
-    return reference(model)
+    return reference(cast(QuantizedDiT, model))  # there is no other
 
 
 def layer_sqnr(
@@ -110,7 +110,7 @@ def _layer_decibels(model: FloatDiT, batches: list[dict[str, metrics.Powers]]) -
 
 @partial(jax.jit, static_argnames="guided")
 def _predict_steps(
-    model: Any, inputs: jax.Array, t_S: jax.Array, y_B: jax.Array, scale_S: jax.Array, *, guided: GuidedChannels | None
+    model: Predictor, inputs: jax.Array, t_S: jax.Array, y_B: jax.Array, scale_S: jax.Array, *, guided: GuidedChannels | None
 ) -> jax.Array:
     def step(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         x, t, scale = row
