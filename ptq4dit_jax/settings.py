@@ -12,9 +12,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
-_S = TypeVar("_S")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_S = TypeVar("_S", bound="DataclassInstance")
+_Value = TypeVar("_Value")
 _KEY, _SECTION = "setting", "section"
 
 
@@ -36,17 +40,28 @@ class Setting:
     name: str = ""
     shown: str | None = None
     metavar: str | None = None
-    read: Callable[[str], Any] | None = None
+    read: Callable[[str], object] | None = None
     flag: str | None = None
     of: type | None = None
 
 
-def setting(default: Any, help: str, **more: Any) -> Any:
+class _More(TypedDict, total=False):
+    """What :class:`Setting` has besides ``help``."""
+
+    name: str
+    shown: str | None
+    metavar: str | None
+    read: Callable[[str], object] | None
+    flag: str | None
+    of: type | None
+
+
+def setting(default: _Value, help: str, **more: Unpack[_More]) -> _Value:
     """A field of a section; ``more`` are attributes of its :class:`Setting`."""
     return dataclasses.field(default=default, metadata={_KEY: Setting(help, **more)})
 
 
-def section(default: Any) -> Any:
+def section(default: _Value) -> _Value:
     """A field that is a dataclass of settings itself, and has no flat name."""
     return dataclasses.field(default=default, metadata={_SECTION: True})
 
@@ -86,17 +101,17 @@ def changed(value: _S, settings: Mapping[str, Any]) -> _S:
 
 def _changed(value: _S, settings: Mapping[str, Any]) -> _S:
     new = {}
-    for field in dataclasses.fields(cast(Any, value)):
+    for field in dataclasses.fields(value):
         if _SECTION in field.metadata:
             old = getattr(value, field.name)
             if (part := _changed(old, settings)) is not old:
                 new[field.name] = part
         elif (said := field.metadata.get(_KEY)) is not None and (name := said.name or field.name) in settings:
             new[field.name] = settings[name]
-    return dataclasses.replace(cast(Any, value), **new) if new else value
+    return dataclasses.replace(value, **new) if new else value
 
 
-def flat(value: Any) -> dict[str, Any]:
+def flat(value: DataclassInstance) -> dict[str, Any]:
     """All settings of a dataclass and its sections by their flat names."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(value):

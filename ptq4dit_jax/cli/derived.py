@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -60,9 +60,9 @@ class _Option:
         )
         return _keyword("_".join(self.path), Annotated[kind | None, option], None)
 
-    def value(self, given: Any) -> Any:
+    def value(self, given: object) -> object:
         if self.leaf.said.read is not None:
-            return self.leaf.said.read(given)
+            return self.leaf.said.read(cast(str, given))  # as typer reads what is not a value yet
         return tuple(given) if isinstance(given, list) else given
 
 
@@ -76,7 +76,7 @@ def _value_type(leaf: Leaf) -> Any:
     return wanted[0] if len(wanted) == 1 and wanted[0] in (int, float, bool) else str
 
 
-def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+def _keyword(name: str, annotation: object, default: object) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -98,7 +98,7 @@ class _Settings:
     def parameters(self) -> list[inspect.Parameter]:
         return [option.parameter for option in self.options]
 
-    def take(self, values: dict[str, Any]) -> Given:
+    def take(self, values: dict[str, object]) -> Given:
         found: Given = {}
         for option in self.options:
             if (given := values.pop(option.parameter.name)) not in (None, []):  # as what may be repeated is, if left out
@@ -121,11 +121,11 @@ class _Group:
         hints = get_type_hints(self.kind, include_extras=True)
         return [_keyword(field.name, hints[field.name], field.default) for field in dataclasses.fields(self.kind)]
 
-    def take(self, values: dict[str, Any]) -> Any:
+    def take(self, values: dict[str, object]) -> object:
         return self.kind(**{parameter.name: values.pop(parameter.name) for parameter in self.parameters})
 
 
-def _expansion(annotation: Any) -> _Settings | _Group | None:
+def _expansion(annotation: object) -> _Settings | _Group | None:
     kind, *marks = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
     for mark in marks:
         if isinstance(mark, Settings):
@@ -138,7 +138,7 @@ def _expansion(annotation: Any) -> _Settings | _Group | None:
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """A command with the options of its marked parameters instead of these."""
     hints = get_type_hints(command, include_extras=True)
-    expanded, parameters = dict[str, Any](), list[inspect.Parameter]()
+    expanded, parameters = dict[str, _Settings | _Group](), list[inspect.Parameter]()
     for name, parameter in inspect.signature(command).parameters.items():
         if (expansion := _expansion(hints[name])) is None:
             parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
@@ -146,7 +146,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             expanded[name] = expansion
             parameters += expansion.parameters
 
-    def run(**values: Any) -> None:
+    def run(**values: object) -> None:
         command(**{name: expansion.take(values) for name, expansion in expanded.items()}, **values)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
