@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def _content(path: Path, remedy: str, what: str, limit: int) -> bytes:
     return content
 
 
-def _parsed(parse: Callable[[], Any], problem: str, remedy: str) -> Any:
+def _parsed(parse: Callable[[], object], problem: str, remedy: str) -> Any:
     try:
         value = parse()
         _check_size(value)
@@ -102,9 +102,10 @@ def _parsed(parse: Callable[[], Any], problem: str, remedy: str) -> Any:
     return value
 
 
-def _check_size(value: Any) -> None:
+def _check_size(value: object) -> None:
     """Refuses what nests too deeply or has too many values, those that aliases of YAML repeat among them."""
-    left, waiting = MAX_VALUES, [(value, 0)]
+    left = MAX_VALUES
+    waiting: list[tuple[object, int]] = [(value, 0)]
     while waiting:
         node, depth = waiting.pop()
         if isinstance(node, (dict, list, tuple, set)):
@@ -116,7 +117,7 @@ def _check_size(value: Any) -> None:
             waiting += [(child, depth + 1) for child in (node.values() if isinstance(node, dict) else node)]
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     _check_once([key for key, _ in pairs])
     return dict(pairs)
 
@@ -146,13 +147,13 @@ def _short_integer(text: str) -> int:
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader without duplicate keys and long numbers, to which objects of Python are plain values."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         if isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE]
             _check_once(keys)
         return super().construct_mapping(node, deep)
 
-    def flatten_mapping(self, node: Any) -> None:
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
         if any(key.tag == _MERGE and len(value.value) > _MAX_MERGED for key, value in node.value):
             raise _Refused(f"it merges more than {_MAX_MERGED} mappings into one")
         super().flatten_mapping(node)
@@ -162,13 +163,13 @@ class _Loader(yaml.SafeLoader):
         if len(node.value) > _MAX_ENTRIES:
             raise _Refused(f"it has a mapping of more than {_MAX_ENTRIES:,} entries")
 
-    def construct_yaml_int(self, node: Any) -> int:
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         if len(node.value) > MAX_DIGITS:
             raise _Refused(f"it holds a number of {len(node.value)} digits, more than {MAX_DIGITS}")
         return super().construct_yaml_int(node)
 
 
-def _plain_value(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
+def _plain_value(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> object:
     if isinstance(node, yaml.MappingNode):
         return loader.construct_mapping(node, deep=True)
     if isinstance(node, yaml.SequenceNode):

@@ -17,8 +17,9 @@ import socket
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from ptq4dit_jax import memory, unfinished
 from ptq4dit_jax.errors import Ptq4ditError
@@ -100,12 +101,12 @@ class _Ending:
             signal.set_wakeup_fd(-1)
             self._writer.close()
 
-    def _raise(self, number: int, frame: Any) -> None:
+    def _raise(self, number: int, frame: types.FrameType | None) -> None:
         if self.number is None or self._lost:
             self.number, self._lost = self.number or number, False
             raise SystemExit(128 + self.number)
 
-    def _unraisable(self, lost: Any) -> None:
+    def _unraisable(self, lost: sys.UnraisableHookArgs) -> None:
         """Where a signal comes in a destructor or a weak reference's callback, Python drops what is raised there."""
         if self.number is not None and isinstance(lost.exc_value, SystemExit):
             self._lost = True
@@ -196,7 +197,7 @@ class _Outputs:
 class _Stream:
     """A text stream that ends the program where it cannot be written to; all else is the stream's own."""
 
-    def __init__(self, stream: Any, name: str, outputs: _Outputs) -> None:
+    def __init__(self, stream: TextIO, name: str, outputs: _Outputs) -> None:
         self._stream, self._name, self._outputs = stream, name, outputs
 
     def __getattr__(self, attribute: str) -> Any:

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +37,7 @@ def device_limit() -> int | None:
     return None if limit is None else int(limit)
 
 
-def program_bytes(compiled: Any) -> int:
+def program_bytes(compiled: jax.stages.Compiled) -> int:
     """Bytes that a compiled program needs on each device for arguments, results and what lies between; 0 where XLA does not
     tell."""
     memory = compiled.memory_analysis()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation.grids import grid_size, image_grid
@@ -17,7 +18,7 @@ MAX_PIXELS = 2**26
 
 
 def stream_npz(
-    file: BinaryIO, name: str, shape: tuple[int, ...], dtype: Any, parts: Iterable[np.ndarray], **others: np.ndarray
+    file: BinaryIO, name: str, shape: tuple[int, ...], dtype: DTypeLike, parts: Iterable[np.ndarray], **others: np.ndarray
 ) -> None:
     """Writes an .npz as ``numpy.savez(file, **{name: whole}, **others)`` does, byte for byte, without holding the whole.
 

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -48,7 +49,7 @@ from ptq4dit_jax.vae import VAEDecoder
 class _Console(Console):
     """A console on which text that a file has chosen cannot act: control characters are shown as escapes."""
 
-    def render_str(self, text: str, **options: Any) -> Text:
+    def render_str(self, text: str, **options: Any) -> Text:  # any, as in rich
         return super().render_str(printable(text), **options)
 
 
@@ -71,7 +72,7 @@ def stages(console: Console = console) -> Iterator[StageProgress]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as progress:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int, note: str = "") -> None:
             if stage not in tasks:
@@ -354,7 +355,7 @@ def claim_target(context: typer.Context, path: Path | None, overwrite: bool, fol
         expect(path)
 
 
-def write_file(path: Path, write: Callable[[Any], None], *, overwrite: bool = False) -> Path:
+def write_file(path: Path, write: Callable[[BinaryIO], object], *, overwrite: bool = False) -> Path:
     """Writes a file beside its place and moves it there when complete; returns the absolute path.
 
     Raises:

@@ -8,6 +8,7 @@ layouts of diffusers' former Flax tree, ``decoder/up_blocks_0/resnets_1/conv1/ke
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -89,12 +90,12 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-def _size(value: Any) -> bool:
+def _size(value: object) -> bool:
     return type(value) is int and 1 <= value <= _MAX_SIZE
 
 
-def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and -_MAX_SCALE <= value <= _MAX_SCALE
+def _finite(value: object) -> bool:
+    return (type(value) is int or type(value) is float) and -_MAX_SCALE <= value <= _MAX_SCALE
 
 
 class _Layer(nn.Module):
@@ -215,7 +216,7 @@ class VAEDecoder:
     ``JAX_DEFAULT_MATMUL_PRECISION`` asks for: pictures are neither a reference nor codes.
     """
 
-    params: Any
+    params: Mapping[str, Any]
     config: VAEConfig = struct.field(pytree_node=False, default=VAEConfig())
     compute: str | None = struct.field(pytree_node=False, default=None)
 
