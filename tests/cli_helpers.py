@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -26,7 +27,8 @@ CALIBRATE = [
     "csb+ssc",
 ]
 WALK = ["--labels", "0-3", "--steps", "4"]
-COMMANDS = typer.main.get_command(cli.app).commands
+PROGRAM: Any = typer.main.get_command(cli.app)  # a group of commands, of the click that typer brings
+COMMANDS = PROGRAM.commands
 
 
 def patch(monkeypatch, name, value):

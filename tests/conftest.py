@@ -61,7 +61,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def compilations() -> Counter[str]:
     """Durations that JAX has reported since memory maps were last counted, by name."""
     seen = Counter[str]()
-    jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: seen.update([event]))
+
+    def noted(event: str, duration_secs: float, **_: str | int | float) -> None:
+        seen.update([event])
+
+    jax.monitoring.register_event_duration_secs_listener(noted)
     return seen
 
 

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ptq4dit_jax import checkpoints
 from ptq4dit_jax.chain import Batch, Program, Shared, sample_batch
 from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.engine import QLinear, QuantizedDiT, choice
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig, init_params
+from ptq4dit_jax.quantizers import ActQuantizer
 
 #: The integer operations by the reference, and by the kernels for Hopper with the reference behind them.
 XLA = choice.resolve("xla", "bfloat16").dispatch
@@ -74,6 +76,37 @@ def as_float64(model: QuantizedDiT) -> QuantizedDiT:
     wide = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64 if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype), model)
     linears = {name: QLinear.pack(layer.weight, layer.float_bias, layer.act) for name, layer in wide.linears.items()}
     return wide.replace(linears=linears, dtype="float64")
+
+
+def load_float(path: str | os.PathLike[str]) -> FloatDiT:
+    """The float model that a folder holds."""
+    model = checkpoints.load(path)
+    assert isinstance(model, FloatDiT)
+    return model
+
+
+def load_quantized(path: str | os.PathLike[str]) -> QuantizedDiT:
+    """The quantized model that a folder holds."""
+    model = checkpoints.load(path)
+    assert isinstance(model, QuantizedDiT)
+    return model
+
+
+def act_of(model: QuantizedDiT, layer: str) -> ActQuantizer:
+    """The quantizer of the input of a layer that has one."""
+    act = model.linears[layer].act
+    assert act is not None
+    return act
+
+
+def structure(tree: Any) -> Any:
+    """Its structure, to compare: JAX does not say what type ``jax.tree.structure`` gives."""
+    return jax.tree.structure(tree)
+
+
+def num_programs(jitted: Any) -> int:
+    """For how many kinds of arguments a jitted function is compiled."""
+    return int(jitted._cache_size())
 
 
 def lowered_sampler(model: Any, steps: int, rows: int = 3) -> Any:

@@ -17,6 +17,7 @@ from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 IS_HOPPER = choice.resolve("auto", "bfloat16").name == "hopper"
 on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of compute capability 9.0")
 STATIC = ActQuantizer(scale=jnp.float32(0.03), zero_point=jnp.int32(-90))
+pallas: Any = plgpu  # what it has depends on the version of JAX
 HAS_INTERPRETER = hasattr(plgpu, "force_gpu_interpret_mode")
 
 
@@ -28,7 +29,8 @@ def interpreter() -> Iterator[None]:
     """
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-    states, original = [], gpu_callbacks.GPURaceDetectionState
+    callbacks: Any = gpu_callbacks
+    states, original = [], callbacks.GPURaceDetectionState
 
     def watched(**arguments: Any) -> Any:
         states.append(original(**arguments))
@@ -37,7 +39,7 @@ def interpreter() -> Iterator[None]:
     # Its callbacks are not made for a process with 64-bit types, nor for one that looks for leaks.
     with pytest.MonkeyPatch.context() as patch, jax.enable_x64(False), jax.check_tracer_leaks(False):
         patch.setattr(gpu_callbacks, "GPURaceDetectionState", watched)
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        with pallas.force_gpu_interpret_mode(pallas.InterpretGPUParams(detect_races=True)):
             yield
     assert states, "no kernel was interpreted"
     assert not any(state.races_found for state in states), "a race"

@@ -225,7 +225,8 @@ def campaign(count: int, seed: int, jobs: int, names: Sequence[str] = tuple(COMM
         whole = Campaign(Path(folder))
         list(pool.map(lambda kind: whole.learn(*kind), kinds))
         runs = []
-        for run in pool.map(lambda i: whole.kill(i, *kinds[(i // 2) % len(kinds)], seed), range(count)):
+        kind = lambda i: kinds[(i // 2) % len(kinds)]
+        for run in pool.map(lambda i: whole.kill(i, kind(i)[0], kind(i)[1], seed), range(count)):
             runs.append(run)
             print(f"{run.command:34}{run.where:28}{run.found:14}{'; '.join(run.faults) or '-'}", flush=True)
     return runs

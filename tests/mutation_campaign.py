@@ -82,7 +82,7 @@ def _tree(mark: Path | None = None) -> dict[str, Any]:
 
 
 _FLAT = {"a.b": np.arange(6, dtype=np.float32).reshape(2, 3), "c": np.ones(4, np.float32)}
-_ROWS = {"x": np.zeros((4, 8, 8, 4), np.float32), "t": np.arange(4), "y": np.zeros(4, np.int32)}
+_ROWS: dict[str, Any] = {"x": np.zeros((4, 8, 8, 4), np.float32), "t": np.arange(4), "y": np.zeros(4, np.int32)}
 _SETTINGS = {"model": {"hidden_size": 24, "depth": 2}, "names": ["a", "b"], "beta": [1e-4, 0.02], "learn_sigma": True}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 #: What a value becomes. Numbers at and beyond the ends of what computers and people use, and every other type of JSON.
-VALUES = (
+VALUES: tuple[Any, ...] = (
     *(
         0,
         1,
@@ -84,5 +84,5 @@ def mutated_bytes(content: bytes, rng: np.random.Generator) -> bytes:
             data[start:start] = data[rng.integers(len(data)) :][: rng.integers(1, 40)]
         case _:
             for _ in range(rng.integers(1, 5)):
-                data[rng.integers(len(data))] = rng.choice([0, 1, 127, 128, 255, rng.integers(256)])
+                data[rng.integers(len(data))] = rng.choice([0, 1, 127, 128, 255, int(rng.integers(256))])
     return bytes(data)

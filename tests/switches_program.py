@@ -26,7 +26,7 @@ def digest(tree) -> str:
 
 
 def main() -> None:
-    key, labels = jax.random.key(3), [0, 2, 4]
+    key, labels = jax.random.key(3), np.array([0, 2, 4])
     model = helpers.tiny_model(depth=1, hidden_size=16, num_heads=2)
     rows = ptq.sample_trajectories(model, ptq.Calibration(steps=2, rows=4, sampling=Sampling(steps=3)), key=key)
     found = {
@@ -45,7 +45,7 @@ def main() -> None:
     }.items():
         quantized = ptq.quantize(model, config, key=key)
         with tempfile.TemporaryDirectory() as folder:
-            quantized = ptq.load(ptq.save(quantized, Path(folder) / "model"))
+            quantized = helpers.load_quantized(ptq.save(quantized, Path(folder) / "model"))
         found[name] = digest(quantized)
         found[f"facts of {name}"] = quantized.provenance.facts["calibration"]["rows"]
         found[f"samples of {name}"] = digest(ptq.sample(quantized, labels, key, steps=2))

@@ -114,7 +114,7 @@ def forward_with_blocks(params: Params, config: Config, x_BCHW: Array, t_B: Arra
     x = patch_embed(params, x_BCHW)
     x = x + pos_embed(x.shape[-1], round(x.shape[1] ** 0.5))
     c = conditioning(params, config, t_B, y_B)
-    streams = []
+    streams: list[Array] = []
     while f"blocks.{len(streams)}.attn.qkv.weight" in params:
         x = block(params, config, len(streams), x, c)
         streams.append(x)
