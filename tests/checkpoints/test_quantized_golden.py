@@ -1,10 +1,9 @@
 """Quantized models that an earlier version of the program saved: they load, and run as they did."""
 
-import jax
 import numpy as np
 import pytest
 from golden import make_quantized_golden as golden
-from helpers import same_bytes
+from helpers import same_bytes, structure
 
 import ptq4dit_jax as ptq
 
@@ -24,5 +23,5 @@ def test_saving_it_again_changes_nothing(name, tmp_path):
     model = ptq.load(golden.FOLDER / name)
     ptq.save(model, tmp_path / "again")
     again = ptq.load(tmp_path / "again")
-    assert jax.tree.structure(again) == jax.tree.structure(model)
+    assert structure(again) == structure(model)
     assert same_bytes(again, model)

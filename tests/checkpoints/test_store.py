@@ -156,7 +156,14 @@ def test_hash_is_sha256_over_names_types_shapes_and_bytes():
     expected = hashlib.sha256(b"a\0int8\0(2, 3)\0" + a.tobytes() + b"b/c\0float32\0()\0" + b.tobytes()).hexdigest()
     assert content_hash({"b/c": b, "a": a}) == expected
     assert content_hash({"b/c": jnp.asarray(b), "a": np.asfortranarray(a)}) == expected
-    for other in ({"a": a}, {"a": a.T, "b/c": b}, {"a": a.view(np.uint8), "b/c": b}, {"a": a, "b/d": b}, {"a": a, "b/c": -b}):
+    others: tuple[dict[str, np.ndarray], ...] = (
+        {"a": a},
+        {"a": a.T, "b/c": b},
+        {"a": a.view(np.uint8), "b/c": b},
+        {"a": a, "b/d": b},
+        {"a": a, "b/c": np.negative(b)},
+    )
+    for other in others:
         assert content_hash(other) != expected
 
 

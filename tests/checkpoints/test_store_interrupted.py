@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_a_disk_that_is_full_when_it_is_flushed_costs_nothing(existing, tmp_path
         store.write(tmp_path / "m", example_arrays(), META)
     before, fsync, failures = listing(tmp_path), os.fsync, []
     for number in range(1, 100):
-        calls = []
+        calls: list[int] = []
 
         def failing(opened, number=number, calls=calls):
             if not os.path.isdir(f"/proc/self/fd/{opened}"):
@@ -159,7 +160,12 @@ def test_a_model_that_is_exchanged_while_it_is_read_is_read_anew(moment, saved, 
 def test_a_damaged_model_is_read_once(saved, monkeypatch):
     (saved / "arrays").rename(saved / "gone")
     calls, read_config = [], store.read_config
-    monkeypatch.setattr(store, "read_config", lambda path: calls.append(path) or read_config(path))
+
+    def noted(path):
+        calls.append(path)
+        return read_config(path)
+
+    monkeypatch.setattr(store, "read_config", noted)
     assert_refused(saved, "is missing")
     assert len(calls) == 1
 
@@ -190,8 +196,9 @@ while True:
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "m")], env=env, stdout=subprocess.PIPE, text=True)
     try:
+        assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
-        seen = set()
+        seen: set[int] = set()
         while len(seen) < 15:
             arrays, meta = store.read(tmp_path / "m")
             assert set(arrays["a"]) == {meta["i"]}
@@ -237,7 +244,7 @@ def test_what_cannot_be_read_is_not_published(saved, monkeypatch):
 
 @pytest.mark.parametrize("depth", [10, 50, 62, 63, 300, 900, 980, 1000, 5000, 100_000])
 def test_a_description_of_any_depth_is_refused_or_can_be_read(depth, tmp_path):
-    deep = []
+    deep: list[Any] = []
     for _ in range(depth):
         deep = [deep]
     try:
@@ -296,7 +303,8 @@ def test_every_field_of_config_is_under_its_hash(saved):
         (saved / "config.json").write_text(json.dumps(config))
         with pytest.raises(Ptq4ditError):
             store.read(saved)
-    for more in ({"new": 1}, {"kind": "tesx"}, {"provenance": {}}, {"config_sha256": None}):
+    changes: tuple[dict[str, Any], ...] = ({"new": 1}, {"kind": "tesx"}, {"provenance": {}}, {"config_sha256": None})
+    for more in changes:
         (saved / "config.json").write_text(json.dumps(json.loads(text) | more))
         assert_refused(saved, "config.json", "hash")
     (saved / "config.json").write_text(json.dumps(json.loads(text) | {"title": float("nan")}))

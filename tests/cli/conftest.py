@@ -1,10 +1,12 @@
 """The quantized model that the commands work on, a folder to work in, and what a refusal must look like."""
 
+import dataclasses
 import json
 import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import helpers
 import numpy as np
@@ -46,7 +48,9 @@ def inputs(tmp_path_factory):
     bias = np.array(model.params["final"]["bias"])
     bias[1] = np.nan
     checkpoints.save(model, folder / "tiny")
-    checkpoints.save(model.replace(params={**model.params, "final": {**model.params["final"], "bias": bias}}), folder / "nan")
+    checkpoints.save(
+        dataclasses.replace(model, params={**model.params, "final": {**model.params["final"], "bias": bias}}), folder / "nan"
+    )
     checkpoints.save(helpers.tiny_model(in_channels=4), folder / "latent")
     newer = json.loads((folder / "tiny/config.json").read_text()) | {"version": 3}
     (folder / "newer").mkdir()
@@ -54,8 +58,8 @@ def inputs(tmp_path_factory):
     (folder / "empty.npz").touch()
     (folder / "text.npz").write_text("text")
     np.save(folder / "plain.npy", np.zeros(3))
-    rows = {"x": np.zeros((4, 8, 8, 1)), "t": np.array([5, 5, 900, 900]), "y": np.array([0, 1, 2, 3])}
-    changes = {
+    rows: dict[str, Any] = {"x": np.zeros((4, 8, 8, 1)), "t": np.array([5, 5, 900, 900]), "y": np.array([0, 1, 2, 3])}
+    changes: dict[str, dict[str, Any]] = {
         "no_t": {"t": None},
         "pickled": {"x": np.array([Unpickled()], object)},
         "words": {"x": np.array(["a"] * 4)},

@@ -38,6 +38,7 @@ def holds(here):
     def start(name):
         process = subprocess.Popen([sys.executable, "-c", HOLDER, name], env=env, stdout=subprocess.PIPE, text=True)
         processes.append(process)
+        assert process.stdout is not None
         assert process.stdout.readline() == "holds it\n"
         return process
 

@@ -24,7 +24,7 @@ def test_info_of_a_float_model(here, capsys):
     assert (facts["kind"], facts["classes"], facts["learned_sigma"], facts["layers"]) == ("float", 10, True, [])
     assert facts["config"]["hidden_size"] == 128
     assert facts["provenance"]["recipe"]["steps"] == 20000
-    dit = ptq.load(DIGITS)
+    dit = helpers.load_float(DIGITS)
     assert facts["parameters"] == dit.num_params
     assert facts["bytes"] == 4 * dit.num_params
     out = capsys.readouterr().out
@@ -36,8 +36,8 @@ def test_info_of_a_quantized_model(w4, here, capsys):
     run("info", w4.folder, "--json", "info.json")
     facts = figures("info.json")
     assert facts["kind"] == "quantized"
-    assert facts["bytes"] == ptq.load(w4.folder).nbytes
-    assert facts["parameters"] == ptq.load(DIGITS).num_params
+    assert facts["bytes"] == helpers.load_quantized(w4.folder).nbytes
+    assert facts["parameters"] == helpers.load_float(DIGITS).num_params
     assert {row["layer"]: row["weight_bits"] for row in facts["layers"]}["blocks.qkv"] == 4
     assert facts["provenance"]["settings"]["calib_steps"] == 2
     out = capsys.readouterr().out
@@ -48,7 +48,12 @@ def test_info_of_a_quantized_model(w4, here, capsys):
 def test_info_of_a_random_preset(here, monkeypatch):
     """Drawing its parameters compiles for seconds, so it is another model's turn."""
     asked = []
-    monkeypatch.setattr(terminal.FloatDiT, "init", lambda config, key: asked.append(config) or helpers.tiny_model())
+
+    def drawn(config, key):
+        asked.append(config)
+        return helpers.tiny_model()
+
+    monkeypatch.setattr(terminal.FloatDiT, "init", drawn)
     run("info", "random:DiT-S/8@16", "--json", "info.json")
     assert asked == [ptq.DiTConfig.preset("DiT-S/8", input_size=16)]
     assert figures("info.json")["provenance"] == {}
@@ -57,8 +62,8 @@ def test_info_of_a_random_preset(here, monkeypatch):
 
 
 def test_quantize_says_what_it_did(w4):
-    assert w4.figures["float_bytes"] == 4 * ptq.load(DIGITS).num_params
-    assert w4.figures["bytes"] == ptq.load(w4.folder).nbytes < w4.figures["float_bytes"] / 5
+    assert w4.figures["float_bytes"] == 4 * helpers.load_float(DIGITS).num_params
+    assert w4.figures["bytes"] == helpers.load_quantized(w4.folder).nbytes < w4.figures["float_bytes"] / 5
     assert w4.figures["seconds"] > 0
     assert w4.figures["settings"]["weight_bits"] == 4
     assert w4.figures["out"] == str(w4.folder)
@@ -90,7 +95,7 @@ def test_quantize_reconstructs_and_clears_up(inputs, here):
 
 def test_quantize_from_stored_rows(w4, here):
     """The rows that the program samples itself, handed to it in a file and in another order, give the same model."""
-    dit, config = ptq.load(DIGITS), ptq.QuantConfig.of(steps=4)
+    dit, config = helpers.load_float(DIGITS), ptq.QuantConfig.of(steps=4)
     rows = ptq.sample_trajectories(dit, dataclasses.replace(config.calibration, steps=2, rows=4), key=jax.random.key(0))
     x, y, t = rows.x.reshape(8, 8, 8, 1), np.ravel(rows.y), np.repeat(rows.t, 4)
     order = [4, 0, 5, 1, 2, 6, 3, 7]

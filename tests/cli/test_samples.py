@@ -1,5 +1,6 @@
 """What `sample`, `quantize` and `evaluate` decide by themselves, and what they refuse to write."""
 
+import dataclasses
 from pathlib import Path
 
 import helpers
@@ -21,13 +22,15 @@ def models(tmp_path_factory):
     """Folders: a mean flow for one step, a model that overflows in float16, one whose samples are NaN."""
     folder = tmp_path_factory.mktemp("models")
     tiny = helpers.tiny_model(in_channels=1, learn_sigma=False)
-    checkpoints.save(tiny.replace(schedule=ONE_STEP), folder / "one")
+    checkpoints.save(dataclasses.replace(tiny, schedule=ONE_STEP), folder / "one")
     blocks = jax.tree.map(np.array, tiny.params["blocks"])
     blocks["fc1"]["kernel"] *= 5e4
     blocks["fc2"]["kernel"] *= 2e-5
-    half = jax.tree.map(lambda a: a.astype(np.float16), tiny.replace(params={**tiny.params, "blocks": blocks}))
+    half = jax.tree.map(lambda a: a.astype(np.float16), dataclasses.replace(tiny, params={**tiny.params, "blocks": blocks}))
     checkpoints.save(half, folder / "half")
-    checkpoints.save(tiny.replace(params=jax.tree.map(lambda a: a * np.float32(1e12), tiny.params)), folder / "wild")
+    checkpoints.save(
+        dataclasses.replace(tiny, params=jax.tree.map(lambda a: a * np.float32(1e12), tiny.params)), folder / "wild"
+    )
     return folder
 
 
@@ -39,7 +42,7 @@ def test_a_model_of_one_step_needs_no_options(models, here, capsys):
     assert (facts["steps"], facts["cfg_scale"], facts["sampler"]) == (1, 1.0, "euler")
     model = ptq.load(models / "one")
     assert model.schedule == ONE_STEP
-    expected = ptq.sample(model, [0, 1, 2], jax.random.key(0), steps=1, cfg_scale=1.0)
+    expected = ptq.sample(model, np.array([0, 1, 2]), jax.random.key(0), steps=1, cfg_scale=1.0)
     np.testing.assert_array_equal(np.load("a.npz")["arr_0"], ptq.to_uint8(expected))
     run("quantize", models / "one", "--out", "q", "--calib-rows", "4")
     settings = store.read_config("q")["provenance"]["settings"]
@@ -111,4 +114,4 @@ def test_a_guided_flow_is_kept_and_told(models, capsys):
     run("info", models / "one")
     assert "velocity, data at t = 0, 1 step, guided by training" in capsys.readouterr().out
     assert ptq.FlowSchedule() != ptq.FlowSchedule(guided=True)
-    assert jnp.float16 == ptq.load(models / "half").param_dtype
+    assert jnp.float16 == helpers.load_float(models / "half").param_dtype

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import helpers
@@ -22,7 +23,7 @@ EVIL = "\x1b[2J\x1b]0;owned\x07\x9b31m\r\nModel: /all/good \u202e"
 def write(path, arrays):
     shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     with Path(path).open("wb") as file:
-        write_safetensors(file.write, {name: lambda a=array: a for name, array in arrays.items()}, shapes)
+        write_safetensors(file.write, {name: partial(np.asarray, array) for name, array in arrays.items()}, shapes)
 
 
 def assert_harmless(text):

@@ -1,5 +1,7 @@
 """The commands on a model without classes, whose table of positions is a parameter."""
 
+from typing import Any
+
 import helpers
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,7 @@ def test_info(folder, here, capsys):
     run("info", folder, "--json", "info.json")
     out = figures("info.json")
     assert (out["classes"], out["positions"]) == (0, "the model's own table")
-    assert out["parameters"] == checkpoints.load(folder).num_params
+    assert out["parameters"] == helpers.load_float(folder).num_params
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "classes none" in lines
     assert "positions the model's own table" in lines
@@ -57,7 +59,7 @@ def test_sample(folder, here, capsys):
 
 @pytest.mark.slow
 def test_quantize_and_evaluate(folder, here, capsys):
-    rows = {"x": np.random.default_rng(0).normal(size=(4, 6, 6, 1)), "t": np.array([5, 5, 900, 900])}
+    rows: dict[str, Any] = {"x": np.random.default_rng(0).normal(size=(4, 6, 6, 1)), "t": np.array([5, 5, 900, 900])}
     np.savez("rows.npz", **rows)
     np.savez("labelled.npz", **rows, y=np.array([0, 0, 3, 0]))
     small = ["--cfg-scale", "1", "--steps", "2"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,5 +97,5 @@ def save_safetensors(path, arrays):
     """Writes arrays by name, and returns the path."""
     with path.open("wb") as file:
         shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        write_safetensors(file.write, {name: lambda a=array: a for name, array in arrays.items()}, shapes)
+        write_safetensors(file.write, {name: partial(np.asarray, array) for name, array in arrays.items()}, shapes)
     return path

@@ -30,7 +30,7 @@ def authors() -> dict[str, np.ndarray]:
 
 
 def npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
-    np.savez(path.with_suffix(".npz"), **arrays)
+    np.savez(path.with_suffix(".npz"), allow_pickle=True, **arrays)
     return path.with_suffix(".npz")
 
 
@@ -51,8 +51,14 @@ def test_an_npz_is_told_by_its_content(tmp_path: Path) -> None:
 
 def test_half_precision_images_and_float_timesteps(tmp_path: Path) -> None:
     arrays = authors()
-    halves = {"xs": arrays["xs"].astype(np.float16), "ts": arrays["ts"].astype(np.float32), "y": arrays["y"].astype(np.int32)}
-    data = ptq.stored_rows(**read_calibration(write_torch(tmp_path / "r.pt", halves)), config=tiny_model().config)
+    halves: dict[str, np.ndarray] = {
+        "xs": arrays["xs"].astype(np.float16),
+        "ts": arrays["ts"].astype(np.float32),
+        "y": arrays["y"].astype(np.int32),
+    }
+    rows = read_calibration(write_torch(tmp_path / "r.pt", halves))
+    assert set(rows) == {"x", "t", "y"}
+    data = ptq.stored_rows(rows["x"], rows["t"], rows["y"], tiny_model().config)
     assert (data.x.dtype, data.t.dtype) == (np.float32, np.int32)
     np.testing.assert_array_equal(data.t, [999, 500, 1])
     np.testing.assert_array_equal(data.x, halves["xs"].transpose(0, 1, 3, 4, 2).astype(np.float32))
@@ -88,7 +94,7 @@ def test_what_cannot_be_read(tmp_path: Path, raises_sentence: Any) -> None:
 def test_the_line_says_what_was_made_of_the_rows() -> None:
     config = tiny_model().config
     rows = lambda count: (np.zeros((count, *config.image_shape), np.float32), np.arange(count) * 5, np.arange(count) % 6)
-    shared = ptq.stored_rows(np.zeros((4, *config.image_shape)), [5, 5, 7, 7], [0, 1, 2, 3], config)
+    shared = ptq.stored_rows(np.zeros((4, *config.image_shape)), np.array([5, 5, 7, 7]), np.array([0, 1, 2, 3]), config)
     assert calibration_line(shared, 4) == "Calibrating on 2 steps of 2 rows"
     assert "each at its own timestep" in calibration_line(ptq.stored_rows(*rows(30), config), 30)
     line = calibration_line(ptq.stored_rows(*rows(101), config), 101)

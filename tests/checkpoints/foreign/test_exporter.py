@@ -1,5 +1,7 @@
 """Exporting in Meta's layout: the same tensors that were imported, and the function of the quantized model's weights."""
 
+import dataclasses
+
 import foreign_files
 import helpers
 import jax
@@ -53,13 +55,13 @@ def build() -> QuantizedDiT:
         K, N = config.linear_shapes[name]
         values, scale = rng.integers(-127, 128, (*lead, N, K), np.int8), uniform(1, 2, *lead, N) * np.float32(K**-0.5 / 100)
         quantizer = act(lead, K if name in ("blocks.proj", "blocks.fc2") else None)
-        return QLinear(QTensor(values, scale, None, 8), uniform(-0.2, 0.2, *lead, 2, N), quantizer)
+        return QLinear(QTensor(jnp.asarray(values), scale, None, 8), uniform(-0.2, 0.2, *lead, 2, N), quantizer)
 
     model = QuantizedDiT(
         linears={name: linear(name) for name in config.linear_shapes},
         sites={f"blocks.{name}": act((config.depth,)) for name in ("q", "k", "v", "probs")},
         label_embed=uniform(-1, 1, config.num_classes + 1, config.hidden_size),
-        group_edges=np.array([500], np.int32),
+        group_edges=jnp.array([500], jnp.int32),
         config=config,
     )
     return jax.tree.map(jnp.asarray, model)
@@ -124,13 +126,13 @@ def test_what_cannot_be_exported(tmp_path, raises_sentence):
         export_meta(model, tmp_path, overwrite=True)
     params = {name: value for name, value in model.params.items() if name != "time_fc1"}
     with raises_sentence("missing: time_fc1/bias, time_fc1/kernel"):
-        export_meta(model.replace(params=params), tmp_path / "y.safetensors")
+        export_meta(dataclasses.replace(model, params=params), tmp_path / "y.safetensors")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.safetensors"]
 
 
 def test_a_quantized_flow_is_exported_as_sit(tmp_path):
     """Its variance channels, which nothing reads, go out as the zeros by which an import tells a SiT."""
-    model = build().replace(schedule=FlowSchedule())
+    model = dataclasses.replace(build(), schedule=FlowSchedule())
     again, found = import_checkpoint(export_meta(model, tmp_path / "x.safetensors"), num_heads=4)
     assert (found.layout, again.schedule, again.config.learn_sigma) == ("SiT", FlowSchedule(), False)
     weights = reference(model).params["final"]["kernel"].reshape(-1, 4, 2, 3)[:, :, 0].reshape(-1, 12)

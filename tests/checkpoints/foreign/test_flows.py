@@ -1,5 +1,6 @@
 """Importing flow models: the network computes what the source's computes, and is sampled as the source samples."""
 
+import dataclasses
 import re
 
 import flax
@@ -186,7 +187,7 @@ def test_shortcut_says_what_it_needs(tmp_path, raises_sentence):
         import_checkpoint(path, num_heads=2)
     model = import_checkpoint(path, num_heads=2, input_size=8)[0]
     with raises_sentence("imported for 128 steps", "use 128", "--flow-steps) 50"):
-        ptq.sample(model, [0], KEY, steps=50)
+        ptq.sample(model, np.array([0]), KEY, steps=50)
     with raises_sentence("steps of a flow", "-1"):
         import_checkpoint(path, num_heads=2, input_size=8, flow_steps=-1)
 
@@ -230,7 +231,7 @@ def test_a_sit_goes_out_as_it_came(tmp_path, raises_sentence):
         np.testing.assert_array_equal(exported[name].read(), array, err_msg=name)
     for schedule in (ptq.FlowSchedule(data_time=0), ptq.FlowSchedule(steps=8)):
         with raises_sentence("as SiT", schedule.describe(), "model folder"):
-            export_meta(model.replace(schedule=schedule), tmp_path / "z.safetensors")
+            export_meta(dataclasses.replace(model, schedule=schedule), tmp_path / "z.safetensors")
 
 
 @pytest.mark.slow

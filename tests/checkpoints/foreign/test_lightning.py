@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from checkpoints.foreign.foreign_files import write_torch
+from foreign_files import write_torch
 from helpers import random_inputs, relative_error
 from test_lightning_dit import CONFIG, forward
 
@@ -14,7 +14,7 @@ from ptq4dit_jax.checkpoints.foreign import open_tensors
 from ptq4dit_jax.networks.lightning_dit import LightningDiTConfig
 from ptq4dit_jax.schedules import FlowSchedule
 
-T = np.float32([0.2, 0.7])
+T = np.array([0.2, 0.7], np.float32)
 
 
 @pytest.fixture(scope="module")

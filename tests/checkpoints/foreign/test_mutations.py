@@ -89,7 +89,8 @@ def test_a_training_file(tmp_path):
         data = bytearray(content)
         start = table if i % 2 else directory
         for _ in range(3):
-            data[start + rng.integers(6000) if i % 2 else min(start + rng.integers(3400), len(data) - 1)] = rng.integers(256)
+            at = start + int(rng.integers(6000)) if i % 2 else min(start + int(rng.integers(3400)), len(data) - 1)
+            data[at] = rng.integers(256)
         path.write_bytes(data)
         survives(path, lambda path: import_checkpoint(path, num_heads=3))
 

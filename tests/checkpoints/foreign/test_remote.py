@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from foreign_files import DIFFUSERS, GOLDEN, META, save_safetensors, write_torch
+from helpers import load_float
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.checkpoints import addresses, store
@@ -45,9 +46,12 @@ def opened(monkeypatch):
     """The names of all files that are read whole from now on."""
     names = []
     download = remote._download
-    monkeypatch.setattr(
-        remote, "_download", lambda files, chosen, *rest: (names.extend(chosen), download(files, chosen, *rest))
-    )
+
+    def noted(files, chosen, *rest):
+        names.extend(chosen)
+        download(files, chosen, *rest)
+
+    monkeypatch.setattr(remote, "_download", noted)
     return names
 
 
@@ -124,7 +128,7 @@ def test_shards(of, memory, tmp_path, monkeypatch):
 
 def test_models_of_this_package(memory, tmp_path, tiny_model):
     upload(memory, ptq.save(tiny_model, tmp_path / "m"), "b/m")
-    loaded = ptq.load("memory://b/m")
+    loaded = load_float("memory://b/m")
     assert loaded.config == tiny_model.config
     jax.tree.map(np.testing.assert_array_equal, loaded.params, tiny_model.params)
 

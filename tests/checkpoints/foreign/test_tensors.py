@@ -5,6 +5,7 @@ import os
 import pickle
 import tracemalloc
 import zipfile
+from typing import Any
 
 import flax
 import foreign_files
@@ -20,7 +21,7 @@ from foreign_files import save_safetensors
 
 from ptq4dit_jax.checkpoints.foreign import open_tensors
 
-TREE = {
+TREE: dict[str, Any] = {
     "a": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "half": np.ones(3, ml_dtypes.bfloat16)},
     "step": np.int64(7),
     "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
@@ -90,7 +91,13 @@ def test_shards(of, tmp_path, raises_sentence):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_pickles_of_numpy_and_jax(protocol, tmp_path):
-    tree = {**TREE, "jax": jnp.ones((2, 2), jnp.bfloat16), "big": np.arange(3, dtype=">f4"), "list": [np.ones(2)], "text": "x"}
+    tree: dict[str, Any] = {
+        **TREE,
+        "jax": jnp.ones((2, 2), jnp.bfloat16),
+        "big": np.arange(3, dtype=">f4"),
+        "list": [np.ones(2)],
+        "text": "x",
+    }
     file = open_tensors(foreign_files.write_pickle(tmp_path / "x", {"params": tree, "again": tree["a"]}, protocol))
     assert file.format == "pickle"
     expected = {f"params.{name}": tree[name] for name in ("step", "fortran", "jax")} | {"params.list.0": tree["list"][0]}
@@ -101,7 +108,8 @@ def test_pickles_of_numpy_and_jax(protocol, tmp_path):
 
 def test_train_states_are_walked(tmp_path):
     params = flax.core.freeze({"w": np.ones(3, np.float32)})
-    state = train_state.TrainState(0, None, params, None, optax.adam(1e-3).init(params))
+    no_function: Any = None
+    state = train_state.TrainState(0, no_function, params, None, optax.adam(1e-3).init(params))
     file = open_tensors(foreign_files.write_pickle(tmp_path / "x", {"state": state}))
     assert "state.params.w" in file
     assert [name for name in file if name.startswith("state.opt_state")] == [
@@ -124,7 +132,7 @@ def test_flax_msgpack(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ocdbt", [True, False])
 def test_orbax_without_a_tree(ocdbt, tmp_path):
-    tree = {"a": TREE["a"], "blocks": [{"k": np.ones(2, np.float32)}, {"k": np.zeros(2, np.int32)}]}
+    tree: dict[str, Any] = {"a": TREE["a"], "blocks": [{"k": np.ones(2, np.float32)}, {"k": np.zeros(2, np.int32)}]}
     ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)).save(tmp_path / "x", args=ocp.args.PyTreeSave(tree))
     file = open_tensors(tmp_path / "x")
     assert file.format == "Orbax"
@@ -227,7 +235,8 @@ def test_one_storage_under_very_many_names(tmp_path, raises_sentence):
 
 
 def test_containers_that_hold_each_other(tmp_path, raises_sentence):
-    loop, doubling = {}, [np.ones(1)]
+    loop: dict[str, Any] = {}
+    doubling: list[Any] = [np.ones(1)]
     loop["again"] = loop
     for _ in range(40):
         doubling = [doubling, doubling]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import flax.serialization
@@ -23,7 +24,7 @@ FORMER = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.
 def write_file(path, tensors):
     shapes = {name: (array.shape, array.dtype) for name, array in tensors.items()}
     with Path(path).open("wb") as file:
-        write_safetensors(file.write, {name: lambda a=array: a for name, array in tensors.items()}, shapes)
+        write_safetensors(file.write, {name: partial(np.asarray, array) for name, array in tensors.items()}, shapes)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,8 @@ def test_torch_files_come_before_those_of_flax(folder, tensors, expected):
 @pytest.mark.parametrize("ending", [".safetensors", ".bin"])
 def test_shards(ending, variant, folder, tensors, expected):
     """Every third tensor in one of three files, by the same search as for transformers."""
-    names, stem, places = sorted(tensors), "diffusion_pytorch_model", {}
+    names, stem = sorted(tensors), "diffusion_pytorch_model"
+    places: dict[str, str] = {}
     for n in range(3):
         file = f"{stem}{variant}-0000{n + 1}-of-00003{ending}"
         part = {name: tensors[name] for name in names[n::3]}
