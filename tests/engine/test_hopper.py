@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from functools import cache, partial
@@ -65,7 +66,7 @@ def test_any_number_of_rows_lowers(M: int, grouped: bool) -> None:
 
 @pytest.mark.parametrize("N", [128, 768, 2304, 6912])
 def test_all_layers_at_once_lower(N: int) -> None:
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct  # in the place of arrays
     x = Encoded(shape((3, 2, 384), jnp.int8), shape((3,), jnp.float32), None)
     weight = QTensor(shape((3, N // 2, 384), jnp.uint8), shape((3, N), jnp.float32), shape((3, N), jnp.int8), 4)
     run = partial(HOPPER.linear_each, dtype=jnp.bfloat16, parts=2)
@@ -80,7 +81,7 @@ def small_model(bits: int, width: int = 128, side: int = 16, **settings: Any) ->
     quant = ptq.QuantConfig.of(
         **helpers.PLAIN, weight_bits=bits, steps=2, calib_steps=2, calib_rows=2, step_groups=2, **settings
     )
-    return ptq.quantize(dit, quant, key=jax.random.key(0)).astype(jnp.bfloat16).replace(backend="hopper")
+    return dataclasses.replace(ptq.quantize(dit, quant, key=jax.random.key(0)).astype(jnp.bfloat16), backend="hopper")
 
 
 def lowered_model(q: ptq.QuantizedDiT, t: tuple[int, ...] = (500,)) -> str:
@@ -183,7 +184,7 @@ def test_the_table_says_what_is_lowered() -> None:
     assert lowered_model(few).count("custom_call @mosaic_gpu") == 2
     with pytest.raises(ptq.Ptq4ditError, match="hopper computes in bfloat16, not in float32"):
         runs_on(small_model(8).astype(jnp.float32))
-    assert set(runs_on(small_model(8).astype(jnp.float32).replace(backend="auto")).values()) == {"xla"}
+    assert set(runs_on(dataclasses.replace(small_model(8).astype(jnp.float32), backend="auto")).values()) == {"xla"}
     edges = {row.layer: row.backend for row in ptq.describe(small_model(8, policy="edges8"))}
     assert (edges["patch_embed"], edges["time_fc1"], edges["final"]) == (mixed, "xla", own)
 
@@ -199,7 +200,7 @@ def test_it_says_why_what_is_not_covered_is_not() -> None:
     assert few["qkv"] == "36 tokens are no multiple of 8"
     assert few["proj"] == "36 tokens are no multiple of 8; 36 tokens are no multiple of 64"
     # Where XLA was chosen for all, `info` says why in a line of its own.
-    assert set(why(small_model(8).astype(jnp.float32).replace(backend="auto")).values()) == {""}
+    assert set(why(dataclasses.replace(small_model(8).astype(jnp.float32), backend="auto")).values()) == {""}
 
 
 def test_what_ran_is_noted_by_call() -> None:

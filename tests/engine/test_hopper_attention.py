@@ -38,10 +38,10 @@ def exact(q: jax.Array, k: jax.Array, v: jax.Array, tokens: int, heads: int) -> 
     """In float64."""
     M, D = q.shape
     by_head = lambda x: np.asarray(x, np.float64).reshape(-1, tokens, heads, D // heads).transpose(0, 2, 1, 3)
-    q, k, v = map(by_head, (q, k, v))
-    scores = q @ k.swapaxes(-1, -2) / np.sqrt(D // heads)
+    queries, keys, values = map(by_head, (q, k, v))
+    scores = queries @ keys.swapaxes(-1, -2) / np.sqrt(D // heads)
     p = np.exp(scores - scores.max(-1, keepdims=True))
-    return (p / p.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3).reshape(M, D)
+    return (p / p.sum(-1, keepdims=True) @ values).transpose(0, 2, 1, 3).reshape(M, D)
 
 
 def check(images: int, tokens: int, heads: int, d: int) -> None:

@@ -6,6 +6,7 @@ arrivals nobody has seen.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import helpers
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from helpers import HOPPER, PLAIN, XLA
 from hopper_helpers import HAS_INTERPRETER, interpreted_kernels
+from jax.typing import ArrayLike, DTypeLike
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.engine import hopper
@@ -49,7 +51,7 @@ def interpreted() -> Iterator[None]:
         yield
 
 
-def stacked(layer: np.ndarray | float, *, alone: bool = False, dtype: object = None) -> jax.Array:
+def stacked(layer: ArrayLike, *, alone: bool = False, dtype: DTypeLike | None = None) -> jax.Array:
     """A layer between others that hold NaN, or the ends of an integer type; or ``alone``, a stack of one."""
     array = np.asarray(layer, dtype or np.asarray(layer).dtype)
     if alone:
@@ -73,7 +75,7 @@ def drawn(M: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 
 
 def exact(a: np.ndarray, b: np.ndarray, row: np.ndarray, column: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    return (a.astype(np.int64) @ b.astype(np.int64).T) * np.float64(row)[:, None] * np.float64(column) + bias
+    return (a.astype(np.int64) @ b.astype(np.int64).T) * np.asarray(row, np.float64)[:, None] * np.float64(column) + bias
 
 
 def near(got: object, want: np.ndarray) -> None:
@@ -94,8 +96,10 @@ def assert_codes(got: object, value: np.ndarray, zero_point: int, low: int = -12
 @pytest.mark.parametrize("alone", [False, True])
 def test_products(cut: Tiles, M: int, alone: bool) -> None:
     a, b, row, column, bias = drawn(M)
-    stacks = (stacked(array, alone=alone) for array in (column, bias))
-    [y] = gemm.int8_matmul(a, stacked(b, alone=alone), jnp.asarray(row)[:, None], *stacks, layer(), tiles=cut)
+    columns, biases = (stacked(array, alone=alone) for array in (column, bias))
+    [y] = gemm.int8_matmul(
+        jnp.asarray(a), stacked(b, alone=alone), jnp.asarray(row)[:, None], columns, biases, layer(), tiles=cut
+    )
     near(y, exact(a, b, row, column, bias))
 
 
@@ -108,10 +112,10 @@ def test_packed_weights(cut: Tiles, M: int, K: int, alone: bool) -> None:
     a, codes = rng.integers(-128, 128, (M, K)).astype(np.int8), rng.integers(0, 16, (N, K)).astype(np.uint8)
     zero = (np.arange(N) % 16).astype(np.int8)
     vectors = np.ones(N, np.float32) / 2**12, np.zeros(N, np.float32)
-    stacks = (stacked(array, alone=alone) for array in vectors)
+    columns, biases = (stacked(array, alone=alone) for array in vectors)
     packed = stacked(np.asarray(pack_nibbles(jnp.asarray(codes))), alone=alone)
     zeros = stacked(zero, alone=alone)
-    [y] = gemm.int8_matmul(a, packed, jnp.ones((M, 1)), *stacks, layer(), tiles=cut, weight_zero=zeros)
+    [y] = gemm.int8_matmul(jnp.asarray(a), packed, jnp.ones((M, 1)), columns, biases, layer(), tiles=cut, weight_zero=zeros)
     near(y, exact(a, codes.astype(int) - zero[:, None], np.ones(M, np.float32), *vectors))
 
 
@@ -123,7 +127,7 @@ def test_unpacking_alone(alone: bool) -> None:
     zeros = [(np.arange(N) % 16).astype(np.int8) for N, _ in shapes]
     packed = [stacked(np.asarray(pack_nibbles(jnp.asarray(of))), alone=alone) for of in codes]
     stacks = packed, [stacked(zero, alone=alone) for zero in zeros]
-    unpack = lambda *stacks: nibbles.unpacked(*stacks, layer(), after=jnp.zeros((3, 5), jnp.int8))
+    unpack = lambda packed, zeros: nibbles.unpacked(packed, zeros, layer(), after=jnp.zeros((3, 5), jnp.int8))
     for run in (unpack, jax.jit(unpack)):
         for got, of, zero in zip(run(*stacks), codes, zeros, strict=True):
             assert got.dtype == jnp.int8
@@ -186,7 +190,9 @@ def test_one_scale_several_outputs_and_every_layer_of_a_stack(chosen: int) -> No
     weights, scales = (0 * b, b, b[::-1]), (0.7, 0.3, 1.1)
     stack = lambda arrays: jnp.asarray(np.stack(arrays))
     vectors = stack([column, 2 * column, 3 * column]), stack([bias, -bias, 0 * bias]), jnp.asarray([chosen], jnp.int32)
-    parts = gemm.int8_matmul(a, stack(weights), jnp.asarray(scales, jnp.float32), *vectors, tiles=Tiles(64, 64, 2), outputs=2)
+    parts = gemm.int8_matmul(
+        jnp.asarray(a), stack(weights), jnp.asarray(scales, jnp.float32), *vectors, tiles=Tiles(64, 64, 2), outputs=2
+    )
     assert [part.shape for part in parts] == [(70, N // 2)] * 2
     of_layer = np.full(70, scales[chosen], np.float32), (chosen + 1) * column, (1, -1, 0)[chosen] * bias
     near(np.concatenate([np.asarray(p, np.float32) for p in parts], 1), exact(a, weights[chosen], *of_layer))
@@ -199,8 +205,10 @@ def test_gate_and_residual(cut: Tiles, alone: bool) -> None:
     rng = np.random.default_rng(1)
     residual, gate = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((192, N), (3, N)))
     finish = GatedResidual(residual, stacked(gate, alone=alone), 64)
-    stacks = (stacked(array, alone=alone) for array in (column, bias))
-    [y] = gemm.int8_matmul(a, stacked(b, alone=alone), jnp.asarray(row)[:, None], *stacks, layer(), tiles=cut, finish=finish)
+    columns, biases = (stacked(array, alone=alone) for array in (column, bias))
+    [y] = gemm.int8_matmul(
+        jnp.asarray(a), stacked(b, alone=alone), jnp.asarray(row)[:, None], columns, biases, layer(), tiles=cut, finish=finish
+    )
     wide = np.asarray(residual, np.float64), np.repeat(np.asarray(gate, np.float64), 64, 0)
     near(y, wide[0] + wide[1] * exact(a, b, row, column, bias))
 
@@ -218,9 +226,9 @@ def test_gelu_and_codes(cut: Tiles, balanced: bool, bits: int, alone: bool) -> N
         low,
         high,
     )
-    stacks = (stacked(array, alone=alone) for array in (column, bias))
+    columns, biases = (stacked(array, alone=alone) for array in (column, bias))
     [codes] = gemm.int8_matmul(
-        a, stacked(b, alone=alone), jnp.asarray(row)[:, None], *stacks, layer(), tiles=cut, finish=finish
+        jnp.asarray(a), stacked(b, alone=alone), jnp.asarray(row)[:, None], columns, biases, layer(), tiles=cut, finish=finish
     )
     y = exact(a, b, row, column, bias)
     gelu = 0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
@@ -293,7 +301,10 @@ def test_widths_that_are_no_multiple_of_a_tile(in_stack: bool) -> None:
     rng = np.random.default_rng(5)
     gate, residual = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((B, odd_N), (B, T, odd_N)))
     balance, scale, zero_point = rng.uniform(0.5, 2, odd_N).astype(np.float32), np.float32(0.03), np.int32(-20)
-    lie = lambda array: OfLayer(stacked(array), jnp.int32(LAYER)) if in_stack else jnp.asarray(array)
+
+    def lie(array: ArrayLike) -> Any:
+        return OfLayer(stacked(array), jnp.int32(LAYER)) if in_stack else jnp.asarray(array)
+
     x = Encoded(jnp.asarray(a).reshape(B, T, odd_K), lie(np.float32(0.7)), None)
     layer = x, QTensor(lie(b), lie(column), None, 8), lie(bias)
     act = ActQuantizer(lie(scale), lie(zero_point), lie(balance))
@@ -321,5 +332,7 @@ def test_a_whole_model_is_its_reference() -> None:
     q = ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16)
     x, y = jax.random.normal(jax.random.key(1), (1, *config.image_shape), jnp.float32), jnp.array([2])
     apply = jax.jit(lambda model: model.apply(x, jnp.array([400]), y).astype(jnp.float32))
-    fast, slow, floats = (np.asarray(apply(m)) for m in (q.replace(backend="hopper"), q.replace(backend="xla"), dit))
+    fast, slow, floats = (
+        np.asarray(apply(m)) for m in (dataclasses.replace(q, backend="hopper"), dataclasses.replace(q, backend="xla"), dit)
+    )
     assert np.square(fast - slow).mean() < 0.05 * np.square(slow - floats).mean()

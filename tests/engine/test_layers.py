@@ -70,7 +70,9 @@ def fake_quantized(x: np.ndarray, quantizer: ActQuantizer) -> np.ndarray:
 @pytest.mark.parametrize("act_bits", [4, 8])
 def test_the_layer_is_its_fake_quant_twin(bits: int, act_bits: int) -> None:
     quantizer = act(bits=act_bits)
-    linear, bias = layer(quantizer.replace(scale=quantizer.scale[None], zero_point=quantizer.zero_point[None]), bits)
+    linear, bias = layer(
+        dataclasses.replace(quantizer, scale=quantizer.scale[None], zero_point=quantizer.zero_point[None]), bits
+    )
     x = inputs(B, T)
     chosen = linear.at_group(jnp.int32(0))
     expected = fake_quantized(x, quantizer) @ wide(linear.weight.dequantize()).T + bias
@@ -189,8 +191,8 @@ def test_attention_is_its_fake_quant_twin() -> None:
     for run in (attention_of_heads, jax.jit(attention_of_heads)):
         out = run(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), sites)
         assert relative_error(out, expected) < ULPS
-    tokens = [jnp.asarray(x.transpose(0, 2, 1, 3).reshape(2, 5, 24)) for x in (q, k, v)]
-    assert relative_error(XLA.attention(*tokens, 3, sites), expected.transpose(0, 2, 1, 3).reshape(2, 5, 24)) < ULPS
+    of_q, of_k, of_v = (jnp.asarray(x.transpose(0, 2, 1, 3).reshape(2, 5, 24)) for x in (q, k, v))
+    assert relative_error(XLA.attention(of_q, of_k, of_v, 3, sites), expected.transpose(0, 2, 1, 3).reshape(2, 5, 24)) < ULPS
 
 
 def test_attention_takes_ranges_per_row() -> None:
@@ -230,7 +232,7 @@ def test_attention_in_unit_steps_is_attention_quantized_for_proj(balanced: bool)
         jnp.zeros(3 * D, jnp.float32),
         act(),
     )
-    qkv, proj = (layer.replace(bias=layer.bias[0]) for layer in (qkv, proj))
+    qkv, proj = (dataclasses.replace(layer, bias=layer.bias[0]) for layer in (qkv, proj))
     x = jnp.asarray(inputs(B, T))
     moved_qkv, moved_proj = jax.jit(in_unit_steps)(qkv, proj)
 

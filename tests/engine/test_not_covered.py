@@ -5,6 +5,7 @@ By tracing, which needs no GPU; every call that the reference takes must come ou
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from ptq4dit_jax.engine.layers import attention
 from ptq4dit_jax.networks.ops import Norm
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
-S = jax.ShapeDtypeStruct
+S: Any = jax.ShapeDtypeStruct  # in the place of arrays
 SHAPES = ((128,), (2, 128), (2, 64, 128), (2, 3, 64, 128), (0, 64, 128), (2, 0, 128), (2, 64, 72), (3, 8, 256))
 TYPES = ("bfloat16", "float32", "float16")
 STATIC = ActQuantizer(S((), "float32"), S((), "int32"))
@@ -85,7 +86,13 @@ def test_products_of_all_layers(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 def test_codes(shape: tuple[int, ...], dtype: str) -> None:
     vector = S(shape[-1:], "float32")
-    acts = [STATIC, DYNAMIC, DYNAMIC.replace(nonnegative=True), STATIC.replace(balance=vector), DYNAMIC.replace(balance=vector)]
+    acts = [
+        STATIC,
+        DYNAMIC,
+        dataclasses.replace(DYNAMIC, nonnegative=True),
+        dataclasses.replace(STATIC, balance=vector),
+        dataclasses.replace(DYNAMIC, balance=vector),
+    ]
     taken = 0
     for act in acts:
         taken += alike(lambda d: d.encode, S(shape, dtype), act)

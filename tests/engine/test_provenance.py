@@ -43,6 +43,7 @@ def test_models_that_a_compiled_function_returns_have_none(models: list[ptq.Quan
     for model in models:
         out = doubled(model)
         assert name_of(out) is None
+        assert model.label_embed is not None
         assert (out.label_embed == 2 * model.label_embed).all()
     assert seen == [None], "one program, in which no model has an origin"
     compiled = jax.jit(lambda model, scale: (model, scale)).lower(models[0], 1.0).compile()

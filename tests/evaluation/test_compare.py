@@ -17,14 +17,15 @@ from ptq4dit_jax.evaluation.compare import _full_scale, plain
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.schedules import NoiseSchedule
 
-LABELS, SETTINGS = np.array([0, 1, 2, 0, 1, 2]), {"sampling": Sampling.of(steps=4, cfg_scale=1.5)}
+LABELS = np.array([0, 1, 2, 0, 1, 2])
+SETTINGS: dict[str, Any] = {"sampling": Sampling.of(steps=4, cfg_scale=1.5)}
 
 
 pytestmark = pytest.mark.slow  # a comparison compiles a dozen programs
 
 
 def rounded(model: FloatDiT, step: float) -> FloatDiT:
-    return model.replace(params=jax.tree.map(lambda a: jnp.round(a / step) * step, model.params))
+    return dataclasses.replace(model, params=jax.tree.map(lambda a: jnp.round(a / step) * step, model.params))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_latents_are_measured_as_they_are_on_their_own_range():
 
 
 def test_same_noise_images_of_one_model_twice(model):
-    images = same_noise_images({"a": model, "b": model}, [0, 1], jax.random.key(0), **SETTINGS)
+    images = same_noise_images({"a": model, "b": model}, np.array([0, 1]), jax.random.key(0), **SETTINGS)
     np.testing.assert_array_equal(images["a"], images["b"])
 
 
@@ -150,7 +151,7 @@ def test_plain_values():
 
 
 def test_errors(model):
-    run = {"labels": [0], "key": jax.random.key(0), "sampling": Sampling(steps=2)}
+    run: dict[str, Any] = {"labels": [0], "key": jax.random.key(0), "sampling": Sampling(steps=2)}
     with pytest.raises(Ptq4ditError, match="cannot be named 'bfloat16'"):
         compare(model, {"bfloat16": model}, **run)
     shallow = model.replace(config=dataclasses.replace(model.config, depth=1))

@@ -1,5 +1,7 @@
 """Metrics against NumPy and SciPy."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,12 +138,14 @@ def test_bootstrap_in_chunks_is_the_same_as_at_once(monkeypatch):
 
 
 def test_bootstrap_with_infinities():
-    assert metrics.bootstrap_interval([np.inf, np.inf]) == (np.inf, np.inf, np.inf)
-    assert metrics.bootstrap_interval([30.0, 40.0, np.inf], 3) == metrics.bootstrap_interval([30.0, 40.0, 40.0], 3)
-    assert metrics.bootstrap_interval([30.0, 40.0, -np.inf], 3) == metrics.bootstrap_interval([30.0, 40.0, 30.0], 3)
-    assert metrics.bootstrap_interval([35.0]) == (35.0, 35.0, 35.0)
-    assert np.isnan(metrics.bootstrap_interval([1.0, np.nan])).all()
-    assert np.isnan(metrics.bootstrap_interval([np.inf, -np.inf])).all()
+    infinite: Any = [np.inf, np.inf]  # a list is taken too
+    assert metrics.bootstrap_interval(infinite) == (np.inf, np.inf, np.inf)
+    with_third = lambda value: metrics.bootstrap_interval(np.array([30.0, 40.0, value]), 3)
+    assert with_third(np.inf) == with_third(40.0)
+    assert with_third(-np.inf) == with_third(30.0)
+    assert metrics.bootstrap_interval(np.array([35.0])) == (35.0, 35.0, 35.0)
+    assert np.isnan(metrics.bootstrap_interval(np.array([1.0, np.nan]))).all()
+    assert np.isnan(metrics.bootstrap_interval(np.array([np.inf, -np.inf]))).all()
 
 
 @pytest.mark.parametrize(
@@ -150,9 +154,9 @@ def test_bootstrap_with_infinities():
         (lambda: metrics.sqnr_db(np.ones(3), np.ones((1, 3))), r"one shape, not \(3,\) and \(1, 3\)"),
         (lambda: metrics.psnr_db(np.ones((8, 8, 1)), np.ones((8, 8, 1))), r"\(N, H, W, C\), not \(8, 8, 1\)"),
         (lambda: metrics.ssim(np.ones((8, 8)), np.ones((8, 8))), r"\(N, H, W, C\)"),
-        (lambda: metrics.bootstrap_interval([]), "at least one value"),
-        (lambda: metrics.bootstrap_interval([1.0], level=1.5), "not level 1.5"),
-        (lambda: metrics.bootstrap_interval([1.0], resamples=0), "and 0"),
+        (lambda: metrics.bootstrap_interval(np.array([])), "at least one value"),
+        (lambda: metrics.bootstrap_interval(np.array([1.0]), level=1.5), "not level 1.5"),
+        (lambda: metrics.bootstrap_interval(np.array([1.0]), resamples=0), "and 0"),
     ],
 )
 def test_errors(call, message):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,13 +64,15 @@ def test_layer_figure_has_a_panel_per_site(comparison):
 
 def test_reconstruction_figure_has_a_curve_and_a_dot_per_part():
     names = ["embed image", "embed condition", *(f"block {i}" for i in range(5)), "head"]
-    parts = {name: {"before": 2.0, "after": 1.0 + i, "curve": [1.0, np.nan, 0.5 + i]} for i, name in enumerate(names)}
+    parts: dict[str, Any] = {
+        name: {"before": 2.0, "after": 1.0 + i, "curve": [1.0, np.nan, 0.5 + i]} for i, name in enumerate(names)
+    }
     figure = plots.reconstruction_figure(parts)
     (axes,) = figure.axes
-    curves = {line.get_label(): line for line in axes.lines if len(line.get_ydata()) == 3}
+    curves = {line.get_label(): line for line in axes.lines if len(np.asarray(line.get_ydata())) == 3}
     assert list(curves) == names
     np.testing.assert_array_equal(curves["block 3"].get_ydata(), parts["block 3"]["curve"])
-    dots = [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "o"]
+    dots = [np.asarray(line.get_ydata())[0] for line in axes.lines if line.get_marker() == "o"]
     assert dots == [part["after"] / 2 for part in parts.values()]
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert shown == ["embed image", "embed condition", "block 0", "block 4", "head"]
@@ -79,7 +82,7 @@ def test_reconstruction_figure_has_a_curve_and_a_dot_per_part():
 def test_psnr_figure_shows_every_image(comparison):
     (axes,) = plots.psnr_figure(comparison).axes
     dots = [collection for collection in axes.collections if isinstance(collection, PathCollection)]
-    np.testing.assert_array_equal(dots[1].get_offsets()[:, 0], comparison.figures["W8A8"].psnr_db)
+    np.testing.assert_array_equal(np.asarray(dots[1].get_offsets())[:, 0], comparison.figures["W8A8"].psnr_db)
 
 
 def test_salience_figure(comparison):

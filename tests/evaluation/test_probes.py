@@ -1,5 +1,7 @@
 """Predicted noise and layer outputs of two models: against NumPy, and against errors made on purpose."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,11 +55,11 @@ def _scaled(model: FloatDiT, layer: str, factor, block: int | None = None) -> Fl
         name: a * jnp.broadcast_to(factor, a.shape).astype(a.dtype) if block is None else a.at[block].multiply(factor)
         for name, a in where[layer].items()
     }
-    return model.replace(params=params)
+    return dataclasses.replace(model, params=params)
 
 
 def _rounded(model: FloatDiT) -> FloatDiT:
-    return model.replace(params=jax.tree.map(lambda a: jnp.round(a * 64) / 64, model.params))
+    return dataclasses.replace(model, params=jax.tree.map(lambda a: jnp.round(a * 64) / 64, model.params))
 
 
 def test_layer_sqnr_is_the_power_ratio_of_what_observers_see(model, batch):
@@ -130,4 +132,4 @@ def test_step_sqnr_leaves_the_variance_channels_out(model, chain):
 def test_labels_are_checked(model, chain):
     inputs, t, _ = chain
     with pytest.raises(Ptq4ditError, match="Label 7 is out of range"):
-        probes.predicted_noise(model, inputs, t, [0, 1, 2, 7])
+        probes.predicted_noise(model, inputs, t, np.array([0, 1, 2, 7]))

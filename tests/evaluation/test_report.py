@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,11 @@ ROWS = [
     {"layer": "blocks.qkv", "weight bits": 4, "runs": "int8 x int8 -> int32"},
     {"layer": "patch_embed", "weight bits": 8, "runs": "float", "why": "policy | edges"},
 ]
-ARGUMENTS = {"title": "digits, W4A8", "describe_rows": ROWS, "settings": {"quantization": {"weight_bits": 4, "balance": "csb"}}}
+ARGUMENTS: dict[str, Any] = {
+    "title": "digits, W4A8",
+    "describe_rows": ROWS,
+    "settings": {"quantization": {"weight_bits": 4, "balance": "csb"}},
+}
 
 
 def _table(page: str, heading: str) -> list[list[str]]:
@@ -172,6 +177,16 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, comparison, monkeypatch, er
     assert not list(tmp_path.iterdir())
 
 
+CANNOT_BE: tuple[dict[str, Any], ...] = (
+    {"before": 0},
+    {"before": "1"},
+    {"after": float("nan")},
+    {"curve": []},
+    {"curve": ["a"]},
+    {"curve": 1},
+)
+
+
 @pytest.mark.parametrize(
     "facts",
     [
@@ -179,17 +194,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path, comparison, monkeypatch, er
         "x",
         [1],
         {"block 0": 3},
-        *(
-            {"block 0": {"before": 1.0, "after": 0.5, "curve": [1.0], **change}}
-            for change in (
-                {"before": 0},
-                {"before": "1"},
-                {"after": float("nan")},
-                {"curve": []},
-                {"curve": ["a"]},
-                {"curve": 1},
-            )
-        ),
+        *({"block 0": {"before": 1.0, "after": 0.5, "curve": [1.0], **change}} for change in CANNOT_BE),
     ],
 )
 def test_what_a_models_file_says_of_its_reconstruction_cannot_lose_a_comparison(facts, tmp_path, comparison):

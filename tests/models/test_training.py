@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from types import SimpleNamespace
@@ -43,7 +44,7 @@ class TwoImages:
 
 @functools.cache
 def initial(key_data: tuple[int, ...]) -> Any:
-    return init_params(CONFIG, jax.random.wrap_key_data(np.array(key_data, np.uint32)))
+    return init_params(CONFIG, jax.random.wrap_key_data(jnp.asarray(np.array(key_data, np.uint32))))
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +58,9 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def bound_at(t: int, x0: float, mean: float, log_var: float, true_mean: float, true_log_var: float, max_level: int) -> float:
     pixel = lambda value: jnp.full((1, 1, 1, 1), value, jnp.float32)
-    arguments = [pixel(value) for value in (x0, mean, log_var, true_mean, true_log_var)]
-    return float(variational_bound(*arguments, jnp.array([t]), max_level)[0])
+    t_B = jnp.array([t])
+    bound = variational_bound(pixel(x0), pixel(mean), pixel(log_var), pixel(true_mean), pixel(true_log_var), t_B, max_level)
+    return float(bound[0])
 
 
 def test_bound_is_the_divergence_of_two_gaussians_in_bits() -> None:
@@ -86,7 +88,8 @@ def test_the_bound_teaches_the_variance_only() -> None:
     assert np.isfinite(mse).all()
     assert np.isfinite(bound).all()
     # The final layer's columns are (row, column, channel): even ones are noise, odd ones variance.
-    of_params = lambda params: losses(model.replace(params=params), training.loss_tables(), x0, t, y, noise, 255)[1].sum()
+    changed = lambda params: dataclasses.replace(model, params=params)
+    of_params = lambda params: losses(changed(params), training.loss_tables(), x0, t, y, noise, 255)[1].sum()
     bias = np.asarray(jax.jit(jax.grad(of_params))(model.params)["final"]["bias"])
     assert not bias[0::2].any()
     assert bias[1::2].all()
@@ -121,7 +124,8 @@ def test_training_ends_in_time_with_a_cooldown(monkeypatch: pytest.MonkeyPatch) 
     windows: list[tuple[int, int]] = []
 
     def watched(state: Any, key: Any, tables: Any, data: Any, first: Any, cooldown: Any, **settings: Any) -> Any:
-        windows.append(tuple(int(edge) for edge in cooldown))
+        first_edge, last_edge = cooldown
+        windows.append((int(first_edge), int(last_edge)))
         return state, {"mse": jnp.zeros(())}
 
     monkeypatch.setattr(training, "train_steps", watched)

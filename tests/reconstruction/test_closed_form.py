@@ -1,5 +1,8 @@
 """Closed-form rounding of a small model from end to end: its moments, what it gains, what it may change, on any devices."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -215,7 +218,7 @@ def test_from_one_pass_it_gains_less(model, rows, nearest, rounded):
 def test_a_part_that_comes_out_worse_stays_as_it_was(model, rows, nearest, monkeypatch):
     def spoiled(*arguments, **more):
         found = gptq.round_weight(*arguments, **more)
-        return found.replace(bias=found.bias + 10.0)
+        return dataclasses.replace(found, bias=found.bias + 10.0)
 
     monkeypatch.setattr(closed_form, "round_weight", spoiled)
     kept, facts = round_closed_form(model, nearest, rows)
@@ -249,9 +252,13 @@ def test_settings_that_contradict_each_other(raises_sentence):
 def test_the_paper_rounds_to_the_nearest_and_learns_from_there():
     paper = ptq.QuantConfig.paper
     assert (paper().rounding, paper().balancing.method, paper().learning) == ("nearest", "csb+ssc", None)
-    for settings in ({"rounding": "adaround"}, {"reconstruction": Reconstruction(iterations=7)}):
+    choices: tuple[dict[str, Any], ...] = ({"rounding": "adaround"}, {"reconstruction": Reconstruction(iterations=7)})
+    for settings in choices:
         learning = paper(**settings).learning
+        assert learning is not None
         assert learning.start == "nearest"
         assert learning.iterations == (7 if "reconstruction" in settings else 2000)
-    assert paper(reconstruction=Reconstruction(start="gptq")).learning.start == "gptq"  # what is said decides
+    learning = paper(reconstruction=Reconstruction(start="gptq")).learning
+    assert learning is not None
+    assert learning.start == "gptq"  # what is said decides
     assert paper(rounding="gptq").rounding == "gptq"

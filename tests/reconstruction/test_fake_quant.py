@@ -1,5 +1,7 @@
 """Straight-through fake quantization: values against the quantizer of the engine, gradients against NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,15 +29,15 @@ def test_values_are_those_of_the_quantizer(bits, balanced):
     act = table(bits, np.linspace(0.5, 2, 8).astype(np.float32) if balanced else None)
     group = jnp.array([0, 1, 1, 0])
     made = jax.jit(lambda x: for_rows({"s": act}, {"s": jnp.zeros(2, jnp.float32)}, group)["s"](x))(x)
-    np.testing.assert_allclose(made, act.at_group(group)(x), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(made, act.at_group(group)(jnp.asarray(x)), rtol=1e-6, atol=1e-7)
 
 
 def test_learned_scales_multiply_the_table():
     x, act = batch(), table()
     log_scale = jnp.float32([0.3, -0.2])
     made = for_rows({"s": act}, {"s": log_scale}, jnp.array([1, 1, 0, 0]))["s"](x)
-    wider = act.replace(scale=act.scale * np.exp([0.3, -0.2]).astype(np.float32))
-    np.testing.assert_allclose(made, wider.at_group(jnp.array([1, 1, 0, 0]))(x), rtol=1e-5, atol=1e-6)
+    wider = dataclasses.replace(act, scale=act.scale * np.exp([0.3, -0.2]).astype(np.float32))
+    np.testing.assert_allclose(made, wider.at_group(jnp.array([1, 1, 0, 0]))(jnp.asarray(x)), rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_pass_straight_through_the_rounding():
@@ -65,5 +67,5 @@ def test_dynamic_sites_learn_nothing_and_pass_the_gradient():
     x = batch()
     act = ActQuantizer(scale=None, zero_point=None, dynamic=True)
     call = lambda x: for_rows({"s": act}, {}, jnp.zeros(4, jnp.int32))["s"](x)
-    np.testing.assert_allclose(jax.jit(call)(x), act(x), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(jax.jit(call)(x), act(jnp.asarray(x)), rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(jax.grad(lambda x: call(x).sum())(x), np.ones_like(x))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,7 +51,9 @@ def test_the_state_of_a_part_that_was_finished_is_not_taken_for_the_next_ones(tm
     kept, next_part = {"variables": np.ones((2, 3), np.float32)}, {"other": np.ones(5, np.float32)}
     journal.save_current(1, kept)
     assert journal.current(2, next_part) is None
-    np.testing.assert_array_equal(journal.current(1, kept)["variables"], kept["variables"])
+    found = journal.current(1, kept)
+    assert found is not None
+    np.testing.assert_array_equal(found["variables"], kept["variables"])
 
 
 def test_what_was_stored_comes_back_in_another_run_of_the_same(tmp_path):
@@ -235,6 +238,7 @@ def test_one_process_at_a_time(tmp_path, raises_sentence):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(state)], env=env, stdout=subprocess.PIPE, text=True)
     try:
+        assert holder.stdout is not None
         assert holder.stdout.readline() == "holds it\n"
         for fresh in (False, True):
             with raises_sentence("Another run is writing", str(state)):
@@ -333,7 +337,8 @@ def test_the_same_run_goes_on(tmp_path):
     ],
 )
 def test_whatever_the_result_depends_on_makes_another_run(change, words, tmp_path, monkeypatch, raises_sentence):
-    model, config, more = tiny_model(), CONFIG, {}
+    model, config = tiny_model(), CONFIG
+    more: dict[str, Any] = {}
     opened(tmp_path / "s", model, config).close()
     if change in ("heads", "epsilon"):
         other = {"num_heads": 1} if change == "heads" else {"mlp_norm_eps": 1e-5}

@@ -87,8 +87,8 @@ def test_what_is_packed_is_what_was_decided(bits):
     packed = jax.jit(RoundedKernel.pack)(fixed, variables)
     assert packed.bits == bits
     assert packed.packed == (bits <= 4)
-    np.testing.assert_array_equal(packed.codes().T, fixed.codes(variables))
-    expected = np.asarray(fixed.codes(variables)) * np.asarray(fixed.scale, np.float64)
+    np.testing.assert_array_equal(packed.codes().T, fixed.codes(jnp.asarray(variables)))
+    expected = np.asarray(fixed.codes(jnp.asarray(variables))) * np.asarray(fixed.scale, np.float64)
     np.testing.assert_allclose(packed.dequantize().T, expected, rtol=1e-6)
 
 
@@ -97,7 +97,9 @@ def test_the_stretched_sigmoid_and_its_inverse():
     expected = np.clip(1.2 / (1 + np.exp(-variables)) - 0.1, 0, 1)
     np.testing.assert_allclose(jax.jit(rounding.stretched_sigmoid)(variables), expected, atol=1e-6)
     part = np.linspace(0, 1, 51).astype(np.float32)
-    np.testing.assert_allclose(rounding.stretched_sigmoid(rounding.inverse_stretched_sigmoid(part)), part, atol=1e-6)
+    np.testing.assert_allclose(
+        rounding.stretched_sigmoid(rounding.inverse_stretched_sigmoid(jnp.asarray(part))), part, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("exponent", [2.0, 20.0])

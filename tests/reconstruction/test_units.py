@@ -44,7 +44,11 @@ def test_quantizers_act_at_the_sites_of_a_part(tiny_model, tiny_config):
     inputs = jnp.ones((2, tiny_config.num_tokens, 32), jnp.float32), jnp.ones((2, 32), jnp.float32)
 
     def watch(name):
-        return jax.tree_util.Partial(lambda x: (seen.append((name, x.shape)), x)[1])
+        def see(x):
+            seen.append((name, x.shape))
+            return x
+
+        return jax.tree_util.Partial(see)
 
     apply_unit(
         tiny_config, unit.kind, params_of(tiny_model, unit), {site: watch(site) for site in unit.sites}, inputs, jnp.float32
