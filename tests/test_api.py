@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import load_float
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import evaluation
@@ -107,7 +108,7 @@ def test_describe_says_what_runs(example):
 
 
 def test_the_model_is_its_config_and_its_parameters():
-    dit = ptq.load(DIGITS)
+    dit = load_float(DIGITS)
     assert dit.num_params == sum(np.prod(a["shape"], dtype=int) for a in store.read_config(DIGITS)["arrays"].values())
     assert ptq.DiTConfig(**dit.config.to_dict()) == dit.config
     assert len(ptq.PRESETS) == 12

@@ -145,7 +145,7 @@ def test_attention_larger_than_the_memory(tiny_model, monkeypatch, raises_senten
     monkeypatch.setattr(memory, "free_bytes", lambda devices: 10**10)
     monkeypatch.setattr(chain, "sample_batch", lambda *_, **__: pytest.fail("long work began"))
     with raises_sentence("65,536 tokens", "2 images at once", "137.4 GB of memory, and 10.0 GB are free", "--batch-size"):
-        sampling.sample(tiny_model.replace(config=config), [0], KEY, batch_size=1)
+        sampling.sample(tiny_model.replace(config=config), np.array([0]), KEY, batch_size=1)
 
 
 def test_a_batch_larger_than_the_memory(tiny_model, monkeypatch, raises_sentence):

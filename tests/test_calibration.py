@@ -149,11 +149,11 @@ def test_a_histogram_equals_numpy() -> None:
     width = (high - low) / bins
     x = low + (rng.integers(0, bins, 5000) + rng.uniform(0.05, 0.95, 5000)) * width
     x[:20] += 100 * np.sign(x[:20])  # beyond the ends
-    x = x.astype(np.float32).reshape(10, 500)
-    start = Histogram(low, high, jnp.arange(bins, dtype=jnp.float32))
-    expected = np.arange(bins) + np.histogram(np.clip(x, low, high), bins, (low, high))[0]
-    np.testing.assert_array_equal(start.observe(jnp.asarray(x)).counts, expected)
-    np.testing.assert_array_equal(jax.jit(lambda h, x: h.observe(x))(start, x).counts, expected)
+    values = x.astype(np.float32).reshape(10, 500)
+    start = Histogram(jnp.asarray(low), jnp.asarray(high), jnp.arange(bins, dtype=jnp.float32))
+    expected = np.arange(bins) + np.histogram(np.clip(values, low, high), bins, (float(low), float(high)))[0]
+    np.testing.assert_array_equal(start.observe(jnp.asarray(values)).counts, expected)
+    np.testing.assert_array_equal(jax.jit(lambda h, x: h.observe(x))(start, values).counts, expected)
 
 
 def test_a_histogram_without_width_counts_everything() -> None:
@@ -174,7 +174,7 @@ def test_histograms_equal_numpy_per_group(
 ) -> None:
     """Two groups with ranges of their own, one for each layer; the first range of group 0 is too narrow on purpose."""
     groups = np.array([0, 1, 0], np.int32)
-    ranges = {}
+    ranges: dict[str, Any] = {}
     for name in SITES:
         low, high, _ = expected_extremes(activations, name, False)
         all_but_depth = (0, *range(low.ndim - len(CONFIG.site_features[name]), low.ndim))
@@ -210,9 +210,9 @@ def test_histograms_equal_numpy_per_group(
 def test_counting_in_copies_changes_no_count(copies: int) -> None:
     index = np.random.default_rng(3).integers(0, 10, 1000).astype(np.int32) ** 2
     for count in (partial(_occurrences, 100, copies), jax.jit(partial(_occurrences, 100, copies))):
-        assert (np.asarray(count(index)) == np.bincount(index, minlength=100)).all()
-        assert count(index).dtype == jnp.int32
-        assert (np.asarray(count(index[:3])) == np.bincount(index[:3], minlength=100)).all()
+        assert (np.asarray(count(jnp.asarray(index))) == np.bincount(index, minlength=100)).all()
+        assert count(jnp.asarray(index)).dtype == jnp.int32
+        assert (np.asarray(count(jnp.asarray(index[:3]))) == np.bincount(index[:3], minlength=100)).all()
 
 
 # --- nothing large leaves the scan
@@ -355,7 +355,7 @@ def test_devices_and_row_batches_change_no_statistic(model: FloatDiT, mesh8: Any
     """More micro-batches than devices, or fewer; one at a time, two or three."""
     data, mesh = many_rows(30), sharding.data_mesh(mesh8.devices.ravel()[:devices])
     groups, sites = np.array([0, 0, 1], np.int32), ("blocks.v", "blocks.qkv_in")
-    ranges = {name: (np.full((2, CONFIG.depth), -3, np.float32), np.full((2, CONFIG.depth), 3, np.float32)) for name in sites}
+    ranges = {name: (jnp.full((2, CONFIG.depth), -3.0), jnp.full((2, CONFIG.depth), 3.0)) for name in sites}
     for watch in (
         partial(channel_extremes, model, data, sites=SITES),
         partial(channel_extremes, model, data, sites=("blocks.v", "final_in"), per_row=True),

@@ -130,7 +130,7 @@ def test_stored_rows_are_grouped_by_timestep(dtype: type) -> None:
 
 
 def test_one_timestep_is_enough() -> None:
-    data = stored_rows(np.zeros((2, *CONFIG.image_shape)), [3, 3], [0, CONFIG.null_label], CONFIG)
+    data = stored_rows(np.zeros((2, *CONFIG.image_shape)), np.array([3, 3]), np.array([0, CONFIG.null_label]), CONFIG)
     assert (data.num_steps, data.num_rows) == (1, 2)
 
 
@@ -168,8 +168,9 @@ def test_rows_that_are_not_finite(value: float) -> None:
     ids=["channels", "height", "no batch", "fewer x", "fewer t", "fewer y", "CHWN"],
 )
 def test_rows_of_a_wrong_shape(wrong: Any) -> None:
+    x, t, y = wrong(*shuffled_rows())
     with pytest.raises(Ptq4ditError, match=r"Calibration rows must be x \(M, 6, 6, 3\), t \(M,\) and y \(M,\), not"):
-        stored_rows(*wrong(*shuffled_rows()), CONFIG)
+        stored_rows(x, t, y, CONFIG)
 
 
 @pytest.mark.parametrize("label", [-1, CONFIG.num_classes + 1, 1000])

@@ -65,28 +65,30 @@ def test_whole_timesteps_of_any_type(dtype: Any) -> None:
 )
 def test_timesteps_that_are_none(t: Any, parts: tuple[str, ...], raises_sentence: Any) -> None:
     with raises_sentence("timesteps", *parts):
-        ptq.stored_rows(marked(4), t, [0, 1, 2, 3], CONFIG)
+        ptq.stored_rows(marked(4), t, np.array([0, 1, 2, 3]), CONFIG)
 
 
 def test_a_label_that_the_table_lacks_is_named(raises_sentence: Any) -> None:
     """1000 is the null class of ImageNet's models; a model of 5 classes has another."""
+    t: Any = [9, 9, 4, 4]  # lists are taken too
+    labels: Any = [0, 1000, 0, 1000]
     with raises_sentence("Label 1000", "0 to 4"):
-        ptq.stored_rows(marked(4), [9, 9, 4, 4], [0, 1000, 0, 1000], CONFIG)
+        ptq.stored_rows(marked(4), t, labels, CONFIG)
     with raises_sentence("Label 5", "0 to 4"):
-        ptq.stored_rows(marked(2), [9, 9], [0, 5], tiny_config(null_class=False))
+        ptq.stored_rows(marked(2), np.array([9, 9]), np.array([0, 5]), tiny_config(null_class=False))
 
 
 def test_channels_first_or_last_is_asked_where_the_shape_does_not_tell(raises_sentence: Any) -> None:
     cube = tiny_config(input_size=4, in_channels=4)
-    x = np.random.default_rng(1).normal(size=(2, 4, 4, 4)).astype(np.float32)
+    x, t, y = np.random.default_rng(1).normal(size=(2, 4, 4, 4)).astype(np.float32), np.array([1, 1]), np.array([0, 1])
     with raises_sentence("(4, 4, 4)", "NHWC or NCHW", "--calibration-layout"):
-        ptq.stored_rows(x, [1, 1], [0, 1], cube)
-    np.testing.assert_array_equal(ptq.stored_rows(x, [1, 1], [0, 1], cube, layout="NHWC").x[0], x)
-    np.testing.assert_array_equal(ptq.stored_rows(x, [1, 1], [0, 1], cube, layout="NCHW").x[0], x.transpose(0, 2, 3, 1))
+        ptq.stored_rows(x, t, y, cube)
+    np.testing.assert_array_equal(ptq.stored_rows(x, t, y, cube, layout="NHWC").x[0], x)
+    np.testing.assert_array_equal(ptq.stored_rows(x, t, y, cube, layout="NCHW").x[0], x.transpose(0, 2, 3, 1))
     with raises_sentence("'CHWN'"):
-        ptq.stored_rows(x, [1, 1], [0, 1], cube, layout="CHWN")  # type: ignore[arg-type]
+        ptq.stored_rows(x, t, y, cube, layout="CHWN")  # type: ignore[arg-type]
     with raises_sentence("x (M, 3, 6, 6)", "(2, 6, 6, 3)"):
-        ptq.stored_rows(marked(2), [1, 1], [0, 1], CONFIG, layout="NCHW")
+        ptq.stored_rows(marked(2), t, y, CONFIG, layout="NCHW")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_what_does_not_divide_is_left_out_evenly(count: int) -> None:
 
 
 def test_unequal_counts_and_times_of_a_flow() -> None:
-    x, t, y = marked(8), [999, 999, 999, 500, 7, 7, 7, 7], np.arange(8) % 6
+    x, t, y = marked(8), np.array([999, 999, 999, 500, 7, 7, 7, 7]), np.arange(8) % 6
     data = ptq.stored_rows(x, t, y, CONFIG)
     assert data.y.shape == (8, 1)
     assert pairs(data) == given(x, t, y)

@@ -274,7 +274,7 @@ def test_predicted_clean_image(dtype):
         assert_close(x0, GOLDEN["step_x0"][row], TOLERANCE[dtype])
 
 
-CHAINS = {
+CHAINS: dict[str, tuple[str, str | int, float]] = {
     "chain_ddpm": ("ddpm", "10", 0.0),
     "chain_ddim_eta_0": ("ddim", "ddim10", 0.0),
     "chain_ddim_eta_0.5": ("ddim", 10, 0.5),
@@ -347,7 +347,8 @@ def test_the_last_step_adds_no_noise(name):
 
 def test_noise_is_made_of_key_index_and_step():
     key, shape, step = jax.random.key(3, impl="threefry2x32"), (4, 4, 3), np.int32(5)
-    indices, quick = np.array([7, 0, 123456], np.int32), {"xla_backend_optimization_level": 0}
+    indices = np.array([7, 0, 123456], np.int32)
+    quick: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
     def one(key: jax.Array, index: jax.Array, step: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, index), step), shape, jnp.float32)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import struct
 from flax.traverse_util import unflatten_dict
+from helpers import num_programs
 
 from ptq4dit_jax.guidance import combine_guidance, predict
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
@@ -22,7 +23,7 @@ GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "dit.npz"))
 TOLERANCE = 2e-5
 SITES = DiTConfig.example().spec.sites
 #: For programs that XLA optimizes on CPU for far longer than they run.
-UNOPTIMIZED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+UNOPTIMIZED: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 # Meta's parameters as ours ---------------------------------------------------------------------------
@@ -62,7 +63,8 @@ _BLOCK_TABLE = (
 
 def params_from_meta(meta: dict[str, np.ndarray], depth: int) -> dict[str, Any]:
     """Meta's flat dictionary as our tree; every entry must be used."""
-    left, flat = dict(meta), {}
+    left = dict(meta)
+    flat: dict[tuple[str, ...], np.ndarray] = {}
     for theirs, ours, weight, change in _EDGE_TABLE:
         flat[ours, weight] = change(left.pop(f"{theirs}.weight"))
         if weight == "kernel":
@@ -96,7 +98,10 @@ def largest_relative_difference(a: Any, b: Any) -> float:
 
 
 X, T, Y = nhwc(GOLDEN["x"]), GOLDEN["t"].astype(np.int32), GOLDEN["y"].astype(np.int32)
-APPLY = {"plain": lambda model, *args: model.apply(*args), "jit": jax.jit(lambda model, *args: model.apply(*args))}
+APPLY: dict[str, Any] = {
+    "plain": lambda model, *args: model.apply(*args),
+    "jit": jax.jit(lambda model, *args: model.apply(*args)),
+}
 
 
 # Parity ----------------------------------------------------------------------------------------------
@@ -133,8 +138,8 @@ def test_forward_variants(meta_model, golden, overrides):
 
 def test_guided_forward(meta_model):
     @jax.jit
-    def guided(model: FloatDiT, *args: Any) -> tuple[jax.Array, jax.Array]:
-        return predict(model, *args, "first3"), predict(model, *args, "all")
+    def guided(model: FloatDiT, x: Any, t: Any, y: Any, scale: Any) -> tuple[jax.Array, jax.Array]:
+        return predict(model, x, t, y, scale, "first3"), predict(model, x, t, y, scale, "all")
 
     outputs = guided(meta_model, X, T, Y, float(GOLDEN["cfg_scale"]))
     for out, golden in zip(outputs, ("guided_3", "guided_4"), strict=True):
@@ -216,7 +221,7 @@ def test_layer_norm_and_modulate(eps, jit):
 def test_layer_norm_and_softmax_reduce_half_precision_in_float32():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 4096)), jnp.bfloat16)
     x64 = np.asarray(x, np.float64)
-    exact = {
+    exact: dict[Callable[[jax.Array], jax.Array], np.ndarray] = {
         parts.layer_norm: (x64 - x64.mean(-1, keepdims=True)) / x64.std(-1, keepdims=True),
         parts.softmax: np.exp(x64) / np.exp(x64).sum(-1, keepdims=True),
     }
@@ -327,7 +332,7 @@ def test_observed_activations_are_the_layers_inputs_and_outputs(tiny_model, batc
     def through(layer: str, x: np.ndarray) -> np.ndarray:
         return np.einsum("lbtk,lkn->lbtn", x, blocks[layer]["kernel"]) + blocks[layer]["bias"][:, None, None]
 
-    close = {"rtol": 1e-4, "atol": 1e-4}
+    close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
     np.testing.assert_array_equal(seen["patch_in"], parts.patchify(jnp.asarray(batch[0]), config.patch_size))
     np.testing.assert_allclose(through("proj", seen["blocks.proj_in"]), seen["blocks.proj_out"], **close)
     np.testing.assert_allclose(through("fc1", seen["blocks.fc1_in"]), seen["blocks.fc1_out"], **close)
@@ -362,7 +367,9 @@ def test_a_site_reaches_the_layer_it_names_and_no_other(tiny_model, apply_with_f
     """Scaling an input channel is scaling that row of the kernel, in each block on its own."""
     params, config = tiny_model.params, tiny_model.config
     in_block = name.startswith("blocks.")
-    layer = SITES[name].feeds.place.name
+    feeds = SITES[name].feeds
+    assert feeds is not None
+    layer = feeds.place.name
     shape = ((config.depth,) if in_block else ()) + config.site_features[name]
     factor = np.random.default_rng(2).uniform(0.5, 1.5, shape).astype(np.float32)
     part = params["blocks"] if in_block else params
@@ -432,9 +439,9 @@ def test_adaln_zero_starts_as_the_zero_function(tiny_config, batch):
 def test_jitted_shares_one_program_between_models_of_one_shape(tiny_model, batch):
     out = tiny_model.jitted()(*batch)
     other = tiny_model.replace(params=jax.tree.map(lambda a: jnp.asarray(1.1 * np.asarray(a)), tiny_model.params))
-    programs = tiny_model.jitted().func._cache_size()
+    programs = num_programs(tiny_model.jitted().func)
     other_out = other.jitted()(*batch)
-    assert other.jitted().func._cache_size() == programs
+    assert num_programs(other.jitted().func) == programs
     assert largest_relative_difference(out, other_out) > 1e-3
 
 

@@ -171,7 +171,12 @@ def test_the_count_of_parameters_is_that_of_the_network(tiny_config):
 def test_shapes_of_parameters_cost_no_table_of_positions(tiny_config, monkeypatch):
     """They are read before anything tells whether a file's sizes are true."""
     made, make = [], dit.position_embedding
-    monkeypatch.setattr(dit, "position_embedding", lambda config: made.append(config.num_tokens) or make(config))
+
+    def noted(config):
+        made.append(config.num_tokens)
+        return make(config)
+
+    monkeypatch.setattr(dit, "position_embedding", noted)
     for table in (False, True):
         config = DiTConfig(**{**tiny_config.to_dict(), "input_size": 512, "position_table": table})
         shapes = expected_arrays(config, "float32")

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import pytest
@@ -49,9 +49,10 @@ def program(body: str, *, run: str = "ending.run(main)") -> list[str]:
     return [sys.executable, "-c", lines]
 
 
-def start(arguments: list[str], **more: Any) -> subprocess.Popen[str]:
-    more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT} | more
-    return subprocess.Popen(arguments, env=os.environ | {"PYTHONPATH": str(ROOT)}, **more)
+def start(arguments: list[str], stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
 
 
 def signalled(body: str, *numbers: signal.Signals, after: str = "ready", **more: Any) -> tuple[int, str]:

@@ -183,7 +183,7 @@ def test_a_last_layer_of_any_size_costs_nothing(size: float, plain: float) -> No
     """The prediction is as much larger; its bias is left out, or a small one would be all there is."""
     model = changed("final/kernel", lambda w: w * size)
     final = {**model.params["final"], "bias": 0 * model.params["final"]["bias"]}
-    assert quality(model.replace(params={**model.params, "final": final})) > plain - 1
+    assert quality(dataclasses.replace(model, params={**model.params, "final": final})) > plain - 1
 
 
 @pytest.mark.parametrize("layer", ["proj", "fc1", "fc2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -31,7 +32,7 @@ CONFIG = ptq.QuantConfig.of(steps=4, sampler="heun", calib_steps=8, calib_rows=4
 
 
 def flow_model(schedule: ptq.FlowSchedule = FLOWS[1]) -> FloatDiT:
-    return tiny_model(learn_sigma=False).replace(schedule=schedule)
+    return dataclasses.replace(tiny_model(learn_sigma=False), schedule=schedule)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_auto_is_what_the_model_asks_for() -> None:
     resolved = ptq.Sampling(steps=7).resolve(FLOWS[0], network)
     assert (resolved.sampler, resolved.steps) == (SAMPLERS["euler"], 7)
     assert ptq.Sampling.of(**resolved.to_dict()).resolve(FLOWS[0], network) == resolved
-    filled = {"steps": 50, "cfg_scale": 1.5, "calib_steps": 25}
+    filled: dict[str, Any] = {"steps": 50, "cfg_scale": 1.5, "calib_steps": 25}
     assert ptq.QuantConfig.paper().resolve(FLOWS[0], network) == ptq.QuantConfig.paper(sampler="euler", **filled)
     ddim = ptq.QuantConfig.of(sampler="ddim")
     assert ddim.resolve(ptq.NoiseSchedule(), network) == ptq.QuantConfig.of(sampler="ddim", **filled)
@@ -130,6 +131,7 @@ def test_order_of_convergence(name: Any, order: int, flow: ptq.FlowSchedule) -> 
 def plain_chain(model: FloatDiT, x: np.ndarray, steps: int, heun: bool, cfg_scale: float, first: int) -> np.ndarray:
     """The textbook's loop in float64 around the network, guided on the ``first`` channels."""
     apply, flow = model.jitted(), model.schedule
+    assert isinstance(flow, ptq.FlowSchedule)
     times = np.linspace(1 - flow.data_time, flow.data_time, steps + 1)
 
     def velocity(x: np.ndarray, t: float) -> np.ndarray:
@@ -150,7 +152,7 @@ def plain_chain(model: FloatDiT, x: np.ndarray, steps: int, heun: bool, cfg_scal
 @pytest.mark.parametrize("name", ["euler", "heun"])
 @pytest.mark.parametrize(("flow", "channels"), [(FLOWS[0], "all"), (FLOWS[1], "first3")])
 def test_chain_against_a_plain_loop(name: Any, flow: ptq.FlowSchedule, channels: Any) -> None:
-    model = tiny_model(learn_sigma=False, in_channels=4).replace(schedule=flow)
+    model = dataclasses.replace(tiny_model(learn_sigma=False, in_channels=4), schedule=flow)
     noise = np.random.default_rng(1).standard_normal((3, *model.config.image_shape))
     images = ptq.sample(model, LABELS, KEY, sampler=name, steps=6, cfg_scale=2.0, cfg_channels=channels, noise=noise)
     expected = plain_chain(model, noise, 6, name == "heun", 2.0, 4 if channels == "all" else 3)
@@ -158,12 +160,12 @@ def test_chain_against_a_plain_loop(name: Any, flow: ptq.FlowSchedule, channels:
 
 
 def test_a_discarded_variance_half_is_never_read() -> None:
-    model = tiny_model().replace(schedule=FLOWS[1])
+    model = dataclasses.replace(tiny_model(), schedule=FLOWS[1])
     kept = np.asarray(model.params["final"]["kernel"]).reshape(-1, 4, 2, 3)[:, :, 0].reshape(-1, 12)
     bias = np.asarray(model.params["final"]["bias"]).reshape(4, 2, 3)[:, 0].ravel()
-    half = flow_model().replace(params={**model.params, "final": {"kernel": kept, "bias": bias}})
-    images = [ptq.sample(m, LABELS, KEY, steps=3) for m in (model, half)]
-    np.testing.assert_allclose(*images, rtol=1e-5, atol=1e-5)
+    half = dataclasses.replace(flow_model(), params={**model.params, "final": {"kernel": kept, "bias": bias}})
+    whole, images = (ptq.sample(m, LABELS, KEY, steps=3) for m in (model, half))
+    np.testing.assert_allclose(whole, images, rtol=1e-5, atol=1e-5)
 
 
 # Calibration and groups of steps ------------------------------------------------------------------------------------------
@@ -188,7 +190,7 @@ def test_groups_of_steps_follow_the_noise(flow: ptq.FlowSchedule) -> None:
     model = flow_model(flow)
     data = ptq.sample_trajectories(model, ptq.Calibration(steps=8, rows=2, sampling=ptq.Sampling("heun", 4)), key=KEY)
     edges = ptq.choose_ranges(ptq.Balanced.by(model, {}), CONFIG, ptq.observe(model, data), data).edges
-    np.testing.assert_array_equal(edges, np.float32([0.75, 0.25]))
+    np.testing.assert_array_equal(edges, np.array([0.75, 0.25], np.float32))
     assert edges.dtype == jnp.float32
     groups = [int(step_group(edges, flow.noise_level(jnp.asarray(t)[None]))) for t in data.t]
     assert groups == [0, 0, 0, 1, 1, 1, 1, 2]
@@ -198,14 +200,14 @@ def test_groups_of_steps_follow_the_noise(flow: ptq.FlowSchedule) -> None:
 def test_stored_rows(flow: ptq.FlowSchedule, raises_sentence: Sentence) -> None:
     model = flow_model(flow)
     x = np.arange(4.0).reshape(4, 1, 1, 1) * np.ones(model.config.image_shape)
-    data = ptq.stored_rows(x, [0.5, 0.25, 0.5, 0.25], [0, 1, 2, 3], model.config, flow)
+    data = ptq.stored_rows(x, np.array([0.5, 0.25, 0.5, 0.25]), np.array([0, 1, 2, 3]), model.config, flow)
     order = [[0, 2], [1, 3]] if flow.data_time == 0 else [[1, 3], [0, 2]]
     np.testing.assert_array_equal(data.y, order)
     np.testing.assert_array_equal(data.x[..., 0, 0, 0], order)
     np.testing.assert_array_equal(data.t, [0.5, 0.25] if flow.data_time == 0 else [0.25, 0.5])
     for wrong in (1.5, -0.1, np.nan):
         with raises_sentence("times t of a flow", "between 0 and 1"):
-            ptq.stored_rows(x, [0.5, wrong, 0.5, 0.25], [0, 1, 2, 3], model.config, flow)
+            ptq.stored_rows(x, np.array([0.5, wrong, 0.5, 0.25]), np.array([0, 1, 2, 3]), model.config, flow)
 
 
 # Quantized -----------------------------------------------------------------------------------------------------------------
@@ -214,7 +216,7 @@ def test_stored_rows(flow: ptq.FlowSchedule, raises_sentence: Sentence) -> None:
 def test_a_quantized_flow(quantized: ptq.QuantizedDiT, model: FloatDiT) -> None:
     assert quantized.schedule == model.schedule
     assert quantized.num_groups == 3
-    settings = {"sampler": "heun", "steps": 4, "cfg_channels": "all"}
+    settings: dict[str, Any] = {"sampler": "heun", "steps": 4, "cfg_channels": "all"}
     images, floats = (ptq.sample(m, LABELS, KEY, **settings) for m in (quantized, model))
     assert relative_error(images, floats) < 0.1
 
@@ -223,7 +225,7 @@ def test_ranges_follow_the_time_of_the_flow(quantized: ptq.QuantizedDiT) -> None
     """Edges above every level leave the last group, whose ranges are those near the data."""
     x = np.random.default_rng(2).standard_normal((3, *quantized.config.image_shape)).astype(np.float32)
     apply = jax.jit(type(quantized).apply)
-    last = quantized.replace(group_edges=jnp.full(2, 2.0))
+    last = dataclasses.replace(quantized, group_edges=jnp.full(2, 2.0))
     outs = {t: [apply(q, x, np.full(1, t, np.float32), LABELS) for q in (quantized, last)] for t in (0.95, 0.05)}
     np.testing.assert_array_equal(*outs[0.95])
     assert (outs[0.05][0] != outs[0.05][1]).any()
@@ -237,11 +239,13 @@ def test_the_engine_is_its_fake_quant_twin(quantized: ptq.QuantizedDiT, model: F
 
 
 def test_saved_and_loaded(quantized: ptq.QuantizedDiT, model: FloatDiT, tmp_path: Path) -> None:
-    shortcut = model.replace(schedule=ptq.FlowSchedule(steps=4))
-    for index, each in enumerate((model, quantized, shortcut)):
+    shortcut = dataclasses.replace(model, schedule=ptq.FlowSchedule(steps=4))
+    models: tuple[FloatDiT | ptq.QuantizedDiT, ...] = (model, quantized, shortcut)
+    for index, each in enumerate(models):
         loaded = ptq.load(ptq.save(each, tmp_path / str(index)))
         assert loaded.schedule == each.schedule
-        np.testing.assert_array_equal(*(ptq.sample(m, LABELS, KEY, steps=4) for m in (each, loaded)))
+        images, again = (ptq.sample(m, LABELS, KEY, steps=4) for m in (each, loaded))
+        np.testing.assert_array_equal(images, again)
     np.testing.assert_array_equal(ptq.load(tmp_path / "1").group_edges, quantized.group_edges)
 
 

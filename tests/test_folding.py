@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
-from helpers import random_inputs, relative_error, tiny_config, tiny_model
+from helpers import random_inputs, relative_error, structure, tiny_config, tiny_model
 
 from benchmarks.salient import salient_model
 from ptq4dit_jax.folding import fold
@@ -46,28 +49,28 @@ observe = jax.jit(lambda model, observers, x, t, y: model.observe(observers, x, 
 def block_extremes(model: FloatDiT, sites: tuple[str, ...], rows: int = 4) -> dict[str, np.ndarray]:
     """Largest magnitudes (L, K) at block sites."""
     x, y = random_inputs(model.config, rows)
-    observers = {"blocks": {name: Extremes(np.zeros(model.config.depth, np.float32)) for name in sites}}
+    observers = {"blocks": {name: Extremes(jnp.zeros(model.config.depth)) for name in sites}}
     _, seen = observe(model, observers, x, np.array([500]), y)
     return {name: np.asarray(seen["blocks"][name].largest) for name in sites}
 
 
-def random_factors(model: FloatDiT, sites: tuple[str, ...], seed: int = 0) -> dict[str, np.ndarray]:
+def random_factors(model: FloatDiT, sites: tuple[str, ...], seed: int = 0) -> dict[str, Any]:
     """Factors over almost two decades, one set per layer."""
     rng, config = np.random.default_rng(seed), model.config
     width = lambda name: config.mlp_size if name == "fc2_in" else config.hidden_size
     return {name: np.exp(rng.normal(size=(config.depth, width(name)))).astype(np.float32) for name in sites}
 
 
-def fold_blocks(blocks: Any, factors: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, Any]]:
+def fold_blocks(blocks: Any, factors: Mapping[str, jax.Array]) -> tuple[dict[str, Any], dict[str, Any]]:
     """:func:`fold` of the blocks alone, factors and what remains by the sites' names inside them."""
     params, residual = fold(tiny_config(), {"blocks": blocks}, {f"blocks.{name}": factor for name, factor in factors.items()})
     return params["blocks"], {name.removeprefix("blocks."): factor for name, factor in residual.items()}
 
 
-def folded_model(model: FloatDiT, factors: dict[str, np.ndarray]) -> FloatDiT:
+def folded_model(model: FloatDiT, factors: Mapping[str, jax.Array]) -> FloatDiT:
     blocks, residual = fold_blocks(model.params["blocks"], factors)
     quantizers = {"blocks": {name: Balance(factor) for name, factor in residual.items()}} if residual else {}
-    return model.replace(params={**model.params, "blocks": blocks}, quantizers=quantizers)
+    return dataclasses.replace(model, params={**model.params, "blocks": blocks}, quantizers=quantizers)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +118,7 @@ def test_folding_under_jit_equals_folding_plain(salient: FloatDiT, sites: tuple[
     factors = random_factors(salient, sites)
     plain_result = fold_blocks(salient.params["blocks"], factors)
     compiled = jax.jit(fold_blocks)(salient.params["blocks"], factors)
-    assert jax.tree.structure(compiled) == jax.tree.structure(plain_result)
+    assert structure(compiled) == structure(plain_result)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), compiled, plain_result)
 
 
@@ -186,7 +189,7 @@ def test_balancing_flattens_the_salient_channels(salient: FloatDiT) -> None:
     kernels = salient.params["blocks"]
     before = block_extremes(salient, sites)
     factors = {
-        name: np.asarray(balancing_factors(before[name], weight_salience(kernels[name.removesuffix("_in")]["kernel"])))
+        name: balancing_factors(jnp.asarray(before[name]), weight_salience(kernels[name.removesuffix("_in")]["kernel"]))
         for name in sites
     }
     folded = folded_model(salient, factors)

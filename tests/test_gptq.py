@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +34,7 @@ class Layer(NamedTuple):
     @property
     def moments(self) -> InputMoments:
         start = InputMoments.start(jnp.asarray(self.x[0].mean(0)))
-        return InputMoments.total([start.observe(self.x, self.x + self.d, self.weight)])
+        return InputMoments.total([start.observe(jnp.asarray(self.x), self.x + self.d, jnp.asarray(self.weight))])
 
     def nearest(self, bits: int) -> QTensor:
         return quantize_weight(self.kernel.T, bits)
@@ -94,7 +95,7 @@ def as_published(case: Layer, weight: QTensor, follow: bool) -> tuple[np.ndarray
 @pytest.mark.parametrize("K", [24, 128, 200])
 def test_codes_and_bias_are_those_of_the_paper(K: int, bits: int, follow: bool) -> None:
     case = layer(K, 40, seed=bits)
-    found = round_weight(case.kernel, case.nearest(bits), case.moments, follow=follow)
+    found = round_weight(jnp.asarray(case.kernel), case.nearest(bits), case.moments, follow=follow)
     codes, bias, target_codes = as_published(case, found.weight, follow)
     ours = np.asarray(found.weight.codes())
     took = ~((ours == target_codes).all(1) | (ours == np.asarray(case.nearest(bits).codes())).all(1))
@@ -116,7 +117,7 @@ def test_few_tokens_do_not_make_it_worse_on_others(bits: int, most: float) -> No
     for seed in range(4):
         whole = layer(48, 40, seed=seed, rows=40, tokens=48)
         few, others = (whole._replace(x=whole.x[cut], d=whole.d[cut], weight=np.ones_like(whole.weight[cut])) for cut in CUTS)
-        found = round_weight(few.kernel, few.nearest(bits), few.moments)
+        found = round_weight(jnp.asarray(few.kernel), few.nearest(bits), few.moments)
         ratios.append(others.error(found.weight, found.bias).sum() / others.error(few.nearest(bits)).sum())
     assert np.mean(ratios) < most
 
@@ -126,7 +127,7 @@ def test_few_tokens_do_not_make_it_worse_on_others(bits: int, most: float) -> No
 def test_no_output_channel_errs_more_than_rounded_to_the_nearest(bits: int, follow: bool) -> None:
     case = layer(60, 30, seed=bits + 10)
     nearest = case.nearest(bits)
-    found = round_weight(case.kernel, nearest, case.moments, follow=follow)
+    found = round_weight(jnp.asarray(case.kernel), nearest, case.moments, follow=follow)
     before, after = case.error(nearest, 0.0, follow), case.error(found.weight, found.bias, follow)
     assert (after <= before * (1 + 1e-4)).all()
     assert after.sum() < 0.9 * before.sum()
@@ -171,7 +172,7 @@ def test_sums_lose_nothing_to_rounding_and_do_not_depend_on_batches() -> None:
 @pytest.mark.parametrize("share", [0.25, 1.0, 3.0])
 def test_the_mean_of_rows_that_count_less_than_one_is_their_mean(share: float) -> None:
     x = np.full((1, 2, 5), 7.0, np.float32)
-    seen = InputMoments.start(jnp.zeros(5)).observe(x, x, np.array([share / 2], np.float32))
+    seen = InputMoments.start(jnp.zeros(5)).observe(jnp.asarray(x), jnp.asarray(x), jnp.array([share / 2], jnp.float32))
     for about in (seen.about_mean(), jax.jit(InputMoments.about_mean)(seen)):
         np.testing.assert_allclose(about.shift, 7.0, rtol=1e-6)
     assert InputMoments.start(jnp.ones(5)).about_mean().shift.tolist() == [1.0] * 5
@@ -186,11 +187,11 @@ def test_moments_that_rounding_made_indefinite_are_damped_until_there_is_a_facto
     moments = case._replace(x=x).moments
     size = np.sqrt(np.diagonal(moments.second))
     noise = (error * np.random.default_rng(0).standard_normal((30, 30)) * np.outer(size, size)).astype(np.float32)
-    noisy = moments.replace(second=moments.second + noise * (1 - np.eye(30, dtype=np.float32)))
+    noisy = dataclasses.replace(moments, second=moments.second + noise * (1 - np.eye(30, dtype=np.float32)))
     covariance = np.asarray(noisy.second, np.float64) / float(noisy.count)
     scaled = (covariance + covariance.T) / 2 / np.outer(size, size) * float(noisy.count)
     assert np.linalg.eigvalsh(scaled)[0] < -0.05, "positive definite where it is damped as usual"
-    found = round_weight(case.kernel, case.nearest(4), noisy)
+    found = round_weight(jnp.asarray(case.kernel), case.nearest(4), noisy)
     for leaf in (found.target, found.weight.scale, found.bias, found.error):
         assert np.isfinite(leaf).all()
 
@@ -207,8 +208,10 @@ def test_sizes_of_channels_do_not_matter() -> None:
     case = layer(40, 20)
     factors = np.where(np.arange(40) % 7 == 0, 2.0**10, 1.0).astype(np.float32)
     larger = Layer(case.kernel, case.x * factors, case.d * factors, case.weight)
-    kept = InputMoments.total([InputMoments.start(jnp.zeros(40)).observe(larger.x, larger.x + larger.d, larger.weight)])
-    found = round_weight(case.kernel, case.nearest(4), kept)
+    kept = InputMoments.total(
+        [InputMoments.start(jnp.zeros(40)).observe(jnp.asarray(larger.x), larger.x + larger.d, jnp.asarray(larger.weight))]
+    )
+    found = round_weight(jnp.asarray(case.kernel), case.nearest(4), kept)
     assert larger.error(found.weight, found.bias).sum() < 0.5 * larger.error(case.nearest(4)).sum()
 
 
@@ -235,7 +238,7 @@ def test_inputs_without_a_factor(kind: str, follow: bool) -> None:
         kernel[:] = np.round(kernel)
     changed = Layer(kernel, x, d, case.weight[: len(x)])
     nearest = changed.nearest(4)
-    found = round_weight(kernel, nearest, changed.moments, follow=follow)
+    found = round_weight(jnp.asarray(kernel), nearest, changed.moments, follow=follow)
     assert np.isfinite(np.asarray(found.weight.scale)).all()
     for leaf in (found.target, found.bias, found.error):
         assert np.isfinite(leaf).all()
@@ -247,10 +250,10 @@ def test_a_part_of_the_input_that_the_network_before_lost_is_made_up_for() -> No
     """Inputs that are all too small by a tenth: the target is larger by as much."""
     case = layer(30, 8, seed=4, tokens=4000)
     shrunk = Layer(case.kernel, 0.9 * case.x, 0.1 * case.x, case.weight)
-    found = round_weight(case.kernel, shrunk.nearest(8), shrunk.moments)
+    found = round_weight(jnp.asarray(case.kernel), shrunk.nearest(8), shrunk.moments)
     ratio = (np.asarray(found.weight.dequantize()) * case.kernel.T).sum(1) / np.square(case.kernel).sum(0)
     np.testing.assert_allclose(ratio, 1 / 0.9, rtol=0.02)
-    plain = round_weight(case.kernel, shrunk.nearest(8), shrunk.moments, follow=False)
+    plain = round_weight(jnp.asarray(case.kernel), shrunk.nearest(8), shrunk.moments, follow=False)
     ratio = (np.asarray(plain.weight.dequantize()) * case.kernel.T).sum(1) / np.square(case.kernel).sum(0)
     np.testing.assert_allclose(ratio, 1, rtol=0.01)
     assert not np.asarray(plain.bias).any()

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers import relative_error, tiny_model
+from helpers import num_programs, relative_error, tiny_model
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import chain, samplers
@@ -118,6 +118,7 @@ def loop(model: ptq.FloatDiT, x: np.ndarray, sampler: str, scales: list[float]) 
             x0 = (x - np.sqrt(1 - abar[t]) * eps) / np.sqrt(abar[t])
             x = x0 if i == steps - 1 else np.sqrt(abar[kept[i + 1]]) * x0 + np.sqrt(1 - abar[kept[i + 1]]) * eps
         return x
+    assert isinstance(model.schedule, ptq.FlowSchedule)
     end = model.schedule.data_time
     for i, scale in enumerate(scales):
         t, t_next = (abs(end - (steps - j) / steps) for j in (i, i + 1))
@@ -142,7 +143,7 @@ def loop(model: ptq.FloatDiT, x: np.ndarray, sampler: str, scales: list[float]) 
     ],
 )
 def test_the_interval_against_a_plain_loop(sampler: str, schedule: Any, interval: Any, scales: list[float]) -> None:
-    model = tiny_model(learn_sigma=False).replace(schedule=schedule)
+    model = dataclasses.replace(tiny_model(learn_sigma=False), schedule=schedule)
     noise = np.random.default_rng(1).standard_normal((3, *model.config.image_shape))
     sampling = ptq.Sampling(sampler, 4, guidance=ptq.Guidance(3.0, "all", interval))
     images = ptq.sample(model, LABELS, KEY, sampling=sampling, noise=noise)
@@ -165,10 +166,10 @@ def test_ends_of_the_interval_lie_inside(flow: ptq.FlowSchedule, steps: int) -> 
 def test_an_interval_needs_no_program_of_its_own(tiny_model: ptq.FloatDiT) -> None:
     how = lambda interval: ptq.Sampling(steps=3, guidance=ptq.Guidance(2.0, interval=interval))
     whole = ptq.sample(tiny_model, LABELS, KEY, sampling=how(None))
-    programs = chain.sample_batch._cache_size()
+    programs = num_programs(chain.sample_batch)
     np.testing.assert_array_equal(ptq.sample(tiny_model, LABELS, KEY, sampling=how((0, 1))), whole)
     assert relative_error(ptq.sample(tiny_model, LABELS, KEY, sampling=how((0, 0.6))), whole) > 1e-3
-    assert chain.sample_batch._cache_size() == programs
+    assert num_programs(chain.sample_batch) == programs
 
 
 def test_predictions_at_fixed_inputs_follow_the_interval(tiny_model: ptq.FloatDiT) -> None:

@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zipfile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_two_arrays_of_one_name(tmp_path, raises_sentence):
 def test_mutations(tmp_path):
     """Small files with flipped, cut and repeated bytes: the same arrays, or one sentence."""
     rng, path, kept, refused = np.random.default_rng(0), tmp_path / "a.npz", 0, 0
-    whole = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "t": np.arange(3)}
+    whole: dict[str, Any] = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "t": np.arange(3)}
     contents = []
     for save in (np.savez, np.savez_compressed):
         save(buffer := io.BytesIO(), **whole)

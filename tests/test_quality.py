@@ -136,7 +136,7 @@ def test_the_cost_of_a_layer_is_that_of_its_weights_where_its_input_is_float(
         warnings.simplefilter("ignore")
         q = quantize(model, rows, keep_poor=True, policy="edges8-float,final=2:float", balance="none", equalize_v=False)
 
-    class Seen(list):  # type: ignore[type-arg]
+    class Seen(list):
         def observe(self, x: Any) -> Any:
             self.append(np.asarray(x, np.float64))
             return x
@@ -179,7 +179,7 @@ def test_what_was_learned_is_kept_for_the_next_run(
 def test_a_prediction_that_is_not_finite_is_an_error(model: FloatDiT, rows: ptq.CalibrationData, raises_sentence: Any) -> None:
     """By a fault of ours, say: statistics and weights are finite then."""
     final = model.params["final"]
-    bad = model.replace(params={**model.params, "final": {**final, "bias": np.full_like(final["bias"], np.nan)}})
+    bad = dataclasses.replace(model, params={**model.params, "final": {**final, "bias": np.full_like(final["bias"], np.nan)}})
     q = quantize(model, rows)
     with raises_sentence("prediction of the float model", "NaN or infinity", "t = 900"):
         quality.measure(bad, bad, q, quality.some_rows(rows))

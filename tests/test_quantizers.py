@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import structure
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -36,10 +38,10 @@ properties = settings(max_examples=20, deadline=None, derandomize=True, database
 every_width = pytest.mark.parametrize("bits", BITS)
 finite = partial(st.floats, allow_nan=False, allow_infinity=False, width=32)
 # Either zero or of a magnitude whose 127th part is still a normal float32.
-magnitudes = finite(np.float32(1e-30), 1000)
+magnitudes = finite(float(np.float32(1e-30)), 1000)
 activations = hnp.arrays(np.float32, (ROWS, TOKENS, WIDTH), elements=magnitudes | magnitudes.map(lambda v: -v) | st.just(0.0))
 # Ends of a range: its span is neither so small nor so large that float32 runs out.
-ends = st.tuples(finite(-100, 100), finite(np.float32(1e-3), 100)).map(lambda pair: (pair[0], pair[0] + pair[1]))
+ends = st.tuples(finite(-100, 100), finite(float(np.float32(1e-3)), 100)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 
 encode = jax.jit(lambda quantizer, x: quantizer.encode(x))
 fake_quant = jax.jit(lambda quantizer, x: quantizer(x))
@@ -48,9 +50,9 @@ fake_quant = jax.jit(lambda quantizer, x: quantizer(x))
 def quantizer_for(low: float, high: float, bits: int) -> ActQuantizer:
     """One scale and zero point for the range, computed in NumPy."""
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    low, high = np.float32(min(low, 0)), np.float32(max(high, 0))
-    scale = (high - low) / np.float32(qmax - qmin) if high > low else np.float32(1)
-    return ActQuantizer(scale=np.float32(scale), zero_point=np.int32(qmin + np.rint(-low / scale)), bits=bits)
+    bottom, top = np.float32(min(low, 0)), np.float32(max(high, 0))
+    scale = (top - bottom) / np.float32(qmax - qmin) if top > bottom else np.float32(1)
+    return ActQuantizer(scale=np.float32(scale), zero_point=np.int32(qmin + np.rint(-bottom / scale)), bits=bits)
 
 
 def numpy_codes(
@@ -88,7 +90,7 @@ def test_an_impossible_width_is_named(bits: object) -> None:
 @given(data=st.data())
 def test_packing_round_trip(shape: tuple[int, ...], data: st.DataObject) -> None:
     codes = data.draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 15)))
-    packed = pack_nibbles(codes)
+    packed = pack_nibbles(jnp.asarray(codes))
     *lead, N, K = shape
     assert packed.dtype == jnp.uint8
     assert packed.shape == (*lead, (N + 1) // 2, K)
@@ -108,7 +110,7 @@ def test_packing_round_trip(shape: tuple[int, ...], data: st.DataObject) -> None
 def test_packing_under_jit_equals_plain(N: int) -> None:
     codes = np.random.default_rng(0).integers(0, 16, (2, N, 3))
     packed = jax.jit(pack_nibbles)(codes)
-    np.testing.assert_array_equal(packed, pack_nibbles(codes))
+    np.testing.assert_array_equal(packed, pack_nibbles(jnp.asarray(codes)))
     for fusible in (True, False):
         unpack = jax.jit(partial(unpack_nibbles, N=N, fusible=fusible))
         np.testing.assert_array_equal(unpack(packed), codes)
@@ -262,9 +264,9 @@ def quantizer_kinds() -> dict[str, ActQuantizer]:
     return {
         "static": one,
         "4 bits": quantizer_for(-1.3, 2.9, 4),
-        "balanced": one.replace(balance=balance),
-        "per row": one.replace(scale=rows, zero_point=zeros),
-        "per row, balanced": one.replace(scale=rows, zero_point=zeros, balance=balance),
+        "balanced": dataclasses.replace(one, balance=balance),
+        "per row": dataclasses.replace(one, scale=rows, zero_point=zeros),
+        "per row, balanced": dataclasses.replace(one, scale=rows, zero_point=zeros, balance=balance),
         "dynamic": ActQuantizer(None, None, dynamic=True),
         "dynamic, balanced": ActQuantizer(None, None, balance=balance, dynamic=True),
     }
@@ -278,7 +280,7 @@ def test_encode_under_jit_equals_eager_bit_for_bit(kind: str) -> None:
     eager, compiled = quantizer.encode(jnp.asarray(x)), encode(quantizer, x)
     constant = jax.jit(lambda x: quantizer.encode(x))(x)  # scales known when compiling: divisions may be folded
     for other in (compiled, constant):
-        assert jax.tree.structure(other) == jax.tree.structure(eager)
+        assert structure(other) == structure(eager)
         jax.tree.map(np.testing.assert_array_equal, other, eager)
     np.testing.assert_array_equal(fake_quant(quantizer, x), quantizer(jnp.asarray(x)))
     np.testing.assert_array_equal(quantizer(jnp.asarray(x)), decode(eager))
@@ -299,7 +301,7 @@ def test_balance_multiplies_the_channels_first(bits: int, x: np.ndarray, exponen
     """Powers of two, with which the product is exact: codes must be those of the balanced input."""
     plain = quantizer_for(-31.0, 45.0, bits)
     balance = np.exp2(exponents).astype(np.float32)
-    balanced = plain.replace(balance=balance)
+    balanced = dataclasses.replace(plain, balance=balance)
     jax.tree.map(np.testing.assert_array_equal, encode(balanced, x), encode(plain, x * balance))
 
 
@@ -307,7 +309,7 @@ def test_any_balance_is_quantized_to_half_a_step() -> None:
     rng = np.random.default_rng(5)
     balance = np.exp(rng.normal(size=WIDTH)).astype(np.float32)
     x = rng.uniform(-1, 1, (ROWS, TOKENS, WIDTH)).astype(np.float32)
-    quantizer = quantizer_for(float((x * balance).min()), float((x * balance).max()), 8).replace(balance=balance)
+    quantizer = dataclasses.replace(quantizer_for(float((x * balance).min()), float((x * balance).max()), 8), balance=balance)
     assert np.abs(np.asarray(fake_quant(quantizer, x)) - x * balance).max() <= quantizer.scale / 2 * (1 + 1e-4)
     np.testing.assert_array_equal(
         encode(quantizer, x).values, numpy_codes(x, quantizer.scale, quantizer.zero_point, 8, balance)
@@ -317,8 +319,8 @@ def test_any_balance_is_quantized_to_half_a_step() -> None:
 def test_a_balance_alone_only_multiplies() -> None:
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     factor = np.array([0.5, 1, 4], np.float32)
-    np.testing.assert_array_equal(Balance(factor)(jnp.asarray(x)), x * factor)
-    assert Balance(factor)(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(Balance(jnp.asarray(factor))(jnp.asarray(x)), x * factor)
+    assert Balance(jnp.asarray(factor))(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 # --- groups of steps
@@ -358,7 +360,7 @@ def test_a_group_per_row_equals_indexing(shape: tuple[int, ...]) -> None:
 
 
 def test_a_table_behind_the_depth_axis_keeps_its_depth() -> None:
-    tables = [table_quantizer(3), table_quantizer(3).replace(zero_point=np.array([5, 6, 7], np.int32))]
+    tables = [table_quantizer(3), dataclasses.replace(table_quantizer(3), zero_point=np.array([5, 6, 7], np.int32))]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *tables)
     for group in (np.int32(1), np.array([2, 0, 1], np.int32)):
         chosen = at_group(stacked, group)
@@ -426,7 +428,9 @@ def test_dynamic_scales_see_the_balanced_channels() -> None:
     balance = np.exp(rng.normal(size=WIDTH)).astype(np.float32)
     x = rng.normal(size=(ROWS, TOKENS, WIDTH)).astype(np.float32)
     plain = ActQuantizer(None, None, dynamic=True)
-    jax.tree.map(np.testing.assert_array_equal, encode(plain.replace(balance=balance), x), encode(plain, x * balance))
+    jax.tree.map(
+        np.testing.assert_array_equal, encode(dataclasses.replace(plain, balance=balance), x), encode(plain, x * balance)
+    )
 
 
 # --- degenerate inputs

@@ -94,7 +94,8 @@ def test_the_extremes_cover_every_weight(bits: int) -> None:
 @every_width
 def test_the_percentile_is_the_best_of_three(bits: int) -> None:
     w = weights()[:3]
-    levels, qmin, qmax = 2**bits - 1, *((-127, 127) if bits == 8 else (0, 2**bits - 1))
+    levels = 2**bits - 1
+    qmin, qmax = (-127, 127) if bits == 8 else (0, levels)
     best = np.full(3, np.inf)
     for level in (0.999, 0.9999, 0.99999):
         low, high = np.minimum(np.quantile(w, 1 - level, axis=1), 0), np.maximum(np.quantile(w, level, axis=1), 0)
@@ -194,7 +195,7 @@ def mean_square_error(x: np.ndarray, mass: np.ndarray | None, scale: float, zero
     return float(np.average(np.square(scale * (codes - zero_point) - x), weights=mass))
 
 
-def centers(low: float, high: float) -> np.ndarray:
+def centers(low: float | np.float32, high: float | np.float32) -> np.ndarray:
     return np.float64(low) + (np.arange(BINS) + 0.5) * (np.float64(high) - low) / BINS
 
 
@@ -234,8 +235,8 @@ def test_the_activation_search_comes_close_to_brute_force(name: str, bits: int) 
     middle = centers(low, high)
     qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     best = np.inf
-    for a in np.linspace(0.05, 1.0, 25) * min(low, 0) if low < 0 else [0.0]:
-        for b in np.linspace(0.05, 1.0, 25) * max(high, 0) if high > 0 else [0.0]:
+    for a in np.linspace(0.05, 1.0, 25) * min(float(low), 0) if low < 0 else [0.0]:
+        for b in np.linspace(0.05, 1.0, 25) * max(float(high), 0) if high > 0 else [0.0]:
             scale = (b - a) / (qmax - qmin)
             best = min(best, mean_square_error(middle, counts, scale, qmin + int(np.rint(-a / scale)), bits))
     found = mean_square_error(middle, counts, *parameters(name, bits, "mse"), bits)

@@ -104,7 +104,7 @@ def test_ssc_equals_numpy(compiled: Compiled, temperature: float, ties: bool) ->
 
 def test_eta_is_within_1e_6_at_the_papers_temperature() -> None:
     activation, weight = saliences(3)
-    _, eta, _ = salience.ssc_salience(activation, weight)
+    _, eta, _ = salience.ssc_salience(jnp.asarray(activation), jnp.asarray(weight))
     np.testing.assert_allclose(eta, scipy.special.softmax(-scipy_rho(activation, weight), axis=0), atol=1e-6)
 
 

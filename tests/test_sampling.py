@@ -1,5 +1,6 @@
 """Sampling: batches, devices, noise, guidance, compilation and errors."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.sampling import check_labels, run_chain, sample, sample_batches, to_uint8
-from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule
+from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
 
 STEPS = 5
 LABELS = np.array([3, 0, 9, 3, 10])
@@ -49,7 +50,7 @@ class ToyNetwork:
     label_bias: Any  # (num_classes + 1, in_channels)
     v: Any
     config: DiTConfig = struct.field(pytree_node=False)
-    schedule: NoiseSchedule = struct.field(pytree_node=False, default=NoiseSchedule())
+    schedule: Schedule = struct.field(pytree_node=False, default=NoiseSchedule())
     on_trace: Callable[..., None] = struct.field(pytree_node=False, default=lambda *shapes: None)
 
     def apply(self, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array:
@@ -66,7 +67,7 @@ def toy() -> ToyNetwork:
 
 
 def changed(toy: ToyNetwork, **config: Any) -> ToyNetwork:
-    return toy.replace(config=DiTConfig(**{**toy.config.to_dict(), **config}))
+    return dataclasses.replace(toy, config=DiTConfig(**{**toy.config.to_dict(), **config}))
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +75,9 @@ def drawn(key: jax.Array, toy: ToyNetwork) -> dict[str, np.ndarray]:
     """What the key draws for eleven samples, one normal at a time: ``noise`` (N, H, W, C), ``step_noise`` (S, N, H, W, C)."""
     shape = toy.config.image_shape
     of_sample = lambda index, step: jax.random.fold_in(jax.random.fold_in(key, index), step)
-    draw = jax.jit(lambda index, step: jax.random.normal(of_sample(index, step), shape, jnp.float32))
-    draw = draw.lower(0, 0).compile(compiler_options={"xla_backend_optimization_level": 0})
+    drawing = jax.jit(lambda index, step: jax.random.normal(of_sample(index, step), shape, jnp.float32))
+    quickly: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    draw = drawing.lower(0, 0).compile(compiler_options=quickly)
     rows = [[np.asarray(draw(index, step)) for index in range(11)] for step in range(STEPS + 1)]
     return {"noise": np.array(rows[0]), "step_noise": np.array(rows[1:])}
 
@@ -115,10 +117,10 @@ def test_devices_do_not_matter(tiny_model, key, all_at_once, mesh8):
 
 
 def test_each_image_depends_on_its_own_label_and_place_alone(toy, key, other_key):
-    same = [3, 3, 3, 3, 3]
+    same = np.array([3, 3, 3, 3, 3])
     images = sample(toy, same, key, steps=STEPS)
     assert len({image.tobytes() for image in images}) == 5
-    other_label = sample(toy, [3, 7, 3, 3, 3], key, steps=STEPS)
+    other_label = sample(toy, np.array([3, 7, 3, 3, 3]), key, steps=STEPS)
     assert_close(other_label[[0, 2, 3, 4]], images[[0, 2, 3, 4]], 1e-6)
     assert np.abs(other_label[1] - images[1]).max() > 1e-2
     assert_close(sample(toy, same, key, steps=STEPS, batch_size=1), images)
@@ -178,7 +180,7 @@ def test_only_guidance_doubles_the_batch(toy, key, explicit):
 
 
 def test_a_network_without_null_class_samples_unguided(toy, key, explicit, raises_sentence):
-    model, labels = changed(toy, null_class=False), [0, 9, 0, 9, 0]
+    model, labels = changed(toy, null_class=False), np.array([0, 9, 0, 9, 0])
     assert sample(model, labels, key, cfg_scale=1.0, **explicit).shape == (5, 4, 4, 4)
     with raises_sentence("null class", "cfg_scale 1"):
         sample(model, labels, key, cfg_scale=1.5, **explicit)
@@ -299,7 +301,8 @@ def test_measuring_the_memory_compiles_nothing_more(toy, key, request, caplog, d
     """The program that is measured is the one that runs; a second request measures nothing anew."""
     mesh = request.getfixturevalue("mesh8") if devices == 8 else None
     model, labels = changed(toy, num_classes=10 + devices), np.arange(20) % 7
-    options = {"steps": 2, "mesh": mesh, "noise": np.ones((20, 4, 4, 4)), "step_noise": np.ones((2, 20, 4, 4, 4))}
+    noise, step_noise = np.ones((20, 4, 4, 4)), np.ones((2, 20, 4, 4, 4))
+    options: dict[str, Any] = {"steps": 2, "mesh": mesh, "noise": noise, "step_noise": step_noise}
     with jax.log_compiles():
         sample(model, labels, key, **options)
         assert len(compilations(caplog)) == 1
@@ -314,9 +317,14 @@ def test_scarce_memory_makes_batches_smaller_and_changes_no_image(toy, key, requ
     labels, asked, calls = np.arange(40) % 11, [], []
     rng = np.random.default_rng(0)
     noise = {"noise": rng.normal(size=(40, 4, 4, 4)), "step_noise": rng.normal(size=(STEPS, 40, 4, 4, 4))}
-    options = {"steps": STEPS, "mesh": mesh, **noise}
+    options: dict[str, Any] = {"steps": STEPS, "mesh": mesh, **noise}
     whole = sample(toy, labels, key, **options)
-    monkeypatch.setattr(chain.memory, "free_bytes", lambda found: asked.append(len(found)) or 12_000)
+
+    def noted(found):
+        asked.append(len(found))
+        return 12_000
+
+    monkeypatch.setattr(chain.memory, "free_bytes", noted)
     images = sample(toy, labels, key, progress=lambda *call: calls.append(call), **options)
     assert asked == [devices]
     assert_close(images, whole)
@@ -327,14 +335,15 @@ def test_scarce_memory_makes_batches_smaller_and_changes_no_image(toy, key, requ
 
 def test_a_single_image_waits_for_no_measurement(toy, key, monkeypatch):
     monkeypatch.setattr(chain.memory, "free_bytes", lambda devices: pytest.fail("measured"))
-    assert sample(toy, [3], key, steps=2).shape == (1, 4, 4, 4)
-    assert sample(toy, [3, 4], key, steps=2, batch_size=2).shape == (2, 4, 4, 4)
+    one: Any = [3]  # a list is taken too
+    assert sample(toy, one, key, steps=2).shape == (1, 4, 4, 4)
+    assert sample(toy, np.array([3, 4]), key, steps=2, batch_size=2).shape == (2, 4, 4, 4)
 
 
 def test_more_than_is_useful_at_once_is_cut(toy, key, monkeypatch):
     monkeypatch.setattr(chain, "_USEFUL_ROWS", 8)
     labels, noise = np.arange(21) % 11, np.random.default_rng(0).normal(size=(21, 4, 4, 4))
-    options = {"steps": 2, "sampler": "ddim", "noise": noise}
+    options: dict[str, Any] = {"steps": 2, "sampler": "ddim", "noise": noise}
     parts = list(sample_batches(toy, labels, key, sampling=Sampling("ddim", 2), noise=noise))
     assert [(start, len(images)) for start, images in parts] == [(0, 8), (8, 8), (16, 5)]
     joined = np.concatenate([images for _, images in parts])
@@ -344,9 +353,9 @@ def test_more_than_is_useful_at_once_is_cut(toy, key, monkeypatch):
 
 def test_a_stream_checks_its_arguments_before_its_first_batch(toy, key, raises_sentence):
     with raises_sentence("Label 11"):
-        sample_batches(toy, [0, 11], key)
+        sample_batches(toy, np.array([0, 11]), key)
     with raises_sentence("batch_size", "0"):
-        sample_batches(toy, [0, 1], key, batch_size=0)
+        sample_batches(toy, np.array([0, 1]), key, batch_size=0)
 
 
 # Defaults --------------------------------------------------------------------------------------------
@@ -364,13 +373,13 @@ def test_a_stream_checks_its_arguments_before_its_first_batch(toy, key, raises_s
 )
 def test_steps_and_guidance_follow_the_model(toy, key, schedule, null_class, steps, guidance):
     """What is sampled without options is what is sampled with those that the model asks for, and with no others."""
-    model = changed(toy, null_class=null_class, learn_sigma=False).replace(schedule=schedule)
+    model = dataclasses.replace(changed(toy, null_class=null_class, learn_sigma=False), schedule=schedule)
     sampler = "ddim" if isinstance(schedule, NoiseSchedule) else "euler"
-    options = {"sampler": sampler, "noise": np.random.default_rng(0).normal(size=(2, 4, 4, 4))}
-    images = sample(model, [1, 2], key, **options)
-    np.testing.assert_array_equal(images, sample(model, [1, 2], key, steps=steps, cfg_scale=guidance, **options))
+    options: dict[str, Any] = {"sampler": sampler, "noise": np.random.default_rng(0).normal(size=(2, 4, 4, 4))}
+    images = sample(model, np.array([1, 2]), key, **options)
+    np.testing.assert_array_equal(images, sample(model, np.array([1, 2]), key, steps=steps, cfg_scale=guidance, **options))
     if null_class:
-        other = sample(model, [1, 2], key, steps=steps, cfg_scale=2.5 - guidance, **options)
+        other = sample(model, np.array([1, 2]), key, steps=steps, cfg_scale=2.5 - guidance, **options)
         assert np.abs(other - images).max() > 1e-3
 
 
@@ -397,9 +406,10 @@ def test_labels_that_are_none(toy, key, labels, parts, raises_sentence):
 
 
 def test_the_null_class_is_a_label_only_where_there_is_one(toy, raises_sentence):
-    np.testing.assert_array_equal(check_labels([0, 10], toy.config), np.array([0, 10], np.int32))
+    labels: Any = [0, 10]  # a list is taken too
+    np.testing.assert_array_equal(check_labels(labels, toy.config), np.array([0, 10], np.int32))
     with raises_sentence("Label 10", "0 to 9"):
-        check_labels([0, 10], changed(toy, null_class=False).config)
+        check_labels(labels, changed(toy, null_class=False).config)
     assert check_labels(7, toy.config).shape == (1,)
     assert check_labels(jnp.arange(3), toy.config).dtype == np.int32
 
@@ -423,12 +433,12 @@ def test_the_null_class_is_a_label_only_where_there_is_one(toy, raises_sentence)
 )
 def test_options_that_make_no_sense(toy, key, options, parts, raises_sentence):
     with raises_sentence(*parts):
-        sample(toy, [0, 1], key, **{"steps": 3, **options})
+        sample(toy, np.array([0, 1]), key, **{"steps": 3, **options})
 
 
 def test_a_mesh_without_a_data_axis(toy, key, raises_sentence):
     with raises_sentence("'data'", "model"):
-        sample(toy, [0], key, steps=2, mesh=Mesh(np.array(jax.devices()[:1]), ("model",)))
+        sample(toy, np.array([0]), key, steps=2, mesh=Mesh(np.array(jax.devices()[:1]), ("model",)))
 
 
 # Placement and output --------------------------------------------------------------------------------

@@ -20,5 +20,6 @@ def test_no_limit_of_the_readers_is_left_out():
     named = {(module, name) for _, module, name in ROW.findall(TEXT)}
     for module in {module for module, _ in named}:
         source = importlib.import_module(f"ptq4dit_jax.checkpoints.foreign.{module}").__file__
+        assert source is not None
         for line in re.findall(r"^((?:MAX_\w+(?:, )?)+) = ", Path(source).read_text(), re.MULTILINE):
             assert {(module, name) for name in line.split(", ")} <= named

@@ -31,7 +31,7 @@ def dit() -> ptq.FloatDiT:
 
 @pytest.fixture(scope="module")
 def q(dit: ptq.FloatDiT) -> ptq.QuantizedDiT:
-    return ptq.quantize(dit, ptq.QuantConfig.of(**PLAIN, **SETTINGS), key=jax.random.key(0))  # type: ignore[arg-type]
+    return ptq.quantize(dit, ptq.QuantConfig.of(**PLAIN, **SETTINGS), key=jax.random.key(0))
 
 
 def loss(model: Any) -> Scalar:
@@ -76,7 +76,7 @@ def test_a_model_and_its_twin_refuse_derivatives(q: ptq.QuantizedDiT, asked: str
 def test_so_do_scales_of_ranges_and_time(q: ptq.QuantizedDiT, raises_sentence: Any) -> None:
     x, y = random_inputs(q.config, 2)
     with raises_sentence(*WAY_OUT):
-        jax.grad(lambda s: ActQuantizer(s, jnp.int32(0))(x).sum())(jnp.float32(0.1))
+        jax.grad(lambda s: ActQuantizer(s, jnp.int32(0))(jnp.asarray(x)).sum())(jnp.float32(0.1))
     with raises_sentence(*WAY_OUT):
         jax.grad(lambda t: q.apply(x, t, y).sum())(jnp.array([500.0]))
 
@@ -87,7 +87,7 @@ def test_so_does_the_path_of_the_kernels(policy: str, raises_sentence: Any) -> N
     """Traced, as it would be on Hopper; there JAX's own words for a kernel without a derivative would come first."""
     config = DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=128, depth=1, num_heads=2, num_classes=10)
     dit = jax.tree.map(jnp.asarray, tiny_model(**config.to_dict()))
-    quantized = ptq.quantize(dit, ptq.QuantConfig.of(**PLAIN, policy=policy, **SETTINGS), key=jax.random.key(0))  # type: ignore[arg-type]
+    quantized = ptq.quantize(dit, ptq.QuantConfig.of(**PLAIN, policy=policy, **SETTINGS), key=jax.random.key(0))
     q = quantized.astype(jnp.bfloat16).replace(backend="hopper")  # type: ignore[attr-defined]
     x, y = random_inputs(config, 2)
     with raises_sentence(*WAY_OUT):

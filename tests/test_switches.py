@@ -93,13 +93,13 @@ def test_activations_get_the_same_ranges(search):
 @pytest.mark.parametrize("kind", ["static", "groups", "dynamic", "nonnegative"])
 def test_activations_become_the_same_codes(kind):
     x, balance = np.abs(weights(3, 5, 8)), np.exp(weights(8))
-    scale = np.float32([0.02, 0.03, 0.04]) if kind == "groups" else np.float32(0.02)
-    zero_point = np.int32([3, -2, 7]) if kind == "groups" else np.int32(3)
+    scale = np.array([0.02, 0.03, 0.04], np.float32) if kind == "groups" else np.float32(0.02)
+    zero_point = np.array([3, -2, 7], np.int32) if kind == "groups" else np.int32(3)
     dynamic = kind in ("dynamic", "nonnegative")
 
     def make():
-        table = (None, None) if dynamic else (jnp.asarray(scale), jnp.asarray(zero_point))
-        act = ActQuantizer(*table, jnp.asarray(balance), 8, dynamic, kind == "nonnegative")
+        scales, zeros = (None, None) if dynamic else (jnp.asarray(scale), jnp.asarray(zero_point))
+        act = ActQuantizer(scales, zeros, jnp.asarray(balance), 8, dynamic, kind == "nonnegative")
         return act.encode(jnp.asarray(x)), act(jnp.asarray(x)), act(jnp.asarray(x, jnp.bfloat16))
 
     assert_same_bits(make)
@@ -115,7 +115,7 @@ def test_noise_and_drawn_rows_are_the_same():
 
 
 def test_small_sums_and_choices_are_the_same():
-    x, edges = weights(4, 6), np.int32([700, 300])
+    x, edges = weights(4, 6), np.array([700, 300], np.int32)
 
     def make():
         rows = jnp.asarray(x)
@@ -204,14 +204,14 @@ def test_every_use_of_a_key_converts_it(impl):
 def test_what_is_no_key_is_refused(key, raises_sentence):
     model = helpers.tiny_model(depth=1)
     with raises_sentence("jax.random.key(0)"):
-        ptq.sample(model, [0], key, steps=1)
+        ptq.sample(model, np.array([0]), key, steps=1)
     with raises_sentence("jax.random.key(0)"):
         ptq.quantize(model, key=key)
 
 
 def test_several_keys_are_no_key(raises_sentence):
     with raises_sentence("(3,)"):
-        ptq.sample(helpers.tiny_model(depth=1), [0], jax.random.split(jax.random.key(0), 3), steps=1)
+        ptq.sample(helpers.tiny_model(depth=1), np.array([0]), jax.random.split(jax.random.key(0), 3), steps=1)
 
 
 # Precision -------------------------------------------------------------------------------------------
@@ -234,7 +234,10 @@ def some_models():
     """A float model, and quantized ones that between them hold every kind of product."""
     model = jax.tree.map(jnp.asarray, helpers.tiny_model(depth=1))
     rows = ptq.stored_rows(
-        x=weights(2, *model.config.image_shape), t=np.int32([5, 900]), y=np.int32([1, 2]), config=model.config
+        x=weights(2, *model.config.image_shape),
+        t=np.array([5, 900], np.int32),
+        y=np.array([1, 2], np.int32),
+        config=model.config,
     )
     made = [
         ptq.quantize(model, QuantConfig.of(policy=policy), key=jax.random.key(0), calibration=rows)
@@ -270,7 +273,7 @@ def test_statistics_take_what_the_hardware_multiplies_fast(monkeypatch):
 
     monkeypatch.setattr(observations, "channel_extremes", watch)
     model = helpers.tiny_model(depth=1)
-    rows = ptq.stored_rows(x=weights(1, *model.config.image_shape), t=[5], y=[1], config=model.config)
+    rows = ptq.stored_rows(x=weights(1, *model.config.image_shape), t=np.array([5]), y=np.array([1]), config=model.config)
     quantized = ptq.quantize(model, key=jax.random.key(0), calibration=rows)
     assert seen == [jax.lax.Precision.HIGH]
     assert ptq.reference(quantized).precision == FloatDiT.init(model.config, jax.random.key(0)).precision
@@ -285,13 +288,13 @@ def test_the_default_device_is_used(mesh8, tmp_path):
     model = helpers.tiny_model(depth=1)
     folder = checkpoints.save(model, tmp_path / "model")
     other = mesh8.devices[3]
-    expected = ptq.sample(model, [0, 1], jax.random.key(0), steps=1)
+    expected = ptq.sample(model, np.array([0, 1]), jax.random.key(0), steps=1)
     with jax.default_device(other):
         assert devices.default() == other
         assert devices.in_use() == [other]
-        loaded = checkpoints.load(folder)
+        loaded = helpers.load_float(folder)
         assert {device for leaf in jax.tree.leaves(loaded.params) for device in leaf.devices()} == {other}
-        np.testing.assert_array_equal(ptq.sample(loaded, [0, 1], jax.random.key(0), steps=1), expected)
+        np.testing.assert_array_equal(ptq.sample(loaded, np.array([0, 1]), jax.random.key(0), steps=1), expected)
     with jax.default_device("cpu"):
         assert devices.in_use() == jax.devices("cpu")
 

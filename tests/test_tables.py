@@ -3,15 +3,17 @@
 The expected outputs are NumPy's in float64, from the weights under Meta's names.
 """
 
+import dataclasses
 import json
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import reference_dit
-from helpers import PLAIN, as_float64, random_inputs, relative_error, tiny_config, tiny_model
+from helpers import PLAIN, as_float64, random_inputs, relative_error, structure, tiny_config, tiny_model
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import checkpoints
@@ -24,7 +26,7 @@ from ptq4dit_jax.sampling import check_labels
 
 KEY = jax.random.key(4)
 #: What each kind of network has instead of the published tables.
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "positions": {"position_table": True},
     "no classes": {"num_classes": 0, "null_class": False},
     "both": {"position_table": True, "num_classes": 0, "null_class": False},
@@ -141,7 +143,8 @@ def test_the_integer_network_is_its_fake_quant_twin(kind):
         ours, twin = apply(engine, x, t, y), apply(ptq.reference(engine), x, t, y)
         assert relative_error(ours, twin) < 1e-9
         if model.config.position_table:
-            moved = engine.replace(position_embed=engine.position_embed[::-1])
+            assert engine.position_embed is not None
+            moved = dataclasses.replace(engine, position_embed=engine.position_embed[::-1])
             assert relative_error(apply(moved, x, t, y), ours) > 1e-2, "the table matters"
 
 
@@ -163,7 +166,7 @@ def test_the_quantized_model_carries_the_tables_as_they_are(kind):
 def test_folding_leaves_the_function(kind):
     model = float_model(kind)
     rng = np.random.default_rng(3)
-    factors = {f"{name}_in": np.exp(rng.normal(size=(2, 32))).astype(np.float32) for name in ("qkv", "proj", "fc1")}
+    factors = {f"{name}_in": jnp.asarray(np.exp(rng.normal(size=(2, 32))), jnp.float32) for name in ("qkv", "proj", "fc1")}
     folded = ptq.Balanced.by(model, factors).folded
     x, t, y = random_inputs(model.config, 4)[0], np.array([0, 300, 700, 999]), labels_of(model, 4)
     assert relative_error(apply(folded, x, t, y), apply(model, x, t, y)) < 1e-5
@@ -189,7 +192,7 @@ def test_through_a_folder(make, kind, tmp_path):
     model = make(kind)
     again = checkpoints.load(checkpoints.save(model, tmp_path / "model"))
     assert again.config == model.config
-    assert jax.tree.structure(again) == jax.tree.structure(jax.tree.map(jnp.asarray, model))
+    assert structure(again) == structure(jax.tree.map(jnp.asarray, model))
     jax.tree.map(np.testing.assert_array_equal, again, model)
     written = json.loads((tmp_path / "model/config.json").read_text())["config"]
     assert written.get("position_table", False) is model.config.position_table
@@ -238,6 +241,7 @@ def test_an_export_holds_the_tables_that_there_are(make, kind, tmp_path):
 
 def test_what_stands_for_labels_without_classes():
     config = tiny_config(**KINDS["no classes"])
+    labels: Any
     for labels, count in ((None, 1), (1, 1), (3, 3), (np.int64(2), 2), ([0], 1), (np.zeros(4, np.uint8), 4)):
         got = check_labels(labels, config)
         np.testing.assert_array_equal(got, np.zeros(count))
@@ -271,7 +275,7 @@ def test_labels_of_a_model_with_classes_cannot_be_none(raises_sentence):
 @pytest.mark.parametrize("make", [float_model, quantized_model], ids=["float", "integer"])
 def test_sampling_without_classes(make, raises_sentence):
     model = make("both")
-    run = {"steps": 2, "cfg_scale": 1.0}
+    run: dict[str, Any] = {"steps": 2, "cfg_scale": 1.0}
     images = ptq.sample(model, 3, KEY, **run)
     assert images.shape == (3, 6, 6, 3)
     assert np.isfinite(images).all()
@@ -301,13 +305,14 @@ def test_the_chain_without_classes_is_numpys(tmp_path):
 def test_eight_devices_give_the_images_of_one(kind, mesh8):
     model = quantized_model(kind)
     labels = np.arange(16) % 5 if model.config.num_labels else 16
-    run = {"steps": 2, "cfg_scale": guidance(model)}
+    run: dict[str, Any] = {"steps": 2, "cfg_scale": guidance(model)}
     once = ptq.sample(model, labels, KEY, batch_size=2, **run)
     np.testing.assert_array_equal(ptq.sample(model, labels, KEY, mesh=mesh8, **run), once)
 
 
 def test_eight_devices_sample_the_float_model_alike(mesh8):
-    model, run = float_model("both"), {"steps": 2, "cfg_scale": 1.0}
+    model = float_model("both")
+    run: dict[str, Any] = {"steps": 2, "cfg_scale": 1.0}
     images = ptq.sample(model, 8, KEY, **run)
     assert relative_error(ptq.sample(model, 8, KEY, mesh=mesh8, **run), images) < 1e-4
 
@@ -319,7 +324,7 @@ def test_calibration_rows_without_labels(raises_sentence):
         rows = stored_rows(x, t, y, config)
         np.testing.assert_array_equal(rows.y, np.zeros((2, 2)))
     with raises_sentence("Label 2"):
-        stored_rows(x, t, [0, 2, 0, 0], config)
+        stored_rows(x, t, np.array([0, 2, 0, 0]), config)
     with raises_sentence("(4,)", "(3,)"):
         stored_rows(x, t, np.zeros(3, np.int64), config)
     with raises_sentence("None"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import helpers
 import jax
@@ -83,7 +84,9 @@ def test_chunks_of_queries_change_rounding_only(vae, golden, pictures):
 
 def scratch_bytes(vae, shape, **options):
     lowered = decode.lower(vae, jax.ShapeDtypeStruct(shape, jnp.float32), **options)
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+    analysis = lowered.compile().memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
 
 
 def test_memory_does_not_grow_with_the_batch(vae):
@@ -175,7 +178,8 @@ def test_latents_of_another_shape(vae, raises_sentence):
 
 # Inside the sampler
 
-LABELS, WALK = np.array([0, 3, 1, 4, 2]), {"steps": 2, "cfg_scale": 1.5}
+LABELS = np.array([0, 3, 1, 4, 2])
+WALK: dict[str, Any] = {"steps": 2, "cfg_scale": 1.5}
 
 
 @pytest.fixture(scope="module")
