@@ -120,14 +120,14 @@ def _products(name: str, B: int, T: int, K: int, N: int, bits: int) -> Iterator[
         balance = rng.uniform(0.5, 2, N).astype(np.float32)
         value = gelu(want) * balance / np.float64(np.float32(0.03))
         requantized = lambda got, _, value=value: codes_of(value, -20, got.values)
-        act = STATIC.replace(balance=jnp.asarray(balance))
+        act = dataclasses.replace(STATIC, balance=jnp.asarray(balance))
         yield Case(f"linear_gelu-{label}", "linear_gelu", (*args, act), {}, requantized, True)
 
     L = 3
     stack, stands_for = drawn_weight(N - N % 2, K, bits, rng, (L,))
     values = rng.integers(-128, 128, (L, B, K)).astype(np.int8)
     scale, biases = rng.uniform(0.5, 1.5, L).astype(np.float32), rng.standard_normal((L, N - N % 2)).astype(np.float32)
-    want = np.einsum("lbk,lnk->lbn", values.astype(np.float64), stands_for) * np.float64(scale)[:, None, None]
+    want = np.einsum("lbk,lnk->lbn", values.astype(np.float64), stands_for) * scale.astype(np.float64)[:, None, None]
     want = want + biases[:, None]
     each = lambda got, _: close(want, jnp.bfloat16, jnp.concatenate(got, -1))
     args = Encoded(jnp.asarray(values), jnp.asarray(scale), None), stack, jnp.asarray(biases)
@@ -167,10 +167,10 @@ def _codes(name: str, B: int, T: int, D: int) -> Iterator[Case]:
     balance = jnp.asarray(rng.uniform(0.5, 2, D), jnp.float32)
     acts = {
         "static": STATIC,
-        "static6": STATIC.replace(bits=6, zero_point=jnp.int32(3)),
-        "balanced": STATIC.replace(balance=balance),
+        "static6": dataclasses.replace(STATIC, bits=6, zero_point=jnp.int32(3)),
+        "balanced": dataclasses.replace(STATIC, balance=balance),
         "rows": DYNAMIC,
-        "rows-balanced": DYNAMIC.replace(balance=balance),
+        "rows-balanced": dataclasses.replace(DYNAMIC, balance=balance),
     }
     for dtype in (jnp.float32, jnp.bfloat16):
         x = jnp.asarray(rng.standard_normal((B, T, D)) * 3 + 1, dtype)
@@ -195,8 +195,12 @@ def _attention(name: str, B: int, T: int, A: int, d: int) -> Iterator[Case]:
     q, k, v = (jnp.asarray(rng.standard_normal((B, T, A * d)), jnp.bfloat16) for _ in range(3))
     heads = lambda x: np.asarray(x, np.float64).reshape(B, T, A, d).transpose(0, 2, 1, 3)
     tokens = lambda y: y.transpose(0, 2, 1, 3).reshape(B, T, A * d)
-    of = lambda q, k, v, seen=lambda p: p: seen(softmax(q @ k.swapaxes(-1, -2) / d**0.5)) @ v
-    plain = tokens(of(*map(heads, (q, k, v))))
+
+    def of(q: np.ndarray, k: np.ndarray, v: np.ndarray, probs: ActQuantizer | None = None) -> np.ndarray:
+        p = softmax(q @ k.swapaxes(-1, -2) / d**0.5)
+        return tokens((p if probs is None else fake(p, probs)) @ v)
+
+    plain = of(heads(q), heads(k), heads(v))
     sites = {side: ActQuantizer(jnp.float32(8 / 255), jnp.int32(0)) for side in ("q", "k", "v")}
     sites["probs"] = ActQuantizer(jnp.float32(1 / 255), jnp.int32(-128))
 
@@ -204,9 +208,8 @@ def _attention(name: str, B: int, T: int, A: int, d: int) -> Iterator[Case]:
         scale, zero_point = np.float64(act.scale), int(act.zero_point)
         return (np.clip(np.round(x / scale) + zero_point, -128, 127) - zero_point) * scale
 
-    twin = tokens(
-        of(*(fake(heads(x), sites[s]) for s, x in zip("qkv", (q, k, v), strict=True)), lambda p: fake(p, sites["probs"]))
-    )
+    side = lambda name, x: fake(heads(x), sites[name])
+    twin = of(side("q", q), side("k", k), side("v", v), sites["probs"])
 
     def attended(got: Any, backend: Backend[Any]) -> None:
         want = twin if backend.attends_on_codes else plain
@@ -217,7 +220,7 @@ def _attention(name: str, B: int, T: int, A: int, d: int) -> Iterator[Case]:
     yield Case(f"attention-{name}", "attention", (q, k, v), {"num_heads": A, "sites": sites}, attended, True)
 
     act, larger = ActQuantizer(jnp.float32(1), jnp.int32(-9)), jnp.asarray(np.asarray(v, np.float32) * 40, jnp.bfloat16)
-    value = tokens(of(heads(q), heads(k), heads(larger)))
+    value = of(heads(q), heads(k), heads(larger))
 
     def in_unit_steps(got: Encoded, _: Backend[Any]) -> None:
         want = np.clip(np.round(value) - 9, -128, 127)

@@ -378,7 +378,14 @@ def test_keys_are_never_hashed_as_the_file_wants():
 
     assert [plain_key(key) for key in ("a", 7, -1, True, ("a", 7))] == ["a", "7", "-1", "True", ("a", "7")]
     odd = [plain_key(key) for key in (0.5, None, Unhashable((1.0,)), ("a", 0.5), (), ("a",) * 100)]
-    assert [key.kind for key in odd] == ["float", "NoneType", "Unhashable", "tuple", "tuple", "tuple"]
+    assert [key.kind for key in odd if isinstance(key, OtherKey)] == [
+        "float",
+        "NoneType",
+        "Unhashable",
+        "tuple",
+        "tuple",
+        "tuple",
+    ]
     assert OtherKey("float") != OtherKey("float")
     assert len({OtherKey("float"), OtherKey("float")}) == 2
 
