@@ -150,7 +150,7 @@ def measure(config: DiTConfig, guided: list[int], steps: int) -> tuple[Ceilings,
     entries = []
     for count in guided:
         labels = np.arange(count) % config.num_classes
-        chain = lambda labels=labels: ptq.sample(model, labels, jax.random.key(2), steps=steps, cfg_scale=1.5)
+        chain = lambda labels=labels: ptq.sample(model, labels, key=jax.random.key(2), steps=steps, cfg_scale=1.5)
         chain()
         started = time.perf_counter()
         chain()

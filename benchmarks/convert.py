@@ -27,7 +27,7 @@ RESULTS = common.RESULTS / "convert.json"
 
 def write_checkpoint(folder: Path) -> Path:
     """A file of random weights, at least 2.7 GB."""
-    model = ptq.FloatDiT.init(DiTConfig.preset("DiT-XL/2"), jax.random.key(0))
+    model = ptq.FloatDiT.init(DiTConfig.preset("DiT-XL/2"), key=jax.random.key(0))
     path = folder / "DiT-XL-2-256x256.safetensors"
     export_meta(model, path)
     try:

@@ -92,7 +92,7 @@ def cases() -> list[Case]:
 
 def outcome(case: Case, row_batch: int | None, samples: bool = True) -> dict[str, np.ndarray]:
     """Every leaf of the quantized model on all devices of this process, and ``samples`` of both models."""
-    model = ptq.FloatDiT.init(DiTConfig(**case.shape), jax.random.key(100 + case.seed))
+    model = ptq.FloatDiT.init(DiTConfig(**case.shape), key=jax.random.key(100 + case.seed))
     mesh = sharding.data_mesh() if jax.device_count() > 1 else None
     key = jax.random.key(case.seed)
     quantized = ptq.quantize(model, ptq.QuantConfig.of(**case.settings), key=key, row_batch=row_batch, mesh=mesh)
@@ -100,7 +100,7 @@ def outcome(case: Case, row_batch: int | None, samples: bool = True) -> dict[str
     found = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
     labels = np.arange(11) % case.shape["num_classes"] if case.shape["num_classes"] else 11
     for name, sampled in (("float", model), ("quantized", quantized)) if samples else ():
-        found[f"samples/{name}"] = ptq.sample(sampled, labels, key, steps=5, mesh=mesh)
+        found[f"samples/{name}"] = ptq.sample(sampled, labels, key=key, steps=5, mesh=mesh)
     return found
 
 

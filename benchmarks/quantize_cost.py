@@ -66,7 +66,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     shape: dict[str, Any] = {} if arguments.depth is None else {"depth": arguments.depth}
-    model = ptq.FloatDiT.init(DiTConfig.preset(arguments.preset, input_size=arguments.input_size, **shape), jax.random.key(0))
+    model = ptq.FloatDiT.init(
+        DiTConfig.preset(arguments.preset, input_size=arguments.input_size, **shape), key=jax.random.key(0)
+    )
     parts = {} if arguments.parts is None else {"parts": arguments.parts}
     learn = Reconstruction(iterations=arguments.iterations, **parts) if arguments.iterations else None
     config = ptq.QuantConfig.of(

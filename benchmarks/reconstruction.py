@@ -53,7 +53,7 @@ def random_rows(config: DiTConfig, steps: int, rows: int) -> CalibrationData:
 
 def prepared(config: DiTConfig, calib_rows: int) -> tuple[ptq.FloatDiT, ptq.QuantizedDiT, CalibrationData]:
     """Random weights, balanced, and quantized by few rows; and the rows to reconstruct with."""
-    model = ptq.FloatDiT.init(config, jax.random.key(0))
+    model = ptq.FloatDiT.init(config, key=jax.random.key(0))
     wanted = ptq.QuantConfig.of(weight_bits=4, rounding="nearest")
     calibration = random_rows(config, STEPS, calib_rows)
     few = CalibrationData(x=calibration.x[:, :4], t=calibration.t, y=calibration.y[:, :4])

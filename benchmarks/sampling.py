@@ -46,7 +46,7 @@ from ptq4dit_jax.networks.dit import DiTConfig
 
 def load(engine: str, config: DiTConfig) -> tuple[Any, dict[str, Any]]:
     """The model of a JAX engine with random weights, and what is worth knowing about it."""
-    dit = ptq.FloatDiT.init(config, jax.random.key(0))
+    dit = ptq.FloatDiT.init(config, key=jax.random.key(0))
     if engine == "bf16":
         return dit.astype(jnp.bfloat16), {}
     if engine == "qwix":
@@ -83,7 +83,7 @@ def measure(engine: str, config: DiTConfig, guided: list[int], steps: int, repea
         others, times = _samplers(), []
         for _ in range(1 + repeats):
             started = time.perf_counter()
-            ptq.sample(model, labels, jax.random.key(2), steps=steps, cfg_scale=1.5)
+            ptq.sample(model, labels, key=jax.random.key(2), steps=steps, cfg_scale=1.5)
             times.append(time.perf_counter() - started)
         made = [program for program in _samplers() if program not in others]
         peak = _bytes(made[0]) if len(made) == 1 else None

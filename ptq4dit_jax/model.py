@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -37,9 +38,11 @@ class FloatDiT:
     precision: jax.lax.Precision = struct.field(pytree_node=False, default=EXACT)
 
     @classmethod
-    def init(cls, config: DiTConfig, key: jax.Array, *, adaln_zero: bool = False) -> FloatDiT:
+    def init(
+        cls, config: DiTConfig, *, key: jax.Array, schedule: Schedule = NoiseSchedule(), adaln_zero: bool = False
+    ) -> FloatDiT:
         """A model with random parameters; with ``adaln_zero`` as one starts training, without it every path matters."""
-        return cls(params=init_params(config, key, adaln_zero=adaln_zero), config=config)
+        return cls(params=init_params(config, key, adaln_zero=adaln_zero), config=config, schedule=schedule)
 
     @property
     def param_dtype(self) -> DTypeLike:
@@ -86,9 +89,20 @@ class FloatDiT:
 
     @property
     def num_params(self) -> int:
+        """Weights, biases, and values of tables."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
-    def jitted(self) -> Any:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of steps that its quantizers tell apart; 1 of a plain model."""
+        return self.group_edges.shape[0] + 1
+
+    def jitted(self) -> Callable[..., jax.Array]:
         """``apply`` compiled, with the model as an argument so that models of one shape share the program."""
         return jax.tree_util.Partial(_jitted_apply, self)
 
@@ -107,7 +121,7 @@ def step_group(edges: jax.Array, level_B: jax.Array) -> jax.Array:
     return group[0] if level_B.shape[0] == 1 else group
 
 
-_jitted_apply = jax.jit(lambda model, x, t, y: model.apply(x, t, y))
+_jitted_apply = jax.jit(lambda model, x, t, y=None: model.apply(x, t, y))
 
 
 _nonfinite = jax.jit(lambda tree: jax.tree.map(lambda a: ~jnp.isfinite(a).all(), tree))

@@ -81,8 +81,8 @@ def _check_noise(name: str, array: ArrayLike | None, shape: tuple[int, ...]) -> 
 def sample(
     model: Predictor,
     labels: ArrayLike | None,
-    key: jax.Array,
     *,
+    key: jax.Array,
     sampling: Sampling | None = None,
     batch_size: int | None = None,
     noise: ArrayLike | None = None,
@@ -127,8 +127,8 @@ def sample(
 def sample_batches(
     model: Predictor,
     labels: ArrayLike,
-    key: jax.Array,
     *,
+    key: jax.Array,
     sampling: Sampling = Sampling(),
     batch_size: int | None = None,
     noise: ArrayLike | None = None,

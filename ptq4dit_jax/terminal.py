@@ -204,7 +204,7 @@ def load_model(name: str) -> checkpoints.Model:
         f"The model {name}", 4 * config.num_parameters, memory.free_bytes([jax.devices()[0]]), "choose a smaller preset"
     )
     with working(f"Drawing {name}"):
-        return FloatDiT.init(config, jax.random.key(0))
+        return FloatDiT.init(config, key=jax.random.key(0))
 
 
 def parse_labels(text: str, repeat: int = 1) -> np.ndarray:

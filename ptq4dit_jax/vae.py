@@ -221,7 +221,7 @@ class VAEDecoder:
     compute: str | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
-    def init(cls, config: VAEConfig, key: jax.Array) -> VAEDecoder:
+    def init(cls, config: VAEConfig, *, key: jax.Array) -> VAEDecoder:
         """A decoder with random parameters."""
         return cls(params=init_params(config, key), config=config)
 

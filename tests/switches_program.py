@@ -30,9 +30,9 @@ def main() -> None:
     model = helpers.tiny_model(depth=1, hidden_size=16, num_heads=2)
     rows = ptq.sample_trajectories(model, ptq.Calibration(steps=2, rows=4, sampling=Sampling(steps=3)), key=key)
     found = {
-        "parameters": digest(ptq.FloatDiT.init(model.config, key).params),
+        "parameters": digest(ptq.FloatDiT.init(model.config, key=key).params),
         "calibration rows": digest(rows),
-        "samples of the float model": digest(ptq.sample(model, labels, key, steps=2)),
+        "samples of the float model": digest(ptq.sample(model, labels, key=key, steps=2)),
     }
     chain = {"calib_steps": 2, "calib_rows": 4, "steps": 3}
     learned = Reconstruction(iterations=3, batch_size=8, row_weights="steps")
@@ -48,7 +48,7 @@ def main() -> None:
             quantized = helpers.load_quantized(ptq.save(quantized, Path(folder) / "model"))
         found[name] = digest(quantized)
         found[f"facts of {name}"] = quantized.provenance.facts["calibration"]["rows"]
-        found[f"samples of {name}"] = digest(ptq.sample(quantized, labels, key, steps=2))
+        found[f"samples of {name}"] = digest(ptq.sample(quantized, labels, key=key, steps=2))
     comparison = ptq.compare(model, {"learned": quantized}, labels=labels, key=key, sampling=Sampling(steps=2))
     found["evaluation"] = digest(np.array([comparison.figures["learned"].psnr_db]))
     json.dumps(plain(comparison.to_json()), allow_nan=False)

@@ -145,21 +145,21 @@ def test_attention_larger_than_the_memory(tiny_model, monkeypatch, raises_senten
     monkeypatch.setattr(memory, "free_bytes", lambda devices: 10**10)
     monkeypatch.setattr(chain, "sample_batch", lambda *_, **__: pytest.fail("long work began"))
     with raises_sentence("65,536 tokens", "2 images at once", "137.4 GB of memory, and 10.0 GB are free", "--batch-size"):
-        sampling.sample(tiny_model.replace(config=config), np.array([0]), KEY, batch_size=1)
+        sampling.sample(tiny_model.replace(config=config), np.array([0]), key=KEY, batch_size=1)
 
 
 def test_a_batch_larger_than_the_memory(tiny_model, monkeypatch, raises_sentence):
     monkeypatch.setattr(memory, "free_bytes", lambda devices: 10**8)
     monkeypatch.setattr(chain.Request, "run", lambda *_, **__: pytest.fail("long work began"))
     with raises_sentence("A batch of 4,096 images", "0.1 GB are free", "--batch-size"):
-        sampling.sample(tiny_model, np.zeros(5000, np.int32), KEY, batch_size=4096, steps=1)
+        sampling.sample(tiny_model, np.zeros(5000, np.int32), key=KEY, batch_size=4096, steps=1)
 
 
 def test_results_larger_than_the_memory(tiny_model, monkeypatch, raises_sentence):
     monkeypatch.setattr(memory, "free_on_host", lambda: 10**9)
     monkeypatch.setattr(chain, "sample_batch", lambda *_, **__: pytest.fail("long work began"))
     with raises_sentence("2,000,000 samples", "2.0 GB of memory, and 1.0 GB are free"):
-        sampling.sample(tiny_model, np.zeros(2_000_000, np.int32), KEY, batch_size=8)
+        sampling.sample(tiny_model, np.zeros(2_000_000, np.int32), key=KEY, batch_size=8)
     with raises_sentence("1,000,000 samples", "26.6 GB of memory"):
         ptq.sample_trajectories(tiny_model, ptq.Calibration(steps=25, rows=2_000_000), key=KEY)
 

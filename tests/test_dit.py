@@ -420,7 +420,7 @@ def test_nest_and_flatten_sites_are_inverse():
 
 def test_adaln_zero_starts_as_the_zero_function(tiny_config, batch):
     init = jax.jit(
-        lambda: (dit.init_params(tiny_config, jax.random.key(0)), FloatDiT.init(tiny_config, jax.random.key(0)).params)
+        lambda: (dit.init_params(tiny_config, jax.random.key(0)), FloatDiT.init(tiny_config, key=jax.random.key(0)).params)
     )
     params, alive = init.lower().compile(compiler_options=UNOPTIMIZED)()
     leaves = jax.tree_util.tree_leaves_with_path(alive)

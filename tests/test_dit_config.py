@@ -31,7 +31,7 @@ def test_presets_have_the_published_sizes(name):
     depth, width, heads, millions = _PUBLISHED[size]
     assert (config.depth, config.hidden_size, config.num_heads, config.patch_size) == (depth, width, heads, int(patch))
     assert (config.num_classes, config.out_channels, config.null_label) == (1000, 8, 1000)
-    shapes = jax.eval_shape(lambda: FloatDiT.init(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: FloatDiT.init(config, key=jax.random.key(0)))
     position_table = (32 // int(patch)) ** 2 * width
     assert shapes.num_params + position_table == _metas_count(config)
     assert abs(_metas_count(config) / 1e6 - millions) < 1.0
@@ -60,7 +60,7 @@ def test_there_are_twelve_presets():
 def test_custom_shapes(shape):
     base = {"input_size": 8, "patch_size": 2, "in_channels": 4, "hidden_size": 24, "depth": 2, "num_heads": 3}
     config = DiTConfig(**{**base, **shape})
-    model = jax.eval_shape(lambda: FloatDiT.init(config, jax.random.key(0)))
+    model = jax.eval_shape(lambda: FloatDiT.init(config, key=jax.random.key(0)))
     out = jax.eval_shape(
         FloatDiT.apply, model, jnp.zeros((5, *config.image_shape)), jnp.zeros(5, jnp.int32), jnp.zeros(5, jnp.int32)
     )
@@ -164,7 +164,7 @@ def test_sizes_that_no_network_has(tiny_config, wrong, parts, raises_sentence):
 def test_the_count_of_parameters_is_that_of_the_network(tiny_config):
     for change in ({}, {"position_table": True}, {"num_classes": 0, "null_class": False}, {"mlp_ratio": 2.5}):
         config = DiTConfig(**{**tiny_config.to_dict(), **change})
-        model = jax.eval_shape(lambda c=config: FloatDiT.init(c, jax.random.key(0)))
+        model = jax.eval_shape(lambda c=config: FloatDiT.init(c, key=jax.random.key(0)))
         assert config.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(model.params))
 
 

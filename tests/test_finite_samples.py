@@ -55,27 +55,27 @@ def test_the_sentence_names_image_step_and_remedy(value, batch_size, raises_sent
     model = breaking(value, 7, 500)
     options: dict[str, Any] = {"steps": 5, "sampler": "ddim", "batch_size": batch_size}
     with raises_sentence("Image 2 (label 7)", "from step 3 of 5 on (t = 400)", "bfloat16", "--dtype float32", "--cfg-scale"):
-        ptq.sample(model, np.array([1, 3, 7, 5, 7]), KEY, cfg_scale=1.5, **options)
-    assert np.isfinite(ptq.sample(model, np.array([1, 3, 5, 5]), KEY, **options)).all()
+        ptq.sample(model, np.array([1, 3, 7, 5, 7]), key=KEY, cfg_scale=1.5, **options)
+    assert np.isfinite(ptq.sample(model, np.array([1, 3, 5, 5]), key=KEY, **options)).all()
 
 
 @pytest.mark.parametrize(("below", "step", "t"), [(2000, 1, "999"), (0, 4, "0")])
 def test_the_first_and_the_last_step(below, step, t, raises_sentence):
     model = breaking(np.nan, 1, below, dtype="float32")
     with raises_sentence("Image 0 (label 1)", f"from step {step} of 4 on (t = {t})", "float32", "check the checkpoint"):
-        ptq.sample(model, np.array([1]), KEY, steps=4, cfg_scale=1.0)
+        ptq.sample(model, np.array([1]), key=KEY, steps=4, cfg_scale=1.0)
 
 
 def test_flows_and_two_calls_a_step(raises_sentence):
     """Heun in 2 steps sees the noise levels 1, 1/2; 1/2, 0: at most 0.2 is the second call of the second step."""
     model = breaking(np.inf, 3, 0.2, schedule=FlowSchedule())
     with raises_sentence("Image 1 (label 3)", "step 2 of 2 on (t = 1)"):
-        ptq.sample(model, np.array([2, 3]), KEY, steps=2, sampler="heun")
+        ptq.sample(model, np.array([2, 3]), key=KEY, steps=2, sampler="heun")
 
 
 def test_images_before_a_fault_are_streamed_and_those_after_never_made(raises_sentence):
     model, labels = breaking(np.nan, 7, 10**4), np.array([1, 2, 3, 7, 4, 5])
-    stream = sampling.sample_batches(model, labels, KEY, sampling=Sampling(steps=2), batch_size=2)
+    stream = sampling.sample_batches(model, labels, key=KEY, sampling=Sampling(steps=2), batch_size=2)
     start, images = next(stream)
     assert (start, len(images)) == (0, 2)
     with raises_sentence("Image 3 (label 7)"):
@@ -88,7 +88,7 @@ def test_on_a_mesh(mesh8, raises_sentence):
         ptq.sample(
             breaking(np.nan, 7, 600),
             labels,
-            KEY,
+            key=KEY,
             steps=3,
             mesh=mesh8,
             noise=np.ones((10, 4, 4, 4)),
@@ -98,17 +98,21 @@ def test_on_a_mesh(mesh8, raises_sentence):
 
 def test_latents_that_are_finite_and_pictures_that_are_not(raises_sentence):
     small = VAEConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4)
-    shapes = jax.eval_shape(lambda: VAEDecoder.init(small, KEY))
+    shapes = jax.eval_shape(lambda: VAEDecoder.init(small, key=KEY))
     decoder = jax.tree.map(lambda a: np.full(a.shape, 0.1, a.dtype), shapes)
     params = dict(decoder.params["decoder"])
     params["conv_out"] = jax.tree.map(lambda a: np.full_like(a, 3e38), params["conv_out"])
     decoder = decoder.replace(params={**decoder.params, "decoder": params})
     model = breaking(0.0, 0, -1)
     with raises_sentence("Image 0 (label 2)", "latents are finite", "VAE", "float32"):
-        ptq.sample(model, np.array([2, 3]), KEY, steps=2, decoder=decoder)
+        ptq.sample(model, np.array([2, 3]), key=KEY, steps=2, decoder=decoder)
     with raises_sentence("Image 1 (label 7)", "step 1 of 2"):
         ptq.sample(
-            breaking(np.nan, 7, 10**4), np.array([2, 7]), KEY, steps=2, decoder=decoder.replace(params=shapes_of_zeros(decoder))
+            breaking(np.nan, 7, 10**4),
+            np.array([2, 7]),
+            key=KEY,
+            steps=2,
+            decoder=decoder.replace(params=shapes_of_zeros(decoder)),
         )
 
 
@@ -182,12 +186,12 @@ def test_float16_is_a_way_to_store_not_to_compute(raises_sentence):
     half = dataclasses.replace(model, params=jax.tree.map(lambda a: a.astype(np.float16), model.params))
     assert (half.param_dtype, half.dtype) == (np.float16, np.float32)
     widened = dataclasses.replace(model, params=jax.tree.map(lambda a: a.astype(np.float32), half.params))
-    images = ptq.sample(half, np.array([0, 1]), KEY, steps=2)
-    np.testing.assert_allclose(images, ptq.sample(widened, np.array([0, 1]), KEY, steps=2), rtol=1e-4, atol=1e-4)
+    images = ptq.sample(half, np.array([0, 1]), key=KEY, steps=2)
+    np.testing.assert_allclose(images, ptq.sample(widened, np.array([0, 1]), key=KEY, steps=2), rtol=1e-4, atol=1e-4)
     asked = half.astype("float16")
     assert (asked.param_dtype, asked.dtype) == (np.float16, np.float16)
     with raises_sentence("Image 0 (label 0)", "step 1 of 2", "float16", "--dtype float32"):
-        ptq.sample(asked, np.array([0, 1]), KEY, steps=2)
+        ptq.sample(asked, np.array([0, 1]), key=KEY, steps=2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -210,6 +214,6 @@ def test_what_is_stored_in_float16_stays_so_in_a_folder(tmp_path):
 
 
 def test_a_decoder_stored_in_float16_computes_in_float32():
-    decoder = VAEDecoder.init(VAEConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4), KEY)
+    decoder = VAEDecoder.init(VAEConfig(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4), key=KEY)
     half = jax.tree.map(lambda a: a.astype(jnp.float16), decoder)
     assert (half.dtype, half.astype("float16").dtype, half.astype("bfloat16").dtype) == ("float32", "float16", "bfloat16")

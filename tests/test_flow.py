@@ -74,7 +74,7 @@ def test_impossible_step_counts(steps: Any, raises_sentence: Sentence) -> None:
 def test_samplers_and_objectives_that_do_not_fit(raises_sentence: Sentence) -> None:
     for name in ("ddpm", "ddim", "dpm++2m"):
         with raises_sentence(repr(name), "predicts velocity", "use one of euler, heun"):
-            ptq.sample(flow_model(), LABELS, KEY, sampler=name)
+            ptq.sample(flow_model(), LABELS, key=KEY, sampler=name)
     for name in ("euler", "heun"):
         with raises_sentence(repr(name), "predicts noise", "use one of ddpm, ddim, dpm++2m"):
             ptq.quantize(tiny_model(), ptq.QuantConfig.of(sampler=name), key=KEY)
@@ -154,7 +154,7 @@ def plain_chain(model: FloatDiT, x: np.ndarray, steps: int, heun: bool, cfg_scal
 def test_chain_against_a_plain_loop(name: Any, flow: ptq.FlowSchedule, channels: Any) -> None:
     model = dataclasses.replace(tiny_model(learn_sigma=False, in_channels=4), schedule=flow)
     noise = np.random.default_rng(1).standard_normal((3, *model.config.image_shape))
-    images = ptq.sample(model, LABELS, KEY, sampler=name, steps=6, cfg_scale=2.0, cfg_channels=channels, noise=noise)
+    images = ptq.sample(model, LABELS, key=KEY, sampler=name, steps=6, cfg_scale=2.0, cfg_channels=channels, noise=noise)
     expected = plain_chain(model, noise, 6, name == "heun", 2.0, 4 if channels == "all" else 3)
     assert np.abs(images - expected).max() <= 2e-5 * np.abs(expected).max()
 
@@ -164,7 +164,7 @@ def test_a_discarded_variance_half_is_never_read() -> None:
     kept = np.asarray(model.params["final"]["kernel"]).reshape(-1, 4, 2, 3)[:, :, 0].reshape(-1, 12)
     bias = np.asarray(model.params["final"]["bias"]).reshape(4, 2, 3)[:, 0].ravel()
     half = dataclasses.replace(flow_model(), params={**model.params, "final": {"kernel": kept, "bias": bias}})
-    whole, images = (ptq.sample(m, LABELS, KEY, steps=3) for m in (model, half))
+    whole, images = (ptq.sample(m, LABELS, key=KEY, steps=3) for m in (model, half))
     np.testing.assert_allclose(whole, images, rtol=1e-5, atol=1e-5)
 
 
@@ -217,7 +217,7 @@ def test_a_quantized_flow(quantized: ptq.QuantizedDiT, model: FloatDiT) -> None:
     assert quantized.schedule == model.schedule
     assert quantized.num_groups == 3
     settings: dict[str, Any] = {"sampler": "heun", "steps": 4, "cfg_channels": "all"}
-    images, floats = (ptq.sample(m, LABELS, KEY, **settings) for m in (quantized, model))
+    images, floats = (ptq.sample(m, LABELS, key=KEY, **settings) for m in (quantized, model))
     assert relative_error(images, floats) < 0.1
 
 
@@ -233,7 +233,7 @@ def test_ranges_follow_the_time_of_the_flow(quantized: ptq.QuantizedDiT) -> None
 
 def test_the_engine_is_its_fake_quant_twin(quantized: ptq.QuantizedDiT, model: FloatDiT) -> None:
     twin = ptq.reference(quantized)
-    x = ptq.sample(model, LABELS, KEY, steps=2)
+    x = ptq.sample(model, LABELS, key=KEY, steps=2)
     t = np.array([0.0, 0.5, 1.0], np.float32)
     assert relative_error(jax.jit(type(quantized).apply)(quantized, x, t, LABELS), twin.jitted()(x, t, LABELS)) < 2e-2
 
@@ -244,7 +244,7 @@ def test_saved_and_loaded(quantized: ptq.QuantizedDiT, model: FloatDiT, tmp_path
     for index, each in enumerate(models):
         loaded = ptq.load(ptq.save(each, tmp_path / str(index)))
         assert loaded.schedule == each.schedule
-        images, again = (ptq.sample(m, LABELS, KEY, steps=4) for m in (each, loaded))
+        images, again = (ptq.sample(m, LABELS, key=KEY, steps=4) for m in (each, loaded))
         np.testing.assert_array_equal(images, again)
     np.testing.assert_array_equal(ptq.load(tmp_path / "1").group_edges, quantized.group_edges)
 
@@ -282,8 +282,8 @@ def test_comparison(quantized: ptq.QuantizedDiT, model: FloatDiT, tmp_path: Path
 
 def test_eight_devices_give_the_images_of_one(quantized: ptq.QuantizedDiT, mesh8: Mesh) -> None:
     labels = np.arange(16) % 5
-    once = ptq.sample(quantized, labels, KEY, sampler="heun", steps=2, batch_size=2)
-    np.testing.assert_array_equal(ptq.sample(quantized, labels, KEY, sampler="heun", steps=2, mesh=mesh8), once)
+    once = ptq.sample(quantized, labels, key=KEY, sampler="heun", steps=2, batch_size=2)
+    np.testing.assert_array_equal(ptq.sample(quantized, labels, key=KEY, sampler="heun", steps=2, mesh=mesh8), once)
 
 
 @pytest.mark.slow
@@ -293,4 +293,4 @@ def test_reconstruction(model: FloatDiT) -> None:
     facts = learned.provenance.facts
     assert facts["settings"]["sampler"] == "heun"
     assert facts["reconstruction"]
-    assert np.isfinite(ptq.sample(learned, LABELS, KEY, steps=2)).all()
+    assert np.isfinite(ptq.sample(learned, LABELS, key=KEY, steps=2)).all()

@@ -69,12 +69,12 @@ def test_values_are_equal_by_what_they_say() -> None:
 def test_loose_settings_and_a_sampling_give_the_same(tiny_model: ptq.FloatDiT, raises_sentence: Sentence) -> None:
     loose: dict[str, Any] = {"sampler": "ddim", "steps": 3, "eta": 0.5, "cfg_scale": 2.0, "cfg_channels": "all"}
     sampling = ptq.Sampling("ddim", 3, 0.5, ptq.Guidance(2.0, "all"))
-    images = ptq.sample(tiny_model, LABELS, KEY, sampling=sampling)
-    np.testing.assert_array_equal(images, ptq.sample(tiny_model, LABELS, KEY, **loose))
-    np.testing.assert_array_equal(images, next(sample_batches(tiny_model, LABELS, KEY, sampling=sampling))[1])
+    images = ptq.sample(tiny_model, LABELS, key=KEY, sampling=sampling)
+    np.testing.assert_array_equal(images, ptq.sample(tiny_model, LABELS, key=KEY, **loose))
+    np.testing.assert_array_equal(images, next(sample_batches(tiny_model, LABELS, key=KEY, sampling=sampling))[1])
     for name, value in loose.items():
         with raises_sentence("sampling", f"leave out {name}"):
-            ptq.sample(tiny_model, LABELS, KEY, sampling=sampling, **{name: value})
+            ptq.sample(tiny_model, LABELS, key=KEY, sampling=sampling, **{name: value})
 
 
 # The registry ----------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_the_interval_against_a_plain_loop(sampler: str, schedule: Any, interval
     model = dataclasses.replace(tiny_model(learn_sigma=False), schedule=schedule)
     noise = np.random.default_rng(1).standard_normal((3, *model.config.image_shape))
     sampling = ptq.Sampling(sampler, 4, guidance=ptq.Guidance(3.0, "all", interval))
-    images = ptq.sample(model, LABELS, KEY, sampling=sampling, noise=noise)
+    images = ptq.sample(model, LABELS, key=KEY, sampling=sampling, noise=noise)
     assert relative_error(images, loop(model, noise, sampler, scales)) < 2e-5
     assert relative_error(images, loop(model, noise, sampler, [3.0 if s == 1 else 1.0 for s in scales])) > 1e-3
 
@@ -165,10 +165,10 @@ def test_ends_of_the_interval_lie_inside(flow: ptq.FlowSchedule, steps: int) -> 
 
 def test_an_interval_needs_no_program_of_its_own(tiny_model: ptq.FloatDiT) -> None:
     how = lambda interval: ptq.Sampling(steps=3, guidance=ptq.Guidance(2.0, interval=interval))
-    whole = ptq.sample(tiny_model, LABELS, KEY, sampling=how(None))
+    whole = ptq.sample(tiny_model, LABELS, key=KEY, sampling=how(None))
     programs = num_programs(chain.sample_batch)
-    np.testing.assert_array_equal(ptq.sample(tiny_model, LABELS, KEY, sampling=how((0, 1))), whole)
-    assert relative_error(ptq.sample(tiny_model, LABELS, KEY, sampling=how((0, 0.6))), whole) > 1e-3
+    np.testing.assert_array_equal(ptq.sample(tiny_model, LABELS, key=KEY, sampling=how((0, 1))), whole)
+    assert relative_error(ptq.sample(tiny_model, LABELS, key=KEY, sampling=how((0, 0.6))), whole) > 1e-3
     assert num_programs(chain.sample_batch) == programs
 
 

@@ -20,7 +20,7 @@ CONFIG = LightningDiTConfig(input_size=3, in_channels=5, hidden_size=32, depth=2
 
 @pytest.fixture(scope="module")
 def model() -> ptq.FloatDiT:
-    made = ptq.FloatDiT.init(CONFIG, jax.random.key(0))
+    made = ptq.FloatDiT.init(CONFIG, key=jax.random.key(0))
     rng = np.random.default_rng(0)
     biased = jax.tree.map(lambda a: np.asarray(a) + 0.1 * rng.standard_normal(a.shape).astype(np.float32), made.params)
     return dataclasses.replace(made, params=biased, schedule=FlowSchedule())
@@ -140,9 +140,9 @@ def test_it_is_quantized_saved_loaded_and_sampled(bits, least, model, rows, tmp_
     assert type(loaded.config) is type(ptq.load(tmp_path / "m").config) is LightningDiTConfig
     assert summary_of(loaded)["network"] == "LightningDiT"
     assert same_bytes(loaded, quantized)
-    images = ptq.sample(loaded, np.array([0, 1]), jax.random.key(1), steps=2)
+    images = ptq.sample(loaded, np.array([0, 1]), key=jax.random.key(1), steps=2)
     assert np.isfinite(images).all()
-    assert relative_error(images, ptq.sample(model, np.array([0, 1]), jax.random.key(1), steps=2)) < 0.3
+    assert relative_error(images, ptq.sample(model, np.array([0, 1]), key=jax.random.key(1), steps=2)) < 0.3
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 1e
 
 @pytest.fixture(scope="module")
 def all_at_once(tiny_model, key) -> np.ndarray:
-    images = sample(tiny_model, LABELS, key, steps=STEPS)
+    images = sample(tiny_model, LABELS, key=key, steps=STEPS)
     assert images.shape == (5, *tiny_model.config.image_shape)
     assert images.dtype == np.float32
     assert isinstance(images, np.ndarray)
@@ -108,30 +108,30 @@ def all_at_once(tiny_model, key) -> np.ndarray:
 
 def test_batch_size_does_not_matter(tiny_model, key, all_at_once):
     """Two batches, the second one padded."""
-    assert_close(sample(tiny_model, LABELS, key, steps=STEPS, batch_size=3), all_at_once)
+    assert_close(sample(tiny_model, LABELS, key=key, steps=STEPS, batch_size=3), all_at_once)
 
 
 def test_devices_do_not_matter(tiny_model, key, all_at_once, mesh8):
     """Five images over eight devices."""
-    assert_close(sample(tiny_model, LABELS, key, steps=STEPS, mesh=mesh8), all_at_once)
+    assert_close(sample(tiny_model, LABELS, key=key, steps=STEPS, mesh=mesh8), all_at_once)
 
 
 def test_each_image_depends_on_its_own_label_and_place_alone(toy, key, other_key):
     same = np.array([3, 3, 3, 3, 3])
-    images = sample(toy, same, key, steps=STEPS)
+    images = sample(toy, same, key=key, steps=STEPS)
     assert len({image.tobytes() for image in images}) == 5
-    other_label = sample(toy, np.array([3, 7, 3, 3, 3]), key, steps=STEPS)
+    other_label = sample(toy, np.array([3, 7, 3, 3, 3]), key=key, steps=STEPS)
     assert_close(other_label[[0, 2, 3, 4]], images[[0, 2, 3, 4]], 1e-6)
     assert np.abs(other_label[1] - images[1]).max() > 1e-2
-    assert_close(sample(toy, same, key, steps=STEPS, batch_size=1), images)
-    assert np.abs(sample(toy, same, other_key, steps=STEPS) - images).max() > 1e-2
+    assert_close(sample(toy, same, key=key, steps=STEPS, batch_size=1), images)
+    assert np.abs(sample(toy, same, key=other_key, steps=STEPS) - images).max() > 1e-2
 
 
 def test_explicit_noise_equal_to_the_keys_gives_the_keys_images(toy, key, other_key, explicit):
-    expected = sample(toy, LABELS, key, steps=STEPS)
-    assert_close(sample(toy, LABELS, other_key, **explicit), expected, 1e-6)
+    expected = sample(toy, LABELS, key=key, steps=STEPS)
+    assert_close(sample(toy, LABELS, key=other_key, **explicit), expected, 1e-6)
     for part in ("noise", "step_noise"):
-        images = [sample(toy, LABELS, k, steps=STEPS, **{part: explicit[part]}) for k in (key, other_key)]
+        images = [sample(toy, LABELS, key=k, steps=STEPS, **{part: explicit[part]}) for k in (key, other_key)]
         assert_close(images[0], expected, 1e-6)
         assert np.abs(images[1] - expected).max() > 1e-2, f"{part} is only half of the noise"
 
@@ -141,9 +141,9 @@ def test_any_number_of_samples_in_any_batches(toy, key, drawn, request, batch_si
     labels, calls = np.arange(11), []
     mesh = request.getfixturevalue("mesh8") if devices == 8 else None
     images = sample(
-        toy, labels, key, steps=STEPS, batch_size=batch_size, mesh=mesh, progress=lambda *call: calls.append(call), **drawn
+        toy, labels, key=key, steps=STEPS, batch_size=batch_size, mesh=mesh, progress=lambda *call: calls.append(call), **drawn
     )
-    assert_close(images, sample(toy, labels, key, steps=STEPS, **drawn))
+    assert_close(images, sample(toy, labels, key=key, steps=STEPS, **drawn))
     per_call = -(-min(batch_size or 11, 11) // devices) * devices
     assert calls == [(min(start + per_call, 11), 11) for start in range(0, 11, per_call)]
 
@@ -151,9 +151,9 @@ def test_any_number_of_samples_in_any_batches(toy, key, drawn, request, batch_si
 def test_deterministic_samplers_use_the_key_for_the_initial_noise_only(toy, key, other_key, explicit):
     noise = explicit["noise"]
     for sampler in ("ddim", "dpm++2m"):
-        images = sample(toy, LABELS, key, steps=STEPS, sampler=sampler)
-        assert_close(sample(toy, LABELS, other_key, steps=STEPS, sampler=sampler, noise=noise), images, 1e-6)
-    noisy = [sample(toy, LABELS, k, steps=STEPS, sampler="ddim", eta=1.0, noise=noise) for k in (key, other_key)]
+        images = sample(toy, LABELS, key=key, steps=STEPS, sampler=sampler)
+        assert_close(sample(toy, LABELS, key=other_key, steps=STEPS, sampler=sampler, noise=noise), images, 1e-6)
+    noisy = [sample(toy, LABELS, key=k, steps=STEPS, sampler="ddim", eta=1.0, noise=noise) for k in (key, other_key)]
     assert np.abs(noisy[0] - noisy[1]).max() > 1e-2
 
 
@@ -166,8 +166,8 @@ def test_guidance_moves_the_label_away_from_the_null_class(toy, key, explicit, c
     bias = np.asarray(toy.label_bias)
     moved = bias.copy()
     moved[:, :guided] = bias[10, :guided] + 4.0 * (bias[:, :guided] - bias[10, :guided])
-    expected = sample(toy.replace(label_bias=jnp.asarray(moved)), LABELS, key, cfg_scale=1.0, **explicit)
-    assert_close(sample(toy, LABELS, key, cfg_scale=4.0, cfg_channels=channels, **explicit), expected)
+    expected = sample(toy.replace(label_bias=jnp.asarray(moved)), LABELS, key=key, cfg_scale=1.0, **explicit)
+    assert_close(sample(toy, LABELS, key=key, cfg_scale=4.0, cfg_channels=channels, **explicit), expected)
 
 
 def test_only_guidance_doubles_the_batch(toy, key, explicit):
@@ -175,15 +175,15 @@ def test_only_guidance_doubles_the_batch(toy, key, explicit):
     model = toy.replace(on_trace=lambda *shapes: seen.add(shapes))
     for scale, rows in ((1.0, 5), (1.5, 10)):
         seen.clear()
-        sample(model, LABELS, key, cfg_scale=scale, **explicit)
+        sample(model, LABELS, key=key, cfg_scale=scale, **explicit)
         assert seen == {((rows, 4, 4, 4), (1,), (rows,))}
 
 
 def test_a_network_without_null_class_samples_unguided(toy, key, explicit, raises_sentence):
     model, labels = changed(toy, null_class=False), np.array([0, 9, 0, 9, 0])
-    assert sample(model, labels, key, cfg_scale=1.0, **explicit).shape == (5, 4, 4, 4)
+    assert sample(model, labels, key=key, cfg_scale=1.0, **explicit).shape == (5, 4, 4, 4)
     with raises_sentence("null class", "cfg_scale 1"):
-        sample(model, labels, key, cfg_scale=1.5, **explicit)
+        sample(model, labels, key=key, cfg_scale=1.5, **explicit)
 
 
 def test_which_samplers_use_the_learned_variance(toy, key, explicit):
@@ -191,8 +191,8 @@ def test_which_samplers_use_the_learned_variance(toy, key, explicit):
     fixed = changed(toy, learn_sigma=False)
     for sampler, eta, follows in (("ddpm", 0.0, True), ("ddim", 1.0, False), ("dpm++2m", 0.0, False)):
         options = {"sampler": sampler, "eta": eta, **explicit}
-        low, high = (sample(toy.replace(v=jnp.float32(v)), LABELS, key, **options) for v in (-1, 1))
-        assert_close(low, sample(fixed, LABELS, key, **options), 1e-6)
+        low, high = (sample(toy.replace(v=jnp.float32(v)), LABELS, key=key, **options) for v in (-1, 1))
+        assert_close(low, sample(fixed, LABELS, key=key, **options), 1e-6)
         assert (np.abs(low - high).max() > 1e-2) == follows
 
 
@@ -232,7 +232,7 @@ def test_nothing_is_kept_unless_asked_for(toy, key, explicit):
     noise = {name: explicit[name] for name in ("noise", "step_noise")}
     images, kept = run_chain(toy, LABELS, key, Sampling.of(steps=STEPS, cfg_scale=1.5), **noise)
     assert kept.shape == (0, *images.shape)
-    np.testing.assert_array_equal(images, sample(toy, LABELS, key, cfg_scale=1.5, **explicit))
+    np.testing.assert_array_equal(images, sample(toy, LABELS, key=key, cfg_scale=1.5, **explicit))
 
 
 # What is compiled ------------------------------------------------------------------------------------
@@ -243,10 +243,10 @@ def test_twice_gives_the_same_bytes_and_compiles_nothing(tiny_model, toy, key, o
         return [record.getMessage() for record in caplog.records if record.getMessage().startswith("Compiling")]
 
     with jax.log_compiles():
-        again = sample(tiny_model, LABELS, key, steps=STEPS)
-        sample(tiny_model, LABELS[::-1], other_key, steps=STEPS, cfg_scale=2.0)  # other values, same shapes
+        again = sample(tiny_model, LABELS, key=key, steps=STEPS)
+        sample(tiny_model, LABELS[::-1], key=other_key, steps=STEPS, cfg_scale=2.0)  # other values, same shapes
         assert compilations() == []
-        sample(toy.replace(on_trace=lambda *shapes: None), LABELS, key, **explicit)
+        sample(toy.replace(on_trace=lambda *shapes: None), LABELS, key=key, **explicit)
         assert any("sample_batch" in message for message in compilations()), "a new model does compile, and is noticed"
     assert again.tobytes() == all_at_once.tobytes()
 
@@ -288,8 +288,8 @@ def test_a_batch_moves_nothing_between_host_and_device(tiny_model, key, all_at_o
 def test_a_run_makes_intended_transfers_only(toy, key, explicit, request, devices):
     mesh = request.getfixturevalue("mesh8") if devices == 8 else None
     with jax.transfer_guard("disallow"):
-        images = sample(toy, LABELS, key, batch_size=2, mesh=mesh, **explicit)
-    assert_close(images, sample(toy, LABELS, key, **explicit))
+        images = sample(toy, LABELS, key=key, batch_size=2, mesh=mesh, **explicit)
+    assert_close(images, sample(toy, LABELS, key=key, **explicit))
 
 
 def compilations(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -304,10 +304,10 @@ def test_measuring_the_memory_compiles_nothing_more(toy, key, request, caplog, d
     noise, step_noise = np.ones((20, 4, 4, 4)), np.ones((2, 20, 4, 4, 4))
     options: dict[str, Any] = {"steps": 2, "mesh": mesh, "noise": noise, "step_noise": step_noise}
     with jax.log_compiles():
-        sample(model, labels, key, **options)
+        sample(model, labels, key=key, **options)
         assert len(compilations(caplog)) == 1
-        sample(model, labels, key, **options)
-        sample(model, labels[::-1], key, cfg_scale=3.0, **options)
+        sample(model, labels, key=key, **options)
+        sample(model, labels[::-1], key=key, cfg_scale=3.0, **options)
         assert len(compilations(caplog)) == 1
 
 
@@ -318,14 +318,14 @@ def test_scarce_memory_makes_batches_smaller_and_changes_no_image(toy, key, requ
     rng = np.random.default_rng(0)
     noise = {"noise": rng.normal(size=(40, 4, 4, 4)), "step_noise": rng.normal(size=(STEPS, 40, 4, 4, 4))}
     options: dict[str, Any] = {"steps": STEPS, "mesh": mesh, **noise}
-    whole = sample(toy, labels, key, **options)
+    whole = sample(toy, labels, key=key, **options)
 
     def noted(found):
         asked.append(len(found))
         return 12_000
 
     monkeypatch.setattr(chain.memory, "free_bytes", noted)
-    images = sample(toy, labels, key, progress=lambda *call: calls.append(call), **options)
+    images = sample(toy, labels, key=key, progress=lambda *call: calls.append(call), **options)
     assert asked == [devices]
     assert_close(images, whole)
     batch = calls[0][0]
@@ -336,26 +336,26 @@ def test_scarce_memory_makes_batches_smaller_and_changes_no_image(toy, key, requ
 def test_a_single_image_waits_for_no_measurement(toy, key, monkeypatch):
     monkeypatch.setattr(chain.memory, "free_bytes", lambda devices: pytest.fail("measured"))
     one: Any = [3]  # a list is taken too
-    assert sample(toy, one, key, steps=2).shape == (1, 4, 4, 4)
-    assert sample(toy, np.array([3, 4]), key, steps=2, batch_size=2).shape == (2, 4, 4, 4)
+    assert sample(toy, one, key=key, steps=2).shape == (1, 4, 4, 4)
+    assert sample(toy, np.array([3, 4]), key=key, steps=2, batch_size=2).shape == (2, 4, 4, 4)
 
 
 def test_more_than_is_useful_at_once_is_cut(toy, key, monkeypatch):
     monkeypatch.setattr(chain, "_USEFUL_ROWS", 8)
     labels, noise = np.arange(21) % 11, np.random.default_rng(0).normal(size=(21, 4, 4, 4))
     options: dict[str, Any] = {"steps": 2, "sampler": "ddim", "noise": noise}
-    parts = list(sample_batches(toy, labels, key, sampling=Sampling("ddim", 2), noise=noise))
+    parts = list(sample_batches(toy, labels, key=key, sampling=Sampling("ddim", 2), noise=noise))
     assert [(start, len(images)) for start, images in parts] == [(0, 8), (8, 8), (16, 5)]
     joined = np.concatenate([images for _, images in parts])
-    np.testing.assert_array_equal(joined, sample(toy, labels, key, **options))
-    assert_close(joined, sample(toy, labels, key, batch_size=21, **options))
+    np.testing.assert_array_equal(joined, sample(toy, labels, key=key, **options))
+    assert_close(joined, sample(toy, labels, key=key, batch_size=21, **options))
 
 
 def test_a_stream_checks_its_arguments_before_its_first_batch(toy, key, raises_sentence):
     with raises_sentence("Label 11"):
-        sample_batches(toy, np.array([0, 11]), key)
+        sample_batches(toy, np.array([0, 11]), key=key)
     with raises_sentence("batch_size", "0"):
-        sample_batches(toy, np.array([0, 1]), key, batch_size=0)
+        sample_batches(toy, np.array([0, 1]), key=key, batch_size=0)
 
 
 # Defaults --------------------------------------------------------------------------------------------
@@ -376,10 +376,10 @@ def test_steps_and_guidance_follow_the_model(toy, key, schedule, null_class, ste
     model = dataclasses.replace(changed(toy, null_class=null_class, learn_sigma=False), schedule=schedule)
     sampler = "ddim" if isinstance(schedule, NoiseSchedule) else "euler"
     options: dict[str, Any] = {"sampler": sampler, "noise": np.random.default_rng(0).normal(size=(2, 4, 4, 4))}
-    images = sample(model, np.array([1, 2]), key, **options)
-    np.testing.assert_array_equal(images, sample(model, np.array([1, 2]), key, steps=steps, cfg_scale=guidance, **options))
+    images = sample(model, np.array([1, 2]), key=key, **options)
+    np.testing.assert_array_equal(images, sample(model, np.array([1, 2]), key=key, steps=steps, cfg_scale=guidance, **options))
     if null_class:
-        other = sample(model, np.array([1, 2]), key, steps=steps, cfg_scale=2.5 - guidance, **options)
+        other = sample(model, np.array([1, 2]), key=key, steps=steps, cfg_scale=2.5 - guidance, **options)
         assert np.abs(other - images).max() > 1e-3
 
 
@@ -402,7 +402,7 @@ def test_steps_and_guidance_follow_the_model(toy, key, schedule, null_class, ste
 )
 def test_labels_that_are_none(toy, key, labels, parts, raises_sentence):
     with raises_sentence(*parts):
-        sample(toy, labels, key, steps=2)
+        sample(toy, labels, key=key, steps=2)
 
 
 def test_the_null_class_is_a_label_only_where_there_is_one(toy, raises_sentence):
@@ -433,12 +433,12 @@ def test_the_null_class_is_a_label_only_where_there_is_one(toy, raises_sentence)
 )
 def test_options_that_make_no_sense(toy, key, options, parts, raises_sentence):
     with raises_sentence(*parts):
-        sample(toy, np.array([0, 1]), key, **{"steps": 3, **options})
+        sample(toy, np.array([0, 1]), key=key, **{"steps": 3, **options})
 
 
 def test_a_mesh_without_a_data_axis(toy, key, raises_sentence):
     with raises_sentence("'data'", "model"):
-        sample(toy, np.array([0]), key, steps=2, mesh=Mesh(np.array(jax.devices()[:1]), ("model",)))
+        sample(toy, np.array([0]), key=key, steps=2, mesh=Mesh(np.array(jax.devices()[:1]), ("model",)))
 
 
 # Placement and output --------------------------------------------------------------------------------

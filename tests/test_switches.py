@@ -194,7 +194,7 @@ def test_every_use_of_a_key_converts_it(impl):
     """Random parameters of both networks; noise and reconstruction are compared between processes below."""
     config = helpers.tiny_config(depth=1)
     vae = VAEConfig(block_out_channels=(4, 4), norm_num_groups=2, latent_channels=3, layers_per_block=1)
-    for make in (lambda key: FloatDiT.init(config, key).params, lambda key: VAEDecoder.init(vae, key).params):
+    for make in (lambda key: FloatDiT.init(config, key=key).params, lambda key: VAEDecoder.init(vae, key=key).params):
         leaves = [jax.tree.leaves(make(jax.random.key(2, impl=each))) for each in ("threefry2x32", impl)]
         for a, b in zip(*leaves, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -204,14 +204,14 @@ def test_every_use_of_a_key_converts_it(impl):
 def test_what_is_no_key_is_refused(key, raises_sentence):
     model = helpers.tiny_model(depth=1)
     with raises_sentence("jax.random.key(0)"):
-        ptq.sample(model, np.array([0]), key, steps=1)
+        ptq.sample(model, np.array([0]), key=key, steps=1)
     with raises_sentence("jax.random.key(0)"):
         ptq.quantize(model, key=key)
 
 
 def test_several_keys_are_no_key(raises_sentence):
     with raises_sentence("(3,)"):
-        ptq.sample(helpers.tiny_model(depth=1), np.array([0]), jax.random.split(jax.random.key(0), 3), steps=1)
+        ptq.sample(helpers.tiny_model(depth=1), np.array([0]), key=jax.random.split(jax.random.key(0), 3), steps=1)
 
 
 # Precision -------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_statistics_take_what_the_hardware_multiplies_fast(monkeypatch):
     rows = ptq.stored_rows(x=weights(1, *model.config.image_shape), t=np.array([5]), y=np.array([1]), config=model.config)
     quantized = ptq.quantize(model, key=jax.random.key(0), calibration=rows)
     assert seen == [jax.lax.Precision.HIGH]
-    assert ptq.reference(quantized).precision == FloatDiT.init(model.config, jax.random.key(0)).precision
+    assert ptq.reference(quantized).precision == FloatDiT.init(model.config, key=jax.random.key(0)).precision
     assert ptq.reference(quantized).precision == jax.lax.Precision.HIGHEST
 
 
@@ -288,13 +288,13 @@ def test_the_default_device_is_used(mesh8, tmp_path):
     model = helpers.tiny_model(depth=1)
     folder = checkpoints.save(model, tmp_path / "model")
     other = mesh8.devices[3]
-    expected = ptq.sample(model, np.array([0, 1]), jax.random.key(0), steps=1)
+    expected = ptq.sample(model, np.array([0, 1]), key=jax.random.key(0), steps=1)
     with jax.default_device(other):
         assert devices.default() == other
         assert devices.in_use() == [other]
         loaded = helpers.load_float(folder)
         assert {device for leaf in jax.tree.leaves(loaded.params) for device in leaf.devices()} == {other}
-        np.testing.assert_array_equal(ptq.sample(loaded, np.array([0, 1]), jax.random.key(0), steps=1), expected)
+        np.testing.assert_array_equal(ptq.sample(loaded, np.array([0, 1]), key=jax.random.key(0), steps=1), expected)
     with jax.default_device("cpu"):
         assert devices.in_use() == jax.devices("cpu")
 

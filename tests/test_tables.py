@@ -118,7 +118,7 @@ def test_parameters(kind):
     assert ("label_embed/embedding" in params) == (config.num_labels > 0)
     if config.position_table:
         assert params["position_embed/embedding"].shape == (9, 32)
-    plain, ours = (jax.eval_shape(lambda c=c: ptq.FloatDiT.init(c, KEY)).num_params for c in (tiny_config(), config))
+    plain, ours = (jax.eval_shape(lambda c=c: ptq.FloatDiT.init(c, key=KEY)).num_params for c in (tiny_config(), config))
     assert ours == plain + (9 * 32 if config.position_table else 0) - (0 if config.num_labels else 6 * 32)
 
 
@@ -276,14 +276,14 @@ def test_labels_of_a_model_with_classes_cannot_be_none(raises_sentence):
 def test_sampling_without_classes(make, raises_sentence):
     model = make("both")
     run: dict[str, Any] = {"steps": 2, "cfg_scale": 1.0}
-    images = ptq.sample(model, 3, KEY, **run)
+    images = ptq.sample(model, 3, key=KEY, **run)
     assert images.shape == (3, 6, 6, 3)
     assert np.isfinite(images).all()
-    np.testing.assert_array_equal(ptq.sample(model, np.zeros(3, np.int32), KEY, **run), images)
-    one = ptq.sample(model, None, KEY, **run)
+    np.testing.assert_array_equal(ptq.sample(model, np.zeros(3, np.int32), key=KEY, **run), images)
+    one = ptq.sample(model, None, key=KEY, **run)
     assert one.shape == (1, 6, 6, 3)
     with raises_sentence("no classes", "cfg_scale 1"):
-        ptq.sample(model, 3, KEY, steps=2, cfg_scale=1.5)
+        ptq.sample(model, 3, key=KEY, steps=2, cfg_scale=1.5)
 
 
 def test_the_chain_without_classes_is_numpys(tmp_path):
@@ -297,7 +297,7 @@ def test_the_chain_without_classes_is_numpys(tmp_path):
         eps = numpy_forward(tensors, 4, x, np.array([t]), None)[..., :3]
         x0 = (x - np.sqrt(1 - abar[t]) * eps) / np.sqrt(abar[t])
         x = x0 if before is None else np.sqrt(abar[before]) * x0 + np.sqrt(1 - abar[before]) * eps
-    got = ptq.sample(model, 3, KEY, steps=2, sampler="ddim", cfg_scale=1.0, noise=noise)
+    got = ptq.sample(model, 3, key=KEY, steps=2, sampler="ddim", cfg_scale=1.0, noise=noise)
     assert relative_error(got, x) < 1e-4
 
 
@@ -306,15 +306,15 @@ def test_eight_devices_give_the_images_of_one(kind, mesh8):
     model = quantized_model(kind)
     labels = np.arange(16) % 5 if model.config.num_labels else 16
     run: dict[str, Any] = {"steps": 2, "cfg_scale": guidance(model)}
-    once = ptq.sample(model, labels, KEY, batch_size=2, **run)
-    np.testing.assert_array_equal(ptq.sample(model, labels, KEY, mesh=mesh8, **run), once)
+    once = ptq.sample(model, labels, key=KEY, batch_size=2, **run)
+    np.testing.assert_array_equal(ptq.sample(model, labels, key=KEY, mesh=mesh8, **run), once)
 
 
 def test_eight_devices_sample_the_float_model_alike(mesh8):
     model = float_model("both")
     run: dict[str, Any] = {"steps": 2, "cfg_scale": 1.0}
-    images = ptq.sample(model, 8, KEY, **run)
-    assert relative_error(ptq.sample(model, 8, KEY, mesh=mesh8, **run), images) < 1e-4
+    images = ptq.sample(model, 8, key=KEY, **run)
+    assert relative_error(ptq.sample(model, 8, key=KEY, mesh=mesh8, **run), images) < 1e-4
 
 
 def test_calibration_rows_without_labels(raises_sentence):

@@ -80,7 +80,7 @@ def known(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> ptq.FloatDiT:
-    return ptq.FloatDiT.init(CONFIG, jax.random.key(0))
+    return ptq.FloatDiT.init(CONFIG, key=jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_it_is_quantized_described_saved_loaded_and_sampled(learned, model, rows
     loaded = ptq.load(ptq.save(quantized, tmp_path / "q"))
     assert type(loaded.config) is TwoStacks
     assert same_bytes(loaded, quantized)
-    images = [ptq.sample(each, np.array([0, 1]), jax.random.key(1), steps=3) for each in (model, loaded)]
+    images = [ptq.sample(each, np.array([0, 1]), key=jax.random.key(1), steps=3) for each in (model, loaded)]
     assert relative_error(*reversed(images)) < 0.2
 
 

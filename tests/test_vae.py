@@ -52,7 +52,7 @@ def test_the_published_size():
 
 def test_random_parameters(vae):
     """Of the shapes alone: drawing them compiles for long."""
-    drawn = jax.eval_shape(lambda: VAEDecoder.init(vae.config, jax.random.key(0)))
+    drawn = jax.eval_shape(lambda: VAEDecoder.init(vae.config, key=jax.random.key(0)))
     assert jax.tree.map(jnp.shape, drawn) == jax.tree.map(jnp.shape, vae)
 
 
@@ -97,7 +97,7 @@ def test_memory_does_not_grow_with_the_batch(vae):
 def test_logits_are_never_whole(vae):
     """The latents have 64 * 64 positions; on a wide decoder the pictures would take more, so they are small here."""
     config = dataclasses.replace(vae.config, block_out_channels=(4,), layers_per_block=1)
-    small = jax.eval_shape(lambda: VAEDecoder.init(config, jax.random.key(0)))
+    small = jax.eval_shape(lambda: VAEDecoder.init(config, key=jax.random.key(0)))
     chunked, whole = (scratch_bytes(small, (1, 64, 64, 4), queries=queries) for queries in (256, 4096))
     assert whole > 4 * 4096**2
     assert chunked < whole / 8
@@ -189,21 +189,21 @@ def latent_model():
 
 @pytest.fixture(scope="module")
 def sampled(vae, latent_model):
-    return ptq.sample(latent_model, LABELS, jax.random.key(0), decoder=vae, **WALK)
+    return ptq.sample(latent_model, LABELS, key=jax.random.key(0), decoder=vae, **WALK)
 
 
 def test_the_sampler_decodes_its_latents(vae, latent_model, sampled):
-    latents = ptq.sample(latent_model, LABELS, jax.random.key(0), **WALK)
+    latents = ptq.sample(latent_model, LABELS, key=jax.random.key(0), **WALK)
     assert latents.shape == (5, 6, 6, 4)
     assert sampled.shape == (5, 48, 48, 3)
     np.testing.assert_allclose(sampled, decode(vae, latents), atol=1e-4)
 
 
 def test_every_device_decodes_its_share(vae, latent_model, sampled, mesh8):
-    made = ptq.sample(latent_model, LABELS, jax.random.key(0), decoder=vae, mesh=mesh8, **WALK)
+    made = ptq.sample(latent_model, LABELS, key=jax.random.key(0), decoder=vae, mesh=mesh8, **WALK)
     np.testing.assert_allclose(made, sampled, atol=1e-4)
 
 
 def test_a_model_of_other_latents(vae, raises_sentence):
     with raises_sentence("latents of 4 channels, not of 3", "VAE"):
-        ptq.sample(helpers.tiny_model(), LABELS, jax.random.key(0), decoder=vae, **WALK)
+        ptq.sample(helpers.tiny_model(), LABELS, key=jax.random.key(0), decoder=vae, **WALK)

@@ -104,7 +104,7 @@ def measure(model: FloatDiT, *, steps: int = 50, per_class: int = 100, cfg_scale
     """Fraction of guided DDPM samples, ``per_class`` of each digit, that the classifier recognizes; in full float32."""
     labels = np.repeat(np.arange(model.config.num_classes, dtype=np.int32), per_class)
     with jax.default_matmul_precision("highest"):
-        images = sample(model, labels, jax.random.key(seed), steps=steps, cfg_scale=cfg_scale)
+        images = sample(model, labels, key=jax.random.key(seed), steps=steps, cfg_scale=cfg_scale)
     return recognition_rate(images, labels)
 
 

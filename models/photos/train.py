@@ -106,7 +106,7 @@ def draw_samples(
     labels = np.repeat(np.arange(model.config.num_classes, dtype=np.int32), per_class)
     with jax.default_matmul_precision("highest"):
         images = sample(
-            model.astype(jnp.float32), labels, jax.random.key(seed), steps=steps, cfg_scale=cfg_scale, batch_size=batch_size
+            model.astype(jnp.float32), labels, key=jax.random.key(seed), steps=steps, cfg_scale=cfg_scale, batch_size=batch_size
         )
     return images, labels
 

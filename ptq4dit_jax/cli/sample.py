@@ -97,7 +97,7 @@ def sample(
         batches = sampling.sample_batches(
             cast(Any, loaded),
             wanted,
-            key,
+            key=key,
             sampling=how,
             batch_size=batch_size,
             decoder=decoder,

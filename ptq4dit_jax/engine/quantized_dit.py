@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -88,13 +88,23 @@ class QuantizedDiT:
         return {name: table for name, table in tables.items() if table is not None}
 
     @property
-    def num_groups(self) -> int:
-        return self.group_edges.shape[0] + 1
+    def num_params(self) -> int:
+        """Weights, biases and values of tables that the model stands for, as many as the float model has."""
+        return self.config.num_parameters
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all integers, scales and biases."""
+        """Bytes of all arrays: integers, scales, biases and tables."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of steps that its quantizers tell apart."""
+        return self.group_edges.shape[0] + 1
+
+    def jitted(self) -> Callable[..., jax.Array]:
+        """``apply`` compiled, with the model as an argument so that models of one shape share the program."""
+        return jax.tree_util.Partial(_jitted_apply, self)
 
 
 def _forward(model: QuantizedDiT, x_BHWC: ArrayLike, t_B: jax.Array, y_B: ArrayLike | None) -> jax.Array:
@@ -104,6 +114,9 @@ def _forward(model: QuantizedDiT, x_BHWC: ArrayLike, t_B: jax.Array, y_B: ArrayL
     dispatch = model.backend_choice.dispatch
     ops = IntegerOps.of(model.config, linears, sites, model.tables, dispatch, jnp.dtype(model.dtype))
     return model.config.forward(ops, x_BHWC, t_B, y_B)
+
+
+_jitted_apply = jax.jit(lambda model, x, t, y=None: model.apply(x, t, y))
 
 
 def site_quantizers(model: QuantizedDiT) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def test_qwix_multiplies_integers_and_samples_by_our_chain(tiny_model: FloatDiT)
     image = jax.random.normal(jax.random.key(0), (2, *tiny_model.config.image_shape))
     inputs = image, jnp.array([500]), jnp.array([1, 10])
     assert 0 < relative_error(model.apply(*inputs), tiny_model.astype(jnp.bfloat16).apply(*inputs)) < 0.03
-    assert ptq.sample(model, np.array([1, 2]), jax.random.key(0), steps=2).shape == (2, *tiny_model.config.image_shape)
+    assert ptq.sample(model, np.array([1, 2]), key=jax.random.key(0), steps=2).shape == (2, *tiny_model.config.image_shape)
 
 
 @pytest.fixture

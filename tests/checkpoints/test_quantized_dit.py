@@ -123,7 +123,7 @@ def test_the_same_samples(saved):
     folder, model = saved
     samples, programs = [], []
     for either in (model, checkpoints.load(folder)):
-        samples.append(sampling.sample(either, np.arange(3), jax.random.key(5), steps=2))
+        samples.append(sampling.sample(either, np.arange(3), key=jax.random.key(5), steps=2))
         programs.append(helpers.num_programs(chain.sample_batch))
     assert programs[0] == programs[1]
     assert np.isfinite(samples[0]).all()

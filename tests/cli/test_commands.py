@@ -153,7 +153,7 @@ def test_sample_writes_an_npz_in_the_form_of_adm(w4, here):
         images, labels = file["arr_0"], file["labels"]
     assert (images.dtype, images.shape) == (np.uint8, (4, 8, 8, 1))
     np.testing.assert_array_equal(labels, [0, 1, 2, 3])
-    floats = ptq.sample(ptq.load(w4.folder), np.arange(4), jax.random.key(0), steps=4)
+    floats = ptq.sample(ptq.load(w4.folder), np.arange(4), key=jax.random.key(0), steps=4)
     np.testing.assert_array_equal(images, np.clip(127.5 * floats + 128, 0, 255).astype(np.uint8))
 
 
@@ -225,7 +225,7 @@ def test_a_vae_makes_pictures_of_latents(here, capsys):
     assert (pictures.shape, pictures.dtype) == ((3, 48, 48, 3), np.uint8)
     assert labels.tolist() == [1, 2, 3]
     model = ptq.load("latent")
-    made = ptq.sample(model, labels, jax.random.key(0), steps=2, decoder=ptq.load_vae(VAE))
+    made = ptq.sample(model, labels, key=jax.random.key(0), steps=2, decoder=ptq.load_vae(VAE))
     near = lambda a, b: np.abs(a.astype(int) - b).max() <= 1
     assert near(pictures, ptq.to_uint8(made))
     with Image.open("a.png") as grid:

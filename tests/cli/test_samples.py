@@ -42,7 +42,7 @@ def test_a_model_of_one_step_needs_no_options(models, here, capsys):
     assert (facts["steps"], facts["cfg_scale"], facts["sampler"]) == (1, 1.0, "euler")
     model = ptq.load(models / "one")
     assert model.schedule == ONE_STEP
-    expected = ptq.sample(model, np.array([0, 1, 2]), jax.random.key(0), steps=1, cfg_scale=1.0)
+    expected = ptq.sample(model, np.array([0, 1, 2]), key=jax.random.key(0), steps=1, cfg_scale=1.0)
     np.testing.assert_array_equal(np.load("a.npz")["arr_0"], ptq.to_uint8(expected))
     run("quantize", models / "one", "--out", "q", "--calib-rows", "4")
     settings = store.read_config("q")["provenance"]["settings"]

@@ -210,7 +210,7 @@ def test_codes_on_hopper(balanced: bool) -> None:
 def medium_model(bits: int) -> tuple[ptq.FloatDiT, ptq.QuantizedDiT]:
     """As wide as DiT-S/2, and the same quantized."""
     config = DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=384, depth=3, num_heads=6, num_classes=10)
-    dit = ptq.FloatDiT.init(config, jax.random.key(0))
+    dit = ptq.FloatDiT.init(config, key=jax.random.key(0))
     settings = ptq.QuantConfig.of(**PLAIN, weight_bits=bits, steps=4, calib_steps=4, calib_rows=8)
     return dit, ptq.quantize(dit, settings, key=jax.random.key(0)).astype(jnp.bfloat16)
 
@@ -236,7 +236,7 @@ def test_weights_of_all_layers_are_not_held_unpacked() -> None:
     settings = ptq.QuantConfig.of(
         **PLAIN, weight_bits=4, steps=2, calib_steps=2, calib_rows=2, step_groups=2, range_search="minmax"
     )
-    q = ptq.quantize(ptq.FloatDiT.init(config, jax.random.key(0)), settings, key=jax.random.key(0)).astype(jnp.bfloat16)
+    q = ptq.quantize(ptq.FloatDiT.init(config, key=jax.random.key(0)), settings, key=jax.random.key(0)).astype(jnp.bfloat16)
     unpacked = config.depth * 12 * config.hidden_size**2
     program = helpers.lowered_sampler(q, 4).compile()
     assert program.memory_analysis().temp_size_in_bytes < unpacked / 2

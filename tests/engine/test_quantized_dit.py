@@ -182,7 +182,7 @@ def test_one_and_eight_devices_give_the_same_bytes_and_so_does_a_second_run(
 ) -> None:
     model = quantized(weight_bits, policy, **settings)
     for sampler in ("ddpm", "ddim"):
-        draw = partial(ptq.sample, model, LABELS, jax.random.key(3), steps=STEPS, sampler=sampler, cfg_scale=1.5)
+        draw = partial(ptq.sample, model, LABELS, key=jax.random.key(3), steps=STEPS, sampler=sampler, cfg_scale=1.5)
         once = draw()
         assert np.isfinite(once).all()
         assert once.std() > 0.1
@@ -263,7 +263,7 @@ def test_a_second_call_compiles_nothing_nor_does_another_model_of_the_same_shape
     def compiled(model: ptq.QuantizedDiT, labels: Any, key: int) -> tuple[np.ndarray, int]:
         caplog.clear()
         with jax.log_compiles(True):
-            images = ptq.sample(model, labels, jax.random.key(key), steps=5, sampler="ddim")
+            images = ptq.sample(model, labels, key=jax.random.key(key), steps=5, sampler="ddim")
         return images, sum("Compiling" in record.message for record in caplog.records)
 
     first, programs = compiled(model, [0, 1, 2], 0)

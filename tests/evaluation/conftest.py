@@ -16,7 +16,7 @@ def config() -> DiTConfig:
 
 @pytest.fixture(scope="session")
 def model(config) -> FloatDiT:
-    return jax.jit(lambda key: FloatDiT.init(config, key))(jax.random.key(0))
+    return jax.jit(lambda key: FloatDiT.init(config, key=key))(jax.random.key(0))
 
 
 @pytest.fixture

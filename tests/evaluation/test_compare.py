@@ -50,7 +50,7 @@ def test_images_are_the_samplers_clipped_to_what_is_written(result, model):
     comparison, others, _ = result
     assert list(comparison.images) == ["float32", "bfloat16", *others]
     for name, one in {"float32": model, **others}.items():
-        expected = sampling.sample(one, LABELS, jax.random.key(3), batch_size=2, **SETTINGS)
+        expected = sampling.sample(one, LABELS, key=jax.random.key(3), batch_size=2, **SETTINGS)
         assert np.abs(expected).max() > 1
         np.testing.assert_array_equal(comparison.images[name], expected.clip(-1, 1))
     assert comparison.data_range == 2.0

@@ -36,7 +36,7 @@ def assert_forward(model, golden, out="out"):
 
 
 def assert_chain(model, golden, **settings):
-    image = ptq.sample(model, golden["labels"], KEY, noise=golden["x"], **settings)
+    image = ptq.sample(model, golden["labels"], key=KEY, noise=golden["x"], **settings)
     assert largest_error(image, golden["chain"]) <= 2e-5
 
 
@@ -187,7 +187,7 @@ def test_shortcut_says_what_it_needs(tmp_path, raises_sentence):
         import_checkpoint(path, num_heads=2)
     model = import_checkpoint(path, num_heads=2, input_size=8)[0]
     with raises_sentence("imported for 128 steps", "use 128", "--flow-steps) 50"):
-        ptq.sample(model, np.array([0]), KEY, steps=50)
+        ptq.sample(model, np.array([0]), key=KEY, steps=50)
     with raises_sentence("steps of a flow", "-1"):
         import_checkpoint(path, num_heads=2, input_size=8, flow_steps=-1)
 
