@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.typing import ArrayLike, DTypeLike
 
@@ -45,14 +46,14 @@ class FloatDiT:
         return cls(params=init_params(config, key, adaln_zero=adaln_zero), config=config, schedule=schedule)
 
     @property
-    def param_dtype(self) -> DTypeLike:
+    def param_dtype(self) -> np.dtype[Any]:
         """The type that the parameters are stored in."""
-        return self.params["final"]["kernel"].dtype
+        return jnp.dtype(self.params["final"]["kernel"].dtype)
 
     @property
-    def dtype(self) -> DTypeLike:
+    def dtype(self) -> np.dtype[Any]:
         """The type to compute in; see :func:`ptq4dit_jax.numerics.compute_dtype`."""
-        return compute_dtype(self.param_dtype, self.compute)
+        return jnp.dtype(compute_dtype(self.param_dtype, self.compute))
 
     @property
     def _network(self) -> FloatNetwork:

@@ -129,7 +129,7 @@ def to_run(model: _Model, dtype: str, backend: str) -> _Model:
     if not quantized:
         return model if dtype == "auto" else cast(_Model, model.astype(dtype))
     if dtype == "auto":
-        dtype = np.dtype(model.dtype).name if device.platform == "cpu" else "bfloat16"
+        dtype = model.dtype.name if device.platform == "cpu" else "bfloat16"
     choice.resolve(backend, dtype)  # refuses a pair that cannot be
     return cast(_Model, dataclasses.replace(cast(Any, model), dtype=dtype, backend=backend))
 
@@ -137,7 +137,7 @@ def to_run(model: _Model, dtype: str, backend: str) -> _Model:
 def runs_line(model: checkpoints.Model) -> str:
     """In which type the model computes and, if quantized, what runs its integer products."""
     if not isinstance(model, QuantizedDiT):
-        computed, stored = np.dtype(model.dtype).name, np.dtype(model.param_dtype).name
+        computed, stored = model.dtype.name, model.param_dtype.name
         return f"in {computed}" + (f" (stored in {stored})" if stored != computed else "")
     if not model.sites and not any(layer.integer for layer in model.linears.values()):
         return f"in {model.dtype} on de-quantized weights"

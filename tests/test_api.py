@@ -1,5 +1,6 @@
 """The public names, and the example of the package's docstring as a user would run it."""
 
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -112,3 +113,50 @@ def test_the_model_is_its_config_and_its_parameters():
     assert dit.num_params == sum(np.prod(a["shape"], dtype=int) for a in store.read_config(DIGITS)["arrays"].values())
     assert ptq.DiTConfig(**dit.config.to_dict()) == dit.config
     assert len(ptq.PRESETS) == 12
+
+
+#: What a kind of model has alone, with the reason.
+ONE_SIDED = {
+    ptq.FloatDiT: {
+        "init": "an integer model is made of a float one",
+        "params": "integers lie in layers",
+        "param_dtype": "integers have one type",
+        "compute": "the integer model's dtype is a field",
+        "precision": "integer products are exact",
+        "quantizers": "the integer model's are in layers and sites",
+        "observe": "what is calibrated is the float model",
+        "layer": "the integer model's layers are linears",
+    },
+    ptq.QuantizedDiT: {
+        "linears": "the float model's layers are params",
+        "sites": "the float model's are quantizers",
+        "label_embed": "the float model's is in params",
+        "position_embed": "the float model's is in params",
+        "tables": "the float model's are in params",
+        "backend": "integer products have several",
+        "backend_choice": "integer products have several",
+        "provenance": "a float model is not made here",
+    },
+}
+
+
+def test_both_models_have_the_same_members_but_for_a_reason():
+    members = {
+        kind: {name for name in dir(kind) if not name.startswith("_")} | {field.name for field in dataclasses.fields(kind)}
+        for kind in ONE_SIDED
+    }
+    for (kind, reasons), other in zip(ONE_SIDED.items(), reversed(ONE_SIDED), strict=True):
+        assert members[kind] - members[other] == set(reasons)
+        assert all(reasons.values())
+
+
+def test_both_models_count_alike(example):
+    dit, q = example[0]["dit"], example[0]["q"]
+    assert q.num_params == dit.num_params
+    for model in (dit, q):
+        assert model.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+        assert model.dtype == np.float32
+        assert model.astype("bfloat16").dtype == jnp.bfloat16
+        x, t, y = np.zeros((1, 8, 8, 1), np.float32), np.array([5]), np.array([3])
+        np.testing.assert_array_equal(model.jitted()(x, t, y), jax.jit(lambda m, *given: m.apply(*given))(model, x, t, y))
+    assert (dit.num_groups, q.num_groups) == (1, 2)

@@ -47,7 +47,7 @@ def save_quantized(
     meta = {
         "kind": KIND,
         **model_meta(model.config, model.schedule),
-        "dtype": model.dtype,
+        "dtype": model.dtype.name,
         "num_groups": model.num_groups,
         "packed": _ROWS,
         "linears": {name: _linear_spec(layer) for name, layer in model.linears.items()},

@@ -102,7 +102,7 @@ def describe(model: QuantizedDiT) -> list[LayerReport]:
     """What runs for each layer and each product of attention on the default device, as the forward decides it while it is
     traced for rows of one timestep."""
     ran, attention, on_codes = _what_runs(model)
-    bits = 8 * jnp.dtype(model.dtype).itemsize
+    bits = 8 * model.dtype.itemsize
     spec = model.config.spec
     reports = []
     for name, linear in spec.linears.items():  # JAX sorts the names of a pytree it rebuilds
@@ -116,7 +116,7 @@ def describe(model: QuantizedDiT) -> list[LayerReport]:
                 weight_bits=layer.weight.bits,
                 act_bits=layer.act.bits if layer.act else bits,
                 ranges=ActRanges.of(layer.act) if layer.act else None,
-                dtype=model.dtype,
+                dtype=model.dtype.name,
                 **ran.get(name, _Runs(xla.BACKEND.name, ""))._asdict(),
             )
         )
@@ -131,7 +131,7 @@ def describe(model: QuantizedDiT) -> list[LayerReport]:
                 weight_bits=b.bits if b else bits,
                 act_bits=a.bits if a else bits,
                 ranges=ActRanges.of(a) if a else None,
-                dtype=model.dtype,
+                dtype=model.dtype.name,
                 **attention._asdict(),
             )
         )

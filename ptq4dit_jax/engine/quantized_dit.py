@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.typing import ArrayLike, DTypeLike
 
@@ -55,7 +56,7 @@ class QuantizedDiT:
     config: DiTConfig = struct.field(pytree_node=False)
     position_embed: jax.Array | None = None
     schedule: Schedule = struct.field(pytree_node=False, default=NoiseSchedule())
-    dtype: str = struct.field(pytree_node=False, default="float32")
+    dtype: np.dtype[Any] = struct.field(pytree_node=False, default=np.dtype(np.float32))
     backend: str = struct.field(pytree_node=False, default="auto")
     provenance: Provenance = struct.field(pytree_node=False, default=Provenance())
 
@@ -66,6 +67,7 @@ class QuantizedDiT:
             if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
                 object.__setattr__(self, "provenance", Provenance())
         object.__setattr__(self, "backend", choice.checked(self.backend))
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # also given by name
 
     def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None = None) -> jax.Array:
         """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep, and the labels
@@ -74,12 +76,12 @@ class QuantizedDiT:
 
     def astype(self, dtype: DTypeLike) -> QuantizedDiT:
         """The same model computing in ``dtype`` between the integer products: float32, bfloat16 or float16."""
-        return self.replace(dtype=jnp.dtype(dtype).name)  # type: ignore[attr-defined]
+        return self.replace(dtype=jnp.dtype(dtype))  # type: ignore[attr-defined]
 
     @property
     def backend_choice(self) -> choice.Choice:
         """The backend that runs on the default device, and why it is not a faster one."""
-        return choice.resolve(self.backend, self.dtype)
+        return choice.resolve(self.backend, self.dtype.name)
 
     @property
     def tables(self) -> dict[str, jax.Array]:
@@ -112,7 +114,7 @@ def _forward(model: QuantizedDiT, x_BHWC: ArrayLike, t_B: jax.Array, y_B: ArrayL
     linears = {name: layer.at_group(group) for name, layer in model.linears.items()}
     sites = {name: quantizer.at_group(group) for name, quantizer in model.sites.items()}
     dispatch = model.backend_choice.dispatch
-    ops = IntegerOps.of(model.config, linears, sites, model.tables, dispatch, jnp.dtype(model.dtype))
+    ops = IntegerOps.of(model.config, linears, sites, model.tables, dispatch, model.dtype)
     return model.config.forward(ops, x_BHWC, t_B, y_B)
 
 

@@ -336,7 +336,7 @@ def test_the_output_is_the_raw_network_output_in_the_models_type(
     out = apply(q, data.x[0], np.array([900]), data.y[0])
     assert out.shape == (6, *model.config.image_shape[:2], model.config.out_channels)
     assert out.dtype == jnp.float32
-    assert apply(dataclasses.replace(q, dtype="bfloat16"), data.x[0], np.array([900]), data.y[0]).dtype == jnp.bfloat16
+    assert apply(q.astype("bfloat16"), data.x[0], np.array([900]), data.y[0]).dtype == jnp.bfloat16
 
 
 def test_bytes_are_those_of_the_integers_scales_and_biases(
