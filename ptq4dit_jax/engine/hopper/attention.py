@@ -15,16 +15,27 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.hopper import common
-from ptq4dit_jax.engine.hopper.common import core_count, load_of_layer, load_vector, swizzled, to_codes, transposed
+from ptq4dit_jax.engine.hopper.common import (
+    At,
+    Ref,
+    core_count,
+    load_of_layer,
+    load_vector,
+    swizzled,
+    to_codes,
+    transposed,
+    wgmma,
+)
 
 #: Queries of a warpgroup.
 _QUERIES = 64
@@ -120,7 +131,7 @@ class _Plan:
         return math.gcd(self.width, 2 * self.d, self.d - self.lead(1))
 
     @property
-    def out_dtype(self) -> Any:
+    def out_dtype(self) -> DTypeLike:
         return jnp.bfloat16 if self.codes is None else jnp.int8
 
 
@@ -167,26 +178,26 @@ class _Scratch(NamedTuple):
     """Shared memory: rings of keys and values, queries and output of each warpgroup, the barriers of the first three, and the
     one at which the warpgroups take turns."""
 
-    k_ring: Any
-    v_ring: Any
-    queries: Any
-    staging: Any
-    full: Any
-    empty: Any
-    queries_full: Any
-    turns: Any
+    k_ring: Ref
+    v_ring: Ref
+    queries: Ref
+    staging: Ref
+    full: Ref
+    empty: Ref
+    queries_full: Ref
+    turns: Ref
 
     def take_turns(self) -> None:
         """Waits for the other warpgroup to come here, too."""
         plgpu.barrier_arrive(self.turns)
         plgpu.barrier_wait(self.turns)
 
-    def keys_at(self, stage: jax.Array) -> tuple[Any, Any, Any]:
+    def keys_at(self, stage: jax.Array) -> tuple[Ref, Ref, Ref]:
         """Keys of a stage, the barrier that says that they are there, and the one that says that they are done with."""
         slot = lax.rem(stage, _STAGES)
         return self.k_ring.at[slot], self.full.at[slot], self.empty.at[slot]
 
-    def values_at(self, stage: jax.Array) -> tuple[Any, Any, Any]:
+    def values_at(self, stage: jax.Array) -> tuple[Ref, Ref, Ref]:
         """The same of values."""
         slot = lax.rem(stage, _STAGES)
         return self.v_ring.at[slot], self.full.at[_STAGES + slot], self.empty.at[_STAGES + slot]
@@ -209,12 +220,16 @@ class _Unit(NamedTuple):
             lax.rem(image_and_pair, pairs) * 2 * plan.d,
         )
 
-    def columns(self, plan: _Plan, head: int) -> Any:
+    def columns(self, plan: _Plan, head: int) -> At:
         """Those that are fetched for a head of the pair."""
         return pl.ds(pl.multiple_of(self.column + head * plan.d - plan.lead(head), 16), plan.width)
 
 
-def _body(plan: _Plan, q: Any, k: Any, v: Any, *rest: Any) -> None:
+#: The unit of work of a turn.
+_UnitAt: TypeAlias = Callable[[jax.Array], _Unit]
+
+
+def _body(plan: _Plan, q: Ref, k: Ref, v: Ref, *rest: Ref) -> None:
     """The kernel: references in device memory, in the order of the call, the output last."""
     zero_point, out = rest[:-1], rest[-1]
     fetched = partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=swizzled(plan.aligned, jnp.bfloat16))
@@ -231,7 +246,7 @@ def _body(plan: _Plan, q: Any, k: Any, v: Any, *rest: Any) -> None:
         turns=plgpu.Barrier(num_arrivals=2),
         collective_axes="warpgroup",
     )
-    def in_shared_memory(**references: Any) -> None:
+    def in_shared_memory(**references: Ref) -> None:
         scratch = _Scratch(**references)
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         count = (plan.units - block + plan.blocks - 1) // plan.blocks
@@ -248,7 +263,7 @@ def _body(plan: _Plan, q: Any, k: Any, v: Any, *rest: Any) -> None:
             _multiply(plan, q, zero_point, out, scratch, unit_at, count, warpgroup)
 
 
-def _copy(plan: _Plan, k: Any, v: Any, scratch: _Scratch, unit_at: Any, count: jax.Array) -> None:
+def _copy(plan: _Plan, k: Ref, v: Ref, scratch: _Scratch, unit_at: _UnitAt, count: jax.Array) -> None:
     """Fills the rings: for every unit the keys and values of its two heads."""
 
     @pl.loop(0, count)
@@ -263,7 +278,7 @@ def _copy(plan: _Plan, k: Any, v: Any, scratch: _Scratch, unit_at: Any, count: j
                 for source, (target, full, empty) in ((k, scratch.keys_at(stage)), (v, scratch.values_at(stage))):
 
                     @pl.when(stage >= _STAGES)
-                    def wait_for_room(empty: Any = empty) -> None:
+                    def wait_for_room(empty: Ref = empty) -> None:
                         plgpu.barrier_wait(empty)
 
                     plgpu.copy_gmem_to_smem(source.at[at], target, full)
@@ -277,7 +292,14 @@ def _copy(plan: _Plan, k: Any, v: Any, scratch: _Scratch, unit_at: Any, count: j
 
 
 def _multiply(
-    plan: _Plan, q: Any, zero_point: Any, out: Any, scratch: _Scratch, unit_at: Any, count: jax.Array, warpgroup: jax.Array
+    plan: _Plan,
+    q: Ref,
+    zero_point: tuple[Ref, ...],
+    out: Ref,
+    scratch: _Scratch,
+    unit_at: _UnitAt,
+    count: jax.Array,
+    warpgroup: jax.Array,
 ) -> None:
     """One warpgroup's part of every unit."""
     queries, full = scratch.queries.at[warpgroup], scratch.queries_full.at[warpgroup]
@@ -287,7 +309,7 @@ def _multiply(
     # Tiles are counted over all units of this block.
     place = lambda index: (index // plan.tiles_at_once, lax.rem(index, plan.tiles_at_once))
 
-    def rows(index: jax.Array) -> tuple[_Unit, Any]:
+    def rows(index: jax.Array) -> tuple[_Unit, At]:
         """The unit of a tile, and this warpgroup's rows of it."""
         turn, tile = place(index)
         unit = unit_at(turn)
@@ -362,7 +384,7 @@ def _attend(plan: _Plan, queries: jax.Array, scratch: _Scratch, first: jax.Array
     over_columns = lambda x, like: lax.broadcast_in_dim(x, like.shape, (0,))
     take_turns = scratch.take_turns if plan.in_turns else lambda: None
 
-    def used(part: tuple[Any, Any, Any], multiply: Any) -> jax.Array:
+    def used(part: tuple[Ref, Ref, Ref], multiply: Callable[[Ref], jax.Array]) -> jax.Array:
         """The product with keys or values: waited for by the first tile, given back by the last."""
         reference, full, empty = part
         pl.when(tile == 0)(lambda: plgpu.barrier_wait(full))
@@ -370,7 +392,7 @@ def _attend(plan: _Plan, queries: jax.Array, scratch: _Scratch, first: jax.Array
         pl.when(tile == plan.tiles_at_once - 1)(lambda: plgpu.barrier_arrive(empty))
         return result
 
-    def weights(step: Any, before: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def weights(step: jax.Array | int, before: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         """``exp(scores - largest)`` in bfloat16, its sums, and the logarithm (base 2) of the largest so far."""
         scores = used(scratch.keys_at(first + step), lambda keys: product(queries, transposed(keys), then=take_turns))
         largest = scores.max(1) * to_log2
@@ -379,7 +401,7 @@ def _attend(plan: _Plan, queries: jax.Array, scratch: _Scratch, first: jax.Array
         # Summed before the next product, so that registers are free for it.
         return *lax.optimization_barrier((p.astype(jnp.bfloat16), p.sum(1))), largest
 
-    def weighed(step: Any, p: jax.Array, before: jax.Array | None) -> jax.Array:
+    def weighed(step: jax.Array | int, p: jax.Array, before: jax.Array | None) -> jax.Array:
         take_turns()
         return used(scratch.values_at(first + step), lambda values: product(p, values, before))
 
@@ -397,14 +419,14 @@ def _attend(plan: _Plan, queries: jax.Array, scratch: _Scratch, first: jax.Array
     return y * over_columns(1 / total, y)
 
 
-def product(a: jax.Array, b: Any, init: jax.Array | None = None, then: Callable[[], None] = lambda: None) -> jax.Array:
+def product(a: jax.Array, b: Ref, init: jax.Array | None = None, then: Callable[[], None] = lambda: None) -> jax.Array:
     """``init + a @ b`` in float32, of bfloat16 in registers and in shared memory. Without ``init``, ``then`` is called once it
     has started."""
 
-    def multiply(acc: Any) -> None:
-        plgpu.wgmma(acc, a, b)
+    def multiply(acc: Ref) -> None:
+        wgmma(acc, a, b)
 
-    def from_zero(acc: Any) -> jax.Array:
+    def from_zero(acc: Ref) -> jax.Array:
         multiply(acc)
         then()
         return acc[...]

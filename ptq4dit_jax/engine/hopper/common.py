@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from ptq4dit_jax.devices import default
 
+if TYPE_CHECKING:
+    from jax.ref import AbstractRef
+
+    class Ref(AbstractRef):
+        """A reference inside a kernel: to an array, a part of one, barriers or an accumulator.
+
+        Pallas's functions take JAX's class. What a value of it has, that declares as what makes it, so two overrides do not
+        fit.
+        """
+
+        @property
+        def shape(self) -> tuple[int, ...]: ...
+        @property
+        def at(self) -> _Parts: ...  # type: ignore[override]
+        def __getitem__(self, index: Index) -> jax.Array: ...
+        def __setitem__(self, index: Index, value: jax.Array) -> None: ...
+        def transpose(self, *permutation: int | tuple[int, ...]) -> Ref: ...  # type: ignore[override]
+
+    class _Parts(Protocol):
+        def __getitem__(self, index: Index) -> Ref: ...
+
+else:
+    Ref = jax.Ref
+
+#: Which part of a reference, along one axis, and along several.
+At: TypeAlias = "int | jax.Array | slice | pl.Slice"
+Index: TypeAlias = "At | EllipsisType | tuple[At, ...]"
+#: ``plgpu.wgmma``; JAX does not export the type that it takes for an accumulator.
+wgmma = cast("Callable[[Ref, jax.Array | Ref, Ref], None]", plgpu.wgmma)
 _NEW = jax.__version_info__ >= (0, 11)
 #: Added to a float of magnitude below 2^22 it leaves the float rounded half to even in the low bits of the sum.
 _ROUNDING = 12582912.0
@@ -56,30 +88,39 @@ def widened(array: jax.Array, size: int, axis: int = -1) -> jax.Array:
     return jnp.pad(array, widths)
 
 
-def load_vector(ref: Any, *index: Any) -> jax.Array:
+def load_vector(ref: Ref, *index: At) -> jax.Array:
     """A piece of a reference in device memory, read by every thread that needs it; not by a bulk copy."""
-    load: Any = plgpu.load
+    load: Callable[..., jax.Array] = plgpu.load  # whose signature differs by version
     return load(ref.at[index], optimized=False) if _NEW else load(ref, index, optimized=False)
 
 
-def load_of_layer(ref: Any, layer: jax.Array, *index: Any) -> jax.Array:
+def load_of_layer(ref: Ref, layer: jax.Array, *index: At) -> jax.Array:
     """:func:`load_vector` out of one layer of a stack (L, ...), or out of the only one of a stack (1, ...)."""
     return load_vector(ref, layer if ref.shape[0] > 1 else 0, *index)
 
 
-def load_words(ref: Any, *index: Any) -> jax.Array:
+def _views(ref: Ref) -> tuple[Ref, Ref]:
+    return cast("tuple[Ref, Ref]", ref)
+
+
+def bytes_of(ref: Ref) -> Ref:
+    """The bytes of a reference to the same memory as bytes and as words."""
+    return _views(ref)[0]
+
+
+def load_words(ref: Ref, *index: At) -> jax.Array:
     """Four bytes to an int32, of a reference to the same memory as bytes and as words; ``index`` counts words."""
-    return ref[1][index]
+    return _views(ref)[1][index]
 
 
-def store_words(ref: Any, words: jax.Array, *index: Any) -> None:
+def store_words(ref: Ref, words: jax.Array, *index: At) -> None:
     """The inverse of :func:`load_words`."""
-    ref[1][index] = words
+    _views(ref)[1][index] = words
 
 
-def transposed(ref: Any) -> Any:
+def transposed(ref: Ref) -> Ref:
     """The reference with its two axes swapped."""
-    return ref.transpose((1, 0)) if _NEW else plgpu.transpose_ref(ref, (1, 0))
+    return ref.transpose((1, 0)) if _NEW else cast(Ref, plgpu.transpose_ref(ref, (1, 0)))
 
 
 def core_count() -> int:
@@ -88,7 +129,7 @@ def core_count() -> int:
     return getattr(device, "core_count", 0) if device.platform == "gpu" else 132
 
 
-def swizzled(columns: int, dtype: Any) -> tuple[Any, ...]:
+def swizzled(columns: int, dtype: DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """The layout in shared memory of tiles that are copied in bulk."""
     swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
     return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)

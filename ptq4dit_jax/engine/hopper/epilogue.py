@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ptq4dit_jax.engine.hopper.common import load_of_layer, load_vector, to_codes
+from ptq4dit_jax.engine.hopper.common import At, Ref, load_of_layer, load_vector, to_codes
 from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, Plan
 
 
 def fetch_residual(
-    plan: Plan, residual: Any, staging: Any, fetched: Any, warpgroup: jax.Array, m0: jax.Array, n0: jax.Array
+    plan: Plan, residual: Ref, staging: Ref, fetched: Ref, warpgroup: jax.Array, m0: jax.Array, n0: jax.Array
 ) -> None:
     """Starts copying the residual to where the result will lie, once what lay there has been stored."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -27,12 +25,12 @@ def fetch_residual(
 def finish_tile(
     plan: Plan,
     acc: jax.Array,
-    vectors: dict[str, Any],
+    vectors: dict[str, Ref],
     layer: jax.Array,
-    staging: Any,
-    fetched: Any,
+    staging: Ref,
+    fetched: Ref | None,
     warpgroup: jax.Array,
-    outs: tuple[Any, ...],
+    outs: tuple[Ref, ...],
     m0: jax.Array,
     n0: jax.Array,
 ) -> None:
@@ -53,7 +51,7 @@ def finish_tile(
         else:
             column_scale = column_scale * of_layer("scale")
         y = y * over_rows(column_scale) + vector("bias")
-        if plan.tokens is not None:
+        if plan.tokens is not None and fetched is not None:
             image = lax.min((m0 + i) // plan.tokens, vectors["gate"].shape[1] - 1)
             gate = over_rows(of_layer("gate", image, columns).astype(jnp.float32))
             plgpu.barrier_wait(fetched.at[warpgroup * plan.slots + slot])
@@ -72,7 +70,7 @@ def finish_tile(
         _store(plan, staging.at[slot], outs, rows, n0 + j, width)
 
 
-def _store(plan: Plan, piece: Any, outs: tuple[Any, ...], rows: Any, column: jax.Array, width: int) -> None:
+def _store(plan: Plan, piece: Ref, outs: tuple[Ref, ...], rows: At, column: jax.Array, width: int) -> None:
     """Starts copying a piece to the output that its first column falls in."""
     if len(outs) == 1:
         plgpu.copy_smem_to_gmem(piece, outs[0].at[rows, pl.ds(column, width)])
@@ -81,7 +79,7 @@ def _store(plan: Plan, piece: Any, outs: tuple[Any, ...], rows: Any, column: jax
     for index, out in enumerate(outs):
 
         @pl.when(column // each == index)
-        def _(index: int = index, out: Any = out) -> None:
+        def _(index: int = index, out: Ref = out) -> None:
             plgpu.copy_smem_to_gmem(piece, out.at[rows, pl.ds(column - index * each, width)])
 
 

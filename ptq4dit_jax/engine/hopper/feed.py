@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +17,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ptq4dit_jax.engine.hopper import nibbles
-from ptq4dit_jax.engine.hopper.common import swizzled
+from ptq4dit_jax.engine.hopper.common import Ref, bytes_of, swizzled
 from ptq4dit_jax.engine.hopper.plan import TILE_K, OutputTile, Plan
 
-
-class Rings(NamedTuple):
-    """References in shared memory: operands by ring and stage, and the barriers of each stage. Where weights are packed,
-    ``packed`` holds what is copied and ``b`` what it unpacks to, both as bytes and as words of the same memory."""
-
-    a: Any
-    b: Any
-    full: Any
-    empty: Any
-    packed: Any
-    arrived: Any
+_Held = TypeVar("_Held")
 
 
-def rings(plan: Plan) -> Rings:
+class Rings(NamedTuple, Generic[_Held]):
+    """References in shared memory, or what allocates it: operands by ring and stage, and the barriers of each stage. Where
+    weights are packed, ``packed`` holds what is copied and ``b`` what it unpacks to, both as bytes and as words of the same
+    memory."""
+
+    a: _Held
+    b: _Held
+    full: _Held
+    empty: _Held
+    packed: _Held | None
+    arrived: _Held | None
+
+
+def rings(plan: Plan) -> Rings[pl.MemoryRef | plgpu.Barrier]:
     """What to allocate."""
     (block_m, block_n), lead = plan.tiles.block, (plan.rings, plan.tiles.stages)
     as_bytes = lambda shape, dtype: plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
@@ -73,7 +76,7 @@ def each_step(plan: Plan, turn: jax.Array, body: Callable[[jax.Array, Place], No
         body(k, place(plan, turn, k))
 
 
-def copy(plan: Plan, a: Any, b: Any, to: Rings, count: jax.Array, at_turn: Callable[[jax.Array], OutputTile]) -> None:
+def copy(plan: Plan, a: Ref, b: Ref, to: Rings[Ref], count: jax.Array, at_turn: Callable[[jax.Array], OutputTile]) -> None:
     """Copies what ``count`` output tiles are made of, tile after tile."""
     (block_m, block_n), stages = plan.tiles.block, plan.tiles.stages
     rows_of = lambda columns: columns // 2 if plan.packed else columns  # of the weight; two share the bytes of one
@@ -94,8 +97,8 @@ def copy(plan: Plan, a: Any, b: Any, to: Rings, count: jax.Array, at_turn: Calla
 
             part, in_ring = pl.ds(k * TILE_K, TILE_K), (at.ring, at.stage)
             weight, full = b.at[weight_rows, part], to.full.at[at.barrier]
-            if plan.packed:
-                plgpu.copy_gmem_to_smem(weight, to.packed[0].at[*in_ring], to.arrived.at[at.barrier])
+            if to.packed is not None and to.arrived is not None:
+                plgpu.copy_gmem_to_smem(weight, bytes_of(to.packed).at[*in_ring], to.arrived.at[at.barrier])
             else:
                 plgpu.copy_gmem_to_smem(weight, to.b.at[*in_ring], full)
             plgpu.copy_gmem_to_smem(activations.at[rows, part], to.a.at[*in_ring], full)
@@ -110,17 +113,20 @@ def copy(plan: Plan, a: Any, b: Any, to: Rings, count: jax.Array, at_turn: Calla
             plgpu.barrier_wait(to.empty.at[ring * stages + lax.rem(step, stages)])
 
 
-def unpack(plan: Plan, zero_point: Any, to: Rings, count: jax.Array, at_turn: Callable[[jax.Array], OutputTile]) -> None:
+def unpack(plan: Plan, zero_point: Ref, to: Rings[Ref], count: jax.Array, at_turn: Callable[[jax.Array], OutputTile]) -> None:
     """Unpacks what :func:`copy` brings of packed weights, and takes their zero points from them.
 
     Several stages at a time where the ring has them: most of the time from an arrival to the fence behind it is waiting.
     """
     block_n = plan.tiles.block[1]
     together = max(1, min(3, plan.tiles.stages // 2))
+    copied, arrived = to.packed, to.arrived
+    assert copied is not None
+    assert arrived is not None
 
     def load(at: Place) -> list[jax.Array]:
-        plgpu.barrier_wait(to.arrived.at[at.barrier])
-        return nibbles.load(to.packed, block_n, at.ring, at.stage)
+        plgpu.barrier_wait(arrived.at[at.barrier])
+        return nibbles.load(copied, block_n, at.ring, at.stage)
 
     @pl.loop(0, count)
     def tile(turn: jax.Array) -> None:

@@ -15,7 +15,6 @@ S = 1, which serves any. Or all layers are multiplied, each with rows of its own
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ptq4dit_jax.engine.hopper import common
-from ptq4dit_jax.engine.hopper.common import core_count, load_vector, swizzled, transposed, widened
+from ptq4dit_jax.engine.hopper.common import Ref, bytes_of, core_count, load_vector, swizzled, transposed, wgmma, widened
 from ptq4dit_jax.engine.hopper.epilogue import fetch_residual, finish_tile
 from ptq4dit_jax.engine.hopper.feed import Place, Rings, copy, each_step, place, rings, unpack
 from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, GatedResidual, GeluRequantize, OutputTile, Plan, Tiles
@@ -107,7 +106,7 @@ def int8_matmul(
     return [out[..., :given, :] for out in outs]
 
 
-def _body(plan: Plan, a: Any, b: Any, *rest: Any) -> None:
+def _body(plan: Plan, a: Ref, b: Ref, *rest: Ref) -> None:
     """The kernel: references in device memory, in the order of the call, outputs last."""
     vectors = dict(zip(plan.vectors, rest, strict=False))
     residual, outs = (rest[len(vectors)] if plan.tokens else None), rest[-plan.outputs :]
@@ -121,7 +120,7 @@ def _body(plan: Plan, a: Any, b: Any, *rest: Any) -> None:
         fetched=plgpu.Barrier(num_barriers=2 * plan.slots) if plan.tokens else None,
         collective_axes="warpgroup",
     )
-    def in_shared_memory(ring: Rings, staging: Any, fetched: Any) -> None:
+    def in_shared_memory(ring: Rings[Ref], staging: Ref, fetched: Ref | None) -> None:
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         in_group = plan.counts[0] * plan.counts[1]
         count = (in_group * (plan.groups or 1) - block + plan.blocks - 1) // plan.blocks
@@ -160,7 +159,7 @@ def _body(plan: Plan, a: Any, b: Any, *rest: Any) -> None:
                 turn = 2 * turn + warpgroup if alone else turn
                 layer, m0, n0 = at_turn(turn)
                 m0, n0 = m0 + row, n0 + column
-                if residual is not None:
+                if residual is not None and fetched is not None:
                     fetch_residual(plan, residual, staging.at[warpgroup], fetched, warpgroup, m0, n0)
                 of_layer = tuple(plan.of_group(out, layer) for out in outs)
                 acc = _accumulate(plan, ring, turn, row, column)
@@ -169,18 +168,18 @@ def _body(plan: Plan, a: Any, b: Any, *rest: Any) -> None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _accumulate(plan: Plan, rings: Rings, turn: jax.Array, row: Any, column: Any) -> jax.Array:
+def _accumulate(plan: Plan, rings: Rings[Ref], turn: jax.Array, row: jax.Array | int, column: jax.Array | int) -> jax.Array:
     """The int32 product of a warpgroup's tile, which begins at ``row`` and ``column`` of the block's."""
     rows, columns = pl.ds(row, plan.tiles.m), pl.ds(column, plan.tiles.n)
-    b = rings.b[0] if plan.packed else rings.b
+    b = bytes_of(rings.b) if plan.packed else rings.b
 
     def leave(at: Place) -> None:
         plgpu.barrier_arrive(rings.empty.at[at.barrier])
 
-    def multiply(acc: Any) -> jax.Array:
+    def multiply(acc: Ref) -> jax.Array:
         def step(k: jax.Array, at: Place) -> None:
             plgpu.barrier_wait(rings.full.at[at.barrier])
-            plgpu.wgmma(acc, rings.a.at[at.ring, at.stage, rows], transposed(b.at[at.ring, at.stage, columns]))
+            wgmma(acc, rings.a.at[at.ring, at.stage, rows], transposed(b.at[at.ring, at.stage, columns]))
             if plan.in_flight:
                 plgpu.wgmma_wait(1)  # for the product before this one
                 pl.when(k > 0)(lambda: leave(place(plan, turn, k - 1)))

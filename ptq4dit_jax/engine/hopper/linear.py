@@ -8,7 +8,7 @@ a block are unpacked by one kernel before its products, those of all blocks' mod
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def _stack_widened(leaf: Leaf, size: int) -> jax.Array:
     return stack_of(leaf if leaf.shape[-1] == size else widened(taken(leaf), size))
 
 
-def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Any) -> _Operands:
+def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Leaf | ActQuantizer) -> _Operands:
     """``finish`` is what else of the layer the kernel reads."""
     require_axes(x.values.shape)
     require(len(weight.shape) == 2, "the weight is a stack")
@@ -75,9 +75,11 @@ def _require_float32_scales(x: Encoded, weight: QTensor) -> None:
     require(types == {jnp.dtype("float32")}, f"scales are {', '.join(sorted(map(str, types)))}")
 
 
-def _run(kind: tiles.Kind, operands: _Operands, **finish: Any) -> list[jax.Array]:
+def _run(
+    kind: tiles.Kind, operands: _Operands, finish: GeluRequantize | GatedResidual | None = None, outputs: int = 1
+) -> list[jax.Array]:
     M = operands.arrays[0].shape[0]
-    return gemm.int8_matmul(*operands.arrays, tiles=tiles.choose(kind, M, operands.width), **finish)
+    return gemm.int8_matmul(*operands.arrays, tiles=tiles.choose(kind, M, operands.width), finish=finish, outputs=outputs)
 
 
 def prepared(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:

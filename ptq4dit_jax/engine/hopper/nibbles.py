@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,10 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.hopper import common
-from ptq4dit_jax.engine.hopper.common import load_of_layer, load_vector, load_words, store_words, swizzled
+from ptq4dit_jax.engine.hopper.common import At, Ref, bytes_of, load_of_layer, load_vector, load_words, store_words, swizzled
 from ptq4dit_jax.engine.hopper.plan import TILE_K
 from ptq4dit_jax.quantizers import PACKED_ROWS
 
@@ -28,26 +28,26 @@ _HALF = PACKED_ROWS // 2
 _LOW, _SIGN = np.int32(0x0F0F0F0F), np.int32(-0x7F7F7F80)
 
 
-def bytes_and_words(shape: tuple[int, ...], dtype: Any) -> Any:
+def bytes_and_words(shape: tuple[int, ...], dtype: DTypeLike) -> plgpu.RefUnion:
     """Shared memory to be read and written as bytes and as words."""
     views = (shape, dtype), ((*shape[:-1], shape[-1] // 4), jnp.int32)
     return plgpu.RefUnion(*(plgpu.SMEM(view, kind, transforms=swizzled(view[-1], kind)) for view, kind in views))
 
 
-def load(ref: Any, rows: int, *at: Any) -> list[jax.Array]:
+def load(ref: Ref, rows: int, *at: At) -> list[jax.Array]:
     """The packed words of ``rows`` rows of a weight, in blocks; 16 bytes to a thread, so that every access is as wide as can
     be."""
     words = (load_words(ref, *at, pl.ds(row, _HALF)) for row in range(0, rows // 2, _HALF))
     return [plgpu.layout_cast(w, plgpu.Layout.SMEM_GMEM_COPY(w.shape, w.dtype, 4 * w.shape[1])) for w in words]
 
 
-def offsets(zero_point: Any, layer: jax.Array, first: jax.Array, rows: int) -> list[jax.Array]:
+def offsets(zero_point: Ref, layer: jax.Array, first: jax.Array, rows: int) -> list[jax.Array]:
     """128 less the zero points of rows from ``first`` of a layer, in each byte of a word, in blocks."""
     blocks = (load_of_layer(zero_point, layer, pl.ds(first + row, _HALF)) for row in range(0, rows, _HALF))
     return [_SIGN - block.astype(jnp.int32) * np.int32(0x01010101) for block in blocks]
 
 
-def store(ref: Any, packed: list[jax.Array], of_rows: list[jax.Array], *at: Any) -> None:
+def store(ref: Ref, packed: list[jax.Array], of_rows: list[jax.Array], *at: At) -> None:
     """Writes the codes of what :func:`load` gave, less the zero points of their rows by :func:`offsets`: sums with those stay
     above 0, so that no byte borrows from the next."""
     halves = [codes for words in packed for codes in (words, lax.shift_right_logical(words, 4))]
@@ -75,21 +75,21 @@ def unpacked(
     counts = [(N // PACKED_ROWS) * (K // TILE_K) for N, K in shapes]
     count = len(shapes)
 
-    def body(layer_ref: Any, _: Any, *refs: Any) -> None:
+    def body(layer_ref: Ref, _: Ref, *refs: Ref) -> None:
         given, made, arrived = refs[-3:]
         tile, chosen = lax.axis_index("tile"), load_vector(layer_ref, 0)
 
-        def unpack(first: int, packed_ref: Any, zero_ref: Any, out_ref: Any) -> None:
+        def unpack(first: int, packed_ref: Ref, zero_ref: Ref, out_ref: Ref) -> None:
             N, K = out_ref.shape
             row, column = lax.div(tile - first, K // TILE_K), lax.rem(tile - first, K // TILE_K)
             above = chosen * (N // 2) if packed_ref.shape[0] > N // 2 else 0  # the layers before
             columns = pl.ds(column * TILE_K, TILE_K)
-            plgpu.copy_gmem_to_smem(packed_ref.at[pl.ds(above + row * _HALF, _HALF), columns], given[0], arrived)
+            plgpu.copy_gmem_to_smem(packed_ref.at[pl.ds(above + row * _HALF, _HALF), columns], bytes_of(given), arrived)
             of_rows = offsets(zero_ref, chosen, row * PACKED_ROWS, PACKED_ROWS)
             plgpu.barrier_wait(arrived)
             store(made, load(given, PACKED_ROWS), of_rows)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(made[0], out_ref.at[pl.ds(row * PACKED_ROWS, PACKED_ROWS), columns])
+            plgpu.copy_smem_to_gmem(bytes_of(made), out_ref.at[pl.ds(row * PACKED_ROWS, PACKED_ROWS), columns])
             plgpu.wait_smem_to_gmem(0)
 
         for index, ends in enumerate(itertools.pairwise(itertools.accumulate(counts, initial=0))):

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
+
+from ptq4dit_jax.engine.hopper.common import Ref
 
 #: Elements of the contraction axis in a stage of a ring, a full swizzle of 128 bytes; the axis is a multiple of it.
 TILE_K = 128
@@ -86,7 +89,7 @@ class Plan:
     groups: int | None
 
     @property
-    def out_dtype(self) -> Any:
+    def out_dtype(self) -> DTypeLike:
         return jnp.bfloat16 if self.requantized is None else jnp.int8
 
     @property
@@ -94,7 +97,7 @@ class Plan:
         """Output tiles along M and N."""
         return pl.cdiv(self.M, self.tiles.block[0]), pl.cdiv(self.N, self.tiles.block[1])
 
-    def of_group(self, ref: Any, layer: jax.Array) -> Any:
+    def of_group(self, ref: Ref, layer: jax.Array) -> Ref:
         """The rows (M, ...) of a layer, out of those of all layers where all are multiplied."""
         return ref if self.groups is None else ref.at[layer]
 

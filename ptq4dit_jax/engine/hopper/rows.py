@@ -7,7 +7,7 @@ comes as a stack (S, ...), as in :mod:`ptq4dit_jax.engine.hopper.gemm`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ptq4dit_jax.engine.hopper import common
-from ptq4dit_jax.engine.hopper.common import load_of_layer, load_vector, to_codes
+from ptq4dit_jax.engine.hopper.common import At, Ref, load_of_layer, load_vector, to_codes
 from ptq4dit_jax.quantizers import EMPTY_RANGE
 
 #: Rows of a block: two to each of four warps.
@@ -56,7 +56,7 @@ def modulate_quantize(
     """
     (M, D), of_rows = x.shape, ranges is None  # the body must hold no array: JAX keeps it
 
-    def body(layer_ref: Any, x_ref: Any, shift_ref: Any, scale_ref: Any, *rest: Any) -> None:
+    def body(layer_ref: Ref, x_ref: Ref, shift_ref: Ref, scale_ref: Ref, *rest: Ref) -> None:
         at, layer = _rows(), load_vector(layer_ref, 0)
         over_columns = lambda v: lax.broadcast_in_dim(v, (ROWS, D), (0,))
         over_rows = lambda v: lax.broadcast_in_dim(v.astype(jnp.float32), (ROWS, D), (1,))
@@ -92,7 +92,7 @@ def quantize(
     """
     shape, balanced = x.shape, balance is not None
 
-    def body(layer_ref: Any, x_ref: Any, scale_ref: Any, zero_ref: Any, *rest: Any) -> None:
+    def body(layer_ref: Ref, x_ref: Ref, scale_ref: Ref, zero_ref: Ref, *rest: Ref) -> None:
         at, layer = _rows(), load_vector(layer_ref, 0)
         factor = 1 / load_of_layer(scale_ref, layer)
         y = _held(x_ref, at)
@@ -108,17 +108,17 @@ def quantize(
     return codes
 
 
-def _rows() -> Any:
+def _rows() -> At:
     """The rows of this block."""
     return pl.ds(lax.axis_index("rows") * ROWS, ROWS)
 
 
-def _held(ref: Any, at: Any) -> jax.Array:
+def _held(ref: Ref, at: At) -> jax.Array:
     """Rows as float32, whole rows to a warp."""
     return plgpu.layout_cast(load_vector(ref, at, slice(None)), _LAYOUT).astype(jnp.float32)
 
 
-def _over_rows(name: str, body: Any, outs: list[jax.ShapeDtypeStruct]) -> Any:
+def _over_rows(name: str, body: Callable[..., None], outs: list[jax.ShapeDtypeStruct]) -> Callable[..., list[jax.Array]]:
     """The kernel that runs ``body`` for every eight rows."""
     return common.kernel(
         body,
