@@ -6,19 +6,20 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
+from jax.tree_util import PyTreeDef
 
 from ptq4dit_jax import memory, sharding
 from ptq4dit_jax.diffusion import ResolvedSampling, denoise, sample_keys, sample_noise
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.guidance import GuidedChannels, predict
+from ptq4dit_jax.guidance import GuidedChannels, Predictor, predict
 from ptq4dit_jax.networks.dit import DiTConfig
-from ptq4dit_jax.samplers import StepTables
+from ptq4dit_jax.samplers import AnyTables
 from ptq4dit_jax.vae import VAEDecoder
 from ptq4dit_jax.waiting import ready
 
@@ -39,25 +40,29 @@ class Shared:
     images are the pictures that it makes of the latents.
     """
 
-    model: Any
-    tables: StepTables
+    model: Predictor
+    tables: AnyTables
     key: jax.Array
-    keep_slots: Any = None
+    keep_slots: jax.Array | np.ndarray | None = None
     decoder: VAEDecoder | None = None
 
 
+#: An array of NumPy or of JAX, or where its rows lie.
+_Leaf = TypeVar("_Leaf")
+
+
 @struct.dataclass
-class Batch:
+class Batch(Generic[_Leaf]):
     """What the samples of a batch have of their own.
 
     ``indices`` (B,) int32 count over all samples of a request; ``labels`` (B,) int32. ``noise`` (B, H, W, C) and ``step_noise``
     (S, B, H, W, C) are None where the key makes them.
     """
 
-    indices: Any
-    labels: Any
-    noise: Any = None
-    step_noise: Any = None
+    indices: _Leaf
+    labels: _Leaf
+    noise: _Leaf | None = None
+    step_noise: _Leaf | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,18 +77,19 @@ class Program:
     mesh: Mesh | None = None
 
     @classmethod
-    def of(cls, sampling: ResolvedSampling, config: DiTConfig, **options: Any) -> Program:
-        """The program that samples a model of this shape so; ``options`` are the last two fields."""
+    def of(cls, sampling: ResolvedSampling, config: DiTConfig, num_kept: int = 0, mesh: Mesh | None = None) -> Program:
+        """The program that samples a model of this shape so."""
         return cls(
             stochastic=sampling.stochastic,
             learned_variance=config.learn_sigma and sampling.sampler.learned_variance,
             guided=sampling.guidance.guided,
-            **options,
+            num_kept=num_kept,
+            mesh=mesh,
         )
 
 
 @partial(jax.jit, static_argnames="program")
-def sample_batch(shared: Shared, batch: Batch, *, program: Program) -> tuple[jax.Array, jax.Array]:
+def sample_batch(shared: Shared, batch: Batch[jax.Array], *, program: Program) -> tuple[jax.Array, jax.Array]:
     """One compiled program from noise to images: (B, H, W, C) and the kept step inputs (num_kept, B, H, W, C).
 
     With a decoder the images are the pictures that it makes of the latents; the step inputs remain latents.
@@ -105,7 +111,7 @@ def sample_batch(shared: Shared, batch: Batch, *, program: Program) -> tuple[jax
     return chain(shared, batch)
 
 
-def _chain(shared: Shared, batch: Batch, *, program: Program) -> tuple[jax.Array, jax.Array]:
+def _chain(shared: Shared, batch: Batch[jax.Array], *, program: Program) -> tuple[jax.Array, jax.Array]:
     """:func:`sample_batch` on one device."""
     model, shape = shared.model, shared.model.config.image_shape
     keys_B = sample_keys(shared.key, batch.indices)
@@ -130,10 +136,10 @@ def _chain(shared: Shared, batch: Batch, *, program: Program) -> tuple[jax.Array
 class Request:
     """What to sample, checked: the model, decoder, tables and key where they run, everything per sample on the host."""
 
-    model: Any
+    model: Predictor
     labels_N: np.ndarray
     sampling: ResolvedSampling
-    tables: StepTables
+    tables: AnyTables
     key: jax.Array
     noise: np.ndarray | None
     step_noise: np.ndarray | None
@@ -193,20 +199,18 @@ class Request:
 
     def call(
         self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True
-    ) -> tuple[tuple[Shared, Batch], Program]:
+    ) -> tuple[tuple[Shared, Batch[jax.Array | np.ndarray]], Program]:
         """The arguments of :func:`sample_batch` for the samples ``rows`` (B,)."""
         mesh = self.mesh
         keep = self.keep_steps if keep_steps is None else keep_steps
         num_kept = 0 if keep is None else len(keep)
-        slots = None
+        slots: np.ndarray | jax.Array | None = None
         if keep is not None:
             slots = np.full(self.tables.num_steps, num_kept, np.int32)
             slots[keep] = np.arange(num_kept)
             slots = slots if mesh is None else sharding.replicate(mesh, slots)
 
-        def of_rows(array: np.ndarray | None, axis: int = 0) -> Any:
-            if array is None:
-                return None
+        def of_rows(array: np.ndarray, axis: int = 0) -> np.ndarray | jax.Array:
             chosen = np.take(array, rows, axis)
             return chosen if mesh is None else sharding.shard(mesh, chosen, axis)
 
@@ -221,12 +225,14 @@ class Request:
         batch = Batch(
             indices=indices,
             labels=of_rows(self.labels_N),
-            noise=of_rows(self.noise),
-            step_noise=of_rows(self.step_noise, 1),
+            noise=None if self.noise is None else of_rows(self.noise),
+            step_noise=None if self.step_noise is None else of_rows(self.step_noise, 1),
         )
         return (shared, batch), Program.of(self.sampling, self.model.config, num_kept=num_kept, mesh=mesh)
 
-    def begin(self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True) -> tuple[Any, Any]:
+    def begin(
+        self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True
+    ) -> tuple[jax.Array, jax.Array]:
         """What :meth:`run` returns, still on the device and perhaps not computed yet."""
         # Those transfers are meant, should a caller forbid others.
         placing = partial(jax.transfer_guard_host_to_device, "allow") if self.mesh is None else nullcontext
@@ -234,7 +240,9 @@ class Request:
         with placing():
             return sample_batch(*arguments, program=program)
 
-    def run(self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True) -> tuple[Any, Any]:
+    def run(
+        self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Samples ``rows`` (B,): images (B, H, W, C) and kept inputs (num_kept, B, H, W, C), float32 on the host."""
         images, inputs = jax.device_get(ready(self.begin(rows, keep_steps, decode=decode)))
         return np.asarray(images, np.float32), np.asarray(inputs, np.float32)
@@ -250,7 +258,9 @@ class Request:
         """The samples of each batch (B,), all of one size."""
         return [np.minimum(np.arange(start, start + batch), self.total - 1) for start in range(0, self.total, batch)]
 
-    def _checked(self, batch: int, outputs: Iterable[Any]) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    def _checked(
+        self, batch: int, outputs: Iterable[tuple[np.ndarray, np.ndarray]]
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         for start, (images, kept) in zip(range(0, self.total, batch), outputs, strict=True):
             count = min(batch, self.total - start)
             images, kept = np.asarray(images, np.float32)[:count], np.asarray(kept, np.float32)[:, :count]
@@ -342,7 +352,7 @@ class Request:
         return Ptq4ditError(f"{name} holds NaN or infinity{where}, computed in {dtype}; {', or '.join(hints)}.")
 
 
-def _signature(arguments: Any) -> tuple[Any, Any]:
+def _signature(arguments: tuple[Shared, Batch[jax.Array | np.ndarray]]) -> tuple[PyTreeDef, tuple[Any, ...]]:
     """What decides the program of such arguments, hashable: their structure, and of each leaf shape, type (and whether it is
     weak) and place."""
     leaves, structure = jax.tree.flatten(arguments)
@@ -351,7 +361,7 @@ def _signature(arguments: Any) -> tuple[Any, Any]:
 
 
 @lru_cache(maxsize=64)
-def _needed_bytes(structure: Any, leaves: tuple[Any, ...], program: Program) -> int:
+def _needed_bytes(structure: PyTreeDef, leaves: tuple[Any, ...], program: Program) -> int:
     """Bytes per device of the program of :func:`sample_batch`, which calls with such arguments then use: it compiles once."""
     shapes = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak, sharding=place) for shape, dtype, weak, place in leaves]
     lowered = sample_batch.lower(*jax.tree.unflatten(structure, shapes), program=program)

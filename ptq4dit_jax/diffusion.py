@@ -10,13 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from numpy.typing import DTypeLike
 
 from ptq4dit_jax import samplers
 from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.guidance import Guidance, ResolvedGuidance, as_number
 from ptq4dit_jax.networks.dit import DiTConfig
-from ptq4dit_jax.samplers import AUTO, Sampler, StepTables, check_name, sampler_for
+from ptq4dit_jax.samplers import AUTO, AnyTables, Sampler, StepTables, check_name, sampler_for
 from ptq4dit_jax.schedules import Schedule
 from ptq4dit_jax.settings import changed, section, setting
 
@@ -64,7 +66,7 @@ class Sampling:
             )
 
     @classmethod
-    def of(cls, **settings: Any) -> Sampling:
+    def of(cls, **settings: object) -> Sampling:
         """From single settings by their flat names, as :meth:`ResolvedSampling.to_dict` gives them and options have them."""
         return changed(cls(), settings)
 
@@ -98,7 +100,7 @@ class ResolvedSampling:
         """Whether steps add noise, so that the chain needs a key or explicit step noise."""
         return self.sampler.stochastic(self.eta)
 
-    def tables(self, *, dtype: Any = np.float32) -> StepTables:
+    def tables(self, *, dtype: DTypeLike = np.float32) -> StepTables[np.ndarray]:
         """Coefficient tables with the scale of guidance at every call of the network.
 
         Raises:
@@ -145,12 +147,12 @@ def sample_noise(keys_B: jax.Array, step: jax.Array | int, shape: tuple[int, ...
 
 def denoise(
     predict: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    tables: StepTables,
+    tables: AnyTables,
     x_T: jax.Array,
     step_noise: Callable[[jax.Array], jax.Array] | None,
     *,
     learned_variance: bool,
-    keep_slots: jax.Array | None = None,
+    keep_slots: ArrayLike | None = None,
     num_kept: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs the chain: one scan over the steps.
@@ -168,7 +170,7 @@ def denoise(
     """
     channels = x_T.shape[-1]
 
-    def step(carry: _Carry, row: tuple[StepTables, jax.Array, jax.Array]) -> tuple[_Carry, None]:
+    def step(carry: _Carry, row: tuple[StepTables[jax.Array], jax.Array, ArrayLike]) -> tuple[_Carry, None]:
         x, x0_prev, kept = carry
         table, index, slot = row
         if num_kept:

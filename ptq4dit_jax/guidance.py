@@ -119,7 +119,7 @@ class Guidance:
         return ResolvedGuidance(scale, self.channels, self.interval)
 
 
-def _checked_interval(interval: Any) -> tuple[float, float]:
+def _checked_interval(interval: object) -> tuple[float, float]:
     ends = tuple(as_number(end) for end in interval) if isinstance(interval, (tuple, list)) else ()
     if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
         given = ", ".join(map(quoted, interval)) if isinstance(interval, (tuple, list)) else quoted(interval)

@@ -74,7 +74,7 @@ def threefry(key: jax.Array) -> jax.Array:
     return jax.random.wrap_key_data(words[:2], impl="threefry2x32")
 
 
-def _described(key: Any) -> str:
+def _described(key: object) -> str:
     shape, dtype = getattr(key, "shape", None), getattr(key, "dtype", None)
     return repr(key)[:40] if shape is None else f"an array of {dtype} {tuple(shape)}"
 

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
+import jax
 import numpy as np
 from flax import struct
+from numpy.typing import DTypeLike
 
 from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
@@ -32,8 +34,12 @@ _Rows: TypeAlias = tuple[np.ndarray, dict[str, np.ndarray]]
 AUTO = "auto"
 
 
+#: An array of NumPy or of JAX.
+_Column = TypeVar("_Column", bound=np.ndarray | jax.Array)
+
+
 @struct.dataclass
-class StepTables:
+class StepTables(Generic[_Column]):
     """Coefficients of a sampler in the order they are used, noisiest step first; every array is (S,).
 
     ``t`` is what the network sees: int32 timesteps of a noise schedule, float32 times of a flow. S is the number of calls of
@@ -41,21 +47,25 @@ class StepTables:
     ``sigma`` only where it is not. ``guidance`` is the scale of guidance, 1 where there is none.
     """
 
-    t: Any
-    x0_from_x: Any
-    x0_from_eps: Any
-    from_x: Any
-    from_x0: Any
-    from_x0_prev: Any
-    sigma: Any
-    log_var_min: Any
-    log_var_max: Any
-    not_last: Any
-    guidance: Any
+    t: _Column
+    x0_from_x: _Column
+    x0_from_eps: _Column
+    from_x: _Column
+    from_x0: _Column
+    from_x0_prev: _Column
+    sigma: _Column
+    log_var_min: _Column
+    log_var_max: _Column
+    not_last: _Column
+    guidance: _Column
 
     @property
     def num_steps(self) -> int:
         return len(self.t)
+
+
+#: Tables on the host or on devices.
+AnyTables: TypeAlias = StepTables[np.ndarray] | StepTables[jax.Array]
 
 
 def _never(eta: float) -> bool:
@@ -98,7 +108,9 @@ class Sampler:
                 f"1/{schedule.steps}; use {fitting[0]}."
             )
 
-    def tables(self, schedule: Schedule, steps: int | str, eta: float = 0.0, *, dtype: Any = np.float32) -> StepTables:
+    def tables(
+        self, schedule: Schedule, steps: int | str, eta: float = 0.0, *, dtype: DTypeLike = np.float32
+    ) -> StepTables[np.ndarray]:
         """Coefficient tables without guidance, computed in float64 and cast to ``dtype`` at the end.
 
         Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.guidance import Predictor
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.numerics import threefry
+from ptq4dit_jax.samplers import AnyTables
 from ptq4dit_jax.vae import VAEDecoder
 
 #: Samples of one call, of which a label and some host memory each are kept; a figure of FID takes 50,000.
@@ -90,7 +90,7 @@ def sample(
     decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    **settings: object,
 ) -> np.ndarray:
     """Samples one image (or latent) per label.
 
@@ -211,7 +211,7 @@ def _prepare(
     """The request of :func:`run_chain`, checked and placed."""
     config = model.config
     labels_N = check_labels(labels, config)
-    tables = sampling.tables()
+    tables: AnyTables = sampling.tables()
     shape = (len(labels_N), *config.image_shape)
     noise = _check_noise("noise", noise, shape)
     step_noise = _check_noise("step_noise", step_noise, (tables.num_steps, *shape))
@@ -220,7 +220,7 @@ def _prepare(
     sharding.data_size(mesh)  # raises on a mesh that cannot be used
 
     model, decoder = sharding.replicate(mesh, (model, decoder))
-    small: Any = tables, threefry(key)
+    small = tables, threefry(key)
     # Without a mesh the program itself takes what is small to its device, all at once; put there one by one, a dozen arrays
     # took 1.5 ms of every call on an H200, about a step of DiT-XL/2 for one image.
     tables, key = small if mesh is None else sharding.replicate(mesh, small)
