@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar, overload
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.waiting import ready
 
+_Tree = TypeVar("_Tree")
 _Result = TypeVar("_Result")
 
 
@@ -32,14 +33,22 @@ def data_size(mesh: Mesh | None) -> int:
     return mesh.shape["data"]
 
 
-def replicate(mesh: Mesh | None, tree: Any) -> Any:
+@overload
+def replicate(mesh: Mesh | None, tree: np.ndarray) -> jax.Array: ...
+@overload
+def replicate(mesh: Mesh | None, tree: _Tree) -> _Tree: ...
+def replicate(mesh: Mesh | None, tree: _Tree) -> _Tree | jax.Array:
     """The tree with every leaf whole on every device of the mesh, or without one on a device: where it is, or the default."""
     if mesh is None:
         return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), tree)
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def shard(mesh: Mesh | None, tree: Any, axis: int = 0) -> Any:
+@overload
+def shard(mesh: Mesh | None, tree: np.ndarray, axis: int = 0) -> jax.Array: ...
+@overload
+def shard(mesh: Mesh | None, tree: _Tree, axis: int = 0) -> _Tree: ...
+def shard(mesh: Mesh | None, tree: _Tree, axis: int = 0) -> _Tree | jax.Array:
     """The tree with axis ``axis`` of every leaf cut over ``data``, or without a mesh on the default device."""
     return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec(*[None] * axis, "data")))
 

@@ -18,7 +18,7 @@ from ptq4dit_jax.engine.backends import Backend, NotCovered
 from ptq4dit_jax.engine.stacks import Leaf, taken
 from ptq4dit_jax.quantizers import undifferentiable
 
-#: Any backend, whether it reads stacks or not.
+#: A backend, whether it reads stacks or not.
 AnyBackend: TypeAlias = Backend[Any]
 
 _P = ParamSpec("_P")

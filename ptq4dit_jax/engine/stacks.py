@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+
+_Tree = TypeVar("_Tree")
+_Result = TypeVar("_Result")
 
 
 @struct.dataclass
@@ -17,7 +21,7 @@ class OfLayer:
     In a loop over layers XLA copies what it cuts out of a stack for a kernel, and a kernel can as well add the offset itself.
     """
 
-    stack: Any
+    stack: jax.Array
     index: jax.Array
 
     @property
@@ -29,7 +33,7 @@ class OfLayer:
         return self.stack.ndim - 1
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         return self.stack.dtype
 
     def take(self) -> jax.Array:
@@ -41,16 +45,20 @@ class OfLayer:
 Leaf: TypeAlias = jax.Array | OfLayer
 
 
-def _is_one(leaf: Any) -> bool:
+def _is_one(leaf: object) -> bool:
     return isinstance(leaf, OfLayer)
 
 
-def of_layer(tree: Any, index: jax.Array) -> Any:
+def of_layer(tree: _Tree, index: jax.Array) -> _Tree:
     """The tree of stacks as one of layers, none of them cut out."""
     return jax.tree.map(lambda stack: OfLayer(stack, index), tree)
 
 
-def taken(tree: Any) -> Any:
+@overload
+def taken(tree: Leaf) -> jax.Array: ...
+@overload
+def taken(tree: _Tree) -> _Tree: ...
+def taken(tree: _Tree) -> _Tree | jax.Array:
     """The tree with every layer cut out of its stack; all else as it is."""
     return jax.tree.map(lambda leaf: leaf.take() if _is_one(leaf) else leaf, tree, is_leaf=_is_one)
 
@@ -62,7 +70,7 @@ def stack_of(leaf: Leaf) -> jax.Array:
     return jnp.reshape(leaf, (1, *jnp.shape(leaf)))  # for which nothing runs
 
 
-def layer_of(*trees: Any) -> jax.Array:
+def layer_of(*trees: object) -> jax.Array:
     """Which layer the trees are of, (1,) int32, which is one for all their stacks; 0 where nothing lies in a stack."""
     indices = (leaf.index for leaf in jax.tree.leaves(trees, is_leaf=_is_one) if _is_one(leaf))
     return jnp.asarray(next(indices, 0), jnp.int32).reshape(1)
@@ -72,7 +80,7 @@ def layer_of(*trees: Any) -> jax.Array:
 _WIDENED_TOGETHER = 4
 
 
-def in_turns(function: Callable[[Any], Any], layers: Any) -> Any:
+def in_turns(function: Callable[[_Tree], _Result], layers: _Tree) -> _Result:
     """The function of every layer of a tree of stacks, a few at a time: what it widens of all layers at once would be the
     largest array of the program."""
     depth = jax.tree.leaves(layers)[0].shape[0]

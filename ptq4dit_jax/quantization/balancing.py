@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,21 +35,21 @@ class Balanced:
     """
 
     folded: FloatDiT
-    factors: dict[str, Any]
-    residual: dict[str, Any]
-    activation_salience: dict[str, Any] = struct.field(default_factory=dict)
-    weight_salience: dict[str, Any] = struct.field(default_factory=dict)
-    eta: dict[str, Any] = struct.field(default_factory=dict)
-    rho: dict[str, Any] = struct.field(default_factory=dict)
+    factors: dict[str, jax.Array]
+    residual: dict[str, jax.Array]
+    activation_salience: dict[str, jax.Array] = struct.field(default_factory=dict)
+    weight_salience: dict[str, jax.Array] = struct.field(default_factory=dict)
+    eta: dict[str, jax.Array] = struct.field(default_factory=dict)
+    rho: dict[str, jax.Array] = struct.field(default_factory=dict)
     chosen: dict[str, balance_search.Chosen] = struct.field(pytree_node=False, default_factory=dict)
 
     @classmethod
-    def by(cls, model: FloatDiT, factors: Mapping[str, jax.Array], **decided: Any) -> Balanced:
+    def by(cls, model: FloatDiT, factors: Mapping[str, jax.Array]) -> Balanced:
         """A model balanced by these factors (L, K) by site."""
         params, residual = _fold(model.config, model.params, dict(factors))
         quantizers = nest_sites({name: Balance(factor) for name, factor in residual.items()})
         folded = model.replace(params=params, quantizers=quantizers)  # type: ignore[attr-defined]
-        return cls(folded=folded, factors=dict(factors), residual=residual, **decided)
+        return cls(folded=folded, factors=dict(factors), residual=residual)
 
 
 def balance(
@@ -120,9 +120,8 @@ def balance(
                 samples = s_x
             weighed, eta[name], rho[name] = jax.jit(salience.ssc_salience)(samples, s_w, config.balancing.temperature)
         factors[name] = salience.balancing_factors(weighed, s_w, config.balancing.exponent)
-    return Balanced.by(
-        model,
-        factors,
+    return dataclasses.replace(
+        Balanced.by(model, factors),
         activation_salience=activation_salience,
         weight_salience=weight_salience,
         eta=eta,

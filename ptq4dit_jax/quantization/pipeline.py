@@ -163,7 +163,7 @@ def _quantized(
     _check_quality(quality, model.schedule.objective, keep_poor, None if journal is None else journal.folder)
     facts["quality"] = quality.to_dict()
     quantized = sharding.replicate(mesh, quantized)
-    return quantized.replace(provenance=Provenance(facts))
+    return dataclasses.replace(quantized, provenance=Provenance(facts))
 
 
 def _check_quality(quality: Quality, objective: str, keep_poor: bool, learned: Path | None) -> None:
