@@ -8,9 +8,9 @@ they found is put together in their order, so the devices change no number.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ from ptq4dit_jax.sampling import Progress, check_labels, kept_inputs
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 from ptq4dit_jax.waiting import ready
 
+_Shared = TypeVar("_Shared")
+_Seen = TypeVar("_Seen")
+
 HISTOGRAM_BINS = 2048
 #: Rows that the network is shown at once while calibrating. Eight devices share the default of 64.
 MICRO_BATCH = 8
@@ -48,9 +51,9 @@ class CalibrationData:
     a flow), or (S, R) where the rows of a step have times of their own, ``y`` (S, R) int32 labels.
     """
 
-    x: Any
-    t: Any
-    y: Any
+    x: jax.Array | np.ndarray
+    t: jax.Array | np.ndarray
+    y: jax.Array | np.ndarray
 
     @property
     def num_steps(self) -> int:
@@ -335,8 +338,12 @@ def _ahead(row_batch: int | None) -> int:
 
 
 def _of_micro_batches(
-    program: Any, shared: Any, data: CalibrationData, row_batch: int | None, mesh: Mesh | None
-) -> Iterator[Any]:
+    program: Callable[[_Shared, CalibrationData], _Seen],
+    shared: _Shared,
+    data: CalibrationData,
+    row_batch: int | None,
+    mesh: Mesh | None,
+) -> Iterator[_Seen]:
     """``program(shared, rows)`` of each micro-batch, in order, where ``shared`` is."""
     cuts = micro_batches(data.num_rows)
     devices = sharding.devices_of(mesh)[: len(cuts)]
@@ -406,7 +413,7 @@ def histograms_of_rows(
         name: Histogram(low, high, jnp.zeros((*low.shape, HISTOGRAM_BINS), jnp.float32)) for name, (low, high) in ranges.items()
     }
 
-    def step(carry: Any, batch: tuple[CalibrationData, jax.Array]) -> tuple[Any, None]:
+    def step(carry: dict[str, Any], batch: tuple[CalibrationData, jax.Array]) -> tuple[dict[str, Any], None]:
         part, group = batch
         current = jax.tree.map(lambda a: a[group], carry)
         _, seen = model.observe(current, part.x, _timestep(part, 1), part.y)
@@ -416,6 +423,6 @@ def histograms_of_rows(
     return flatten_sites(carry)
 
 
-def _timestep(batch: CalibrationData, rows: int) -> jax.Array:
+def _timestep(batch: CalibrationData, rows: int) -> jax.Array | np.ndarray:
     """The timestep of each row, or of a step that shares one as (rows,); one row is enough where all share it."""
     return batch.t if batch.t.ndim else jnp.broadcast_to(batch.t, (rows,))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +57,11 @@ class Compensated:
         return self.total + self.lost
 
 
+_Sum = TypeVar("_Sum")
+
+
 @struct.dataclass
-class InputMoments:
+class InputMoments(Generic[_Sum]):
     """Sums over tokens of ``x' = x - shift``, each with its weight, on the whole 1: ``second`` (K, K) of ``x' x'^T``, ``cross``
     (K, K) of ``d x'^T``, ``first`` (K,) of ``x'``, ``drift`` (K,) of ``d``, and ``count`` () of the weights.
 
@@ -66,18 +69,18 @@ class InputMoments:
     that varies little about a large mean would leave differences of large numbers.
     """
 
-    second: Any
-    cross: Any
-    first: Any
-    drift: Any
-    count: Any
-    shift: Any
+    second: _Sum
+    cross: _Sum
+    first: _Sum
+    drift: _Sum
+    count: _Sum
+    shift: jax.Array
 
     @classmethod
-    def start(cls, shift: jax.Array) -> InputMoments:
+    def start(cls, shift: jax.Array) -> InputMoments[Compensated]:
         """Of no tokens yet."""
         K, zeros = shift.shape[0], Compensated.zeros
-        return cls(
+        return InputMoments(
             second=zeros(K, K),
             cross=zeros(K, K),
             first=zeros(K),
@@ -86,13 +89,17 @@ class InputMoments:
             shift=shift.astype(jnp.float32),
         )
 
-    def about_mean(self) -> InputMoments:
+    def about_mean(self: InputMoments[Compensated]) -> InputMoments[Compensated]:
         """Of no tokens yet, about the mean of those that these are of."""
         return InputMoments.start(self.shift + self.first.value / _or_one(self.count.value))
 
     def observe(
-        self, x: jax.Array, exact: jax.Array, weight_B: jax.Array, precision: jax.lax.Precision = EXACT
-    ) -> InputMoments:
+        self: InputMoments[Compensated],
+        x: jax.Array,
+        exact: jax.Array,
+        weight_B: jax.Array,
+        precision: jax.lax.Precision = EXACT,
+    ) -> InputMoments[Compensated]:
         """With a batch: what the layer is fed by the quantized and by the float network, (B, [T,] K), and the rows' weights."""
         K = x.shape[-1]
         x, exact = (jnp.asarray(a, jnp.float32).reshape(weight_B.shape[0], -1, K) for a in (x, exact))
@@ -109,7 +116,7 @@ class InputMoments:
         )
 
     @classmethod
-    def total(cls, parts: Sequence[InputMoments]) -> InputMoments:
+    def total(cls, parts: Sequence[InputMoments[Compensated]]) -> InputMoments[jax.Array]:
         """Of parts with one shift, added up in order, as arrays."""
         add = lambda total, part: total if not isinstance(total, Compensated) else total.add(part.total).add(part.lost)
         is_sum = lambda leaf: isinstance(leaf, Compensated)
@@ -151,7 +158,7 @@ class _Codes(NamedTuple):
 def round_weight(
     kernel: jax.Array,
     nearest: QTensor,
-    moments: InputMoments,
+    moments: InputMoments[jax.Array],
     *,
     search: RangeSearch = "mse",
     follow: bool = True,
@@ -175,7 +182,7 @@ def round_weight(
 
 @partial(jax.jit, static_argnames=("search", "follow"))
 def _round_weight(
-    kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch, follow: bool
+    kernel: jax.Array, nearest: QTensor, moments: InputMoments[jax.Array], *, search: RangeSearch, follow: bool
 ) -> RoundedWeight:
     original, moments = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (kernel.T, moments))
     count = _or_one(moments.count)

@@ -126,7 +126,7 @@ def measure(reference: FloatDiT, folded: FloatDiT, quantized: QuantizedDiT, some
 
 
 @jax.jit
-def _predictions(model: Any, rows: CalibrationData) -> jax.Array:
+def _predictions(model: FloatDiT | QuantizedDiT, rows: CalibrationData) -> jax.Array:
     """(S, R, H, W, C) float32, without variance channels."""
     channels = model.config.in_channels
     return jax.lax.map(lambda step: model.apply(step.x, step.t, step.y)[..., :channels].astype(jnp.float32), rows)
@@ -160,7 +160,7 @@ class _Costs:
 @jax.jit
 def _costs(folded: FloatDiT, quantized: QuantizedDiT, step: CalibrationData) -> dict[str, metrics.Powers]:
     """By site, leaves ([L])."""
-    group = step_group(quantized.group_edges, quantized.schedule.noise_level(step.t))
+    group = step_group(quantized.group_edges, quantized.schedule.noise_level(jnp.asarray(step.t)))
     observers = {name: _Costs(act=act.at_group(group)) for name, act in quantized.sites.items()}
     site_of = folded.config.spec.site_of
     for name, layer in quantized.linears.items():
