@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ptq4dit_jax.quantizers import reciprocal
+
+_Tree = TypeVar("_Tree")
+_RateState: TypeAlias = "optax.EmptyState | optax.ScaleByScheduleState"
+AdamState: TypeAlias = "tuple[optax.ScaleByAdamState, _RateState]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +34,14 @@ class Adam:
     b1: float = 0.9
     b2: float = 0.999
 
-    def init(self, variables: Any) -> Any:
+    def init(self, variables: _Tree) -> AdamState:
         """The state before the first update."""
         zeros = lambda: jax.tree.map(jnp.zeros_like, variables)
         moments = optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=zeros(), nu=zeros())
         rate = optax.EmptyState() if self.decayed_over is None else optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
         return moments, rate
 
-    def update(self, gradients: Any, state: Any) -> tuple[Any, Any]:
+    def update(self, gradients: _Tree, state: AdamState) -> tuple[_Tree, AdamState]:
         """What is to be added to the variables, and the next state."""
         moments, rate = state
         mu = jax.tree.map(lambda g, m: (1 - self.b1) * g + self.b1 * m, gradients, moments.mu)
@@ -55,7 +59,7 @@ class Adam:
         next_rate = rate if self.decayed_over is None else optax.ScaleByScheduleState(rate.count + 1)
         return updates, (optax.ScaleByAdamState(count=count, mu=mu, nu=nu), next_rate)
 
-    def _rate(self, state: Any) -> jax.Array:
+    def _rate(self, state: _RateState) -> jax.Array:
         """What updates are multiplied by, () float32."""
         if self.decayed_over is None:
             return jnp.float32(-self.rate)

@@ -151,6 +151,6 @@ def round_closed_form(
     return assemble(quantized, jax.device_put(parts, home)), facts
 
 
-def _facts(unit: Unit, before: Any, after: Any, kept: bool, layers: Mapping[str, RoundedWeight]) -> dict[str, Any]:
+def _facts(unit: Unit, before: jax.Array, after: jax.Array, kept: bool, layers: Mapping[str, RoundedWeight]) -> dict[str, Any]:
     errors = {layer: float(found.error) if kept else 1.0 for layer, found in layers.items()}
     return {"part": unit.name, "before": float(before), "after": float(after if kept else before), "layers": errors}

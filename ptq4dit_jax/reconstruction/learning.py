@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import PyTreeDef
 
 from ptq4dit_jax import memory, sharding
 from ptq4dit_jax.calibration import CalibrationData
@@ -26,7 +27,7 @@ from ptq4dit_jax.reconstruction.closed_form import rounding_bytes
 from ptq4dit_jax.reconstruction.optimize import Rows, Task, TrainState, Variables
 from ptq4dit_jax.reconstruction.rounding import RoundedKernel
 from ptq4dit_jax.reconstruction.units import Unit
-from ptq4dit_jax.reconstruction.walk import TINY, Walk
+from ptq4dit_jax.reconstruction.walk import TINY, HeldRows, Walk
 from ptq4dit_jax.waiting import ready
 
 #: Iterations whose batches are sent to the device at once where rows stay on the host.
@@ -43,14 +44,14 @@ _rounded_kernel, _rounded_around = jax.jit(RoundedKernel.of), jax.jit(_around)
 
 @lru_cache(maxsize=32)
 def _compiled(
-    structure: Any,
+    structure: PyTreeDef,
     shapes: tuple[Any, ...],
     mesh: Mesh | None,
     how: optimize.Learning,
     drawn: bool,
-) -> Any:
+) -> jax.stages.Compiled:
     """The program of :func:`optimize.train` for arguments of that structure: rows sharded over their strata, the rest whole."""
-    train: Any = partial(optimize.train, how=how, drawn=drawn, devices=sharding.data_size(mesh))
+    train: Callable[..., TrainState] = partial(optimize.train, how=how, drawn=drawn, devices=sharding.data_size(mesh))
     whole, strata = PartitionSpec(), PartitionSpec(None, "data")
     if mesh is not None:
         places = (whole, whole, strata, whole, whole, whole)
@@ -103,13 +104,13 @@ class LearningWalk(Walk):
     def _step_bytes(self, size: int, on_host: bool) -> int:
         lead = (_BATCHES_SENT if on_host else size, self.batch_size)
         T, D = self.config.num_tokens, self.config.hidden_size
-        hidden: Any = jax.ShapeDtypeStruct((*lead, T, D), self.dtype)
-        condition = jax.ShapeDtypeStruct((*lead, D), self.dtype)
-        group, weight = (cast(Any, jax.ShapeDtypeStruct(lead, dtype)) for dtype in (jnp.int32, jnp.float32))
+        hidden = cast(jax.Array, jax.ShapeDtypeStruct((*lead, T, D), self.dtype))
+        condition = cast(jax.Array, jax.ShapeDtypeStruct((*lead, D), self.dtype))
+        group, weight = (cast(jax.Array, jax.ShapeDtypeStruct(lead, dtype)) for dtype in (jnp.int32, jnp.float32))
         rows = Rows(inputs=(hidden, condition), target=hidden, group=group, weight=weight)
         others = jax.eval_shape(lambda: (jnp.float32(0), threefry(jax.random.key(0)), jnp.int32(0)))
 
-        def program(kind: UnitKind) -> Any:
+        def program(kind: UnitKind) -> jax.stages.Compiled:
             task, variables = jax.eval_shape(partial(self.task, Unit(kind)))
             state = jax.eval_shape(lambda variables: optimize.start(variables, self.settings), variables)
             return self._program(kind, on_host, state, task, rows, *others)
@@ -119,7 +120,7 @@ class LearningWalk(Walk):
         learning = max(0, needed - (0 if on_host else of_rows))
         return max(learning, rounding_bytes(self)) if self.settings.resolved_start == "gptq" else learning
 
-    def _program(self, kind: UnitKind, drawn: bool, *arguments: Any) -> Any:
+    def _program(self, kind: UnitKind, drawn: bool, *arguments: object) -> jax.stages.Compiled:
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         how = optimize.Learning(self.config, kind, self.settings, self.dtype, self.parts)
@@ -144,7 +145,7 @@ class LearningWalk(Walk):
         log_scale = {site: jnp.zeros_like(act.scale) for site, act in acts.items() if not act.dynamic}
         return Task(kernels, biases, acts, self.tables(unit)), Variables(rounding, log_scale)
 
-    def rows(self, unit: Unit) -> Rows:
+    def rows(self, unit: Unit) -> Rows[HeldRows]:
         rows = super().rows(unit)
         if self.settings.row_weights == "steps" and unit.kind.stack is not None:
             weight = self._place(np.asarray(_step_weights(self.float_x, rows.target, self.step, self.num_steps)))
@@ -152,7 +153,7 @@ class LearningWalk(Walk):
         return rows
 
     def train(
-        self, unit: Unit, state: TrainState, task: Task, rows: Rows, before: jax.Array, key: jax.Array, stop: int
+        self, unit: Unit, state: TrainState, task: Task, rows: Rows[HeldRows], before: jax.Array, key: jax.Array, stop: int
     ) -> TrainState:
         """Iterations up to ``stop``."""
         before, key = sharding.replicate(self.mesh, (jnp.float32(before), key))
@@ -165,7 +166,7 @@ class LearningWalk(Walk):
             state, done = self._program(unit.kind, on_host, *arguments)(*arguments), until
         return ready(state)
 
-    def _drawn(self, rows: Rows, key: jax.Array, first: int) -> Rows:
+    def _drawn(self, rows: Rows[HeldRows], key: jax.Array, first: int) -> Rows[HeldRows]:
         """The batches (n, B, ...) of the next iterations, on the device."""
         size, strata = rows.group.shape
         iterations = first + jnp.arange(_BATCHES_SENT, dtype=jnp.int32)
@@ -173,7 +174,7 @@ class LearningWalk(Walk):
         return sharding.shard(self.mesh, jax.tree.map(lambda leaf: leaf[chosen, np.arange(strata)], rows), axis=1)
 
 
-def _step_weights(before: Any, after: Any, step: Any, num_steps: int) -> jax.Array:
+def _step_weights(before: HeldRows, after: HeldRows, step: HeldRows, num_steps: int) -> jax.Array:
     """Row weights (M, B) inverse to the mean square change at each row's step, of mean 1."""
     change = jnp.square((after - before).astype(jnp.float32)).mean(tuple(range(2, after.ndim)))
     member = jax.nn.one_hot(step, num_steps, dtype=jnp.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,16 @@ from flax import struct
 from jax.sharding import Mesh
 
 from ptq4dit_jax import sharding
-from ptq4dit_jax.gptq import InputMoments
+from ptq4dit_jax.gptq import Compensated, InputMoments
 from ptq4dit_jax.networks.ops import Network
 from ptq4dit_jax.networks.spec import UnitKind
 from ptq4dit_jax.numerics import CALIBRATION
 from ptq4dit_jax.reconstruction.parts import RoundedPart
 from ptq4dit_jax.reconstruction.units import Unit, site_input
-from ptq4dit_jax.reconstruction.walk import Walk
+from ptq4dit_jax.reconstruction.walk import HeldRows, Walk
 from ptq4dit_jax.waiting import ready
+
+_Sums: TypeAlias = InputMoments[Compensated]
 
 
 @struct.dataclass
@@ -35,10 +37,10 @@ class _Networks:
 class _Seen:
     """Rows (M, B, ...): what both forms of a part are fed, the group of steps, and what each row counts."""
 
-    inputs: tuple[Any, ...]
-    float_inputs: tuple[Any, ...]
-    group: jax.Array
-    share: jax.Array
+    inputs: tuple[HeldRows, ...]
+    float_inputs: tuple[HeldRows, ...]
+    group: HeldRows
+    share: HeldRows
 
 
 class PartInputs:
@@ -58,7 +60,7 @@ class PartInputs:
         fixed = (walk.act_quantizers(unit), *walk.float_part(unit))
         self._fixed = {device: jax.device_put(fixed, device) for device in self._devices}
 
-    def moments(self, layer: str, rounded: RoundedPart) -> InputMoments:
+    def moments(self, layer: str, rounded: RoundedPart) -> InputMoments[jax.Array]:
         """Of the input of a layer over all rows, where the part's layers are rounded so; on the first device, as arrays."""
         unit, (home, *_) = self._unit, self._devices
         _, params, _ = self._fixed[home]
@@ -66,7 +68,7 @@ class PartInputs:
         site = unit.kind.site_of[layer]
         program = partial(_observe, config=self._walk.config, kind=unit.kind, site=site)
 
-        def through(device: Any, lane: _Seen, moments: InputMoments, until: int) -> InputMoments:
+        def through(device: jax.Device | None, lane: _Seen, moments: _Sums, until: int) -> _Sums:
             """Over the first batches of a lane: at once, or batch by batch where they are on the host."""
             if not self._walk.plan.on_host:
                 return program(networks[device], moments, lane, until)
@@ -89,11 +91,11 @@ def _lane(item: int, devices: int, each: int) -> int:
     return item % devices * each + item // devices
 
 
-def _lanes(rows: Any, parts: int, mesh: Mesh | None) -> list[Any]:
+def _lanes(rows: _Seen, parts: int, mesh: Mesh | None) -> list[_Seen]:
     """Rows (M, B, ...) in ``parts`` of their strata, each an array on the one device that holds it."""
     leaves, structure = jax.tree.flatten(rows)
 
-    def cut(leaf: Any) -> list[Any]:
+    def cut(leaf: HeldRows) -> list[HeldRows]:
         if mesh is None or not isinstance(leaf, jax.Array):
             held = [leaf]
         else:
@@ -104,15 +106,15 @@ def _lanes(rows: Any, parts: int, mesh: Mesh | None) -> list[Any]:
     return [jax.tree.unflatten(structure, lane) for lane in zip(*map(cut, leaves), strict=True)]
 
 
-def _split(array: Any, parts: int) -> list[Any]:
+def _split(array: HeldRows, parts: int) -> list[HeldRows]:
     size = array.shape[1] // parts
     return [array[:, start : start + size] for start in range(0, parts * size, size)]
 
 
 @partial(jax.jit, static_argnames=("config", "kind", "site"))
 def _observe(
-    networks: _Networks, moments: InputMoments, rows: _Seen, until: jax.Array, *, config: Network, kind: UnitKind, site: str
-) -> InputMoments:
+    networks: _Networks, moments: _Sums, rows: _Seen, until: jax.Array, *, config: Network, kind: UnitKind, site: str
+) -> _Sums:
     """``moments`` with the batches of rows (M, b, ...) before ``until``: a program of one device."""
 
     def fed(params: dict[str, Any], quantizers: dict[str, Any], inputs: tuple[Any, ...]) -> jax.Array:
@@ -122,7 +124,7 @@ def _observe(
 
     params = networks.params | networks.rounded.params()
 
-    def one(m: jax.Array, moments: InputMoments) -> InputMoments:
+    def one(m: jax.Array, moments: _Sums) -> _Sums:
         batch = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, m, keepdims=False), rows)
         acts = {name: act.at_group(batch.group) for name, act in networks.acts.items()}
         x = fed(params, acts, batch.inputs)
@@ -132,5 +134,5 @@ def _observe(
     return jax.lax.fori_loop(0, until, one, moments)
 
 
-_total: Any = jax.jit(InputMoments.total)
-_about_mean: Any = jax.jit(InputMoments.about_mean)
+_total = jax.jit(InputMoments.total)
+_about_mean = jax.jit(InputMoments.about_mean)

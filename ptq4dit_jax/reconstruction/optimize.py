@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
@@ -19,10 +20,16 @@ from ptq4dit_jax.networks.ops import Network
 from ptq4dit_jax.networks.spec import UnitKind
 from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.quantizers import ActQuantizer
-from ptq4dit_jax.reconstruction.adam import Adam
+from ptq4dit_jax.reconstruction.adam import Adam, AdamState
 from ptq4dit_jax.reconstruction.fake_quant import for_rows
 from ptq4dit_jax.reconstruction.rounding import RoundedKernel, indecision
 from ptq4dit_jax.reconstruction.units import apply_unit
+
+#: An array of JAX, or one of NumPy where rows stay on the host.
+_Leaf = TypeVar("_Leaf", bound=jax.Array | np.ndarray)
+_Rows = TypeVar("_Rows")
+_Result = TypeVar("_Result")
+_Shared = TypeVar("_Shared")
 
 
 @struct.dataclass
@@ -46,17 +53,17 @@ class Variables:
 
 
 @struct.dataclass
-class Rows:
+class Rows(Generic[_Leaf]):
     """A part's training data. Rows lie in B strata of M: leaves are (M, B, ...), and a batch draws one row of each stratum.
 
     ``inputs`` as :func:`apply_unit` takes them, from the quantized prefix; ``target`` is the float part's output; ``group``
     int32 is the group of steps and ``weight`` float32 the weight of a row in the loss, of mean 1.
     """
 
-    inputs: tuple[Any, ...]
-    target: jax.Array
-    group: jax.Array
-    weight: jax.Array
+    inputs: tuple[_Leaf, ...]
+    target: _Leaf
+    group: _Leaf
+    weight: _Leaf
 
 
 @struct.dataclass
@@ -65,7 +72,7 @@ class TrainState:
     error, relative to rounding to the nearest, seen at each iteration so far (iterations,)."""
 
     variables: Variables
-    optimizer: Any
+    optimizer: tuple[AdamState, AdamState]
     iteration: jax.Array
     errors: jax.Array
 
@@ -111,7 +118,7 @@ def chosen_rows(key: jax.Array, iteration: jax.Array, size: int, strata: int) ->
     return jax.random.randint(jax.random.fold_in(key, iteration), (strata,), 0, size, jnp.int32)
 
 
-def draw(rows: Rows, key: jax.Array, iteration: jax.Array, devices: int = 1) -> Rows:
+def draw(rows: Rows[jax.Array], key: jax.Array, iteration: jax.Array, devices: int = 1) -> Rows[jax.Array]:
     """One row of each stratum, (B, ...); of several ``devices`` each draws from the strata that it holds."""
     size, here = rows.group.shape
     chosen = chosen_rows(key, iteration, size, here * devices)
@@ -121,7 +128,7 @@ def draw(rows: Rows, key: jax.Array, iteration: jax.Array, devices: int = 1) -> 
     return jax.tree.map(lambda leaf: pick(leaf, chosen), rows)
 
 
-def squared_error(output: jax.Array, batch: Rows) -> jax.Array:
+def squared_error(output: jax.Array, batch: Rows[jax.Array]) -> jax.Array:
     """Weighted mean squared error of a batch, ()."""
     difference = (output - batch.target).astype(jnp.float32)
     weight = batch.weight.reshape((-1,) + (1,) * (difference.ndim - 1))
@@ -135,7 +142,7 @@ def _exponent(settings: Reconstruction, progress: jax.Array) -> jax.Array:
     return last + (first - last) * 0.5 * (1 + jnp.cos(jnp.pi * part))
 
 
-def in_parts(function: Any, rows: Any, parts: int) -> Any:
+def in_parts(function: Callable[[_Rows], _Result], rows: _Rows, parts: int) -> _Result:
     """``function`` of each of ``parts`` equal parts of the rows (B, ...), one after another: leaves (parts, ...)."""
     # Barriers, because XLA unrolls a loop of one part and would fuse it with what stands around it.
     alone = lambda part: jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(part)))
@@ -169,7 +176,7 @@ class Learning:
 def train(
     state: TrainState,
     task: Task,
-    rows: Rows,
+    rows: Rows[jax.Array],
     start_error: jax.Array,
     key: jax.Array,
     stop: jax.Array,
@@ -195,7 +202,7 @@ def train(
     def soft_kernels(rounding: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {name: kernel.soft(rounding[name]) for name, kernel in task.kernels.items()}
 
-    def error(learned: tuple[dict[str, jax.Array], dict[str, jax.Array]], batch: Rows) -> jax.Array:
+    def error(learned: tuple[dict[str, jax.Array], dict[str, jax.Array]], batch: Rows[jax.Array]) -> jax.Array:
         kernels, log_scale = learned
         output = predict(task, kernels, log_scale, batch.inputs, batch.group, how.config, how.kind, how.dtype)
         return squared_error(output, batch) / start_error
@@ -245,7 +252,7 @@ def train(
 
 def rounded_outputs(
     shared: tuple[Mapping[str, Any], Mapping[str, ActQuantizer]],
-    rows: Rows,
+    rows: Rows[jax.Array],
     *,
     config: Network,
     kind: UnitKind,
@@ -276,9 +283,9 @@ def float_outputs(
 
 @partial(jax.jit, static_argnames=("function", "config", "kind", "dtype", "precision", "parts", "mesh"))
 def over_rows(
-    function: Any,
-    shared: Any,
-    rows: Any,
+    function: Callable[..., tuple[jax.Array, jax.Array]],
+    shared: _Shared,
+    rows: _Rows,
     *,
     config: Network,
     kind: UnitKind,
@@ -290,7 +297,7 @@ def over_rows(
     """One of the two functions above over rows (M, B, ...): outputs (M, B, ...) and errors (M, parts)."""
     devices = sharding.data_size(mesh)
 
-    def local(shared: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
+    def local(shared: _Shared, rows: _Rows) -> tuple[jax.Array, jax.Array]:
         one = partial(function, shared, config=config, kind=kind, dtype=dtype, precision=precision)
         outputs, errors = jax.lax.map(lambda batch: in_parts(one, batch, max(1, parts // devices)), rows)
         return outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:]), errors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from ptq4dit_jax.engine import QLinear, QuantizedDiT
 from ptq4dit_jax.quantizers import ActQuantizer, QTensor
 from ptq4dit_jax.reconstruction.units import Unit
 
+#: A quantizer, or that of a layer, which may have none.
+_Quantizer = TypeVar("_Quantizer", ActQuantizer, ActQuantizer | None)
+
 
 @struct.dataclass
 class RoundedPart:
@@ -21,8 +24,8 @@ class RoundedPart:
     of its activations are multiplied by. Sites whose scales stay may be absent."""
 
     weights: dict[str, QTensor]
-    biases: dict[str, Any]
-    log_scale: dict[str, Any]
+    biases: dict[str, jax.Array]
+    log_scale: dict[str, jax.Array]
 
     def params(self) -> dict[str, dict[str, jax.Array]]:
         """Kernels (K, N) and biases (N,) of the layers."""
@@ -36,7 +39,7 @@ class RoundedPart:
         return self.replace(weights=weights, biases=biases)  # type: ignore[attr-defined]
 
 
-def scaled(act: ActQuantizer, log_scale: Any) -> ActQuantizer:
+def scaled(act: ActQuantizer, log_scale: jax.Array) -> ActQuantizer:
     """With its scales multiplied by the exponential of ``log_scale``."""
     return act.replace(scale=act.scale * jnp.exp(log_scale))  # type: ignore[attr-defined]
 
@@ -55,7 +58,7 @@ def assemble(quantized: QuantizedDiT, parts: Sequence[tuple[Unit, RoundedPart]])
             if site in part.log_scale:
                 scales.setdefault(name, []).append(part.log_scale[site])
 
-    def learned(site: str, act: Any) -> Any:
+    def learned(site: str, act: _Quantizer) -> _Quantizer | ActQuantizer:
         stacked = bool(spec.sites[site].place.lead)
         return act if site not in scales else _scaled(act, scales[site], stacked=stacked)
 

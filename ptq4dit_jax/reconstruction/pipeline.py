@@ -30,6 +30,7 @@ from ptq4dit_jax.reconstruction.parts import RoundedPart, assemble
 from ptq4dit_jax.reconstruction.resume import Journal
 from ptq4dit_jax.reconstruction.rounding import RoundedKernel
 from ptq4dit_jax.reconstruction.units import Unit, units
+from ptq4dit_jax.reconstruction.walk import HeldRows
 
 _REPORT_EVERY, _CURVE_POINTS = 100, 50
 
@@ -123,7 +124,7 @@ def _report(progress: StageProgress, unit: Unit, done: int, iterations: int, err
     progress(f"reconstruct {unit.name}", done, iterations, f"error {error:.3f} x nearest")
 
 
-def _check_error(unit: Unit, error: Any, dtype: str) -> None:
+def _check_error(unit: Unit, error: jax.Array, dtype: str) -> None:
     if not np.isfinite(error):
         raise Ptq4ditError(
             f"Reconstruction met NaN or infinity in the {unit.name}, computed in {dtype}; compute in float32 "
@@ -135,7 +136,7 @@ def _learned(
     unit: Unit,
     position: int,
     walk: LearningWalk,
-    rows: Rows,
+    rows: Rows[HeldRows],
     before: jax.Array,
     key: jax.Array,
     journal: Journal | None,
@@ -170,7 +171,7 @@ def _optimize(
     position: int,
     task: Task,
     work: _Work,
-    rows: Rows,
+    rows: Rows[HeldRows],
     before: jax.Array,
     error: jax.Array,
     walk: LearningWalk,

@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -27,6 +27,9 @@ _FORMAT, _VERSION = "ptq4dit_jax reconstruction", 3
 #: In front of the names of what each file says about itself.
 _HEAD = "journal/"
 _OVER = "start over with --fresh (fresh=True)"
+
+
+_Tree = TypeVar("_Tree")
 
 
 class Standing(NamedTuple):
@@ -130,17 +133,17 @@ class Journal:
             return Standing(tuple(finished), None)
         return Standing(tuple(finished), (found.position, found.iteration))
 
-    def finished(self, position: int, like: Any) -> Any | None:
+    def finished(self, position: int, like: _Tree) -> _Tree | None:
         """The result of the part at ``position``, a tree of arrays like ``like``, or None."""
         found = self._read(self._part(position), _names(like), position)
         return None if found is None else self._tree(self._part(position), found.arrays, like)
 
-    def finish(self, position: int, result: Any) -> None:
+    def finish(self, position: int, result: object) -> None:
         """Stores the result of a part."""
         self._write(self._part(position), result, position)
         (self.folder / _CURRENT).unlink(missing_ok=True)
 
-    def current(self, position: int, like: Any) -> Any | None:
+    def current(self, position: int, like: _Tree) -> _Tree | None:
         """The state of the part at ``position`` if it was interrupted, a tree of arrays like ``like``, or None."""
         path = self.folder / _CURRENT
         # The position first: a run that died just after finishing a part leaves that part's state, of other shapes, behind.
@@ -150,7 +153,7 @@ class Journal:
         found = self._read(path, _names(like), position)
         return None if found is None else self._tree(path, found.arrays, like)
 
-    def save_current(self, position: int, state: Any, iteration: int = 0) -> None:
+    def save_current(self, position: int, state: object, iteration: int = 0) -> None:
         """Stores the state of the part at work, which has its next ``iteration`` before it."""
         self._write(self.folder / _CURRENT, state, position, iteration)
 
@@ -161,7 +164,7 @@ class Journal:
     def _part(self, position: int) -> Path:
         return self.folder / f"part-{position:03d}.npz"
 
-    def _write(self, path: Path, tree: Any, position: int, iteration: int = 0) -> None:
+    def _write(self, path: Path, tree: object, position: int, iteration: int = 0) -> None:
         head = {"fingerprint": self._hash, "position": np.int64(position), "iteration": np.int64(iteration)}
         arrays = {f"{_HEAD}{name}": value for name, value in head.items()}
         arrays |= zip(_names(tree), map(np.asarray, jax.tree.leaves(jax.device_get(tree))), strict=True)
@@ -191,7 +194,7 @@ class Journal:
             )
         return found
 
-    def _tree(self, path: Path, found: Mapping[str, Any], like: Any) -> Any:
+    def _tree(self, path: Path, found: Mapping[str, np.ndarray], like: _Tree) -> _Tree:
         leaves, expected = [found[name] for name in _names(like)], jax.tree.leaves(like)
         if any(leaf.shape != other.shape or leaf.dtype != other.dtype for leaf, other in zip(leaves, expected, strict=True)):
             raise Ptq4ditError(f"The state in {path} is damaged; {_OVER}.")
@@ -265,7 +268,7 @@ def _is_ours(name: str) -> bool:
     return name in (_FINGERPRINT, _CURRENT) or _PART.fullmatch(name) is not None or is_staged(name)
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> Any:
+def _differences(found: object, wanted: object, name: str = "") -> Iterator[str]:
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted({*found, *wanted}):
             yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
@@ -273,10 +276,10 @@ def _differences(found: Any, wanted: Any, name: str = "") -> Any:
         yield f"{name} ({_short(found)} there, {_short(wanted)} here)"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = shown(value if isinstance(value, str) else json.dumps(value), 1000)
     return text if len(text) <= 40 else text[:12] + "..."
 
 
-def _names(tree: Any) -> list[str]:
+def _names(tree: object) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

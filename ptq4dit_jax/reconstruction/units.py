@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 from flax import struct
@@ -13,6 +13,8 @@ from ptq4dit_jax.networks.float_network import Block, FloatNetwork
 from ptq4dit_jax.networks.ops import Network
 from ptq4dit_jax.networks.spec import UnitKind
 from ptq4dit_jax.numerics import EXACT
+
+_Tree = TypeVar("_Tree")
 
 
 @struct.dataclass
@@ -42,13 +44,13 @@ class Unit:
         """The unit's sites: name inside the unit -> full name."""
         return {site.place.name: str(site.place) for site in self.kind.sites}
 
-    def of_depth(self, value: Any) -> Any:
+    def of_depth(self, value: _Tree) -> _Tree:
         """The slice of a stacked tree for this block; outside the stacks the whole tree."""
         return value if self.kind.stack is None else _at(value, self.index)
 
 
 @jax.jit
-def _at(tree: Any, index: jax.Array) -> Any:
+def _at(tree: _Tree, index: jax.Array | int) -> _Tree:
     """One program a tree, where each operation of each of its leaves would be one."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
@@ -127,5 +129,5 @@ def _run(
     if observers is not None:
         variables, more = variables | {"observers": observers}, more | {"mutable": ["observers"]}
     stack, settings = kind.stack, (dtype, precision)
-    module: Any = FloatNetwork(config, *settings) if stack is None else Block(config, stack, *settings)
+    module = FloatNetwork(config, *settings) if stack is None else Block(config, stack, *settings)
     return module.apply(variables, *inputs, **more)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from ptq4dit_jax.reconstruction.parts import RoundedPart, scaled
 from ptq4dit_jax.reconstruction.units import Unit
 from ptq4dit_jax.waiting import ready
 
+#: On the device, or on the host with ``plan.on_host``.
+HeldRows: TypeAlias = jax.Array | np.ndarray
 #: A part that rounding to the nearest already reproduces has nothing to learn, and its error must not be divided by 0.
 TINY = 1e-30
 
@@ -94,7 +97,7 @@ class Walk(abc.ABC):
         self.share = self._place((1 / np.bincount(order.ravel()))[order].astype(np.float32))
         self.float_x = self.quant_x = self.float_c = self.quant_c = self.x
 
-    def _place(self, rows: Any) -> Any:
+    def _place(self, rows: np.ndarray) -> HeldRows:
         return rows if self.plan.on_host else sharding.shard(self.mesh, rows, axis=1)
 
     def _plan(self, size: int, rows_on: RowsOn) -> MemoryPlan:
@@ -138,7 +141,7 @@ class Walk(abc.ABC):
         biases = {layer: self.params(unit, layer)["bias"] for layer in unit.layers}
         return RoundedPart(weights, biases, {})
 
-    def inputs(self, unit: Unit) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def inputs(self, unit: Unit) -> tuple[tuple[HeldRows, ...], tuple[HeldRows, ...]]:
         """What a part is fed behind the quantized prefix, and behind the float one; as :func:`apply_unit` takes them."""
         if unit.kind.role is Role.IMAGE:
             return (self.x,), (self.x,)
@@ -146,20 +149,26 @@ class Walk(abc.ABC):
             return (self.t, self.y), (self.t, self.y)
         return (self.quant_x, self.quant_c), (self.float_x, self.float_c)
 
-    def rows(self, unit: Unit) -> Rows:
+    def rows(self, unit: Unit) -> Rows[HeldRows]:
         """The part's inputs from the quantized prefix, and the float part's outputs."""
         quant, exact = self.inputs(unit)
         shared = sharding.replicate(self.mesh, self.float_part(unit))
         target, _ = self._over_rows(optimize.float_outputs, shared, unit, exact)
         return Rows(inputs=quant, target=target, group=self.group, weight=self.weight)
 
-    def outputs(self, unit: Unit, part: RoundedPart, rows: Rows) -> tuple[Any, jax.Array]:
+    def outputs(self, unit: Unit, part: RoundedPart, rows: Rows[HeldRows]) -> tuple[HeldRows, jax.Array]:
         """What the rounded part makes of the rows, (M, B, ...), and its mean squared error () float32."""
         shared = _fake_quantized(*sharding.replicate(self.mesh, (part, self.act_quantizers(unit), self.tables(unit))))
         outputs, errors = self._over_rows(optimize.rounded_outputs, shared, unit, rows)
         return outputs, jnp.maximum(np.asarray(ready(errors)).mean(dtype=np.float64).astype(np.float32), TINY)
 
-    def _over_rows(self, function: Any, shared: Any, unit: Unit, rows: Any) -> tuple[Any, Any]:
+    def _over_rows(
+        self,
+        function: Callable[..., tuple[jax.Array, jax.Array]],
+        shared: tuple[dict[str, Any], dict[str, Any]],
+        unit: Unit,
+        rows: Rows[HeldRows] | tuple[HeldRows, ...],
+    ) -> tuple[HeldRows, HeldRows]:
         """A function of :mod:`optimize` over rows (M, B, ...), batch by batch where they are on the host."""
         run = partial(
             optimize.over_rows,
@@ -175,14 +184,14 @@ class Walk(abc.ABC):
         if not self.plan.on_host:
             return run(rows)
 
-        def one(m: int) -> Any:
+        def one(m: int) -> tuple[np.ndarray, np.ndarray]:
             batch = jax.tree.map(lambda leaf: leaf[m : m + 1], rows)
             return jax.device_get(ready(run(sharding.shard(self.mesh, batch, axis=1))))
 
         outputs, errors = zip(*(one(m) for m in range(self.group.shape[0])), strict=True)
         return np.concatenate(outputs), np.concatenate(errors)
 
-    def advance(self, unit: Unit, quantized: Any, exact: Any) -> None:
+    def advance(self, unit: Unit, quantized: HeldRows, exact: HeldRows) -> None:
         """Both hidden states move past the part."""
         if unit.kind.role is Role.CONDITION:
             self.quant_c, self.float_c = quantized, exact
