@@ -64,8 +64,7 @@ def candidates(extremes: ChannelExtremes, kernel: jax.Array, temperature: float)
     return found
 
 
-@struct.dataclass
-class _Trials:
+class _Trials(struct.PyTreeNode):
     """Observer of a float layer's input: the error of its output by each of C candidates.
 
     ``kernel`` (K, N) is the float one, ``factors`` (C, K), ``weights`` (C, N, K), and ``acts`` are (C, P) static quantizers, of
@@ -197,7 +196,7 @@ def _errors(model: FloatDiT, rows: CalibrationData, trials: _Trials, *, site: st
 
     def step(batch: tuple[CalibrationData, Any]) -> jax.Array:
         rows, acts = batch
-        observers = nest_sites({site: trials.replace(acts=acts)})  # type: ignore[attr-defined]
+        observers = nest_sites({site: trials.replace(acts=acts)})
         powers = flatten_sites(model.observe(observers, rows.x, rows.t, rows.y)[1])[site]
         return powers.error / jnp.where(powers.signal > 0, powers.signal, 1.0)
 

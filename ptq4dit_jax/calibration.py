@@ -43,8 +43,7 @@ _COPIES = 256
 MOST_POWER = 2.0**107
 
 
-@struct.dataclass
-class CalibrationData:
+class CalibrationData(struct.PyTreeNode):
     """Rows that the network is watched on, step by step, noisiest step first.
 
     ``x`` (S, R, H, W, C) float32 noised images, ``t`` (S,) what the network sees as time (int32 timesteps, or float32 times of
@@ -187,8 +186,7 @@ def stored_rows(
     return CalibrationData(x=x_MHWC[order], t=t_M[order[:, 0] if shared else order], y=y_M[order])
 
 
-@struct.dataclass
-class ChannelExtremes:
+class ChannelExtremes(struct.PyTreeNode):
     """Observer of the least and greatest value and the mean square per channel; each is (*features), or (R, *features).
 
     ``power`` is that of the last batch seen, at most :data:`MOST_POWER`; the extremes are those of all.
@@ -214,8 +212,7 @@ class ChannelExtremes:
         return jnp.maximum(jnp.abs(self.low), jnp.abs(self.high))
 
 
-@struct.dataclass
-class Histogram:
+class Histogram(struct.PyTreeNode):
     """Observer that counts values in equal bins between ``low`` and ``high`` (); counts (bins,) float32; the ends take the
     rest."""
 

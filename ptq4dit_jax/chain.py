@@ -32,8 +32,7 @@ _USEFUL_ROWS = 256
 _SMALL = 2**30
 
 
-@struct.dataclass
-class Shared:
+class Shared(struct.PyTreeNode):
     """What every sample of a batch is made with, whole on each device.
 
     ``tables`` have S rows. ``keep_slots`` (S,) is that of :func:`~ptq4dit_jax.diffusion.denoise`, or None. With a decoder the
@@ -51,8 +50,7 @@ class Shared:
 _Leaf = TypeVar("_Leaf")
 
 
-@struct.dataclass
-class Batch(Generic[_Leaf]):
+class Batch(struct.PyTreeNode, Generic[_Leaf]):
     """What the samples of a batch have of their own.
 
     ``indices`` (B,) int32 count over all samples of a request; ``labels`` (B,) int32. ``noise`` (B, H, W, C) and ``step_noise``

@@ -35,8 +35,7 @@ _COLUMNS = 128
 _CONSTANT = 1e-12
 
 
-@struct.dataclass
-class Compensated:
+class Compensated(struct.PyTreeNode):
     """A float32 sum and what rounding has lost of it (Knuth's two-sum); both of one shape."""
 
     total: jax.Array
@@ -60,8 +59,7 @@ class Compensated:
 _Sum = TypeVar("_Sum")
 
 
-@struct.dataclass
-class InputMoments(Generic[_Sum]):
+class InputMoments(struct.PyTreeNode, Generic[_Sum]):
     """Sums over tokens of ``x' = x - shift``, each with its weight, on the whole 1: ``second`` (K, K) of ``x' x'^T``, ``cross``
     (K, K) of ``d x'^T``, ``first`` (K,) of ``x'``, ``drift`` (K,) of ``d``, and ``count`` () of the weights.
 
@@ -107,7 +105,7 @@ class InputMoments(Generic[_Sum]):
         x = x - self.shift[None, None]
         weighted = x * weight
         product = partial(jnp.einsum, "btk,btj->kj", precision=precision)
-        return self.replace(  # type: ignore[attr-defined]
+        return self.replace(
             second=self.second.add(product(x, weighted)),
             cross=self.cross.add(product(difference, weighted)),
             first=self.first.add(weighted.sum((0, 1))),
@@ -124,8 +122,7 @@ class InputMoments(Generic[_Sum]):
         return jax.tree.map(lambda leaf: leaf.value if isinstance(leaf, Compensated) else leaf, total, is_leaf=is_sum)
 
 
-@struct.dataclass
-class RoundedWeight:
+class RoundedWeight(struct.PyTreeNode):
     """A weight rounded in closed form: the quantized ``weight`` (N, K), the ``target`` (N, K) float32 that its codes stand for,
     what its ``bias`` gains (N,) float32, and the ``error`` () float32 on the rows that the moments are of, relative to that of
     rounding to the nearest. Both errors are counted from that of the target."""

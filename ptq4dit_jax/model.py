@@ -19,8 +19,7 @@ from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 from ptq4dit_jax.waiting import ready
 
 
-@struct.dataclass
-class FloatDiT:
+class FloatDiT(struct.PyTreeNode):
     """A float model; a pytree whose leaves are the parameters.
 
     ``params`` is the tree of :func:`ptq4dit_jax.networks.dit.init_params`; block parameters carry a leading depth axis.
@@ -86,7 +85,7 @@ class FloatDiT:
     def astype(self, dtype: DTypeLike) -> FloatDiT:
         """The same model stored and computing in ``dtype``, float16 included."""
         params = jax.tree.map(lambda a: a.astype(dtype), self.params)
-        return self.replace(params=params, compute=asked_dtype(dtype))  # type: ignore[attr-defined]
+        return self.replace(params=params, compute=asked_dtype(dtype))
 
     @property
     def num_params(self) -> int:

@@ -135,8 +135,7 @@ def _predictions(model: FloatDiT | QuantizedDiT, rows: CalibrationData) -> jax.A
 _steps_sqnr = jax.jit(metrics.steps_sqnr)
 
 
-@struct.dataclass
-class _Costs:
+class _Costs(struct.PyTreeNode):
     """Observer of the float input of a layer, or of one of attention's products: what quantizing there alone costs.
 
     ``kernel`` ([L,] K, N) is the float one and ``layer`` stands for it; ``act`` is the quantizer of an input without weights.
@@ -152,7 +151,7 @@ class _Costs:
             return metrics.powers(x, self.act(x))
         act = self.layer.act
         # The folded model has balanced its inputs already.
-        fed = x if act is None else act.replace(balance=None)(x)  # type: ignore[attr-defined]
+        fed = x if act is None else act.replace(balance=None)(x)
         product = lambda x, kernel: jnp.einsum("...k,kn->...n", x, kernel, precision=EXACT)
         return metrics.powers(product(x, self.kernel), product(fed, jnp.swapaxes(self.layer.weight.dequantize(), -1, -2)))
 

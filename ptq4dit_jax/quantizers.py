@@ -83,8 +83,7 @@ def reciprocal(scale: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(1.0 / scale)
 
 
-@struct.dataclass
-class ActQuantizer:
+class ActQuantizer(struct.PyTreeNode):
     """An activation quantizer; calling it is fake quantization.
 
     Invariants: ``scale`` is positive float32 and ``zero_point`` int32 within the code range. As stored both are (..., G): a
@@ -111,7 +110,7 @@ class ActQuantizer:
         if self.dynamic:
             return self
         pick = lambda table: jnp.take(table, group, axis=-1)
-        return self.replace(scale=pick(self.scale), zero_point=pick(self.zero_point))  # type: ignore[attr-defined]
+        return self.replace(scale=pick(self.scale), zero_point=pick(self.zero_point))
 
     def encode(self, x: jax.Array) -> Encoded:
         """Integer codes (int8, shape of ``x``) with the scale and zero point that give ``balance * x`` back."""
@@ -143,8 +142,7 @@ def decode(encoded: Encoded) -> jax.Array:
     return encoded.scale * centered
 
 
-@struct.dataclass
-class Balance:
+class Balance(struct.PyTreeNode):
     """A site that only multiplies its channels: what balancing leaves in a float model where it cannot be folded away."""
 
     factor: jax.Array
@@ -192,8 +190,7 @@ def unpack_nibbles(packed: jax.Array, N: int, *, fusible: bool = True) -> jax.Ar
     return codes.reshape(*lead, 2 * half, K)[..., :N, :].astype(jnp.int8)
 
 
-@struct.dataclass
-class QTensor:
+class QTensor(struct.PyTreeNode):
     """A quantized weight, output channels first: ``w_nk = scale_n (code_nk - zero_point_n)``.
 
     Invariants. ``bits > 4``: ``values`` is int8 (..., N, K) and holds centered codes; ``zero_point`` is None.

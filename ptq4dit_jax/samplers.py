@@ -38,8 +38,7 @@ AUTO = "auto"
 _Column = TypeVar("_Column", bound=np.ndarray | jax.Array)
 
 
-@struct.dataclass
-class StepTables(Generic[_Column]):
+class StepTables(struct.PyTreeNode, Generic[_Column]):
     """Coefficients of a sampler in the order they are used, noisiest step first; every array is (S,).
 
     ``t`` is what the network sees: int32 timesteps of a noise schedule, float32 times of a flow. S is the number of calls of

@@ -24,8 +24,7 @@ def _straight_through_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -
     return primals[1], tangents[0]
 
 
-@struct.dataclass
-class StraightThrough:
+class StraightThrough(struct.PyTreeNode):
     """An :class:`~ptq4dit_jax.quantizers.ActQuantizer` of the same values with a derivative in x, forward and reverse.
 
     It is the balancing factor (or 1) inside the range and 0 where the value is clipped to its end. Dynamic ranges clip nothing,

@@ -208,8 +208,7 @@ def init_params(config: VAEConfig, key: jax.Array) -> dict[str, Any]:
     return variables["params"]
 
 
-@struct.dataclass
-class VAEDecoder:
+class VAEDecoder(struct.PyTreeNode):
     """A decoder with its parameters; a pytree whose leaves are those of :func:`init_params`, all of one floating type. It
     computes in that type, or in float32 if that is float16, unless ``compute`` names another (:meth:`astype` sets it). Group
     norms, the softmax and the last convolution are in float32 at least. Float32 products take the precision that
@@ -233,7 +232,7 @@ class VAEDecoder:
     def astype(self, dtype: DTypeLike) -> VAEDecoder:
         """The same decoder stored and computing in ``dtype``, float16 included."""
         params = jax.tree.map(lambda a: a.astype(dtype), self.params)
-        return self.replace(params=params, compute=asked_dtype(dtype))  # type: ignore[attr-defined]
+        return self.replace(params=params, compute=asked_dtype(dtype))
 
     def check_channels(self, channels: int) -> None:
         """Raises one sentence unless latents of so many channels are what this decoder takes."""

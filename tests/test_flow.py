@@ -180,7 +180,8 @@ def test_calibration_rows_lie_on_the_chain(flow: ptq.FlowSchedule) -> None:
     np.testing.assert_array_equal(data.t, np.abs(flow.data_time - level).astype(np.float32))
     assert data.t.dtype == np.float32
     # The first rows are the noise, the second an Euler step away from it.
-    v = ptq.predict(flow_model(flow), data.x[0, :2], data.t[:1], data.y[0, :2], 1.5, "first3")
+    x, t, y = (jnp.asarray(rows) for rows in (data.x[0, :2], data.t[:1], data.y[0, :2]))
+    v = ptq.predict(flow_model(flow), x, t, y, 1.5, "first3")
     np.testing.assert_allclose(data.x[1, :2], data.x[0, :2] + (flow.data_time - 0.5) / 2 * v, rtol=1e-4, atol=1e-4)
 
 

@@ -450,7 +450,7 @@ def test_sharding_rules(mesh8, tiny_model):
     cut = sharding.shard(mesh8, np.arange(16))
     assert cut.sharding == NamedSharding(mesh8, PartitionSpec("data"))
     assert {shard.data.shape for shard in cut.addressable_shards} == {(2,)}
-    along_1 = sharding.shard(mesh8, {"z": np.zeros((3, 8, 2))}, axis=1)["z"]
+    along_1 = sharding.shard(mesh8, {"z": jnp.zeros((3, 8, 2))}, axis=1)["z"]
     assert {shard.data.shape for shard in along_1.addressable_shards} == {(3, 1, 2)}
     whole = sharding.replicate(mesh8, tiny_model)
     assert all(leaf.sharding.is_fully_replicated and len(leaf.devices()) == 8 for leaf in jax.tree.leaves(whole))

@@ -88,7 +88,7 @@ def test_so_does_the_path_of_the_kernels(policy: str, raises_sentence: Any) -> N
     config = DiTConfig(input_size=32, patch_size=2, in_channels=4, hidden_size=128, depth=1, num_heads=2, num_classes=10)
     dit = jax.tree.map(jnp.asarray, tiny_model(**config.to_dict()))
     quantized = ptq.quantize(dit, ptq.QuantConfig.of(**PLAIN, policy=policy, **SETTINGS), key=jax.random.key(0))
-    q = quantized.astype(jnp.bfloat16).replace(backend="hopper")  # type: ignore[attr-defined]
+    q = quantized.astype(jnp.bfloat16).replace(backend="hopper")
     x, y = random_inputs(config, 2)
     with raises_sentence(*WAY_OUT):
         jax.eval_shape(jax.grad(lambda x: q.apply(x, jnp.array([5]), y).astype(jnp.float32).sum()), x)
@@ -120,7 +120,7 @@ def test_what_no_quantizer_lies_behind_is_differentiated(q: ptq.QuantizedDiT) ->
     layer = q.linears["final"]
 
     def by_bias(bias: jax.Array) -> jax.Array:
-        changed = q.replace(linears={**q.linears, "final": layer.replace(bias=bias)})  # type: ignore[attr-defined]
+        changed = q.replace(linears={**q.linears, "final": layer.replace(bias=bias)})
         return changed.apply(x, jnp.array([500]), y).sum()
 
     tokens = 3 * q.config.num_tokens
@@ -199,7 +199,7 @@ def test_the_straight_through_twin_of_a_model(dit: ptq.FloatDiT, q: ptq.Quantize
     assert 0.97 < ratio < 1.03
     forward = jax.jvp(loss(twin), (jnp.asarray(x),), (jnp.asarray(x),))[1]
     np.testing.assert_allclose(forward, np.vdot(jax.grad(loss(twin))(x), x), rtol=1e-3)
-    by_params = jax.grad(lambda params: twin.replace(params=params).apply(x, t, y).sum())(twin.params)  # type: ignore[attr-defined]
+    by_params = jax.grad(lambda params: twin.replace(params=params).apply(x, t, y).sum())(twin.params)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(by_params))
 
 

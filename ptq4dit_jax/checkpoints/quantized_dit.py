@@ -90,7 +90,7 @@ def _expected(meta: Mapping[str, Any]) -> QuantizedDiT:
         raise Ptq4ditError(f"The model's num_groups is {shown(num_groups)}, not a positive integer; the folder is damaged.")
     with edge("the layers of this quantized model", "its config.json lacks or garbles one; the folder is damaged"):
         skeleton = _skeleton(config, schedule, _entry(meta, "linears"), _entry(meta, "sites"), num_groups)
-    return skeleton.replace(dtype=dtype)  # type: ignore[attr-defined]
+    return skeleton.replace(dtype=dtype)
 
 
 def _entry(values: object, key: str) -> Any:

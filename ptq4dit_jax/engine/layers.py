@@ -21,8 +21,7 @@ from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 Fed: TypeAlias = Encoded | jax.Array
 
 
-@struct.dataclass
-class QLinear:
+class QLinear(struct.PyTreeNode):
     """A linear layer of integers, ``y_n = (sum_k xq_k w'_nk) (sx sw_n) + bias_n``.
 
     ``weight`` (..., N, K); ``act`` quantizes the input, or is None where the layer is fed by floats and multiplies de-quantized
@@ -58,7 +57,7 @@ class QLinear:
     def at_group(self, group: jax.Array) -> QLinear:
         """The layer for one group of steps (), or for one group per row (B,): then ``bias`` is (..., B, N)."""
         act = self.act if self.act is None else self.act.at_group(group)
-        return self.replace(act=act, bias=jnp.take(self.bias, group, axis=-2, mode="clip"))  # type: ignore[attr-defined]
+        return self.replace(act=act, bias=jnp.take(self.bias, group, axis=-2, mode="clip"))
 
     def feed(self, x: jax.Array, dispatch: Dispatch) -> Fed:
         """The input as this layer wants it: codes, or the floats themselves."""
@@ -139,8 +138,8 @@ def in_unit_steps(qkv: QLinear, proj: QLinear) -> tuple[QLinear, QLinear]:
     factor = jnp.concatenate([jnp.ones((*of_v.shape[:-1], 2 * D), of_v.dtype), of_v], axis=-1)
     scaled = lambda layer, by: layer.weight.replace(scale=layer.weight.scale * by)
     return (
-        qkv.replace(weight=scaled(qkv, factor), bias=qkv.bias * factor),  # type: ignore[attr-defined]
-        proj.replace(weight=scaled(proj, step), act=act.replace(scale=jnp.ones_like(act.scale), balance=None)),  # type: ignore[attr-defined]
+        qkv.replace(weight=scaled(qkv, factor), bias=qkv.bias * factor),
+        proj.replace(weight=scaled(proj, step), act=act.replace(scale=jnp.ones_like(act.scale), balance=None)),
     )
 
 

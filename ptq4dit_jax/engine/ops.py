@@ -19,8 +19,7 @@ from ptq4dit_jax.networks.spec import Columns, Place, Stack
 from ptq4dit_jax.quantizers import ActQuantizer
 
 
-@struct.dataclass
-class Layers:
+class Layers(struct.PyTreeNode):
     """What a stack of blocks, or one block of it, computes with; names are those inside a block.
 
     ``sites`` are the quantizers of attention's inputs, or None where a kernel ends attention in codes. ``modulation`` is what
@@ -156,7 +155,7 @@ class IntegerOps:
         linears = {
             name: dataclasses.replace(layer, weight=weights.get(name, layer.weight)) for name, layer in block.linears.items()
         }
-        return dataclasses.replace(self, layers=block.replace(linears=linears), stacks={})  # type: ignore[attr-defined]
+        return dataclasses.replace(self, layers=block.replace(linears=linears), stacks={})
 
     def _ending_attention_in_codes(self, layers: Layers, stack: Stack, x_BTD: jax.Array) -> Layers:
         """The same function where the backend has a kernel that ends attention in codes: that has no sites, and steps of 1."""

@@ -31,8 +31,7 @@ class Provenance:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
 
-@struct.dataclass
-class QuantizedDiT:
+class QuantizedDiT(struct.PyTreeNode):
     """A quantized DiT, self-contained; a pytree.
 
     ``linears`` holds every linear layer by the names of ``config.linear_shapes``; layers of blocks carry a leading depth axis.
@@ -76,7 +75,7 @@ class QuantizedDiT:
 
     def astype(self, dtype: DTypeLike) -> QuantizedDiT:
         """The same model computing in ``dtype`` between the integer products: float32, bfloat16 or float16."""
-        return self.replace(dtype=jnp.dtype(dtype))  # type: ignore[attr-defined]
+        return self.replace(dtype=jnp.dtype(dtype))
 
     @property
     def backend_choice(self) -> choice.Choice:

@@ -14,8 +14,7 @@ _Tree = TypeVar("_Tree")
 _Result = TypeVar("_Result")
 
 
-@struct.dataclass
-class OfLayer:
+class OfLayer(struct.PyTreeNode):
     """Layer ``index`` () int32 of ``stack`` (L, ...); it has the shape and type of the layer.
 
     In a loop over layers XLA copies what it cuts out of a stack for a kernel, and a kernel can as well add the offset itself.

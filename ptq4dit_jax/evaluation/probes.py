@@ -20,8 +20,7 @@ from ptq4dit_jax.sampling import check_labels
 from ptq4dit_jax.waiting import ready
 
 
-@struct.dataclass
-class _Capture:
+class _Capture(struct.PyTreeNode):
     """Observer that keeps what it sees."""
 
     value: jax.Array
@@ -30,8 +29,7 @@ class _Capture:
         return _Capture(x)
 
 
-@struct.dataclass
-class _Against:
+class _Against(struct.PyTreeNode):
     """Observer that reduces the deviation from a captured reference, so that one model's activations are held, not both."""
 
     reference: jax.Array

@@ -16,8 +16,7 @@ from ptq4dit_jax.quantizers import ActQuantizer
 from ptq4dit_jax.ranges import activation_parameters
 
 
-@struct.dataclass
-class Ranged:
+class Ranged(struct.PyTreeNode):
     """Quantizers ``acts`` by site, leaves ([L,] G), and the noise levels ``edges`` (G - 1,) that part the groups of steps."""
 
     acts: dict[str, ActQuantizer]

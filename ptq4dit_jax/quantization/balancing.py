@@ -21,8 +21,7 @@ from ptq4dit_jax.quantization.observations import Observed
 from ptq4dit_jax.quantizers import Balance
 
 
-@struct.dataclass
-class Balanced:
+class Balanced(struct.PyTreeNode):
     """The float model after balancing, the same function as before, and what balancing decided.
 
     Attributes:
@@ -48,7 +47,7 @@ class Balanced:
         """A model balanced by these factors (L, K) by site."""
         params, residual = _fold(model.config, model.params, dict(factors))
         quantizers = nest_sites({name: Balance(factor) for name, factor in residual.items()})
-        folded = model.replace(params=params, quantizers=quantizers)  # type: ignore[attr-defined]
+        folded = model.replace(params=params, quantizers=quantizers)
         return cls(folded=folded, factors=dict(factors), residual=residual)
 
 

@@ -11,8 +11,7 @@ from ptq4dit_jax.calibration import CalibrationData, ChannelExtremes, channel_ex
 from ptq4dit_jax.model import FloatDiT
 
 
-@struct.dataclass
-class Observed:
+class Observed(struct.PyTreeNode):
     """Statistics of the float network, by site: leaves (S, [L,] K)."""
 
     extremes: Mapping[str, ChannelExtremes]

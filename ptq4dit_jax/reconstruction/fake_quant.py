@@ -56,8 +56,7 @@ def _backward(bits: int, saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.A
 fake_quant.defvjp(_forward, _backward)
 
 
-@struct.dataclass
-class LearnedQuantizer:
+class LearnedQuantizer(struct.PyTreeNode):
     """A site's quantizer during training: ``scale`` and ``zero_point`` are (B,), one for each row's group of steps."""
 
     scale: jax.Array
@@ -73,7 +72,7 @@ class LearnedQuantizer:
 
 def scaled(act: ActQuantizer, log_scale: jax.Array) -> ActQuantizer:
     """``act`` with its table of scales multiplied by ``exp(log_scale)``, both (G,)."""
-    return act.replace(scale=act.scale * jnp.exp(log_scale))  # type: ignore[attr-defined]
+    return act.replace(scale=act.scale * jnp.exp(log_scale))
 
 
 def for_rows(acts: Mapping[str, ActQuantizer], log_scales: Mapping[str, jax.Array], group_B: jax.Array) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class LearningWalk(Walk):
         rows = super().rows(unit)
         if self.settings.row_weights == "steps" and unit.kind.stack is not None:
             weight = self._place(np.asarray(_step_weights(self.float_x, rows.target, self.step, self.num_steps)))
-            rows = rows.replace(weight=weight)  # type: ignore[attr-defined]
+            rows = rows.replace(weight=weight)
         return rows
 
     def train(

@@ -23,8 +23,7 @@ from ptq4dit_jax.waiting import ready
 _Sums: TypeAlias = InputMoments[Compensated]
 
 
-@struct.dataclass
-class _Networks:
+class _Networks(struct.PyTreeNode):
     """A part twice: as it is ``rounded`` with its ``acts`` (G,) by site, and the float one with what folding left there."""
 
     rounded: RoundedPart
@@ -33,8 +32,7 @@ class _Networks:
     balances: dict[str, Any]
 
 
-@struct.dataclass
-class _Seen:
+class _Seen(struct.PyTreeNode):
     """Rows (M, B, ...): what both forms of a part are fed, the group of steps, and what each row counts."""
 
     inputs: tuple[HeldRows, ...]

@@ -32,8 +32,7 @@ _Result = TypeVar("_Result")
 _Shared = TypeVar("_Shared")
 
 
-@struct.dataclass
-class Task:
+class Task(struct.PyTreeNode):
     """What stays fixed while a part is optimized: kernels but for their rounding, biases (N,), ``acts`` but for their scales,
     and other parameters. ``acts`` are (G,) tables, by site; sites fed by floats are absent."""
 
@@ -43,8 +42,7 @@ class Task:
     constants: dict[str, Any]
 
 
-@struct.dataclass
-class Variables:
+class Variables(struct.PyTreeNode):
     """What is learned: rounding variables (K, N) by layer, and the logarithm (G,) of what each site's scales are multiplied
     by."""
 
@@ -52,8 +50,7 @@ class Variables:
     log_scale: dict[str, Any]
 
 
-@struct.dataclass
-class Rows(Generic[_Leaf]):
+class Rows(struct.PyTreeNode, Generic[_Leaf]):
     """A part's training data. Rows lie in B strata of M: leaves are (M, B, ...), and a batch draws one row of each stratum.
 
     ``inputs`` as :func:`apply_unit` takes them, from the quantized prefix; ``target`` is the float part's output; ``group``
@@ -66,8 +63,7 @@ class Rows(Generic[_Leaf]):
     weight: _Leaf
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """Everything that a resumed run needs: the variables, the optimizers' states, the next iteration () and the
     error, relative to rounding to the nearest, seen at each iteration so far (iterations,)."""
 

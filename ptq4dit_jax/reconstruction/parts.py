@@ -18,8 +18,7 @@ from ptq4dit_jax.reconstruction.units import Unit
 _Quantizer = TypeVar("_Quantizer", ActQuantizer, ActQuantizer | None)
 
 
-@struct.dataclass
-class RoundedPart:
+class RoundedPart(struct.PyTreeNode):
     """By layer the quantized ``weights`` (N, K) and the ``biases`` (N,) float32; by site the logarithm (G,) of what the scales
     of its activations are multiplied by. Sites whose scales stay may be absent."""
 
@@ -36,12 +35,12 @@ class RoundedPart:
 
     def with_layer(self, layer: str, weight: QTensor, bias: jax.Array) -> RoundedPart:
         weights, biases = self.weights | {layer: weight}, self.biases | {layer: bias}
-        return self.replace(weights=weights, biases=biases)  # type: ignore[attr-defined]
+        return self.replace(weights=weights, biases=biases)
 
 
 def scaled(act: ActQuantizer, log_scale: jax.Array) -> ActQuantizer:
     """With its scales multiplied by the exponential of ``log_scale``."""
-    return act.replace(scale=act.scale * jnp.exp(log_scale))  # type: ignore[attr-defined]
+    return act.replace(scale=act.scale * jnp.exp(log_scale))
 
 
 def assemble(quantized: QuantizedDiT, parts: Sequence[tuple[Unit, RoundedPart]]) -> QuantizedDiT:
@@ -67,7 +66,7 @@ def assemble(quantized: QuantizedDiT, parts: Sequence[tuple[Unit, RoundedPart]])
         act = learned(spec.site_of[name], linear.act)
         linears[name] = _pack(weights[name], biases[name], act, stacked=bool(spec.linears[name].place.lead))
     sites = {name: learned(name, act) for name, act in quantized.sites.items()}
-    return quantized.replace(linears=linears, sites=sites)  # type: ignore[attr-defined]
+    return quantized.replace(linears=linears, sites=sites)
 
 
 def _joined(parts: Sequence[Any], stacked: bool) -> Any:

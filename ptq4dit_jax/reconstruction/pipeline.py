@@ -35,8 +35,7 @@ from ptq4dit_jax.reconstruction.walk import HeldRows
 _REPORT_EVERY, _CURVE_POINTS = 100, 50
 
 
-@struct.dataclass
-class PartResult:
+class PartResult(struct.PyTreeNode):
     """What a ``part`` was given; its mean squared error with all weights rounded to the nearest and after learning, and the
     error of each iteration relative to the former."""
 
@@ -46,8 +45,7 @@ class PartResult:
     errors: jax.Array
 
 
-@struct.dataclass
-class _Work:
+class _Work(struct.PyTreeNode):
     """What a run that died inside a part needs to resume: the fixed ``kernels`` and ``biases``; the codes to keep if learning
     does no better, ``upper`` where a code is the higher of its two; and the ``state``."""
 

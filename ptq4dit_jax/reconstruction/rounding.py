@@ -18,8 +18,7 @@ GAMMA, ZETA = -0.1, 1.1
 LEANING = 0.1
 
 
-@struct.dataclass
-class RoundedKernel:
+class RoundedKernel(struct.PyTreeNode):
     """What stays fixed of a kernel whose rounding is learned.
 
     ``base`` (..., K, N) int8 is the centered code below the weight; a weight outside the range has a ``base`` whose both

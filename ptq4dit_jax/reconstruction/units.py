@@ -17,8 +17,7 @@ from ptq4dit_jax.numerics import EXACT
 _Tree = TypeVar("_Tree")
 
 
-@struct.dataclass
-class Unit:
+class Unit(struct.PyTreeNode):
     """One part. ``kind`` decides the program, ``index`` which block of its stack it is (0 outside the stacks)."""
 
     kind: UnitKind = struct.field(pytree_node=False)
@@ -86,8 +85,7 @@ def apply_unit(
     return cast(jax.Array, output if kind.stack is None else output[0])
 
 
-@struct.dataclass
-class _Passing:
+class _Passing(struct.PyTreeNode):
     """Observer that keeps what it sees."""
 
     def observe(self, x: jax.Array) -> Any:

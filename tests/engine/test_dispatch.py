@@ -149,7 +149,7 @@ def with_toy(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("with_toy")
 def test_a_model_runs_by_a_backend_of_one_operation(quantized: ptq.QuantizedDiT) -> None:
     x, y = random_inputs(quantized.config, 2)
-    toy, reference = (quantized.replace(backend=name) for name in ("toy", "xla"))  # type: ignore[attr-defined]
+    toy, reference = (quantized.replace(backend=name) for name in ("toy", "xla"))
     np.testing.assert_allclose(toy.apply(x, T, y), reference.apply(x, T, y), rtol=1e-3, atol=1e-3)
     rows = {row.layer: row for row in ptq.describe(toy)}
     assert rows["time_fc1"].backend == "toy, codes by xla"
@@ -174,7 +174,7 @@ def test_a_new_backend_is_listed_and_chosen_where_it_fits(monkeypatch: pytest.Mo
 
 def test_an_unknown_name_is_refused_at_once(quantized: ptq.QuantizedDiT, raises_sentence: Any) -> None:
     for asked in (
-        lambda: quantized.replace(backend="cutlass"),  # type: ignore[attr-defined]
+        lambda: quantized.replace(backend="cutlass"),
         lambda: choice.resolve("cutlass", "float32"),
         lambda: choice.named("cutlass"),
     ):
@@ -183,7 +183,7 @@ def test_an_unknown_name_is_refused_at_once(quantized: ptq.QuantizedDiT, raises_
 
 
 def test_the_former_name_of_hopper_is_still_taken(quantized: ptq.QuantizedDiT, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert quantized.replace(backend="mosaic_gpu").backend == "hopper"  # type: ignore[attr-defined]
+    assert quantized.replace(backend="mosaic_gpu").backend == "hopper"
     monkeypatch.setattr(terminal, "default_device", lambda: DeviceKind("gpu", (9, 0)))
     assert terminal.to_run(quantized, "auto", "mosaic_gpu").backend == "hopper"
     assert choice.named("mosaic_gpu") is hopper.BACKEND

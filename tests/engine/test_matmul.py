@@ -101,7 +101,7 @@ def test_batched_products_are_exact_at_the_ends_of_the_range() -> None:
 def product(x: np.ndarray | jax.Array, weight: QTensor, scale: np.ndarray, bias: np.ndarray) -> jax.Array:
     """The linear layer in float32, the activations' scale folded into the weights'."""
     encoded = Encoded(jnp.asarray(x), jnp.float32(1), None)
-    weight = weight.replace(scale=jnp.asarray(scale))  # type: ignore[attr-defined]
+    weight = weight.replace(scale=jnp.asarray(scale))
     return XLA.linear(encoded, weight, jnp.asarray(bias), jnp.float32)
 
 

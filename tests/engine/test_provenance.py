@@ -24,7 +24,7 @@ def models() -> list[ptq.QuantizedDiT]:
             ptq.QuantConfig.of(**PLAIN, steps=2, calib_steps=1, calib_rows=2),
             key=jax.random.key(0),
         )
-        made.append(q.replace(provenance=Provenance({"name": name})))  # type: ignore[attr-defined]
+        made.append(q.replace(provenance=Provenance({"name": name})))
     return made
 
 

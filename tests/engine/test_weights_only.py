@@ -54,7 +54,7 @@ def with_numpy_weights(dit: ptq.FloatDiT, q: ptq.QuantizedDiT) -> ptq.FloatDiT:
         for part in name.split("."):
             tree = tree[part]
         tree["kernel"] = np.swapaxes(codes * scale[..., None].astype(np.float64), -1, -2).astype(np.float32)
-    return dit.replace(params=jax.tree.map(jnp.asarray, params))  # type: ignore[attr-defined]
+    return dit.replace(params=jax.tree.map(jnp.asarray, params))
 
 
 def test_it_is_the_float_model_with_other_weights(dit: ptq.FloatDiT, w4: ptq.QuantizedDiT) -> None:
@@ -75,7 +75,7 @@ def test_it_is_the_float_model_with_other_weights(dit: ptq.FloatDiT, w4: ptq.Qua
 def test_the_table_says_in_what_it_runs(w4: ptq.QuantizedDiT, dtype: str, backend: str) -> None:
     if (dtype, backend) == ("float32", "hopper"):
         pytest.skip("refused")
-    rows = ptq.describe(w4.astype(dtype).replace(backend=backend))  # type: ignore[attr-defined]
+    rows = ptq.describe(w4.astype(dtype).replace(backend=backend))
     bits = {"float32": 32, "bfloat16": 16}[dtype]
     layers, products = rows[:-2], rows[-2:]
     assert {(row.runs, row.act_bits, row.ranges) for row in layers} == {(f"{dtype} on de-quantized weights", bits, None)}

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import Capture, random_inputs, relative_error, same_bytes, tiny_model
@@ -110,11 +111,11 @@ def test_parts_hold_each_row_once_on_the_device_that_sums_it(devices, mesh8):
     strata = {1: 32, 2: 32, 3: 33, 8: 32}[devices]
     x = sharding.shard(mesh, np.arange(5 * strata).reshape(5, strata), axis=1)
     parts = 8 if 8 % devices == 0 else devices
-    lanes = moments._lanes({"x": x}, parts, mesh)
-    np.testing.assert_array_equal(np.concatenate([lane["x"] for lane in lanes], axis=1), x)
+    lanes = moments._lanes(moments._Seen((x,), (x,), x, x), parts, mesh)
+    np.testing.assert_array_equal(np.concatenate([lane.group for lane in lanes], axis=1), x)
     for item in range(parts):
-        lane = lanes[moments._lane(item, devices, parts // devices)]["x"]
-        assert lane.devices() == {sharding.devices_of(mesh)[item % devices] or jax.devices()[0]}
+        lane = lanes[moments._lane(item, devices, parts // devices)].group
+        assert jnp.asarray(lane).devices() == {sharding.devices_of(mesh)[item % devices] or jax.devices()[0]}
 
 
 @pytest.mark.slow
