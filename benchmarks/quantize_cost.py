@@ -62,15 +62,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="of the sampler")
     parser.add_argument("--rounding", choices=["nearest", "gptq"], help="of the weights; older checkouts know nearest alone")
     parser.add_argument("--iterations", type=int, default=0, help="of reconstruction for each part; 0 leaves it out")
-    parser.add_argument("--parts", type=int, help="of a batch of the reconstruction; the default is the package's")
+    parser.add_argument("--chunks", type=int, help="of a batch of the reconstruction; the default is the package's")
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     shape: dict[str, Any] = {} if arguments.depth is None else {"depth": arguments.depth}
     model = ptq.FloatDiT.init(
         DiTConfig.preset(arguments.preset, input_size=arguments.input_size, **shape), key=jax.random.key(0)
     )
-    parts = {} if arguments.parts is None else {"parts": arguments.parts}
-    learn = Reconstruction(iterations=arguments.iterations, **parts) if arguments.iterations else None
+    chunks = {} if arguments.chunks is None else {"accumulation_chunks": arguments.chunks}
+    learn = Reconstruction(iterations=arguments.iterations, **chunks) if arguments.iterations else None
     config = ptq.QuantConfig.of(
         weight_bits=arguments.weight_bits,
         calib_steps=arguments.calib_steps,

@@ -28,7 +28,7 @@ DEFAULT_STEPS = 50
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to walk from noise to image: the sampler, its steps and its guidance.
+    """How to get from noise to image: the sampler, its steps and its guidance.
 
     Attributes:
       sampler: a name in :data:`ptq4dit_jax.samplers.SAMPLERS`; ``auto`` is ddpm for a model that predicts noise, euler for one

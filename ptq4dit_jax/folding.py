@@ -6,7 +6,7 @@ kernel's rows. The first half needs a home, which the network's tables name (:da
 
     qkv_in, fc1_in   the adaLN linear that makes their shift and scale: ``shift' = b shift``, ``1 + scale' = b (1 + scale)``
     v                the v columns of the qkv linear (used to give v's channels equal ranges; its inverse joins proj_in)
-    proj_in, fc2_in  cannot be folded into a float layer; what is left (a :class:`Balance` in the float model) is a
+    proj_in, fc2_in  cannot be folded into a float layer; what is left (a :class:`ChannelScale` in the float model) is a
                      per-channel vector in the de-quantization of ``probs @ v`` and in the quantization of the GELU output
 """
 

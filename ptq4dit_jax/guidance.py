@@ -30,8 +30,11 @@ _END = 1e-6
 class Predictor(Protocol):
     """What a sampler needs of a model, float or quantized: a pytree with the raw network output as ``apply``."""
 
-    config: DiTConfig
-    schedule: Schedule
+    @property
+    def config(self) -> DiTConfig: ...
+
+    @property
+    def schedule(self) -> Schedule: ...
 
     def apply(self, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array: ...
 

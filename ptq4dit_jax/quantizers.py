@@ -142,7 +142,7 @@ def decode(encoded: Encoded) -> jax.Array:
     return encoded.scale * centered
 
 
-class Balance(struct.PyTreeNode):
+class ChannelScale(struct.PyTreeNode):
     """A site that only multiplies its channels: what balancing leaves in a float model where it cannot be folded away."""
 
     factor: jax.Array

@@ -73,7 +73,7 @@ def _never(eta: float) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """One way to walk from noise to image; an entry of :data:`SAMPLERS`.
+    """One way from noise to image; an entry of :data:`SAMPLERS`.
 
     Attributes:
       name: what users call it.

@@ -98,7 +98,7 @@ def sample(
       model: a :class:`FloatDiT` or :class:`QuantizedDiT`.
       labels: (N,) class labels; of a model without classes the number N of images, or None for one.
       key: the seed; sample ``i`` sees noise made of the key and ``i`` alone, whatever the batch size or the devices.
-      sampling: how to walk from noise to image; what it leaves open follows the model.
+      sampling: how to get from noise to image; what it leaves open follows the model.
       batch_size: images per compiled call; the last batch is padded. By default up to 256 per device, fewer where the compiled
         program would not fit into the free memory.
       noise: initial noise (N, H, W, C) instead of the key's.

@@ -34,6 +34,7 @@ class Setting:
       read: makes the value from the text of an option, where text is not the value.
       flag: the option's spelling where it is not the flat name's.
       of: the dataclass of settings that the value is, where it may also be None.
+      former: the flat name that earlier versions stored it by.
     """
 
     help: str
@@ -43,6 +44,7 @@ class Setting:
     read: Callable[[str], object] | None = None
     flag: str | None = None
     of: type | None = None
+    former: str | None = None
 
 
 class _More(TypedDict, total=False):
@@ -54,6 +56,7 @@ class _More(TypedDict, total=False):
     read: Callable[[str], object] | None
     flag: str | None
     of: type | None
+    former: str | None
 
 
 def setting(default: _Value, help: str, **more: Unpack[_More]) -> _Value:

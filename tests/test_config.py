@@ -332,6 +332,12 @@ def test_stored_settings_that_cannot_be(stored: dict[str, Any], parts: tuple[str
         QuantConfig.from_dict(stored)
 
 
+def test_a_setting_is_known_by_its_former_name() -> None:
+    stored = QuantConfig.of(reconstruction=Reconstruction(accumulation_chunks=4)).to_dict()
+    stored["reconstruction"]["parts"] = stored["reconstruction"].pop("accumulation_chunks")
+    assert QuantConfig.from_dict(stored).learning == Reconstruction(accumulation_chunks=4)
+
+
 def test_sections_and_flat_names_say_the_same() -> None:
     sections = QuantConfig(
         weights=Weights(bits=4),

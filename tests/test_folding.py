@@ -16,7 +16,7 @@ from helpers import random_inputs, relative_error, structure, tiny_config, tiny_
 from benchmarks.salient import salient_model
 from ptq4dit_jax.folding import fold
 from ptq4dit_jax.model import FloatDiT
-from ptq4dit_jax.quantizers import Balance
+from ptq4dit_jax.quantizers import ChannelScale
 from ptq4dit_jax.salience import balancing_factors, weight_salience
 
 #: From nothing to everything that can be balanced.
@@ -69,7 +69,7 @@ def fold_blocks(blocks: Any, factors: Mapping[str, jax.Array]) -> tuple[dict[str
 
 def folded_model(model: FloatDiT, factors: Mapping[str, jax.Array]) -> FloatDiT:
     blocks, residual = fold_blocks(model.params["blocks"], factors)
-    quantizers = {"blocks": {name: Balance(factor) for name, factor in residual.items()}} if residual else {}
+    quantizers = {"blocks": {name: ChannelScale(factor) for name, factor in residual.items()}} if residual else {}
     return dataclasses.replace(model, params={**model.params, "blocks": blocks}, quantizers=quantizers)
 
 

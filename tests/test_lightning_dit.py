@@ -114,7 +114,7 @@ def test_folding_leaves_the_function_and_nothing_behind_fc2(model):
     assert set(residual) == {"blocks.proj_in"}
     x, y = random_inputs(CONFIG, 4)
     folded = model.replace(
-        params=params, quantizers={"blocks": {"proj_in": ptq.quantizers.Balance(residual["blocks.proj_in"])}}
+        params=params, quantizers={"blocks": {"proj_in": ptq.quantizers.ChannelScale(residual["blocks.proj_in"])}}
     )
     t = np.array([0.5], np.float32)
     assert relative_error(folded.apply(x, t, y), model.apply(x, t, y)) < 1e-5

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.quantizers import (
     ActQuantizer,
-    Balance,
+    ChannelScale,
     Encoded,
     QTensor,
     act_code_range,
@@ -319,8 +319,8 @@ def test_any_balance_is_quantized_to_half_a_step() -> None:
 def test_a_balance_alone_only_multiplies() -> None:
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     factor = np.array([0.5, 1, 4], np.float32)
-    np.testing.assert_array_equal(Balance(jnp.asarray(factor))(jnp.asarray(x)), x * factor)
-    assert Balance(jnp.asarray(factor))(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ChannelScale(jnp.asarray(factor))(jnp.asarray(x)), x * factor)
+    assert ChannelScale(jnp.asarray(factor))(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 # --- groups of steps

@@ -183,6 +183,8 @@ class QuantConfig:
 
 
 def _known(kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+    former = {leaf.said.former: leaf.name for leaf in leaves(kind) if leaf.said.former is not None}
+    stored = {former.get(name, name): value for name, value in stored.items()}
     known = {leaf.name for leaf in leaves(kind)}
     if unknown := [name for name in stored if name not in known]:
         raise Ptq4ditError(f"There is no setting {quoted(unknown[0])}; a newer version of this program has stored it.")

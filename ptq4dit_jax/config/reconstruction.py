@@ -19,8 +19,8 @@ Start = Literal["nearest", "gptq"]
 MAX_ITERATIONS = 10**7
 #: Of a learning rate, a regularizer or its exponents.
 _MAX_RATE = 1e6
-#: Parts of a batch on CPUs where nothing is said: as many as a host has devices.
-_PARTS = 8
+#: Chunks of a batch on CPUs where nothing is said: as many as a host has devices.
+_CHUNKS = 8
 
 
 def _read_exponents(text: str) -> tuple[float, ...]:
@@ -49,9 +49,9 @@ class Reconstruction:
       warmup: part of the iterations without regularizer.
       row_weights: ``plain``, or ``steps``: rows count inversely to the float part's mean square change at their step.
       dtype: compute type; ``auto`` is bfloat16 on GPU and TPU and float32 on CPU.
-      parts: into how many parts a batch is cut, whose gradients are added up in order. Every number of devices that divides it
-        gives the same integers. None is 8 on CPUs, or the largest divisor of 8 that divides ``batch_size``, and 1 elsewhere:
-        parts of 4 rows are too little work for a GPU.
+      accumulation_chunks: into how many chunks a batch is cut, whose gradients are added up in order. Every number of devices
+        that divides it gives the same integers. None is 8 on CPUs, or the largest divisor of 8 that divides ``batch_size``, and
+        1 elsewhere: chunks of 4 rows are too little work for a GPU.
       rows_on: where hidden states are kept: ``device``, ``host`` (streamed batch by batch), or ``auto``, the device if they
         fit.
     """
@@ -64,7 +64,7 @@ class Reconstruction:
         shown="gptq; nearest with --paper",
     )
     batch_size: int = setting(
-        32, "Rows of an iteration, a multiple of the devices and of --reconstruct-parts.", flag="reconstruct-batch"
+        32, "Rows of an iteration, a multiple of the devices and of --accumulation-chunks.", flag="reconstruct-batch"
     )
     rounding_rate: float = setting(0.3, "Adam's learning rate of the roundings.")
     rounding_eps: float = setting(1.0, "Adam's epsilon of the roundings; a small one moves all weights alike.")
@@ -81,25 +81,26 @@ class Reconstruction:
     dtype: Literal["auto", "bfloat16", "float32"] = setting(
         "auto", "Type to learn in: bfloat16, float32, or auto, float32 on a CPU only.", flag="reconstruct-dtype"
     )
-    parts: int | None = setting(
+    accumulation_chunks: int | None = setting(
         None,
-        "Parts of a batch; every number of devices that divides it learns the same integers.",
-        flag="reconstruct-parts",
+        "Chunks of a batch; every number of devices that divides it learns the same integers.",
         shown="8 on CPUs, else 1",
+        former="parts",
     )
     rows_on: RowsOn = setting(
         "auto", "Where hidden states are kept: device, host, or auto, the device if they fit.", flag="reconstruct-rows-on"
     )
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size", *(() if self.parts is None else ("parts",))):
+        for name in ("iterations", "batch_size", *(() if self.accumulation_chunks is None else ("accumulation_chunks",))):
             value, most = getattr(self, name), MAX_ITERATIONS if name == "iterations" else MAX_ROWS
             if not isinstance(value, int) or value < 1:
                 raise Ptq4ditError(f"Reconstruction {name} must be a positive integer, not {shown(value)}.")
             if value > most:
                 raise Ptq4ditError(f"Reconstruction {name} must be at most {most}, not {shown(value)}.")
-        if self.parts is not None and self.batch_size % self.parts:
-            raise Ptq4ditError(f"A reconstruction batch of {self.batch_size} rows cannot be cut into {self.parts} equal parts.")
+        chunks = self.accumulation_chunks
+        if chunks is not None and self.batch_size % chunks:
+            raise Ptq4ditError(f"A reconstruction batch of {self.batch_size} rows cannot be cut into {chunks} equal chunks.")
         for name in ("rounding_rate", "scale_rate", "regularizer"):
             if not 0 <= getattr(self, name) <= _MAX_RATE:
                 raise Ptq4ditError(
@@ -123,8 +124,8 @@ class Reconstruction:
         """``start``, or what stands for None."""
         return self.start or "gptq"
 
-    def gradient_parts(self, platform: str) -> int:
-        """``parts``, or what stands for None on that platform of JAX."""
-        if self.parts is not None:
-            return self.parts
-        return math.gcd(self.batch_size, _PARTS) if platform == "cpu" else 1
+    def resolved_chunks(self, platform: str) -> int:
+        """``accumulation_chunks``, or what stands for None on that platform of JAX."""
+        if self.accumulation_chunks is not None:
+            return self.accumulation_chunks
+        return math.gcd(self.batch_size, _CHUNKS) if platform == "cpu" else 1

@@ -98,12 +98,12 @@ class Backend(Generic[LeafT]):
             return f"the kernels compute in {' or '.join(self.dtypes)} between the products and the model in {dtype}"
         return ""
 
-    def prepared(self, weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
+    def unpack_ahead(self, weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
         """Weights (N, K) of a block in the form that its products need, by name; their values stay the same.
 
         A backend may unpack all packed ones to int8 at once, but not before ``after`` (any array) has been computed.
         """
-        _no_kernel("prepared")
+        _no_kernel("unpack_ahead")
 
     def linear(self, x: Encoded, weight: QTensor, bias: LeafT, dtype: DTypeLike) -> jax.Array:
         """``scale * (values @ codes.T) + bias``: int8 (..., K) times a weight (N, K), to (..., N) in ``dtype``.

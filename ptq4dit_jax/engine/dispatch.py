@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ptq4dit_jax.engine.backends import Backend, NotCovered
-from ptq4dit_jax.engine.stacks import Leaf, taken
+from ptq4dit_jax.engine.stacks import Leaf, materialize
 from ptq4dit_jax.quantizers import undifferentiable
 
 #: A backend, whether it reads stacks or not.
@@ -114,7 +114,7 @@ class Dispatch:
 
     chain: tuple[AnyBackend, ...]
 
-    prepared = _in_turn(Backend[Leaf].prepared, Kind.WEIGHTS)
+    unpack_ahead = _in_turn(Backend[Leaf].unpack_ahead, Kind.WEIGHTS)
     linear = _in_turn(Backend[Leaf].linear, Kind.LINEAR)
     linear_parts = _in_turn(Backend[Leaf].linear_parts, Kind.LINEAR)
     linear_each = _in_turn(Backend[Leaf].linear_each, Kind.LINEAR)
@@ -152,7 +152,7 @@ class Dispatch:
 def _fitted(backend: AnyBackend, args: _T) -> _T:
     """A tree of arguments as the backend takes them."""
     if not backend.reads_stacks:
-        args = taken(args)
+        args = materialize(args)
     return args if backend.differentiable else _without_derivatives(args)
 
 

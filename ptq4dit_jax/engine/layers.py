@@ -11,7 +11,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.dispatch import Dispatch
-from ptq4dit_jax.engine.stacks import Leaf, in_turns, taken
+from ptq4dit_jax.engine.stacks import Leaf, map_in_chunks, materialize
 from ptq4dit_jax.networks.ops import Norm
 from ptq4dit_jax.networks.parts import float_attention, modulate, normalize
 from ptq4dit_jax.numerics import along_last, product_precision
@@ -66,7 +66,7 @@ class QLinear(struct.PyTreeNode):
     def feed_modulated(self, x_BTD: jax.Array, shift_BD: Leaf | None, scale_BD: Leaf, norm: Norm, dispatch: Dispatch) -> Fed:
         """:meth:`feed` of ``norm(x) * (1 + scale) + shift``."""
         if self.act is None:
-            return modulate(normalize(x_BTD, norm), taken(shift_BD), taken(scale_BD))
+            return modulate(normalize(x_BTD, norm), materialize(shift_BD), materialize(scale_BD))
         return dispatch.modulate_encode(x_BTD, shift_BD, scale_BD, self.act, norm)
 
     def __call__(self, x: jax.Array, dispatch: Dispatch) -> jax.Array:
@@ -88,7 +88,7 @@ class QLinear(struct.PyTreeNode):
     def product_each(self, x: jax.Array, parts: int, dispatch: Dispatch) -> list[jax.Array]:
         """Of a stack of layers, all fed by ``x`` (B, K): their outputs, ``parts`` stacks (L, B, N / parts)."""
         if not self.integer:
-            return jnp.split(in_turns(lambda layer: layer(x, dispatch), self), parts, axis=-1)
+            return jnp.split(map_in_chunks(lambda layer: layer(x, dispatch), self), parts, axis=-1)
         fed = jax.vmap(lambda layer: layer.feed(x, dispatch))(self)
         return dispatch.linear_each(fed, self.weight, self.bias, x.dtype, parts)
 
@@ -101,15 +101,15 @@ class QLinear(struct.PyTreeNode):
     def product_residual(self, fed: Fed, gate_BD: Leaf, x_BTD: jax.Array, dispatch: Dispatch) -> jax.Array:
         """``x + gate * output``."""
         if not isinstance(fed, Encoded):
-            return x_BTD + taken(gate_BD)[:, None] * self._float_product(fed)
+            return x_BTD + materialize(gate_BD)[:, None] * self._float_product(fed)
         return dispatch.linear_residual(fed, self.weight, self._bias_for(fed.values), gate_BD, x_BTD)
 
     def _bias_for(self, x: jax.Array) -> Any:
         """The bias as it broadcasts against the output for ``x``: one for each row's group lies along the batch."""
-        return taken(self.bias)[:, None] if self.bias.ndim == 2 and x.ndim == 3 else self.bias
+        return materialize(self.bias)[:, None] if self.bias.ndim == 2 and x.ndim == 3 else self.bias
 
     def _float_product(self, x: jax.Array) -> jax.Array:
-        weight, bias = taken((self.weight, self._bias_for(x)))
+        weight, bias = materialize((self.weight, self._bias_for(x)))
         out = jnp.einsum("...k,nk->...n", x, weight.dequantize().astype(x.dtype), precision=product_precision(x.dtype))
         return out + along_last(bias, out.ndim).astype(x.dtype)
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.dispatch import Dispatch
 from ptq4dit_jax.engine.layers import Fed, QLinear, attention, in_unit_steps
-from ptq4dit_jax.engine.stacks import Leaf, of_layer, taken
+from ptq4dit_jax.engine.stacks import Leaf, lazy_layer, materialize
 from ptq4dit_jax.networks.ops import Activation, Network, Norm, Rotary
 from ptq4dit_jax.networks.parts import modulate, normalize, rotate
 from ptq4dit_jax.networks.spec import Columns, Place, Stack
@@ -92,7 +92,7 @@ class IntegerOps:
     def normed(self, feeds: str, x_BTD: jax.Array, shift: Leaf | None, scale: Leaf, norm: Norm) -> Fed:
         layer = self.layers.linears[feeds]
         if self.stacks:  # outside of blocks rounded to the compute type first, as saved models always were
-            return layer.feed(modulate(normalize(x_BTD, norm), taken(shift), taken(scale)), self.dispatch)
+            return layer.feed(modulate(normalize(x_BTD, norm), materialize(shift), materialize(scale)), self.dispatch)
         return layer.feed_modulated(x_BTD, shift, scale, norm, self.dispatch)
 
     def product(self, name: str, fed: Fed) -> jax.Array:
@@ -141,7 +141,7 @@ class IntegerOps:
 
         @jax.jit
         def block(layers: Layers, index: jax.Array, x_BTD: jax.Array) -> jax.Array:
-            return run(of_layer(layers, index), x_BTD)
+            return run(lazy_layer(layers, index), x_BTD)
 
         # One function called for each: in a loop its counter and the constants of a block would be launches of their own.
         for index in range(stack.depth):
@@ -151,7 +151,7 @@ class IntegerOps:
     def _inside(self, block: Layers, x_BTD: jax.Array) -> IntegerOps:
         """The interpreter of one block, whose input is ``x_BTD``."""
         weights = {name: layer.weight for name, layer in block.linears.items() if layer.integer}
-        weights = self.dispatch.prepared(weights, x_BTD)
+        weights = self.dispatch.unpack_ahead(weights, x_BTD)
         linears = {
             name: dataclasses.replace(layer, weight=weights.get(name, layer.weight)) for name, layer in block.linears.items()
         }
@@ -166,7 +166,7 @@ class IntegerOps:
                 continue
             fed = spec.sites[str(site.place.beside(home.undone))].feeds
             assert fed is not None
-            following = of_layer(layers.linears[fed.place.name], jnp.int32(0))
+            following = lazy_layer(layers.linears[fed.place.name], jnp.int32(0))
             like_x = jax.ShapeDtypeStruct(x_BTD.shape, x_BTD.dtype)
             arguments = like_x, like_x, like_x, site.features[0], following.act
             if following.integer and self.dispatch.covers(self.dispatch.attention_codes, *arguments):

@@ -48,16 +48,16 @@ def _is_one(leaf: object) -> bool:
     return isinstance(leaf, OfLayer)
 
 
-def of_layer(tree: _Tree, index: jax.Array) -> _Tree:
+def lazy_layer(tree: _Tree, index: jax.Array) -> _Tree:
     """The tree of stacks as one of layers, none of them cut out."""
     return jax.tree.map(lambda stack: OfLayer(stack, index), tree)
 
 
 @overload
-def taken(tree: Leaf) -> jax.Array: ...
+def materialize(tree: Leaf) -> jax.Array: ...
 @overload
-def taken(tree: _Tree) -> _Tree: ...
-def taken(tree: _Tree) -> _Tree | jax.Array:
+def materialize(tree: _Tree) -> _Tree: ...
+def materialize(tree: _Tree) -> _Tree | jax.Array:
     """The tree with every layer cut out of its stack; all else as it is."""
     return jax.tree.map(lambda leaf: leaf.take() if _is_one(leaf) else leaf, tree, is_leaf=_is_one)
 
@@ -79,7 +79,7 @@ def layer_of(*trees: object) -> jax.Array:
 _WIDENED_TOGETHER = 4
 
 
-def in_turns(function: Callable[[_Tree], _Result], layers: _Tree) -> _Result:
+def map_in_chunks(function: Callable[[_Tree], _Result], layers: _Tree) -> _Result:
     """The function of every layer of a tree of stacks, a few at a time: what it widens of all layers at once would be the
     largest array of the program."""
     depth = jax.tree.leaves(layers)[0].shape[0]

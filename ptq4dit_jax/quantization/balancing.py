@@ -18,7 +18,7 @@ from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.spec import nest_sites
 from ptq4dit_jax.quantization.choices import balanced_sites, equalized_sites, step_groups
 from ptq4dit_jax.quantization.observations import Observed
-from ptq4dit_jax.quantizers import Balance
+from ptq4dit_jax.quantizers import ChannelScale
 
 
 class Balanced(struct.PyTreeNode):
@@ -46,7 +46,7 @@ class Balanced(struct.PyTreeNode):
     def by(cls, model: FloatDiT, factors: Mapping[str, jax.Array]) -> Balanced:
         """A model balanced by these factors (L, K) by site."""
         params, residual = _fold(model.config, model.params, dict(factors))
-        quantizers = nest_sites({name: Balance(factor) for name, factor in residual.items()})
+        quantizers = nest_sites({name: ChannelScale(factor) for name, factor in residual.items()})
         folded = model.replace(params=params, quantizers=quantizers)
         return cls(folded=folded, factors=dict(factors), residual=residual)
 

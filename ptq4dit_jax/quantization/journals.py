@@ -31,8 +31,8 @@ def open_journal(
 ) -> contextlib.AbstractContextManager[Journal | None]:
     """Opened before any long work, so that a run that does not match is refused at once.
 
-    The number of devices is no part of the fingerprint: no integer depends on it, or with ``parts=1`` no more than last bits of
-    gradients do, which two runs on one GPU may not share either.
+    The number of devices is no part of the fingerprint: no integer depends on it, or with ``accumulation_chunks=1`` no more
+    than last bits of gradients do, which two runs on one GPU may not share either.
     """
     if config.learning is None or state is None:
         return contextlib.nullcontext()

@@ -55,7 +55,7 @@ def quantize(
       row_batch: calibration rows begun at once on each device, to bound memory, but at least
         :data:`~ptq4dit_jax.calibration.MICRO_BATCH`. It changes no number.
       mesh: whose devices share the calibration rows, and the rows of each batch of a reconstruction. How many there are changes
-        no number, but for last bits of a reconstruction with ``parts=1``, GPUs' and TPUs' default.
+        no number, but for last bits of a reconstruction with ``accumulation_chunks=1``, GPUs' and TPUs' default.
       state: a folder for what a reconstruction has learned so far. Where it holds an interrupted run of the same model,
         settings, key and rows, that run goes on. It is left there; delete it when the result is safe.
       fresh: start over, whatever ``state`` holds.

@@ -71,9 +71,9 @@ def check_mesh(settings: Reconstruction, mesh: Mesh | None) -> None:
         raise Ptq4ditError(
             f"A reconstruction batch of {settings.batch_size} rows cannot be spread over {devices} devices; use a multiple."
         )
-    parts = settings.gradient_parts(default_device().platform)
-    if parts > 1 and parts % devices:
-        raise Ptq4ditError(f"The {parts} parts of a batch cannot be spread over {devices} devices; use a multiple.")
+    chunks = settings.resolved_chunks(default_device().platform)
+    if chunks > 1 and chunks % devices:
+        raise Ptq4ditError(f"The {chunks} chunks of a batch cannot be spread over {devices} devices; use a multiple.")
 
 
 class LearningWalk(Walk):
@@ -96,7 +96,7 @@ class LearningWalk(Walk):
             calibration,
             mesh,
             batch_size=settings.batch_size,
-            parts=settings.gradient_parts(platform),
+            parts=settings.resolved_chunks(platform),
             dtype=settings.dtype if settings.dtype != "auto" else ("float32" if platform == "cpu" else "bfloat16"),
             rows_on=settings.rows_on,
         )

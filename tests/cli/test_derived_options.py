@@ -64,7 +64,7 @@ def test_options_reach_their_sections(asked):
         *("--rounding", "adaround", "--iterations", "7", "--reconstruct-from", "nearest", "--reconstruct-batch", "16"),
         *("--rounding-rate", "0.2", "--rounding-eps", "0.5", "--no-decay-rounding", "--scale-rate", "0.01"),
         *("--regularizer", "0.2", "--exponents", "10,3", "--warmup", "0.1", "--row-weights", "steps"),
-        *("--reconstruct-dtype", "float32", "--reconstruct-parts", "4", "--reconstruct-rows-on", "host"),
+        *("--reconstruct-dtype", "float32", "--accumulation-chunks", "4", "--reconstruct-rows-on", "host"),
     )
     assert config.weights == Weights(bits=5, weigh_inputs=False, rounding="adaround")
     assert (config.activations.bits, config.activations.step_groups) == (6, 3)
@@ -86,7 +86,7 @@ def test_options_reach_their_sections(asked):
         warmup=0.1,
         row_weights="steps",
         dtype="float32",
-        parts=4,
+        accumulation_chunks=4,
         rows_on="host",
     )
 

@@ -22,9 +22,9 @@ from jax.typing import ArrayLike, DTypeLike
 import ptq4dit_jax as ptq
 from ptq4dit_jax.engine import hopper
 from ptq4dit_jax.engine.dispatch import watched
-from ptq4dit_jax.engine.hopper import gemm, nibbles, rows, tiles
+from ptq4dit_jax.engine.hopper import gemm, nibbles, row_wise, tiles
 from ptq4dit_jax.engine.hopper.plan import GatedResidual, GeluRequantize, Tiles
-from ptq4dit_jax.engine.stacks import OfLayer, of_layer, taken
+from ptq4dit_jax.engine.stacks import OfLayer, lazy_layer, materialize
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor, pack_nibbles
 
@@ -147,12 +147,12 @@ def test_packed_weights_of_a_block_become_int8() -> None:
 
     stacks = {"qkv": weight(4, 384, 128), "proj": weight(8, 128, 128), "fc1": weight(4, 80, 128), "fc2": weight(4, 192, 256)}
     after, index = jnp.zeros((2, 3, 4)), jnp.int32(LAYER)
-    given, cut_out = of_layer(stacks, index), jax.tree.map(lambda leaf: leaf[LAYER], stacks)
+    given, cut_out = lazy_layer(stacks, index), jax.tree.map(lambda leaf: leaf[LAYER], stacks)
     for dispatch, changed in ((XLA, set()), (HOPPER, {"qkv", "fc2"})):
-        got = jax.jit(dispatch.prepared)(given, after)
+        got = jax.jit(dispatch.unpack_ahead)(given, after)
         assert {name for name in stacks if got[name].packed != stacks[name].packed} == changed
         for name, want in cut_out.items():
-            found = taken(got[name])
+            found = materialize(got[name])
             np.testing.assert_array_equal(found.codes(), want.codes())
             np.testing.assert_array_equal(found.scale, want.scale)
 
@@ -245,7 +245,7 @@ def test_norm_modulation_and_codes(D: int, per_row: bool, alone: bool) -> None:
     x = jnp.asarray(rng.normal(size=(32, D)) * 3 + 1, jnp.bfloat16)
     shift, scale = (jnp.asarray(rng.normal(size=(2, D)), jnp.bfloat16) for _ in range(2))
     ranges = stacked(0.04, alone=alone, dtype=np.float32), stacked(7, alone=alone, dtype=np.int32)
-    codes, *own = rows.modulate_quantize(
+    codes, *own = row_wise.modulate_quantize(
         x,
         stacked(shift, alone=alone),
         stacked(scale, alone=alone),
@@ -269,7 +269,7 @@ def test_norm_modulation_and_codes(D: int, per_row: bool, alone: bool) -> None:
 
 def test_a_constant_row_has_no_scale_and_codes_of_zero() -> None:
     x, zeros = jnp.ones((8, 64), jnp.bfloat16), jnp.zeros((1, 1, 64), jnp.bfloat16)
-    codes, scale = rows.modulate_quantize(x, zeros, zeros, None, layer(), tokens=8, eps=1e-6, low=-128, high=127)
+    codes, scale = row_wise.modulate_quantize(x, zeros, zeros, None, layer(), tokens=8, eps=1e-6, low=-128, high=127)
     np.testing.assert_array_equal(codes, 0)
     np.testing.assert_array_equal(scale, 1)
 
@@ -280,7 +280,7 @@ def test_codes(balanced: bool, alone: bool) -> None:
     rng = np.random.default_rng(4)
     x = jnp.asarray(rng.normal(size=(16, 192)), jnp.bfloat16)
     balance = rng.uniform(0.5, 2, 192).astype(np.float32)
-    codes = rows.quantize(
+    codes = row_wise.quantize(
         x,
         stacked(0.03, alone=alone, dtype=np.float32),
         stacked(-90, alone=alone, dtype=np.int32),

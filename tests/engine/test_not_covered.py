@@ -120,5 +120,5 @@ def test_attention(q: tuple[int, ...]) -> None:
 def test_weights_that_are_unpacked_beforehand_stand_for_the_same(lead: tuple[int, ...], size: tuple[int, int]) -> None:
     for bits in (8, 4):
         given = {"fc1": weight(*size, bits, lead=lead)}
-        made = jax.eval_shape(lambda given, x: HOPPER.prepared(given, x), given, S((2, 3), "bfloat16"))
+        made = jax.eval_shape(lambda given, x: HOPPER.unpack_ahead(given, x), given, S((2, 3), "bfloat16"))
         assert made["fc1"].shape == given["fc1"].shape

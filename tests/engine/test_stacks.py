@@ -11,7 +11,7 @@ import pytest
 from helpers import HOPPER
 
 from ptq4dit_jax.engine.backends import NotCovered
-from ptq4dit_jax.engine.stacks import OfLayer, layer_of, of_layer, stack_of, taken
+from ptq4dit_jax.engine.stacks import OfLayer, layer_of, lazy_layer, materialize, stack_of
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 
@@ -30,17 +30,17 @@ def test_a_tree_of_stacks_stands_for_one_of_its_layers(bits: int) -> None:
     layers = weights(bits)
     stacks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     for index, layer in enumerate(layers):
-        view = of_layer(stacks, jnp.int32(index))
+        view = lazy_layer(stacks, jnp.int32(index))
         assert view.shape == layer.shape == (5, 6)
         assert (view.scale.shape, view.scale.ndim, view.scale.dtype) == ((5,), 1, jnp.float32)
-        np.testing.assert_array_equal(jax.jit(lambda view: cast(QTensor, taken(view)).codes())(view), layer.codes())
+        np.testing.assert_array_equal(jax.jit(lambda view: cast(QTensor, materialize(view)).codes())(view), layer.codes())
         assert layer_of(None, view).tolist() == [index]
         assert stack_of(view.values) is view.values.stack
 
 
 def test_other_leaves_stay_and_are_stacks_of_one() -> None:
     array, act = jnp.arange(3), ActQuantizer(jnp.float32(1), jnp.int32(0))
-    assert taken((array, 3, "name", jnp.float32, None, {"a": act})) == (array, 3, "name", jnp.float32, None, {"a": act})
+    assert materialize((array, 3, "name", jnp.float32, None, {"a": act})) == (array, 3, "name", jnp.float32, None, {"a": act})
     assert stack_of(array).shape == (1, 3)
     assert layer_of(array, act, None).tolist() == [0]
 
@@ -55,7 +55,7 @@ def test_the_reference_is_given_layers_cut_out(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("ptq4dit_jax.engine.hopper.linear.linear", refuses)
     layers = weights(4)
     x = Encoded(jnp.asarray(np.arange(12).reshape(2, 6), jnp.int8), jnp.float32(0.5), None)
-    view = of_layer(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers), jnp.int32(1))
+    view = lazy_layer(jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers), jnp.int32(1))
     got, want = (HOPPER.linear(x, w, jnp.zeros(5), jnp.float32) for w in (view, layers[1]))
     np.testing.assert_array_equal(got, want)
     assert asked[0] is OfLayer

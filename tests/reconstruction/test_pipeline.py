@@ -181,16 +181,18 @@ def test_devices_learn_the_same_from_closed_form(devices, model, rows, learned_f
 
 @pytest.mark.parametrize(("batch_size", "parts"), [(32, 8), (8, 8), (12, 4), (2, 2), (5, 1)])
 def test_a_batch_is_cut_into_eight_parts_on_cpus_if_it_can_be(batch_size, parts):
-    assert Reconstruction(batch_size=batch_size).gradient_parts("cpu") == parts
-    assert Reconstruction(batch_size=batch_size).gradient_parts("gpu") == 1
-    assert Reconstruction(batch_size=batch_size).gradient_parts("tpu") == 1
+    assert Reconstruction(batch_size=batch_size).resolved_chunks("cpu") == parts
+    assert Reconstruction(batch_size=batch_size).resolved_chunks("gpu") == 1
+    assert Reconstruction(batch_size=batch_size).resolved_chunks("tpu") == 1
     for asked in (1, batch_size):
-        assert {Reconstruction(batch_size=batch_size, parts=asked).gradient_parts(where) for where in ("cpu", "gpu")} == {asked}
+        assert {
+            Reconstruction(batch_size=batch_size, accumulation_chunks=asked).resolved_chunks(where) for where in ("cpu", "gpu")
+        } == {asked}
 
 
 def test_without_parts_several_devices_give_a_good_model_too(model, rows, nearest):
     """Gradients are then sums in another order: a last bit, which in the end tips roundings that hardly matter."""
-    few, held_out = dataclasses.replace(SETTINGS, iterations=40, parts=1), rows_of(model, 1)
+    few, held_out = dataclasses.replace(SETTINGS, iterations=40, accumulation_chunks=1), rows_of(model, 1)
     spread = quantize(model, rows, few, mesh=sharding.data_mesh(jax.devices()[:2]))
     assert error(model, spread, held_out) < 0.95 * error(model, nearest, held_out)
 
@@ -340,7 +342,7 @@ def test_a_damaged_state_is_noticed(model, rows, tmp_path, raises_sentence):
         quantize(model, rows, state=state)
 
 
-@pytest.mark.parametrize(("change", "part"), [({"batch_size": 12}, "12 rows"), ({"parts": 2}, "2 parts")])
+@pytest.mark.parametrize(("change", "part"), [({"batch_size": 12}, "12 rows"), ({"accumulation_chunks": 2}, "2 chunks")])
 def test_a_batch_that_devices_cannot_share_is_refused_before_any_work(
     change, part, model, nearest, rows, mesh8, tmp_path, raises_sentence
 ):
@@ -359,7 +361,7 @@ def test_a_batch_that_devices_cannot_share_is_refused_before_any_work(
         ({"iterations": 0}, "iterations must be a positive integer, not 0"),
         ({"rounding_rate": -1.0}, "rounding_rate"),
         ({"rounding_eps": 0.0}, "rounding_eps"),
-        ({"parts": 3}, "3 equal parts"),
+        ({"accumulation_chunks": 3}, "3 equal chunks"),
         ({"warmup": 1.0}, "warmup"),
         ({"exponents": (20.0,)}, "exponents"),
         ({"row_weights": "x"}, "row_weights"),

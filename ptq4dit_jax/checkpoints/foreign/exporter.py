@@ -22,7 +22,7 @@ from ptq4dit_jax.hashing import flatten
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig, position_embedding
 from ptq4dit_jax.networks.spec import flatten_sites
-from ptq4dit_jax.quantizers import ActQuantizer, Balance
+from ptq4dit_jax.quantizers import ActQuantizer, ChannelScale
 from ptq4dit_jax.schedules import FlowSchedule
 from ptq4dit_jax.staging import publish, staging
 
@@ -116,7 +116,7 @@ def _plain_params(model: FloatDiT | QuantizedDiT) -> dict[str, jax.Array]:
     sites = flatten_sites(twin.quantizers)
     for layer, site in twin.config.spec.site_of.items():
         found = sites.get(site)
-        factor = found.factor if isinstance(found, Balance) else found.balance if isinstance(found, ActQuantizer) else None
+        factor = found.factor if isinstance(found, ChannelScale) else found.balance if isinstance(found, ActQuantizer) else None
         if factor is not None:
             name = f"{layer.replace('.', '/')}/kernel"
             params[name] = params[name] * jnp.asarray(factor, params[name].dtype)[..., None]

@@ -7,6 +7,7 @@ docs/checkpoints.md of them.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
@@ -66,7 +67,7 @@ def _never(value: object) -> NoReturn:
 
 def _positive(value: object) -> float:
     number = float(value) if isinstance(value, str) and re.fullmatch(r"\d+\.?\d*([eE][+-]?\d{1,3})?", value) else value
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < float("inf"):
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= sys.float_info.max:
         raise Unfit("which is no number of at least 0")
     return float(number)
 
@@ -287,7 +288,7 @@ def _safely(fits: Callable[[object], bool]) -> Callable[[object], bool]:
     def check(value: object) -> bool:
         try:
             return bool(fits(value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # of an integer that no float reaches, say
             return False
 
     return check

@@ -39,10 +39,10 @@ class Hopper(Backend[Leaf]):
         found = ".".join(map(str, device.capability))
         return f"the kernels are for GPUs of compute capability 9.0 (Hopper) and this one has {found}"
 
-    def prepared(self, weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
+    def unpack_ahead(self, weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
         from ptq4dit_jax.engine.hopper import linear
 
-        return linear.prepared(weights, after)
+        return linear.unpack_ahead(weights, after)
 
     def linear(self, x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike) -> jax.Array:
         from ptq4dit_jax.engine.hopper import linear

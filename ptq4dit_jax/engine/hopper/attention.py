@@ -5,8 +5,8 @@ warpgroup copies keys and values into shared memory, two multiply, each for 64 q
 of two heads. While one takes the softmax, the other has the tensor cores.
 
 Heads lie side by side, ``d`` columns each, and tiles in shared memory start at whole swizzles. So a head of 72 columns is
-fetched as 80, from the multiple of 16 at or before its first: the strangers among them meet zeros in the queries and are
-dropped from the output.
+fetched as 80, from the multiple of 16 at or before its first: the neighbours' columns among them meet zeros in the queries and
+are dropped from the output.
 """
 
 from __future__ import annotations

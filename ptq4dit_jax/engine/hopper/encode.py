@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 
 from ptq4dit_jax.engine.backends import NotCovered, require
-from ptq4dit_jax.engine.hopper import rows
+from ptq4dit_jax.engine.hopper import row_wise
 from ptq4dit_jax.engine.hopper.requirements import require_axes, require_bfloat16, require_one_group
 from ptq4dit_jax.engine.stacks import Leaf, layer_of, stack_of
 from ptq4dit_jax.networks.ops import Norm, NormKind
@@ -20,8 +20,8 @@ def _check(x_BTD: jax.Array, act: ActQuantizer) -> None:
     require_bfloat16(x_BTD.dtype)
     require_one_group(act)
     _, T, K = x_BTD.shape
-    require(T % rows.ROWS == 0, f"{T} tokens are no multiple of {rows.ROWS}")
-    require(K % rows.COLUMNS == 0, f"{K} channels are no multiple of {rows.COLUMNS}")
+    require(T % row_wise.ROWS == 0, f"{T} tokens are no multiple of {row_wise.ROWS}")
+    require(K % row_wise.COLUMNS == 0, f"{K} channels are no multiple of {row_wise.COLUMNS}")
 
 
 def encode(x: jax.Array, act: ActQuantizer) -> Encoded:
@@ -32,7 +32,7 @@ def encode(x: jax.Array, act: ActQuantizer) -> Encoded:
     K = x.shape[-1]
     scale, zero_point = stack_of(act.scale), stack_of(act.zero_point)
     balance = None if act.balance is None else stack_of(act.balance)
-    codes = rows.quantize(x.reshape(-1, K), scale, zero_point, balance, layer_of(act), low=low, high=high)
+    codes = row_wise.quantize(x.reshape(-1, K), scale, zero_point, balance, layer_of(act), low=low, high=high)
     return Encoded(codes.reshape(x.shape), act.scale, act.zero_point)
 
 
@@ -47,7 +47,7 @@ def modulate_encode(x_BTD: jax.Array, shift_BD: Leaf | None, scale_BD: Leaf, act
     require({shift_BD.shape, scale_BD.shape} == {(B, D)}, "shift and scale are not those of each image")
     low, high = act_code_range(act.bits)
     ranges = None if act.dynamic else (stack_of(act.scale), stack_of(act.zero_point))
-    codes, *scale = rows.modulate_quantize(
+    codes, *scale = row_wise.modulate_quantize(
         x_BTD.reshape(B * T, D),
         stack_of(shift_BD),
         stack_of(scale_BD),

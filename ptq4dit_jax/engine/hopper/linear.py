@@ -19,7 +19,7 @@ from ptq4dit_jax.engine.hopper import gemm, nibbles, tiles
 from ptq4dit_jax.engine.hopper.common import widened
 from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, TILE_K, GatedResidual, GeluRequantize
 from ptq4dit_jax.engine.hopper.requirements import require_axes, require_bfloat16, require_one_group
-from ptq4dit_jax.engine.stacks import Leaf, layer_of, stack_of, taken
+from ptq4dit_jax.engine.stacks import Leaf, layer_of, materialize, stack_of
 from ptq4dit_jax.quantizers import PACKED_ROWS, ActQuantizer, Encoded, QTensor, act_code_range
 
 
@@ -49,7 +49,7 @@ class _Operands(NamedTuple):
 
 def _stack_widened(leaf: Leaf, size: int) -> jax.Array:
     """The stack of a leaf (..., N) with N = ``size``; of the layer alone where it has to be padded."""
-    return stack_of(leaf if leaf.shape[-1] == size else widened(taken(leaf), size))
+    return stack_of(leaf if leaf.shape[-1] == size else widened(materialize(leaf), size))
 
 
 def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Leaf | ActQuantizer) -> _Operands:
@@ -61,7 +61,7 @@ def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Leaf | ActQuanti
     (B, T, K), N = x.values.shape, weight.shape[-2]
     padded_N, padded_K = (-(-size // TILE_K) * TILE_K for size in (N, K))
     if weight.packed or (padded_N, padded_K) != (N, K):
-        codes = stack_of(widened(widened(taken(weight).codes(fusible=False), padded_K), padded_N, axis=0))
+        codes = stack_of(widened(widened(materialize(weight).codes(fusible=False), padded_K), padded_N, axis=0))
     else:
         codes = stack_of(weight.values)
     scale = jnp.broadcast_to(x.scale, (B, T, 1)).reshape(-1, 1) if x.scale.ndim else stack_of(x.scale)
@@ -82,8 +82,8 @@ def _run(
     return gemm.int8_matmul(*operands.arrays, tiles=tiles.choose(kind, M, operands.width), finish=finish, outputs=outputs)
 
 
-def prepared(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
-    """See :meth:`~ptq4dit_jax.engine.backends.Backend.prepared`. Leaves packed what the kernel does not cover."""
+def unpack_ahead(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.unpack_ahead`. Leaves packed what the kernel does not cover."""
     covered = lambda N, K: N % PACKED_ROWS == K % TILE_K == 0 and min(N, K) > 0
     chosen = {
         name: weight for name, weight in weights.items() if weight.packed and len(weight.shape) == 2 and covered(*weight.shape)

@@ -18,7 +18,7 @@ class Xla(Backend[jax.Array]):
     differentiable = True  # it refuses derivatives by itself, where it rounds
     attends_on_codes = True
 
-    prepared = staticmethod(products.prepared)
+    unpack_ahead = staticmethod(products.unpack_ahead)
     linear = staticmethod(products.linear)
     linear_parts = staticmethod(products.linear_parts)
     linear_each = staticmethod(products.linear_each)

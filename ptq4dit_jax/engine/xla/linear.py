@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ptq4dit_jax.engine.stacks import in_turns
+from ptq4dit_jax.engine.stacks import map_in_chunks
 from ptq4dit_jax.numerics import INTEGER, along_last, at_least_float32
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
@@ -28,8 +28,8 @@ def _exact(x: Encoded, weight: QTensor, bias: jax.Array) -> jax.Array:
     return out.astype(dtype) * scale + along_last(bias, out.ndim).astype(dtype)
 
 
-def prepared(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
-    """See :meth:`~ptq4dit_jax.engine.backends.Backend.prepared`. XLA unpacks just before each product."""
+def unpack_ahead(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.unpack_ahead`. XLA unpacks just before each product."""
     return dict(weights)
 
 
@@ -51,7 +51,7 @@ def linear_each(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, 
         return linear(values, codes, offset, dtype)
 
     layers = x, weight, bias
-    return jnp.split(in_turns(one, layers) if weight.packed else jax.vmap(one)(layers), parts, axis=-1)
+    return jnp.split(map_in_chunks(one, layers) if weight.packed else jax.vmap(one)(layers), parts, axis=-1)
 
 
 def linear_gelu(x: Encoded, weight: QTensor, bias: jax.Array, act: ActQuantizer) -> Encoded:

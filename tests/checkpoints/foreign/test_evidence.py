@@ -67,6 +67,8 @@ def test_the_objective_of_a_script(arguments, schedule, with_args):
         ({"qk_norm": "rms"}, ("args.qk_norm = 'rms'", "another network")),
         ({"act_layer": "silu"}, ("args.act_layer = 'silu'", "GELU")),
         ({"norm_eps": 1e-5}, ("args.norm_eps = 1e-05", "1e-6")),
+        ({"norm_eps": 2**1100}, ("args.norm_eps", "1e-6")),  # more than a float holds
+        ({"beta_start": 2**1100}, ("args.beta_start", "no number of at least 0")),
         ({"pos_embed_type": "rope2d"}, ("pos_embed_type = 'rope2d'",)),
         ({"model": "LightningDiT-XS/2"}, ("LightningDiT", "'lightningdit'", "--ignore model")),
         ({"model": "DiT-B/2"}, ("args.model", "depth 2, width 24")),

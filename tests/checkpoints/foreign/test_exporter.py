@@ -15,7 +15,7 @@ from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, open
 from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.engine import QLinear, QuantizedDiT, reference
 from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
-from ptq4dit_jax.quantizers import ActQuantizer, Balance, QTensor
+from ptq4dit_jax.quantizers import ActQuantizer, ChannelScale, QTensor
 from ptq4dit_jax.schedules import FlowSchedule
 
 
@@ -86,7 +86,7 @@ def calibrated() -> QuantizedDiT:
 def without_quantizers(model):
     """The fake-quant twin whose sites only balance."""
     balances = {
-        name: Balance(quantizer.balance)
+        name: ChannelScale(quantizer.balance)
         for name, quantizer in flatten_sites(model.quantizers).items()
         if getattr(quantizer, "balance", None) is not None
     }
