@@ -9,6 +9,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 if not os.path.exists("/dev/nvidiactl") or os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import json
 import re
 import signal
 from collections import Counter
@@ -27,34 +28,14 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig
 
-#: The files that take a minute or more, the longest first. One that came last would leave the other worker without work.
-LONG_FILES = (
-    "reconstruction/test_pipeline.py",
-    "test_switches.py",
-    "test_ptq.py",
-    "cli/test_interrupts.py",
-    "engine/test_quantized_dit.py",
-    "cli/test_commands.py",
-    "test_scale.py",
-    "benchmarks/test_device_independence.py",
-    "checkpoints/test_store_interrupted.py",
-    "test_flow.py",
-    "test_tables.py",
-    "test_straight_through.py",
-    "checkpoints/foreign/test_flows.py",
-    "test_notebooks.py",
-    "models/test_photos.py",
-    "test_vae.py",
-    "engine/test_not_covered.py",
-    "engine/test_hopper_interpreted.py",
-    "engine/test_hopper_attention.py",
-)
+#: Seconds that files took (``record_durations.py``). One that came last would leave the other worker without work.
+DURATIONS: dict[str, int] = json.loads(Path(__file__).with_name("durations.json").read_text(encoding="utf-8"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts them first; within a file the order stays."""
-    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG_FILES)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    """Puts the longest files first; within a file the order stays."""
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: -DURATIONS.get(item.path.relative_to(tests).as_posix(), 0))
 
 
 @pytest.fixture(scope="session")
