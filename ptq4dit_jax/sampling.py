@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,9 @@ from ptq4dit_jax.numerics import threefry
 from ptq4dit_jax.samplers import AnyTables
 from ptq4dit_jax.vae import VAEDecoder
 
+#: Class labels (N,); of a model without classes the number of images.
+Labels: TypeAlias = ArrayLike | Sequence[int]
+
 #: Samples of one call, of which a label and some host memory each are kept; a figure of FID takes 50,000.
 MAX_SAMPLES = 10**7
 
@@ -31,7 +35,7 @@ def check_count(count: int) -> None:
         raise Ptq4ditError(f"One run makes at most {MAX_SAMPLES:,} images, not {count:,} images; ask for fewer.")
 
 
-def check_labels(labels: ArrayLike | None, config: DiTConfig) -> np.ndarray:
+def check_labels(labels: Labels | None, config: DiTConfig) -> np.ndarray:
     """Labels as (N,) int32, or an error that names the first one out of range.
 
     A DiT without classes takes the number of images instead, or None for one; its labels are zeros (N,), and may also be given
@@ -51,7 +55,7 @@ def check_labels(labels: ArrayLike | None, config: DiTConfig) -> np.ndarray:
     return array.astype(np.int32)
 
 
-def _no_labels(labels: ArrayLike | None) -> np.ndarray:
+def _no_labels(labels: Labels | None) -> np.ndarray:
     array = np.asarray(1 if labels is None else labels)
     if array.ndim > 1 or array.size == 0 or not np.issubdtype(array.dtype, np.integer):
         raise Ptq4ditError(f"This DiT has no classes, so instead of labels it takes a number of images, not {labels!r}.")
@@ -80,7 +84,7 @@ def _check_noise(name: str, array: ArrayLike | None, shape: tuple[int, ...]) -> 
 
 def sample(
     model: Predictor,
-    labels: ArrayLike | None,
+    labels: Labels | None,
     *,
     key: jax.Array,
     sampling: Sampling | None = None,
@@ -126,7 +130,7 @@ def sample(
 
 def sample_batches(
     model: Predictor,
-    labels: ArrayLike,
+    labels: Labels,
     *,
     key: jax.Array,
     sampling: Sampling = Sampling(),
@@ -154,7 +158,7 @@ def sample_batches(
 
 def run_chain(
     model: Predictor,
-    labels: ArrayLike | None,
+    labels: Labels | None,
     key: jax.Array,
     sampling: Sampling,
     *,
@@ -176,7 +180,7 @@ def run_chain(
 
 def kept_inputs(
     model: Predictor,
-    labels: ArrayLike,
+    labels: Labels,
     key: jax.Array,
     sampling: ResolvedSampling,
     keep_steps: np.ndarray,
@@ -198,7 +202,7 @@ def kept_inputs(
 
 def _prepare(
     model: Predictor,
-    labels: ArrayLike | None,
+    labels: Labels | None,
     key: jax.Array,
     sampling: ResolvedSampling,
     noise: ArrayLike | None = None,

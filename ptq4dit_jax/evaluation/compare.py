@@ -27,7 +27,7 @@ from ptq4dit_jax.guidance import Guidance, Predictor
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.progress import StageProgress, silent
-from ptq4dit_jax.sampling import Progress, check_labels, run_chain
+from ptq4dit_jax.sampling import Labels, Progress, check_labels, run_chain
 from ptq4dit_jax.schedules import Schedule
 from ptq4dit_jax.vae import VAEDecoder
 from ptq4dit_jax.waiting import ready
@@ -56,7 +56,7 @@ class _ChainSettings(_Placed, total=False):
 
 def same_noise_images(
     models: Mapping[str, Predictor],
-    labels: ArrayLike | None,
+    labels: Labels | None,
     key: jax.Array,
     sampling: Sampling = Sampling(),
     *,
@@ -234,7 +234,7 @@ def compare(
     reference: FloatDiT,
     others: Mapping[str, Predictor],
     *,
-    labels: ArrayLike | None,
+    labels: Labels | None,
     key: jax.Array,
     sampling: Sampling = Sampling(),
     batch_size: int | None = None,
