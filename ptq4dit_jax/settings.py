@@ -69,6 +69,11 @@ def section(default: _Value) -> _Value:
     return dataclasses.field(default=default, metadata={_SECTION: True})
 
 
+def title_of(kind: type) -> str:
+    """What a section is called in help: its ``TITLE``, or else its name."""
+    return str(getattr(kind, "TITLE", kind.__name__))
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """A setting by its flat ``name``: its ``field`` of the dataclass ``owner``, and what is ``said`` of it."""

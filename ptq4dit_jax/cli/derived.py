@@ -17,7 +17,7 @@ from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_h
 
 import typer
 
-from ptq4dit_jax.settings import Leaf, leaves
+from ptq4dit_jax.settings import Leaf, leaves, title_of
 
 #: Settings that were given, by their flat names; those of a dataclass in a field (``Setting.of``) as a dictionary of theirs.
 Given = dict[str, Any]
@@ -56,7 +56,7 @@ class _Option:
             help=said.help,
             show_default=shown or False,
             metavar=said.metavar,
-            rich_help_panel=self.leaf.owner.__name__,
+            rich_help_panel=title_of(self.leaf.owner),
         )
         return _keyword("_".join(self.path), Annotated[kind | None, option], None)
 

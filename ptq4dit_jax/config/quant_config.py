@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from ptq4dit_jax.config.checks import check_choice
 from ptq4dit_jax.config.reconstruction import Reconstruction
@@ -49,6 +49,8 @@ class QuantConfig:
       reconstruction: how roundings and activation scales are learned after all ranges are chosen. None is
         :class:`Reconstruction`'s defaults where the rounding is ``adaround``, and leaves it out otherwise.
     """
+
+    TITLE: ClassVar[str] = "Policy and ranges"
 
     weights: Weights = section(Weights())
     activations: Activations = section(Activations())

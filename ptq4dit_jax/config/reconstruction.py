@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from ptq4dit_jax.config.checks import MAX_ROWS, check_choice
 from ptq4dit_jax.edges import quoted, shown
@@ -55,6 +55,8 @@ class Reconstruction:
       rows_on: where hidden states are kept: ``device``, ``host`` (streamed batch by batch), or ``auto``, the device if they
         fit.
     """
+
+    TITLE: ClassVar[str] = "Learning (--reconstruct)"
 
     iterations: int = setting(2000, "Iterations for each block, the embedders and the final layer.")
     start: Start | None = setting(

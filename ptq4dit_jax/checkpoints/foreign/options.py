@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from ptq4dit_jax.settings import section, setting
 
@@ -18,6 +18,8 @@ class GivenShape:
       classes: their number, without a null class.
       null_class: whether the last row of the table of labels means "no class".
     """
+
+    TITLE: ClassVar[str] = "What the file does not say of the network"
 
     num_heads: int | None = setting(None, "Heads of attention, where the file does not tell.")
     input_size: int | None = setting(None, "Side of the latents, where the file does not tell.")
@@ -36,6 +38,8 @@ class GivenSchedule:
       data_time: the end of a flow's time at which x is data, 0 or 1.
       timesteps, beta_start, beta_end: of the linear schedule of a model that predicts noise.
     """
+
+    TITLE: ClassVar[str] = "What the file does not say of the schedule"
 
     objective: str | None = setting(None, "What it predicts, noise or velocity, where nothing tells a SiT from a DiT.")
     flow_steps: int | None = setting(
@@ -68,6 +72,8 @@ class ImportOptions:
         Meta's code, with which published weights were trained, computes from the same weights. For its folders only.
       ignore: keys of the checkpoint's configuration, or names of configuration files, to leave out.
     """
+
+    TITLE: ClassVar[str] = "Which weights are read, and how"
 
     shape: GivenShape = section(GivenShape())
     schedule: GivenSchedule = section(GivenSchedule())
