@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ptq4dit_jax.devices import default
 from ptq4dit_jax.errors import Ptq4ditError
 
 #: The share of the free memory that a batch may take. The rest is for what is not counted, such as the host's copies.
@@ -33,7 +34,7 @@ def is_short(error: BaseException) -> bool:
 
 def device_limit() -> int | None:
     """Bytes that this process may use on a device; None where the device does not tell, as a CPU."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = (default().memory_stats() or {}).get("bytes_limit")
     return None if limit is None else int(limit)
 
 

@@ -33,7 +33,7 @@ from ptq4dit_jax import checkpoints, memory, sampling, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
-from ptq4dit_jax.devices import default_device, in_use
+from ptq4dit_jax.devices import default_kind, in_use
 from ptq4dit_jax.edges import edge, quoted, shown, whole_number
 from ptq4dit_jax.engine import QuantizedDiT, choice
 from ptq4dit_jax.errors import Ptq4ditError, printable
@@ -119,7 +119,7 @@ def to_run(model: _Model, dtype: str, backend: str) -> _Model:
     model on an accelerator, and otherwise the model's own: of a float model the stored one, or float32 for float16."""
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise Ptq4ditError(f"The type to compute in must be auto, float32, bfloat16 or float16, not {dtype!r}.")
-    device = default_device()
+    device = default_kind()
     quantized = isinstance(model, QuantizedDiT)
     if asked := choice.named(backend):
         if not (quantized or asked.takes_float_models):
@@ -201,7 +201,7 @@ def load_model(name: str) -> checkpoints.Model:
         raise Ptq4ditError(f"The latent size in {quoted(name)} must be a number, for example random:DiT-S/2@32.")
     config = DiTConfig.preset(preset, input_size=side)
     memory.check_fits(
-        f"The model {name}", 4 * config.num_parameters, memory.free_bytes([jax.devices()[0]]), "choose a smaller preset"
+        f"The model {name}", 4 * config.num_parameters, memory.free_bytes(in_use()[:1]), "choose a smaller preset"
     )
     with working(f"Drawing {name}"):
         return FloatDiT.init(config, key=jax.random.key(0))

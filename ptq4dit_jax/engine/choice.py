@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ptq4dit_jax.devices import default_device
+from ptq4dit_jax.devices import default_kind
 from ptq4dit_jax.engine import hopper, xla
 from ptq4dit_jax.engine.dispatch import AnyBackend, Dispatch
 from ptq4dit_jax.errors import Ptq4ditError
@@ -71,7 +71,7 @@ def resolve(name: str, dtype: str) -> Choice:
                 f"The backend {backend.name} computes in {types}, not in {dtype}; use {types}, or the backend auto or xla."
             )
         return Choice(backend)
-    device = default_device()
+    device = default_kind()
     reasons: list[str] = []
     for backend in BACKENDS:
         if backend.platform not in (None, device.platform):

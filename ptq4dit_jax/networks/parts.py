@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from ptq4dit_jax.devices import default_device
+from ptq4dit_jax.devices import default_kind
 from ptq4dit_jax.networks.ops import Norm, NormKind, Rotary
 from ptq4dit_jax.numerics import EXACT, at_least_float32, product_precision
 
@@ -103,7 +103,7 @@ def softmax(logits: jax.Array) -> jax.Array:
 def can_fuse_attention(dtype: DTypeLike, head_width: int) -> bool:
     """Whether :func:`fused_attention` runs on the default device: cuDNN's, for 16-bit types and GPUs since Ampere."""
     fitting = jnp.dtype(dtype).itemsize == 2 and head_width % 8 == 0 and head_width <= 128
-    return fitting and default_device().capability >= (8, 0)
+    return fitting and default_kind().capability >= (8, 0)
 
 
 def fused_attention(q_BTAd: jax.Array, k_BTAd: jax.Array, v_BTAd: jax.Array) -> jax.Array:

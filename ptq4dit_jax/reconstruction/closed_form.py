@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import RowsOn
-from ptq4dit_jax.devices import default_device
+from ptq4dit_jax.devices import default_kind
 from ptq4dit_jax.engine import QuantizedDiT
 from ptq4dit_jax.gptq import InputMoments, RoundedWeight, round_weight
 from ptq4dit_jax.model import FloatDiT
@@ -42,7 +42,7 @@ class ClosedFormWalk(Walk):
         rows_on: RowsOn = "auto",
     ) -> None:
         devices = sharding.data_size(mesh)
-        parts = _PARTS if default_device().platform == "cpu" and _PARTS % devices == 0 else devices
+        parts = _PARTS if default_kind().platform == "cpu" and _PARTS % devices == 0 else devices
         batch_size = -(-_BATCH // parts) * parts
         super().__init__(
             folded,

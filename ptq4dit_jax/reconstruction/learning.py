@@ -15,7 +15,7 @@ from jax.tree_util import PyTreeDef
 from ptq4dit_jax import memory, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import Reconstruction
-from ptq4dit_jax.devices import default_device
+from ptq4dit_jax.devices import default_kind
 from ptq4dit_jax.engine import QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.gptq import RoundedWeight
@@ -71,7 +71,7 @@ def check_mesh(settings: Reconstruction, mesh: Mesh | None) -> None:
         raise Ptq4ditError(
             f"A reconstruction batch of {settings.batch_size} rows cannot be spread over {devices} devices; use a multiple."
         )
-    chunks = settings.resolved_chunks(default_device().platform)
+    chunks = settings.resolved_chunks(default_kind().platform)
     if chunks > 1 and chunks % devices:
         raise Ptq4ditError(f"The {chunks} chunks of a batch cannot be spread over {devices} devices; use a multiple.")
 
@@ -89,7 +89,7 @@ class LearningWalk(Walk):
     ) -> None:
         check_mesh(settings, mesh)
         self.settings = settings
-        platform = default_device().platform
+        platform = default_kind().platform
         super().__init__(
             folded,
             quantized,

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import terminal
-from ptq4dit_jax.devices import DeviceKind
+from ptq4dit_jax.devices import DeviceKind, described
 from ptq4dit_jax.engine import choice, hopper, xla
 from ptq4dit_jax.engine.backends import Backend, JaxVersions, NotCovered, require
 from ptq4dit_jax.engine.dispatch import Dispatch, Refusal, watched
@@ -162,14 +162,14 @@ def test_a_model_runs_by_a_backend_of_one_operation(quantized: ptq.QuantizedDiT)
 
 
 @pytest.mark.usefixtures("with_toy")
-def test_a_new_backend_is_listed_and_chosen_where_it_fits(monkeypatch: pytest.MonkeyPatch, raises_sentence: Any) -> None:
+def test_a_new_backend_is_listed_and_chosen_where_it_fits(raises_sentence: Any) -> None:
     assert choice.names() == ["auto", "xla", "hopper", "toy"]
     with raises_sentence("toy", "float32", "bfloat16"):
         choice.resolve("toy", "bfloat16")
-    monkeypatch.setattr(choice, "default_device", lambda: DeviceKind("cpu"))
-    assert choice.resolve("auto", "float32").name == "toy"
-    monkeypatch.setattr(choice, "default_device", lambda: DeviceKind("gpu", (9, 0)))
-    assert choice.resolve("auto", "bfloat16") == (hopper.BACKEND, "it counts on a CPU")
+    with described(DeviceKind("cpu")):
+        assert choice.resolve("auto", "float32").name == "toy"
+    with described(DeviceKind("gpu", (9, 0))):
+        assert choice.resolve("auto", "bfloat16") == (hopper.BACKEND, "it counts on a CPU")
 
 
 def test_an_unknown_name_is_refused_at_once(quantized: ptq.QuantizedDiT, raises_sentence: Any) -> None:
@@ -182,10 +182,10 @@ def test_an_unknown_name_is_refused_at_once(quantized: ptq.QuantizedDiT, raises_
             asked()
 
 
-def test_the_former_name_of_hopper_is_still_taken(quantized: ptq.QuantizedDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_former_name_of_hopper_is_still_taken(quantized: ptq.QuantizedDiT) -> None:
     assert quantized.replace(backend="mosaic_gpu").backend == "hopper"
-    monkeypatch.setattr(terminal, "default_device", lambda: DeviceKind("gpu", (9, 0)))
-    assert terminal.to_run(quantized, "auto", "mosaic_gpu").backend == "hopper"
+    with described(DeviceKind("gpu", (9, 0))):
+        assert terminal.to_run(quantized, "auto", "mosaic_gpu").backend == "hopper"
     assert choice.named("mosaic_gpu") is hopper.BACKEND
     assert "mosaic_gpu" not in choice.names()
 

@@ -18,7 +18,7 @@ from hopper_helpers import IS_HOPPER, STATIC, operands
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import terminal
-from ptq4dit_jax.devices import DeviceKind
+from ptq4dit_jax.devices import DeviceKind, described
 from ptq4dit_jax.engine import choice, hopper, xla
 from ptq4dit_jax.engine.dispatch import Kind, Ran, Refusal, watched
 from ptq4dit_jax.engine.hopper import gemm, tiles
@@ -259,19 +259,17 @@ def test_what_auto_means(platform, capability, dtype, expected, why, monkeypatch
     assert bool(found.why) == bool(why)
 
 
-def test_the_kernels_are_refused_for_a_type_that_they_do_not_compute_in(
-    monkeypatch: pytest.MonkeyPatch, raises_sentence: Any
-) -> None:
-    monkeypatch.setattr(terminal, "default_device", lambda: DeviceKind("gpu", (9, 0)))
+def test_the_kernels_are_refused_for_a_type_that_they_do_not_compute_in(raises_sentence: Any) -> None:
     q = small_model(8).astype(jnp.float32)
-    with raises_sentence("hopper", "float32", "bfloat16"):
-        terminal.to_run(q, "float32", "hopper")
-    assert terminal.runs_line(terminal.to_run(q, "auto", "hopper")) == "in bfloat16, integer products by hopper"
-    assert terminal.to_run(q, "float32", "xla").backend == "xla"
-    floats = helpers.tiny_model()
-    for type_asked in ("auto", "float32", "bfloat16"):
-        with raises_sentence("hopper", "float", "auto or xla"):
-            terminal.to_run(floats, type_asked, "hopper")
+    with described(DeviceKind("gpu", (9, 0))):
+        with raises_sentence("hopper", "float32", "bfloat16"):
+            terminal.to_run(q, "float32", "hopper")
+        assert terminal.runs_line(terminal.to_run(q, "auto", "hopper")) == "in bfloat16, integer products by hopper"
+        assert terminal.to_run(q, "float32", "xla").backend == "xla"
+        floats = helpers.tiny_model()
+        for type_asked in ("auto", "float32", "bfloat16"):
+            with raises_sentence("hopper", "float", "auto or xla"):
+                terminal.to_run(floats, type_asked, "hopper")
     for asked in (
         lambda: ptq.describe(q),
         lambda: q.apply(jnp.zeros((1, *q.config.image_shape)), jnp.array([1]), jnp.array([1])),

@@ -17,7 +17,7 @@ import pytest
 from hopper_helpers import HAS_INTERPRETER, interpreted_kernels
 from operation_contracts import Case, cases
 
-from ptq4dit_jax.devices import default_device
+from ptq4dit_jax.devices import default_kind
 from ptq4dit_jax.engine import choice, xla
 from ptq4dit_jax.engine.backends import Backend, NotCovered
 from ptq4dit_jax.engine.dispatch import AnyBackend, Dispatch
@@ -43,7 +43,7 @@ LOWERS_FOR = {"gpu": "cuda", "tpu": "tpu"}
 def modes() -> Iterator[Any]:
     """Every backend in every mode that it has on this machine."""
     for backend in choice.BACKENDS:
-        runs = not backend.why_not(default_device(), "bfloat16")
+        runs = not backend.why_not(default_kind(), "bfloat16")
         wanted = {
             Mode.EAGER: backend is xla.BACKEND,
             Mode.JITTED: runs,
@@ -89,7 +89,7 @@ def test_a_backend_covers_calls_of_what_it_overrides_and_refuses_with_a_reason(b
         except NotCovered as refusal:
             reasons.append(str(refusal).removeprefix(f"{backend.name}: "))
     overridden = {case.operation for case in CASES} & set(vars(type(backend)))
-    if backend.attention_library is not None and backend.unfit(default_device()):
+    if backend.attention_library is not None and backend.unfit(default_kind()):
         overridden -= {"attention"}  # is the library's, which has it on that device only
     assert covered == overridden
     assert all(reasons)

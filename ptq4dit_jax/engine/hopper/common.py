@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from ptq4dit_jax.devices import default
+from ptq4dit_jax.devices import default_kind
 
 if TYPE_CHECKING:
     from jax.ref import AbstractRef
@@ -124,9 +124,9 @@ def transposed(ref: Ref) -> Ref:
 
 
 def core_count() -> int:
-    """Multiprocessors of the default device; an H200's where that is no GPU and a kernel is only lowered."""
-    device = default()
-    return getattr(device, "core_count", 0) if device.platform == "gpu" else 132
+    """Multiprocessors of the device that is traced for; an H200's where that is no GPU and a kernel is only lowered."""
+    device = default_kind()
+    return device.cores if device.platform == "gpu" else 132
 
 
 def swizzled(columns: int, dtype: DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
