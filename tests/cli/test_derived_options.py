@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 from cli_helpers import COMMANDS, DIGITS
+from helpers import load_float
 
 from ptq4dit_jax import cli
 from ptq4dit_jax.checkpoints.foreign.options import ImportOptions
@@ -92,17 +93,11 @@ def test_options_reach_their_sections(asked):
 
 
 def test_without_options_the_defaults_of_the_library_hold(asked):
-    assert asked() == QuantConfig().resolve(*_digits())
-    assert asked("--paper") == QuantConfig.paper().resolve(*_digits())
+    dit = load_float(DIGITS)
+    assert asked() == QuantConfig().resolve(dit.schedule, dit.config)
+    assert asked("--paper") == QuantConfig.paper().resolve(dit.schedule, dit.config)
     assert asked("--paper", "--balance-fc2", "--reconstruct").reconstruction == Reconstruction(start="nearest")
     assert asked("--dynamic", "none").activations.dynamic_sites == ()
-
-
-def _digits():
-    import ptq4dit_jax as ptq
-
-    dit = ptq.load(DIGITS)
-    return dit.schedule, dit.config
 
 
 @pytest.mark.parametrize(
