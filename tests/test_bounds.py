@@ -160,8 +160,8 @@ def test_results_larger_than_the_memory(tiny_model, monkeypatch, raises_sentence
     monkeypatch.setattr(chain, "sample_batch", lambda *_, **__: pytest.fail("long work began"))
     with raises_sentence("2,000,000 samples", "2.0 GB of memory, and 1.0 GB are free"):
         sampling.sample(tiny_model, np.zeros(2_000_000, np.int32), key=KEY, batch_size=8)
-    with raises_sentence("1,000,000 samples", "26.6 GB of memory"):
-        ptq.sample_trajectories(tiny_model, ptq.Calibration(steps=25, rows=2_000_000), key=KEY)
+    with raises_sentence("500,000 samples", "13.3 GB of memory"):
+        ptq.sample_trajectories(tiny_model, ptq.Calibration(steps=25, rows=1_000_000), key=KEY)
 
 
 def test_the_number_of_images_of_a_model_without_classes(raises_sentence):
