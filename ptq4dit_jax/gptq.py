@@ -76,7 +76,7 @@ class InputMoments(struct.PyTreeNode, Generic[_Sum]):
 
     @classmethod
     def start(cls, shift: jax.Array) -> InputMoments[Compensated]:
-        """Of no tokens yet."""
+        """Moments of no tokens yet."""
         K, zeros = shift.shape[0], Compensated.zeros
         return InputMoments(
             second=zeros(K, K),
@@ -88,7 +88,7 @@ class InputMoments(struct.PyTreeNode, Generic[_Sum]):
         )
 
     def about_mean(self: InputMoments[Compensated]) -> InputMoments[Compensated]:
-        """Of no tokens yet, about the mean of those that these are of."""
+        """Moments of no tokens yet, about the mean of the tokens that these are of."""
         return InputMoments.start(self.shift + self.first.value / _or_one(self.count.value))
 
     def observe(
@@ -115,7 +115,7 @@ class InputMoments(struct.PyTreeNode, Generic[_Sum]):
 
     @classmethod
     def total(cls, parts: Sequence[InputMoments[Compensated]]) -> InputMoments[jax.Array]:
-        """Of parts with one shift, added up in order, as arrays."""
+        """The moments of parts with one shift, added up in order, as arrays."""
         add = lambda total, part: total if not isinstance(total, Compensated) else total.add(part.total).add(part.lost)
         is_sum = lambda leaf: isinstance(leaf, Compensated)
         total = reduce(lambda a, b: jax.tree.map(add, a, b, is_leaf=is_sum), parts)

@@ -287,7 +287,7 @@ def help_on_names() -> str:
 
 def help_on_steps() -> str:
     """What steps may be, in words."""
-    calls = [f"{s.name} calls the network {s.calls_per_step} times a step" for s in SAMPLERS.values() if s.calls_per_step > 1]
+    calls = [f"{s.name} calls the network {s.calls_per_step} times per step" for s in SAMPLERS.values() if s.calls_per_step > 1]
     return "; ".join(["Sampler steps: a count, or a respacing such as ddim50", *calls]) + "."
 
 

@@ -85,7 +85,7 @@ def test_names_and_help_come_from_the_registry(monkeypatch: pytest.MonkeyPatch, 
         "ddpm, ddim or dpm++2m for a model that predicts noise, euler or heun for a model that predicts velocity; "
         "auto is the first of those."
     )
-    assert "heun calls the network 2 times a step" in samplers.help_on_steps()
+    assert "heun calls the network 2 times per step" in samplers.help_on_steps()
     assert samplers.help_on_eta() == "Noise of the ddim sampler, 0 to 1."
     coarse = dataclasses.replace(SAMPLERS["euler"], name="coarse")
     monkeypatch.setitem(SAMPLERS, "coarse", coarse)

@@ -86,7 +86,7 @@ class QLinear(struct.PyTreeNode):
         return dispatch.linear_parts(fed, self.weight, self._bias_for(fed.values), dtype, parts)
 
     def product_each(self, x: jax.Array, parts: int, dispatch: Dispatch) -> list[jax.Array]:
-        """Of a stack of layers, all fed by ``x`` (B, K): their outputs, ``parts`` stacks (L, B, N / parts)."""
+        """The outputs of a stack of layers, all fed by ``x`` (B, K): ``parts`` stacks (L, B, N / parts)."""
         if not self.integer:
             return jnp.split(map_in_chunks(lambda layer: layer(x, dispatch), self), parts, axis=-1)
         fed = jax.vmap(lambda layer: layer.feed(x, dispatch))(self)

@@ -156,7 +156,7 @@ class Network(abc.ABC):
 
     @property
     def num_parameters(self) -> int:
-        """Of the float network: weights, biases, and tables."""
+        """The size of the float network: weights, biases, and tables."""
         return self.spec.num_parameters
 
 

@@ -48,7 +48,7 @@ def _backward(bits: int, saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.A
     x, scale, zero_point = saved
     _, slope, inside = _codes(x, scale, zero_point, bits)
     over = tuple(axis for axis in range(x.ndim) if scale.ndim == 0 or scale.shape[axis] == 1)
-    # A last bit of it moves the scale, and that moves codes: for devices to agree, it must not hang on the program.
+    # A last bit of it moves the scale, and that moves codes: for devices to agree, it must not depend on the program.
     d_scale = order_free_sum(g.astype(jnp.float32) * slope, over).reshape(scale.shape)
     return jnp.where(inside, g, 0).astype(x.dtype), d_scale, None
 

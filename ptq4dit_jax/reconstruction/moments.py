@@ -59,7 +59,7 @@ class PartInputs:
         self._fixed = {device: jax.device_put(fixed, device) for device in self._devices}
 
     def moments(self, layer: str, rounded: RoundedPart) -> InputMoments[jax.Array]:
-        """Of the input of a layer over all rows, where the part's layers are rounded so; on the first device, as arrays."""
+        """The moments of a layer's input over all rows, with the part's layers rounded so; on the first device, as arrays."""
         unit, (home, *_) = self._unit, self._devices
         _, params, _ = self._fixed[home]
         networks = {device: _Networks(jax.device_put(rounded, device), *fixed) for device, fixed in self._fixed.items()}

@@ -152,8 +152,8 @@ def _mean_in_order(stacked: jax.Array) -> jax.Array:
 
 
 def _on_grid(step: jax.Array) -> jax.Array:
-    """A step of the logarithm of a scale as a multiple of 2^-14. Its last bits hang on the program, and through the codes
-    everything after hangs on them; a scale need not be known better."""
+    """A step of the logarithm of a scale as a multiple of 2^-14. Its last bits depend on the program, and through the
+    codes everything after depends on them; a scale need not be known better."""
     return jnp.round(step * 2**14) * 2**-14
 
 

@@ -50,7 +50,7 @@ class MemoryPlan:
     def __str__(self) -> str:
         where = f"rows, {self.rows / 1e9:.1f} GB, " + ("stream from the host" if self.on_host else "stay on the device")
         limit = "" if self.limit is None else f" of {self.limit / 1e9:.0f}"
-        return f"needs {self.peak / 1e9:.1f}{limit} GB a device; {where}"
+        return f"needs {self.peak / 1e9:.1f}{limit} GB per device; {where}"
 
 
 class Walk(abc.ABC):

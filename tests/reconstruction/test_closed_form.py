@@ -234,7 +234,7 @@ def test_progress_is_told_layer_by_layer(model, rows):
     told = []
     quantize(model, rows, progress=lambda stage, done, total, note="": told.append((stage, done, total, note)))
     assert ("round block 0", 5, 5) in [row[:3] for row in told]
-    assert any(stage == "plan rounding" and "GB a device" in note for stage, _, _, note in told)
+    assert any(stage == "plan rounding" and "GB per device" in note for stage, _, _, note in told)
     assert all("x nearest" in note for stage, _, _, note in told if stage.startswith("round "))
 
 

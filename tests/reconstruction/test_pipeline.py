@@ -209,7 +209,7 @@ def test_the_plan_is_told_before_the_first_iteration(run):
     stages = [stage for stage, _ in run.told]
     note = dict(run.told)["plan reconstruction"]
     assert stages.index("plan reconstruction") < stages.index("reconstruct embed image")
-    assert "GB a device" in note
+    assert "GB per device" in note
     assert "stay on the device" in note
 
 

@@ -59,7 +59,7 @@ _FORMS = (
         r"(^|\.)_?flat_param(_|$|\.)", "weights flattened by FSDP", "save the full state dict (StateDictType.FULL_STATE_DICT)"
     ),
 )
-#: Files that are no transformer at all, told by names that only they have.
+#: Files that are no transformer at all, recognized by names that only they have.
 _FILES = (
     _Sign(
         r"(^|\.)text_model\.|(^|\.)token_embedding\.|(^|\.)embed_tokens\.|(^|\.)shared\.weight$|\.wte\.weight$",

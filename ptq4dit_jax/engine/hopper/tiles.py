@@ -46,6 +46,6 @@ def _rounds(tiles: Tiles, M: int, N: int) -> int:
 
 def _cost(tiles: Tiles) -> int:
     """Time of a tile in units of a product of its area: fetching a row or column takes as long as 71 elements. Fitted to six
-    choices of tiles for qkv of DiT-XL/2 with 512 rows on an H200, 7.2 to 8.7 us of which 3.5 hang on no tile."""
+    choices of tiles for qkv of DiT-XL/2 with 512 rows on an H200, 7.2 to 8.7 us of which 3.5 depend on no tile."""
     m, n = tiles.block
     return m * n + 71 * (m + n)
