@@ -1,6 +1,7 @@
 """LightningDiT: its forward against NumPy in float64, and the whole pipeline on it."""
 
 import dataclasses
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,9 @@ from ptq4dit_jax.summary import summary_of
 CONFIG = LightningDiTConfig(input_size=3, in_channels=5, hidden_size=32, depth=2, num_heads=4, num_classes=5, frequency_size=16)
 
 
-@pytest.fixture(scope="module")
-def model() -> ptq.FloatDiT:
-    made = ptq.FloatDiT.init(CONFIG, key=jax.random.key(0))
+@pytest.fixture(scope="module", params=[True, False], ids=["shifts", "no-shifts"])
+def model(request: pytest.FixtureRequest) -> ptq.FloatDiT:
+    made = ptq.FloatDiT.init(dataclasses.replace(CONFIG, shifts=request.param), key=jax.random.key(0))
     rng = np.random.default_rng(0)
     biased = jax.tree.map(lambda a: np.asarray(a) + 0.1 * rng.standard_normal(a.shape).astype(np.float32), made.params)
     return dataclasses.replace(made, params=biased, schedule=FlowSchedule())
@@ -68,7 +69,12 @@ def forward(params, image: np.ndarray, t: float, label: int) -> np.ndarray:
     x = [linear(params["patch_embed"], image[r, k]) + np.concatenate([wave(k), wave(r)]) for r, k in places]
     for i in range(CONFIG.depth):
         block = jax.tree.map(lambda a, i=i: a[i], params["blocks"])
-        shift1, scale1, gate1, shift2, scale2, gate2 = np.split(linear(block["adaLN"], c), 6)
+        modulation = linear(block["adaLN"], c)
+        if len(modulation) == 4 * D:  # without shifts
+            scale1, gate1, scale2, gate2 = np.split(modulation, 4)
+            shift1 = shift2 = np.zeros(D)
+        else:
+            shift1, scale1, gate1, shift2, scale2, gate2 = np.split(modulation, 6)
         qkv = [np.split(linear(block["qkv"], rms(token) * (1 + scale1) + shift1), 3) for token in x]
         attended = np.empty((len(x), D))
         for head in range(A):
@@ -100,17 +106,30 @@ def test_published_sizes():
     assert round(LightningDiTConfig().num_parameters / 1e6) == 675
 
 
+def test_without_shifts_modulation_is_a_third_smaller():
+    with_shifts, without = (LightningDiTConfig(shifts=shifts) for shifts in (True, False))
+    shapes = (config.linear_shapes["blocks.adaLN"] for config in (with_shifts, without))
+    assert list(shapes) == [(1152, 6912), (1152, 4608)]
+    assert with_shifts.num_parameters - without.num_parameters == 28 * 2 * 1152 * 1153
+    assert LightningDiTConfig(**without.to_dict()) == without
+
+
+def test_shifts_are_there_or_not(raises_sentence):
+    with raises_sentence("shifts", "true or false", "'no'"):
+        dataclasses.replace(CONFIG, shifts=cast(Any, "no"))
+
+
 def test_a_head_must_have_whole_pairs_of_both_axes(raises_sentence):
     with raises_sentence("heads of width 6", "multiple of 4"):
         LightningDiTConfig(input_size=2, in_channels=1, hidden_size=12, depth=1, num_heads=2)
 
 
 def test_folding_leaves_the_function_and_nothing_behind_fc2(model):
-    rng, sites = np.random.default_rng(1), CONFIG.spec.sites
+    rng, sites = np.random.default_rng(1), model.config.spec.sites
     homes = [name for name, site in sites.items() if site.home is not None]
     width = lambda site: (site.place.lead[0], int(np.prod(site.features)))
     factors = {name: jnp.asarray(np.exp(rng.normal(size=width(sites[name]))), jnp.float32) for name in homes}
-    params, residual = fold(CONFIG, model.params, factors)
+    params, residual = fold(model.config, model.params, factors)
     assert set(residual) == {"blocks.proj_in"}
     x, y = random_inputs(CONFIG, 4)
     folded = model.replace(
@@ -121,7 +140,7 @@ def test_folding_leaves_the_function_and_nothing_behind_fc2(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "least"), [(8, 30.0), (4, 15.0)])
+@pytest.mark.parametrize(("model", "bits", "least"), [(True, 8, 30.0), (True, 4, 15.0), (False, 4, 15.0)], indirect=["model"])
 def test_it_is_quantized_saved_loaded_and_sampled(bits, least, model, rows, tmp_path):
     config = ptq.QuantConfig.of(weight_bits=bits)
     quantized = ptq.quantize(model, config, key=jax.random.key(0), calibration=rows)
@@ -146,6 +165,7 @@ def test_it_is_quantized_saved_loaded_and_sampled(bits, least, model, rows, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", [True], indirect=True)
 def test_it_is_reconstructed(model, rows):
     learned = ptq.Reconstruction(iterations=20, batch_size=8)
     config = ptq.QuantConfig.of(**{**PLAIN, "rounding": None}, weight_bits=4, reconstruction=learned)

@@ -150,6 +150,11 @@ class DiTConfig(Network):
         ratio = fc1_features / hidden_size
         return ratio if int(hidden_size * ratio) == fc1_features else (fc1_features + 0.5) / hidden_size
 
+    @classmethod
+    def traits(cls, hidden_size: int, modulated: int | None) -> dict[str, Any]:
+        """Settings besides sizes that shapes tell: here none. ``modulated`` are the outputs of a block's adaLN."""
+        return {}
+
     @property
     def tokens_per_side(self) -> int:
         return self.input_size // self.patch_size
@@ -208,17 +213,19 @@ class DiTConfig(Network):
         patch_embed = edge("patch_embed", P * self.in_channels, D)
         time_fc1, time_fc2 = edge("time_fc1", self.frequency_size, D), edge("time_fc2", D, D)
         final_adaLN, final = edge("final_adaLN", D, 2 * D, modulates=2), edge("final", D, P * self.out_channels)
-        adaLN, qkv, proj = inner("adaLN", D, 6 * D, modulates=6), inner("qkv", D, 3 * D), inner("proj", D, D)
+        attention, mlp = self.modulations
+        adaLN = inner("adaLN", D, attention.of * D, modulates=attention.of)
+        qkv, proj = inner("qkv", D, 3 * D), inner("proj", D, D)
         fc1, fc2 = inner("fc1", D, fc1_features), inner("fc2", F, D)
         block_sites = (
             at(adaLN, "adaLN_in"),
-            at(qkv, "qkv_in", home=Modulation("adaLN", shift=0, scale=1, of=6), reduced=True),
+            at(qkv, "qkv_in", home=attention, reduced=True),
             of_attention("q", heads),
             of_attention("k", heads),
             of_attention("v", heads, home=Columns("qkv", part=2, of=3, undone="proj_in")),
             of_attention("probs", (self.num_tokens,), nonnegative=True, reduced=True),
             at(proj, "proj_in", home=Residual()),
-            at(fc1, "fc1_in", home=Modulation("adaLN", shift=3, scale=4, of=6), reduced=True),
+            at(fc1, "fc1_in", home=mlp, reduced=True),
             at(fc2, "fc2_in", home=fc2_home, in_paper=False),
         )
         tables = {"position_embed": Table(self.num_tokens, D, deviation=0.02)} if self.position_table else {}
@@ -238,6 +245,12 @@ class DiTConfig(Network):
             tables,
             outputs=(Place(name, blocks) for name in ("q", "k", "proj_out", "fc1_out", "fc2_out", "block_out")),
         )
+
+    @property
+    def modulations(self) -> tuple[Modulation, Modulation]:
+        """Which chunks of adaLN shift and scale a block's norms, before attention and before the MLP. The chunk behind that of
+        a scale is the gate."""
+        return Modulation("adaLN", shift=0, scale=1, of=6), Modulation("adaLN", shift=3, scale=4, of=6)
 
     @property
     def _rotary(self) -> Rotary | None:
@@ -264,11 +277,17 @@ class DiTConfig(Network):
         return jax.nn.silu(condition)
 
     def block(self, ops: Ops, stack: Stack, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = ops.modulation("adaLN", c_BD, 6)
-        q, k, v = ops.split("qkv", ops.normed("qkv", x_BTD, shift_attn, scale_attn, Norm(kind=self._NORM)), 3)
-        x_BTD = ops.gated("proj", ops.attend(q, k, v, self.num_heads, "proj", self._rotary), gate_attn, x_BTD)
-        fed = ops.normed("fc1", x_BTD, shift_mlp, scale_mlp, Norm(self.mlp_norm_eps, self._NORM))
-        return ops.gated("fc2", ops.activated("fc1", fed, self._ACTIVATION, "fc2"), gate_mlp, x_BTD)
+        attention, mlp = self.modulations
+        chunks = ops.modulation("adaLN", c_BD, attention.of)
+
+        def normed(feeds: str, x_BTD: jax.Array, home: Modulation, norm: Norm) -> Any:
+            return ops.normed(feeds, x_BTD, None if home.shift is None else chunks[home.shift], chunks[home.scale], norm)
+
+        q, k, v = ops.split("qkv", normed("qkv", x_BTD, attention, Norm(kind=self._NORM)), 3)
+        attended = ops.attend(q, k, v, self.num_heads, "proj", self._rotary)
+        x_BTD = ops.gated("proj", attended, chunks[attention.scale + 1], x_BTD)
+        fed = normed("fc1", x_BTD, mlp, Norm(self.mlp_norm_eps, self._NORM))
+        return ops.gated("fc2", ops.activated("fc1", fed, self._ACTIVATION, "fc2"), chunks[mlp.scale + 1], x_BTD)
 
     def head(self, ops: Ops, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
         shift, scale = ops.modulation("final_adaLN", c_BD, 2)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.ops import Activation, NormKind, Rotary
-from ptq4dit_jax.networks.spec import Columns, Home
+from ptq4dit_jax.networks.spec import Columns, Home, Modulation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class LightningDiTConfig(DiTConfig):
     """Shape of a LightningDiT. The defaults are those of the published LightningDiT-XL/1, on 16 x 16 latents of 32 channels.
 
     The fixed table of positions of a DiT is added besides the rotation. SwiGLU is two thirds as wide as a DiT's MLP, so that it
-    has as many parameters.
+    has as many parameters. Without ``shifts`` the norms of blocks are scaled alone, and adaLN has four chunks.
     """
 
     _NORM: ClassVar[NormKind] = NormKind.RMS
@@ -34,14 +35,27 @@ class LightningDiTConfig(DiTConfig):
     depth: int = 28
     num_heads: int = 16
     learn_sigma: bool = False
+    shifts: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.shifts, bool):
+            raise Ptq4ditError(f"LightningDiT shifts must be true or false, not {quoted(self.shifts)}.")
         if self.head_width % 4:
             raise Ptq4ditError(
                 f"A LightningDiT of width {self.hidden_size} with {self.num_heads} heads has heads of width {self.head_width}; "
                 "rotary positions need a multiple of 4."
             )
+
+    @classmethod
+    def traits(cls, hidden_size: int, modulated: int | None) -> dict[str, Any]:
+        return {"shifts": modulated != 4 * hidden_size}
+
+    @property
+    def modulations(self) -> tuple[Modulation, Modulation]:
+        if self.shifts:
+            return super().modulations
+        return Modulation("adaLN", shift=None, scale=0, of=4), Modulation("adaLN", shift=None, scale=2, of=4)
 
     @property
     def _rotary(self) -> Rotary:

@@ -104,7 +104,7 @@ def import_checkpoint(
         layout.check(view, config)
         table = _own_positions(view, layout, config, evidence)
         params, dtype = _read(file, view, layout, config, progress)
-        params = fold_gains(params, layout)
+        params = fold_gains(params, layout, config)
         if table is not None:
             params["position_embed/embedding"] = jnp.asarray(table, dtype)
             config = dataclasses.replace(config, position_table=True)

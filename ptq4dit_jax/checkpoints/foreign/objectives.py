@@ -170,13 +170,14 @@ def _noise(
     return dataclasses.replace(told or default, **{**fields, **given.betas})
 
 
-def fold_gains(params: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+def fold_gains(params: Mapping[str, Any], layout: Layout, config: DiTConfig) -> dict[str, Any]:
     """Flat parameters without learned gains of norms, which become part of the linear layers that modulate the norms."""
     params = dict(params)
     for gain in layout.gains:
         names = {leaf: f"{gain.layer}/{leaf}" for leaf in ("kernel", "bias")}
         factor, *layer = (jnp.asarray(params[name], jnp.float32) for name in (gain.entry.ours, *names.values()))
-        folded = fold_modulation(dict(zip(names, layer, strict=True)), factor, gain.home)
+        scaled = dataclasses.replace(gain.home(config), shift=None)  # a shift comes after the norm
+        folded = fold_modulation(dict(zip(names, layer, strict=True)), factor, scaled)
         params |= {name: folded[leaf].astype(params[name].dtype) for leaf, name in names.items()}
         del params[gain.entry.ours]
     return params

@@ -175,12 +175,14 @@ def _config(
         "learned variance": outputs == 2 * channels,
         "time frequencies": sizes["frequencies"],
     }
+    settings = layout.network.traits(hidden, sizes.get("modulated"))
+    told["norms without a shift"] = not settings.get("shifts", True)
     _check_sizes(evidence, layout, told)
     classes, null_class = _classes(file, evidence, sizes.get("rows", 0), given)
     heads = sizes.get("heads")
     if (width := sizes.get("head_width")) and hidden % width == 0:
         heads = hidden // width
-    settings: dict[str, Any] = {} if norm_eps is None else {"freq_shift": 1.0, "mlp_norm_eps": norm_eps}
+    settings |= {} if norm_eps is None else {"freq_shift": 1.0, "mlp_norm_eps": norm_eps}
     return layout.network(
         input_size=_input_size(file, evidence, sizes, given.input_size),
         patch_size=patch,

@@ -1,5 +1,6 @@
 """LightningDiT's published names: imported with gains folded, refused where it is not what the names say, and exported."""
 
+import dataclasses
 import json
 
 import jax
@@ -17,9 +18,10 @@ from ptq4dit_jax.schedules import FlowSchedule
 T = np.array([0.2, 0.7], np.float32)
 
 
-@pytest.fixture(scope="module")
-def tensors() -> dict[str, np.ndarray]:
-    """Random weights under the names of hustvl/LightningDiT, torch's order (out, in), gains between 0.5 and 1.5."""
+@pytest.fixture(scope="module", params=[6, 4], ids=["shifts", "no-shifts"])
+def tensors(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
+    """Random weights under the names of hustvl/LightningDiT, torch's order (out, in), gains between 0.5 and 1.5; adaLN has six
+    chunks, or four without shifts."""
     rng, D, side = np.random.default_rng(5), CONFIG.hidden_size, CONFIG.input_size
     found: dict[str, np.ndarray] = {}
 
@@ -33,7 +35,7 @@ def tensors() -> dict[str, np.ndarray]:
     linear("t_embedder.mlp.2", D, D)
     found["y_embedder.embedding_table.weight"] = rng.standard_normal((CONFIG.num_labels, D)).astype(np.float32)
     for i in range(CONFIG.depth):
-        linear(f"blocks.{i}.adaLN_modulation.1", 6 * D, D)
+        linear(f"blocks.{i}.adaLN_modulation.1", request.param * D, D)
         linear(f"blocks.{i}.attn.qkv", 3 * D, D)
         linear(f"blocks.{i}.attn.proj", D, D)
         linear(f"blocks.{i}.mlp.w12", 2 * CONFIG.mlp_size, D)
@@ -70,6 +72,10 @@ def as_ours(tensors: dict[str, np.ndarray]) -> dict:
     return params | {"blocks": {ours: layer(f"blocks.*.{theirs}", stack) for ours, theirs in inner.items()}}
 
 
+def has_shifts(tensors: dict[str, np.ndarray]) -> bool:
+    return len(tensors["blocks.0.adaLN_modulation.1.bias"]) == 6 * CONFIG.hidden_size
+
+
 def with_gains(params: dict, tensors: dict[str, np.ndarray]) -> dict:
     """A norm's gain as a factor on the rows of the layer behind it, and a shift that undoes it there: another way than ours."""
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
@@ -79,6 +85,8 @@ def with_gains(params: dict, tensors: dict[str, np.ndarray]) -> dict:
     }
     for n, layer, shift in ((1, "qkv", 0), (2, "fc1", 3)):
         blocks[layer]["kernel"] *= gains[n][:, :, None]
+        if not has_shifts(tensors):
+            continue
         cut = slice(shift * D, (shift + 1) * D)
         blocks["adaLN"]["kernel"][:, :, cut] /= gains[n][:, None]
         blocks["adaLN"]["bias"][:, cut] /= gains[n]
@@ -98,7 +106,7 @@ def imported(tensors, tmp_path_factory):
 def test_it_computes_what_the_file_says(imported, tensors):
     model, found = imported
     assert (found.layout, type(model.config), model.schedule) == ("LightningDiT", LightningDiTConfig, FlowSchedule())
-    assert model.config == CONFIG
+    assert model.config == dataclasses.replace(CONFIG, shifts=has_shifts(tensors))
     x, y = random_inputs(CONFIG, 2)
     params = with_gains(as_ours(tensors), tensors)
     expected = np.stack([forward(params, *each) for each in zip(x, T, y, strict=True)])
@@ -144,4 +152,26 @@ def test_a_configuration_must_agree(value, refused, tensors, tmp_path, raises_se
         assert type(model.config) is LightningDiTConfig
         return
     with raises_sentence("use_rope", "--ignore use_rope"):
+        ptq.import_checkpoint(path, classes=5)
+
+
+@pytest.mark.parametrize("wo_shift", [True, False])
+def test_shifts_that_a_configuration_denies_or_claims(wo_shift, tensors, tmp_path, raises_sentence):
+    path = write_torch(tmp_path / "model.pt", tensors)
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"wo_shift": wo_shift, "use_rope": True}}))
+    if wo_shift is not has_shifts(tensors):
+        model, _ = ptq.import_checkpoint(path, classes=5)
+        assert isinstance(model.config, LightningDiTConfig)
+        assert model.config.shifts is has_shifts(tensors)
+        return
+    with raises_sentence(f"wo_shift ({wo_shift})", f"norms without a shift {not wo_shift}", "--ignore wo_shift"):
+        ptq.import_checkpoint(path, classes=5)
+
+
+def test_adaln_of_another_number_of_chunks_is_refused(tensors, tmp_path, raises_sentence):
+    name = "blocks.0.adaLN_modulation.1.weight"
+    path = write_torch(
+        tmp_path / "model.pt", tensors | {name: np.zeros((5 * CONFIG.hidden_size, CONFIG.hidden_size), np.float32)}
+    )
+    with raises_sentence(name, "another network"):
         ptq.import_checkpoint(path, classes=5)

@@ -44,6 +44,7 @@ def _constants(config: DiTConfig) -> dict[str, np.ndarray]:
 #: All that is not the MLP has the names that it has in a DiT.
 _AS_IN_A_DIT = tuple(entry for entry in META.entries if not entry.ours.startswith(("blocks/fc1/", "blocks/fc2/")))
 _W12 = "blocks.0.mlp.w12.weight"
+_FINAL = Modulation("final_adaLN", shift=0, scale=1, of=2)
 
 LIGHTNING = Layout(
     name="LightningDiT",
@@ -55,11 +56,16 @@ LIGHTNING = Layout(
         *torch_linear("blocks/fc2", "blocks.{i}.mlp.w3"),
     ),
     gains=(
-        Gain(Entry("blocks/qkv_gain", ("blocks.{i}.norm1.weight",)), "blocks/adaLN", Modulation("adaLN", None, 1, of=6)),
-        Gain(Entry("blocks/fc1_gain", ("blocks.{i}.norm2.weight",)), "blocks/adaLN", Modulation("adaLN", None, 4, of=6)),
-        Gain(Entry("final_gain", ("final_layer.norm_final.weight",)), "final_adaLN", Modulation("final_adaLN", None, 1, of=2)),
+        Gain(Entry("blocks/qkv_gain", ("blocks.{i}.norm1.weight",)), "blocks/adaLN", lambda config: config.modulations[0]),
+        Gain(Entry("blocks/fc1_gain", ("blocks.{i}.norm2.weight",)), "blocks/adaLN", lambda config: config.modulations[1]),
+        Gain(Entry("final_gain", ("final_layer.norm_final.weight",)), "final_adaLN", lambda config: _FINAL),
     ),
-    sizes={**META.sizes, "mlp": (_W12, 0), "head_width": ("feat_rope.freqs_cos", 1)},
+    sizes={
+        **META.sizes,
+        "mlp": (_W12, 0),
+        "head_width": ("feat_rope.freqs_cos", 1),
+        "modulated": ("blocks.0.adaLN_modulation.1.weight", 0),
+    },
     pos_embed=META.pos_embed,
     ignored=(r"feat_rope\.freqs_(cos|sin)",),
     schedule=FlowSchedule(),

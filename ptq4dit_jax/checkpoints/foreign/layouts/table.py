@@ -101,13 +101,13 @@ class StepSize:
 class Gain(NamedTuple):
     """A learned gain (D,) of a norm, a factor on its channels that an import folds into the layer that modulates the norm.
 
-    ``entry`` names it, under a name of ours that is no parameter; ``layer`` is the stem of that layer's names, and ``home`` the
-    chunks of its columns.
+    ``entry`` names it, under a name of ours that is no parameter; ``layer`` is the stem of that layer's names, and ``home``
+    gives the chunks of its columns in a network.
     """
 
     entry: Entry
     layer: str
-    home: Modulation
+    home: Callable[[DiTConfig], Modulation]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +121,14 @@ class Layout:
       entries: the table; empty where the network is another one than ours.
       differs: in what, if it is.
       sizes: where shapes tell sizes, as (name, axis): ``hidden``, ``patch``, ``channels``, ``rows`` (of the label table),
-        ``mlp``, ``frequencies``, ``outputs`` and, where known, ``tokens``, ``heads`` and ``head_width``.
+        ``mlp``, ``frequencies``, ``outputs`` and, where known, ``tokens``, ``heads``, ``head_width`` and ``modulated``, the
+        outputs of a block's adaLN.
       pos_embed: the fixed table of positions, checked and then dropped, if the layout stores it.
       ignored: regular expressions of names that carry no parameter.
       is_shared: networks of other objectives and schedules are saved under the same names.
       renamed: names that stand for others, from all names: (theirs in this file, theirs in the table).
       schedule: what the network was trained to predict, and over which time.
-      told: an exception to that, told by the values themselves: takes the tensors and the configuration.
+      told: an exception to that, recognized by the values themselves: takes the tensors and the configuration.
       step_size: the embedder of step sizes, if the network has one.
       network: the settings of the network.
       gains: of its norms, if they are learned.
