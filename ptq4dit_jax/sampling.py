@@ -121,6 +121,7 @@ def sample(
     Raises:
       Ptq4ditError: an argument that makes no sense, or a sample that holds NaN or infinity; the sentence names the step.
     """
+    settings = {name: value for name, value in settings.items() if value is not None}
     if sampling is not None and settings:
         raise Ptq4ditError(f"The argument sampling says how to sample already; leave out {', '.join(settings)}, or sampling.")
     resolved = (sampling or Sampling.of(**settings)).resolve(model.schedule, model.config)

@@ -69,6 +69,11 @@ def section(default: _Value) -> _Value:
     return dataclasses.field(default=default, metadata={_SECTION: True})
 
 
+def is_section(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field of settings is a section."""
+    return _SECTION in field.metadata
+
+
 def title_of(kind: type) -> str:
     """What a section is called in help: its ``TITLE``, or else its name."""
     return str(getattr(kind, "TITLE", kind.__name__))
@@ -83,11 +88,16 @@ class Leaf:
     field: dataclasses.Field[Any]
     said: Setting
 
+    @property
+    def option(self) -> str:
+        """The option of the command line, such as ``--calib-rows``; of a flag that has two names both."""
+        return f"--{(self.said.flag or self.name).replace('_', '-')}"
+
 
 def leaves(kind: type) -> Iterator[Leaf]:
     """All settings of a dataclass and its sections, in order."""
     for field in dataclasses.fields(kind):
-        if _SECTION in field.metadata:
+        if is_section(field):
             yield from leaves(type(field.default))
         elif (said := field.metadata.get(_KEY)) is not None:
             yield Leaf(said.name or field.name, kind, field, said)
@@ -110,7 +120,7 @@ def changed(value: _S, settings: Mapping[str, Any]) -> _S:
 def _changed(value: _S, settings: Mapping[str, Any]) -> _S:
     new = {}
     for field in dataclasses.fields(value):
-        if _SECTION in field.metadata:
+        if is_section(field):
             old = getattr(value, field.name)
             if (part := _changed(old, settings)) is not old:
                 new[field.name] = part
@@ -123,7 +133,7 @@ def flat(value: DataclassInstance) -> dict[str, Any]:
     """All settings of a dataclass and its sections by their flat names."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(value):
-        if _SECTION in field.metadata:
+        if is_section(field):
             found |= flat(getattr(value, field.name))
         elif (said := field.metadata.get(_KEY)) is not None:
             found[said.name or field.name] = getattr(value, field.name)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given as given_any
@@ -352,6 +352,17 @@ def test_sections_and_flat_names_say_the_same() -> None:
     assert sections.replace(exponent=0.5).balancing == Balancing(method="csb")
     with pytest.raises(TypeError, match="no setting 'weight_bit'; did you mean weight_bits"):
         QuantConfig.of(weight_bit=4)
+
+
+@pytest.mark.parametrize("section", ["weights", "activations", "balancing", "calibration"])
+def test_a_section_must_be_one(section: str, raises_sentence: Sentence) -> None:
+    with raises_sentence(f"QuantConfig {section} must be a {section.capitalize()}", "not 5"):
+        QuantConfig(**cast(Any, {section: 5}))
+
+
+def test_how_rows_are_sampled_must_be_a_sampling(raises_sentence: Sentence) -> None:
+    with raises_sentence("Calibration sampling must be a Sampling", "'ddim'"):
+        Calibration(sampling=cast(Any, "ddim"))
 
 
 def test_no_two_settings_share_a_name() -> None:

@@ -48,6 +48,11 @@ def test_the_default_is_that_of_jax() -> None:
         assert devices.default_kind() == DeviceKind("cpu")
 
 
+def test_a_device_that_does_not_tell_its_cores_has_an_h200s() -> None:
+    with described(DeviceKind("gpu", (9, 0))):
+        assert core_count() == 132
+
+
 def test_what_is_described_is_what_choices_are_made_for() -> None:
     before = devices.default_kind()
     with described(H200):

@@ -11,7 +11,6 @@ if __name__ == "__main__":
     ptq4dit_start.take_signals()
 
 import argparse
-import dataclasses
 import time
 from functools import partial
 from pathlib import Path
@@ -117,8 +116,8 @@ def main() -> None:
         out / "report",
         comparison,
         title="Digits: W8A8 and W4A8 against float",
-        describe_rows=[layer.words() for layer in layers],
-        settings=dataclasses.asdict(settings[1]),
+        describe_rows=layers,
+        settings=settings[1].to_dict(),
         rounding=models["W4A8"].provenance.facts.get("rounding"),
         balancing=models["W4A8"].provenance.facts.get("balancing"),
         overwrite=True,

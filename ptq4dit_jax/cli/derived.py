@@ -45,7 +45,7 @@ class _Option:
     @property
     def parameter(self) -> inspect.Parameter:
         said, field = self.leaf.said, self.leaf.field
-        spelled = (said.flag or self.leaf.name).replace("_", "-")
+        spelled = self.leaf.option.removeprefix("--")
         kind = _value_type(self.leaf)
         flag = f"--{spelled}/--no-{spelled}" if kind is bool and "/" not in spelled else f"--{spelled}"
         shown = said.shown

@@ -78,7 +78,7 @@ def evaluate(
         )
     rows, made = None, cast(Mapping[str, Any], {})
     if isinstance(other, QuantizedDiT):
-        rows, made = [layer.words() for layer in describe(other)], other.provenance.facts
+        rows, made = describe(other), other.provenance.facts
     with working(f"Writing {out}"):
         where = write_report(
             out,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.terminal import claim_target, load_vae, write_json
 from ptq4dit_jax.vae import VAEConfig, VAEDecoder
 
@@ -61,4 +62,6 @@ class Decoding:
 
     def load(self) -> VAEDecoder | None:
         """The decoder, if there is one; prints what was decided and guessed."""
+        if self.vae is None and self.vae_scale is not None:
+            raise Ptq4ditError("--vae-scale is of a VAE; pass that with --vae, or leave it out.")
         return None if self.vae is None else load_vae(self.vae, self.vae_scale)

@@ -15,13 +15,14 @@ from ptq4dit_jax import checkpoints, quantization
 from ptq4dit_jax.calibration import CalibrationData, stored_rows
 from ptq4dit_jax.cli.derived import Given, Group, Settings, with_options
 from ptq4dit_jax.cli.options import ModelArgument, Seed, Written
-from ptq4dit_jax.config import QuantConfig, Reconstruction
+from ptq4dit_jax.config import Calibration, QuantConfig, Reconstruction
 from ptq4dit_jax.engine import QuantizedDiT, describe
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import num_bytes
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.quality import REFUSE_BELOW, WARN_BELOW, PoorQuality, Quality
 from ptq4dit_jax.reconstruction import forget_journal, journal_beside
+from ptq4dit_jax.settings import changed, leaves
 from ptq4dit_jax.staging import claim
 from ptq4dit_jax.terminal import (
     all_devices_mesh,
@@ -54,6 +55,15 @@ class Stored:
     calibration_layout: Annotated[
         str, typer.Option(help="Axes of the stored images, NHWC or NCHW; auto goes by the model's image shape.")
     ] = "auto"
+
+    def check(self, given: Given) -> None:
+        """Raises where an option says something of rows that are not there."""
+        if self.calibration is None and self.calibration_layout != "auto":
+            raise Ptq4ditError("--calibration-layout is of stored rows; pass those with --calibration, or leave it out.")
+        if self.calibration is not None and (unused := [leaf.option for leaf in leaves(Calibration) if leaf.name in given]):
+            raise Ptq4ditError(
+                f"{', '.join(unused)} would decide how rows are sampled, and --calibration gives them; leave out one of both."
+            )
 
     def read(self, model: FloatDiT) -> tuple[CalibrationData | None, str]:
         """The rows for a model, and what they are in words; None and nothing where there is no file."""
@@ -91,18 +101,18 @@ class Preset:
         """
         learned = given.pop("reconstruction", {})
         if self.reconstruct or given.get("rounding") == "adaround":
-            given = given | {"reconstruction": Reconstruction(**learned)}
+            given = given | {"reconstruction": changed(Reconstruction(), learned)}
         elif learned:
+            [option] = [leaf.option for leaf in leaves(Reconstruction) if leaf.name == next(iter(learned))]
             raise Ptq4ditError(
-                f"The setting {next(iter(learned))} of reconstruction says nothing without --reconstruct; pass that, or leave "
-                "it out."
+                f"{option} is for learning, and nothing is learned; pass --reconstruct or --rounding adaround, or leave it out."
             )
         return (QuantConfig.paper if self.paper else QuantConfig.of)(**given)
 
 
 @dataclasses.dataclass(frozen=True)
 class Conduct:
-    """How a run goes about it; none of it changes the result."""
+    """How a run goes about it; none of it changes a number."""
 
     row_batch: Annotated[int | None, typer.Option(help="Rows per calibration pass, to bound memory.")] = None
     fresh: Annotated[
@@ -127,7 +137,10 @@ def quantize(
     seed: Seed = 0,
 ) -> None:
     """Quantizes a float model after training: calibrate, balance and fold, choose ranges, pack, save."""
+    stored.check(given)
     config = preset.config(given)
+    if conduct.fresh and config.learning is None:
+        raise Ptq4ditError("--fresh starts a reconstruction over, and nothing is learned here; leave it out.")
     key = read_key(seed)
     written.claim(context, out, "config.json")
     state = None if config.learning is None else journal_beside(out)

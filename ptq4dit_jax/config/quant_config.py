@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
-from ptq4dit_jax.config.checks import check_choice
+from ptq4dit_jax.config.checks import check_choice, check_sections
 from ptq4dit_jax.config.reconstruction import Reconstruction
 from ptq4dit_jax.config.sections import (
     FLOAT_ACTS,
@@ -65,6 +65,7 @@ class QuantConfig:
     reconstruction: Reconstruction | None = setting(None, "How roundings are learned.", of=Reconstruction)
 
     def __post_init__(self) -> None:
+        check_sections(self)
         check_choice("range_search", self.range_search, get_args(RangeSearch))
         if not isinstance(self.policy, Policy):
             raise Ptq4ditError(f"The policy must be a Policy, such as Policy.parse('uniform'), not {quoted(self.policy)}.")
@@ -167,7 +168,7 @@ class QuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """All settings by their flat names, in JSON's types but for tuples."""
         learned = self.reconstruction
-        return flat(self) | {"policy": str(self.policy), "reconstruction": learned and dataclasses.asdict(learned)}
+        return flat(self) | {"policy": str(self.policy), "reconstruction": learned and flat(learned)}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> QuantConfig:
@@ -180,7 +181,7 @@ class QuantConfig:
         with edge("the stored settings"):
             settings = _known(cls, stored)
             if isinstance(learned := settings.get("reconstruction"), Mapping):
-                settings["reconstruction"] = Reconstruction(**_known(Reconstruction, learned))
+                settings["reconstruction"] = changed(Reconstruction(), _known(Reconstruction, learned))
             return cls.of(**settings)
 
 

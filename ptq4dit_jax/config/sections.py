@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
-from ptq4dit_jax.config.checks import MAX_ROWS, check_choice
+from ptq4dit_jax.config.checks import MAX_ROWS, check_choice, check_sections
 from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.edges import shown
 from ptq4dit_jax.errors import Ptq4ditError
@@ -40,7 +40,9 @@ class Weights:
     """
 
     bits: int = setting(8, "Width of the weights, 2 to 8.", name="weight_bits")
-    weigh_inputs: bool = setting(True, "Whether ranges of weights minimize the error of outputs, or that of the weights.")
+    weigh_inputs: bool = setting(
+        True, "Whether ranges of weights minimize the error of outputs, or that of the weights, as with --paper."
+    )
     rounding: Rounding | None = setting(
         None,
         "Of the weights: nearest; gptq, in closed form from the inputs of each layer; or adaround, learned.",
@@ -74,7 +76,7 @@ class Activations:
     step_groups: int = setting(5, "Activation ranges per group of steps; 1 with --paper.")
     dynamic_sites: tuple[str, ...] | None = setting(
         None,
-        "Sites scaled per token at run time, comma-separated, or none.",
+        "Sites scaled per token at run time, comma-separated, or none, as with --paper.",
         flag="dynamic",
         shown=",".join(name for name, site in known_specs()[0].sites.items() if site.reduced),
         metavar="SITES",
@@ -167,6 +169,7 @@ class Calibration:
     sampling: Sampling = section(Sampling())
 
     def __post_init__(self) -> None:
+        check_sections(self)
         if self.rows > MAX_ROWS:
             raise Ptq4ditError(f"Calibration rows must be at most {MAX_ROWS} at each step, not {shown(self.rows)}.")
 

@@ -243,7 +243,7 @@ def compare(
     seed: int = 0,
     decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
-    progress: StageProgress = silent,
+    progress: StageProgress | None = None,
 ) -> Comparison:
     """Measures ``others`` and the noise floor against ``reference`` computing in float32.
 
@@ -267,6 +267,7 @@ def compare(
     """
     _check_models(reference, others)
     _check_counts(sqnr_steps, sqnr_rows, batch_size)
+    progress = progress or silent
     reference = reference.astype(jnp.float32)
     labels_N = check_labels(labels, reference.config)
     resolved = sampling.resolve(reference.schedule, reference.config)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ptq4dit_jax.devices import in_use
+from ptq4dit_jax.engine import LayerReport
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation.compare import NOISE_FLOOR, REFERENCE, Comparison, ModelFigures, plain
 from ptq4dit_jax.evaluation.facts import balanced_sites, learned_parts, rounded_parts
@@ -30,7 +31,7 @@ def write_report(
     comparison: Comparison,
     *,
     title: str,
-    describe_rows: Sequence[Mapping[str, Any]] | None = None,
+    describe_rows: Sequence[LayerReport | Mapping[str, Any]] | None = None,
     settings: Mapping[str, Any],
     reconstruction: Mapping[str, Mapping[str, Any]] | None = None,
     rounding: Mapping[str, Mapping[str, Any]] | None = None,
@@ -43,7 +44,7 @@ def write_report(
       folder: created with its parents; written beside itself first and renamed when complete.
       comparison: from :func:`ptq4dit_jax.evaluation.compare.compare`.
       title: heading of the page.
-      describe_rows: one mapping per layer that says what runs, e.g. :func:`ptq4dit_jax.describe`; its keys become columns.
+      describe_rows: what runs for each layer, as :func:`ptq4dit_jax.describe` gives it, or mappings; their keys become columns.
       settings: whatever else made the figures (paths, bit widths); shown beside the comparison's own settings.
       reconstruction: facts of each reconstructed part by its name, as the provenance of a quantized model holds them.
       rounding: the same of each part rounded in closed form.
@@ -63,7 +64,7 @@ def write_report(
     document = {
         "title": title,
         **comparison.to_json(),
-        "layers": plain(list(describe_rows or [])),
+        "layers": plain([row.words() if isinstance(row, LayerReport) else row for row in describe_rows or ()]),
         "balancing": plain(balanced),
         "rounding": plain(rounded),
         "reconstruction": plain(learned),

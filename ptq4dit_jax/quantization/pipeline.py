@@ -43,7 +43,7 @@ def quantize(
     state: str | os.PathLike[str] | None = None,
     fresh: bool = False,
     keep_poor: bool = False,
-    progress: StageProgress = silent,
+    progress: StageProgress | None = None,
 ) -> QuantizedDiT:
     """Quantizes a float DiT after training with PTQ4DiT.
 
@@ -72,7 +72,7 @@ def quantize(
       Ptq4ditError: an argument that makes no sense; NaN or infinity in the weights, the calibration rows, what is observed of
         them, or the result; a result of too poor quality, unless ``keep_poor``.
     """
-    config, key = (config or QuantConfig()).for_network(model.config), threefry(key)
+    config, key, progress = (config or QuantConfig()).for_network(model.config), threefry(key), progress or silent
     if row_batch is not None and row_batch < 1:
         raise Ptq4ditError(f"row_batch must be positive, not {row_batch}.")
     if calibration is None:

@@ -26,8 +26,8 @@ from ptq4dit_jax.reconstruction.units import Unit, units
 from ptq4dit_jax.reconstruction.walk import Walk
 from ptq4dit_jax.waiting import ready
 
-#: Rows of a pass, and into how many parts a CPU cuts them.
-_BATCH, _PARTS = 32, 8
+#: Rows of a pass, and into how many chunks a CPU cuts them.
+_BATCH, _CHUNKS = 32, 8
 
 
 class ClosedFormWalk(Walk):
@@ -42,15 +42,15 @@ class ClosedFormWalk(Walk):
         rows_on: RowsOn = "auto",
     ) -> None:
         devices = sharding.data_size(mesh)
-        parts = _PARTS if default_kind().platform == "cpu" and _PARTS % devices == 0 else devices
-        batch_size = -(-_BATCH // parts) * parts
+        chunks = _CHUNKS if default_kind().platform == "cpu" and _CHUNKS % devices == 0 else devices
+        batch_size = -(-_BATCH // chunks) * chunks
         super().__init__(
             folded,
             quantized,
             calibration,
             mesh,
             batch_size=batch_size,
-            parts=parts,
+            chunks=chunks,
             dtype="float32",
             precision=CALIBRATION,
             rows_on=rows_on,
@@ -65,9 +65,9 @@ def rounding_bytes(walk: Walk) -> int:
     and a block's activations."""
     config = walk.config
     K, D = max(linear.K for linear in config.spec.linears.values()), config.hidden_size
-    here = walk.parts // sharding.data_size(walk.mesh)
+    here = walk.chunks // sharding.data_size(walk.mesh)
     sums, solved = (4 * here + 4) * 4 * K * K, 8 * (6 * K * K + 8 * K * D)
-    rows = walk.batch_size // walk.parts
+    rows = walk.batch_size // walk.chunks
     activations = 4 * rows * (3 * config.num_tokens * (8 * D + 2 * K) + config.num_heads * config.num_tokens**2)
     return max(sums + activations, solved)
 

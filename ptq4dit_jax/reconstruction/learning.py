@@ -96,7 +96,7 @@ class LearningWalk(Walk):
             calibration,
             mesh,
             batch_size=settings.batch_size,
-            parts=settings.resolved_chunks(platform),
+            chunks=settings.resolved_chunks(platform),
             dtype=settings.dtype if settings.dtype != "auto" else ("float32" if platform == "cpu" else "bfloat16"),
             rows_on=settings.rows_on,
         )
@@ -123,7 +123,7 @@ class LearningWalk(Walk):
     def _program(self, kind: UnitKind, drawn: bool, *arguments: object) -> jax.stages.Compiled:
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        how = optimize.Learning(self.config, kind, self.settings, self.dtype, self.parts)
+        how = optimize.Learning(self.config, kind, self.settings, self.dtype, self.chunks)
         return _compiled(structure, shapes, self.mesh, how, drawn)
 
     def task(self, unit: Unit, start: Mapping[str, RoundedWeight] | None = None) -> tuple[Task, Variables]:

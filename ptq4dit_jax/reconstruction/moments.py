@@ -42,19 +42,19 @@ class _Seen(struct.PyTreeNode):
 
 
 class PartInputs:
-    """The rows that a part is fed, cut into the walk's parts once for all its layers.
+    """The rows that a part is fed, cut into the walk's chunks once for all its layers.
 
     What sums one is a program of one device, and sums are added up in order. So on CPUs every number of devices that divides
-    the parts gives the same moments.
+    the chunks gives the same moments.
     """
 
     def __init__(self, walk: Walk, unit: Unit) -> None:
         self._walk, self._unit = walk, unit
         inputs, exact = walk.inputs(unit)
         rows = _Seen(inputs=inputs, float_inputs=exact, group=walk.group, share=walk.share)
-        self._lanes = _lanes(rows, walk.parts, walk.mesh)
+        self._lanes = _lanes(rows, walk.chunks, walk.mesh)
         self._devices = sharding.devices_of(walk.mesh)
-        self._lane = partial(_lane, devices=len(self._devices), each=walk.parts // len(self._devices))
+        self._lane = partial(_lane, devices=len(self._devices), each=walk.chunks // len(self._devices))
         fixed = (walk.act_quantizers(unit), *walk.float_part(unit))
         self._fixed = {device: jax.device_put(fixed, device) for device in self._devices}
 
@@ -79,9 +79,9 @@ class PartInputs:
         start = _about_mean(through(home, self._lanes[0], nothing, 1))
         size = self._walk.group.shape[0]
         run = lambda item, device: through(device, self._lanes[self._lane(item)], jax.device_put(start, device), size)
-        found = sharding.deal_out(run, self._walk.parts, self._walk.mesh)
+        found = sharding.deal_out(run, self._walk.chunks, self._walk.mesh)
         by_lane = {self._lane(item): jax.device_put(m, home) for item, m in enumerate(found)}
-        return _total([by_lane[lane] for lane in range(self._walk.parts)])
+        return _total([by_lane[lane] for lane in range(self._walk.chunks)])
 
 
 def _lane(item: int, devices: int, each: int) -> int:
@@ -89,8 +89,8 @@ def _lane(item: int, devices: int, each: int) -> int:
     return item % devices * each + item // devices
 
 
-def _lanes(rows: _Seen, parts: int, mesh: Mesh | None) -> list[_Seen]:
-    """Rows (M, B, ...) in ``parts`` of their strata, each an array on the one device that holds it."""
+def _lanes(rows: _Seen, chunks: int, mesh: Mesh | None) -> list[_Seen]:
+    """Rows (M, B, ...) in ``chunks`` of their strata, each an array on the one device that holds it."""
     leaves, structure = jax.tree.flatten(rows)
 
     def cut(leaf: HeldRows) -> list[HeldRows]:
@@ -99,14 +99,14 @@ def _lanes(rows: _Seen, parts: int, mesh: Mesh | None) -> list[_Seen]:
         else:
             shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[1].start or 0)
             held = [shard.data for shard in shards]
-        return [lane for array in held for lane in _split(array, parts // len(held))]
+        return [lane for array in held for lane in _split(array, chunks // len(held))]
 
     return [jax.tree.unflatten(structure, lane) for lane in zip(*map(cut, leaves), strict=True)]
 
 
-def _split(array: HeldRows, parts: int) -> list[HeldRows]:
-    size = array.shape[1] // parts
-    return [array[:, start : start + size] for start in range(0, parts * size, size)]
+def _split(array: HeldRows, chunks: int) -> list[HeldRows]:
+    size = array.shape[1] // chunks
+    return [array[:, start : start + size] for start in range(0, chunks * size, size)]
 
 
 @partial(jax.jit, static_argnames=("config", "kind", "site"))

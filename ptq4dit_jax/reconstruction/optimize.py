@@ -138,11 +138,11 @@ def _exponent(settings: Reconstruction, progress: jax.Array) -> jax.Array:
     return last + (first - last) * 0.5 * (1 + jnp.cos(jnp.pi * part))
 
 
-def in_parts(function: Callable[[_Rows], _Result], rows: _Rows, parts: int) -> _Result:
-    """``function`` of each of ``parts`` equal parts of the rows (B, ...), one after another: leaves (parts, ...)."""
+def in_chunks(function: Callable[[_Rows], _Result], rows: _Rows, chunks: int) -> _Result:
+    """``function`` of each of ``chunks`` equal chunks of the rows (B, ...), one after another: leaves (chunks, ...)."""
     # Barriers, because XLA unrolls a loop of one part and would fuse it with what stands around it.
     alone = lambda part: jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(part)))
-    return jax.lax.map(alone, jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), rows))
+    return jax.lax.map(alone, jax.tree.map(lambda leaf: leaf.reshape(chunks, -1, *leaf.shape[1:]), rows))
 
 
 def _mean_in_order(stacked: jax.Array) -> jax.Array:
@@ -160,13 +160,13 @@ def _on_grid(step: jax.Array) -> jax.Array:
 @dataclasses.dataclass(frozen=True)
 class Learning:
     """How a part is learned, besides on what: the ``kind`` of part of which network, the settings, the type to compute in, and
-    into how many ``parts`` a batch is cut, whose gradients are added up in order."""
+    into how many ``chunks`` a batch is cut, whose gradients are added up in order."""
 
     config: Network
     kind: UnitKind
     settings: Reconstruction
     dtype: str
-    parts: int
+    chunks: int
 
 
 def train(
@@ -190,7 +190,7 @@ def train(
     The loss is ``squared error / start_error + regularizer * indecision / weights``, times the number of weights: both
     terms are then of the order of one per weight whatever the model, and one setting fits all.
     """
-    settings, parts = how.settings, how.parts
+    settings, chunks = how.settings, how.chunks
     for_rounding, for_scales = optimizers(settings)
     first = state.iteration
     count = sum(kernel.base.size for kernel in task.kernels.values())
@@ -217,12 +217,12 @@ def train(
         # All that does not depend on the rows is done once, not for each part.
         kernels, through_kernels = jax.vjp(soft_kernels, variables.rounding)
         gradient = partial(jax.value_and_grad(error), jax.lax.optimization_barrier((kernels, variables.log_scale)))
-        if parts == 1:
+        if chunks == 1:
             loss, grads = gradient(batch)
             if devices > 1:
                 loss, grads = jax.lax.pmean((loss, grads), "data")
         else:
-            stacked = in_parts(gradient, batch, parts // devices)
+            stacked = in_chunks(gradient, batch, chunks // devices)
             if devices > 1:
                 stacked = jax.lax.all_gather(stacked, "data", tiled=True)
             loss, grads = jax.tree.map(_mean_in_order, stacked)
@@ -277,7 +277,7 @@ def float_outputs(
     return apply_unit(config, kind, params, balances, inputs, dtype, precision), jnp.zeros((), jnp.float32)
 
 
-@partial(jax.jit, static_argnames=("function", "config", "kind", "dtype", "precision", "parts", "mesh"))
+@partial(jax.jit, static_argnames=("function", "config", "kind", "dtype", "precision", "chunks", "mesh"))
 def over_rows(
     function: Callable[..., tuple[jax.Array, jax.Array]],
     shared: _Shared,
@@ -287,15 +287,15 @@ def over_rows(
     kind: UnitKind,
     dtype: str,
     precision: jax.lax.Precision = EXACT,
-    parts: int = 1,
+    chunks: int = 1,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One of the two functions above over rows (M, B, ...): outputs (M, B, ...) and errors (M, parts)."""
+    """One of the two functions above over rows (M, B, ...): outputs (M, B, ...) and errors (M, chunks)."""
     devices = sharding.data_size(mesh)
 
     def local(shared: _Shared, rows: _Rows) -> tuple[jax.Array, jax.Array]:
         one = partial(function, shared, config=config, kind=kind, dtype=dtype, precision=precision)
-        outputs, errors = jax.lax.map(lambda batch: in_parts(one, batch, max(1, parts // devices)), rows)
+        outputs, errors = jax.lax.map(lambda batch: in_chunks(one, batch, max(1, chunks // devices)), rows)
         return outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:]), errors
 
     if mesh is None:

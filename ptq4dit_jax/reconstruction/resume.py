@@ -23,7 +23,7 @@ from ptq4dit_jax.staging import beside, claim, is_staged, place, publish, remove
 
 _FINGERPRINT, _CURRENT = "fingerprint.json", "current.npz"
 _PART = re.compile(r"part-(\d{3,})\.npz")
-_FORMAT, _VERSION = "ptq4dit_jax reconstruction", 3
+_FORMAT, _VERSION = "ptq4dit_jax reconstruction", 4
 #: In front of the names of what each file says about itself.
 _HEAD = "journal/"
 _OVER = "start over with --fresh (fresh=True)"

@@ -67,14 +67,14 @@ class Walk(abc.ABC):
         mesh: Mesh | None,
         *,
         batch_size: int,
-        parts: int,
+        chunks: int,
         dtype: str,
         precision: jax.lax.Precision = EXACT,
         rows_on: RowsOn = "auto",
     ) -> None:
         self.folded, self.quantized, self.mesh = folded, quantized, mesh
         self.config = folded.config
-        self.batch_size, self.parts, self.dtype, self.precision = batch_size, parts, dtype, precision
+        self.batch_size, self.chunks, self.dtype, self.precision = batch_size, chunks, dtype, precision
         self.acts = site_quantizers(quantized)
         self.balances = flatten_sites(folded.quantizers)
 
@@ -178,7 +178,7 @@ class Walk(abc.ABC):
             kind=unit.kind,
             dtype=self.dtype,
             precision=self.precision,
-            parts=self.parts,
+            chunks=self.chunks,
             mesh=self.mesh,
         )
         if not self.plan.on_host:

@@ -9,7 +9,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
-from cli_helpers import CALIBRATE, DIGITS, VAE, WALK, figures, patch, run
+from cli_helpers import CALIBRATE, DIGITS, FAST, VAE, WALK, figures, patch, run
 from PIL import Image
 
 import ptq4dit_jax as ptq
@@ -100,7 +100,7 @@ def test_quantize_from_stored_rows(w4, here):
     x, y, t = rows.x.reshape(8, 8, 8, 1), np.ravel(rows.y), np.repeat(rows.t, 4)
     order = [4, 0, 5, 1, 2, 6, 3, 7]
     np.savez("rows.npz", x=x[order], t=t[order], y=y[order])
-    run("quantize", DIGITS, "--out", "stored", *CALIBRATE, "--calibration", "rows.npz", "--seed", "7")
+    run("quantize", DIGITS, "--out", "stored", *FAST, "--calibration", "rows.npz", "--seed", "7")
     assert store.read_config("stored")["content_sha256"] == store.read_config(w4.folder)["content_sha256"]
     assert store.read_config("stored")["provenance"]["calibration"]["rows"] == "given"
 

@@ -103,8 +103,10 @@ def test_without_options_the_defaults_of_the_library_hold(asked):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--iterations 5", ("iterations", "--reconstruct")),
-        ("--rounding gptq --warmup 0.5", ("warmup", "--reconstruct")),
+        ("--iterations 5", ("--iterations", "--reconstruct")),
+        ("--rounding gptq --warmup 0.5", ("--warmup", "--reconstruct")),
+        ("--reconstruct-batch 8", ("--reconstruct-batch is for learning",)),
+        ("--no-decay-rounding", ("--decay-rounding is for learning",)),
         ("--reconstruct --exponents 2", ("exponents", "2")),
         ("--reconstruct --exponents high,low", ("--exponents", "20,2", "high,low")),
         ("--guidance-interval x", ("--guidance-interval", "'x'")),
@@ -117,4 +119,5 @@ def test_options_that_decide_nothing_or_cannot_be(options, words, refused):
 
 
 def test_a_model_of_this_program_takes_no_options_of_an_import(refused):
-    refused("convert D out.safetensors --to meta --num-heads 4", "num_heads", "leave out")
+    refused("convert D out.safetensors --to meta --num-heads 4", "--num-heads", "leave out")
+    refused("convert D out.safetensors --to meta --model-weights", "--ema/--model-weights", "leave out")

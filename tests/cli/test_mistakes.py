@@ -76,6 +76,10 @@ QUANTIZE = {
     "--calibration rows_halves.npz": ("timesteps", "5.5"),
     "--calibration absent.pt": ("absent.pt", "does not exist"),
     "--calibration rows_label.npz --calibration-layout CHWN": ("'CHWN'", "NHWC or NCHW"),
+    "--calibration-layout NCHW": ("--calibration-layout", "--calibration"),
+    "--calibration rows_label.npz --calib-rows 8 --steps 5": ("--calib-rows, --steps", "--calibration", "leave out"),
+    "--calibration rows_label.npz --guidance-interval 0,0.5": ("--guidance-interval", "leave out"),
+    "--fresh": ("--fresh", "nothing is learned"),
     "--act-bits 12": ("act_bits", "2 to 8, not 12", "weights-only"),
     "--policy edges8,blocks.attention=4": ("'blocks.attention=4'", "=float"),
     "--calibration rows_label.npz": ("Label 11 is out of range",),
@@ -111,6 +115,7 @@ def test_quantizing_twice(refused):
 
 
 SAMPLE = {
+    "--vae-scale 0.2": ("--vae-scale", "--vae"),
     "--labels 11": ("Label 11 is out of range", "0 to 9"),
     "--labels 3000000000": ("Label 3000000000 is out of range",),
     "--labels 0-30000000": ("Label 30000000 is out of range",),

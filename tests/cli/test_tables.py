@@ -63,8 +63,8 @@ def test_quantize_and_evaluate(folder, here, capsys):
     np.savez("rows.npz", **rows)
     np.savez("labelled.npz", **rows, y=np.array([0, 0, 3, 0]))
     small = ["--cfg-scale", "1", "--steps", "2"]
-    run("quantize", folder, "--out", "w8", "--calibration", "rows.npz", *small)
-    assert "Label 3" in refused(capsys, "quantize", folder, "--out", "y", "--calibration", "labelled.npz", *small)
+    run("quantize", folder, "--out", "w8", "--calibration", "rows.npz")
+    assert "Label 3" in refused(capsys, "quantize", folder, "--out", "y", "--calibration", "labelled.npz")
     run("evaluate", "w8", "--against", folder, "--out", "report", "--repeat", "2", *small, "--json", "figures.json")
     assert figures("figures.json")["labels"] == [0, 0]
     assert "--labels 0-1" in refused(capsys, "evaluate", "w8", "--against", folder, "--out", "r", "--labels", "0-1", *small)

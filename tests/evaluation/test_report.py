@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ptq4dit_jax.engine import ActRanges, LayerReport
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import Interval, plots, write_report
 
@@ -46,6 +47,26 @@ def test_everything_is_there(tmp_path, comparison):
     for picture in pictures:
         with Image.open(folder / picture) as image:
             image.verify()
+
+
+def test_layers_may_be_what_describe_gives(tmp_path, comparison):
+    report = LayerReport(
+        layer="blocks.fc1",
+        lead=(2,),
+        size=(32, 128),
+        heads=None,
+        weight_bits=4,
+        act_bits=8,
+        ranges=ActRanges(dynamic=False, groups=3, balanced=True),
+        dtype="float32",
+        backend="xla",
+        why="",
+    )
+    folder = write_report(tmp_path / "report", comparison, **ARGUMENTS | {"describe_rows": [report]})
+    [heading, row] = _table((folder / "report.md").read_text(), "What each layer runs")
+    shown = dict(zip(heading, row, strict=True))
+    assert (shown["shape"], shown["ranges"]) == ("2 x 32 -> 128", "per tensor, 3 groups of steps, balanced")
+    assert json.loads((folder / "report.json").read_text())["layers"] == [report.words()]
 
 
 def test_tables_hold_the_figures(tmp_path, comparison):

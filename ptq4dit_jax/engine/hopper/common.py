@@ -124,9 +124,8 @@ def transposed(ref: Ref) -> Ref:
 
 
 def core_count() -> int:
-    """Multiprocessors of the device that is traced for; an H200's where that is no GPU and a kernel is only lowered."""
-    device = default_kind()
-    return device.cores if device.platform == "gpu" else 132
+    """Multiprocessors of the device that is traced for; an H200's where it does not tell, and a kernel is only lowered."""
+    return default_kind().cores or 132
 
 
 def swizzled(columns: int, dtype: DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
