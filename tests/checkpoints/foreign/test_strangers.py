@@ -5,6 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from foreign_files import META, OUTPUTS, save_safetensors, write_pickle
+from helpers import relative_error
 
 from ptq4dit_jax import checkpoints
 from ptq4dit_jax.checkpoints.foreign import export_meta, import_checkpoint, open_tensors
@@ -126,9 +127,9 @@ def test_no_table_of_labels(meta, tmp_path, raises_sentence):
     assert (model.config.num_classes, model.config.null_class) == (0, False)
     assert any("unconditional" in note for note in found.notes)
     zeros = {**meta, "y_embedder.embedding_table.weight": np.zeros((11, 24), np.float32)}
-    np.testing.assert_array_equal(
-        output(model), output(import_checkpoint(save_safetensors(tmp_path / "y", zeros), num_heads=3)[0])
-    )
+    with_zeros = import_checkpoint(save_safetensors(tmp_path / "y", zeros), num_heads=3)[0]
+    # Two programs, which may round differently although one adds zeros alone.
+    assert relative_error(output(model), output(with_zeros)) < 1e-6
     assert set(open_tensors(export_meta(model, tmp_path / "z.safetensors"))) == set(arrays)
     with raises_sentence("no table of labels", "leave the option out"):
         import_checkpoint(path, num_heads=3, classes=10)
