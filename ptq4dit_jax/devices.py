@@ -38,8 +38,8 @@ def in_use() -> list[jax.Device]:
 
 
 def default() -> jax.Device:
-    """The device that computations run on where nothing places them: ``jax_default_device``, or else the first."""
-    return in_use()[0]
+    """The device that computations run on where nothing places them: ``jax_default_device``, or else this process's first."""
+    return next(device for device in in_use() if device.process_index == jax.process_index())
 
 
 def default_kind() -> DeviceKind:

@@ -250,7 +250,7 @@ def test_the_backend_is_chosen_by_device_and_an_unknown_one_is_named(raises_sent
 def test_what_auto_means(platform, capability, dtype, expected, why, monkeypatch: pytest.MonkeyPatch) -> None:
     class Device:
         def __init__(self) -> None:
-            self.platform, self.compute_capability = platform, capability
+            self.platform, self.compute_capability, self.process_index = platform, capability, 0
 
     monkeypatch.setattr(jax, "devices", lambda *_: [Device()])
     found = choice.resolve("auto", dtype)
