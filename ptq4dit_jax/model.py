@@ -19,7 +19,28 @@ from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 from ptq4dit_jax.waiting import ready
 
 
-class FloatDiT(struct.PyTreeNode):
+class ModelFace:
+    """What a float and a quantized model have in common besides :meth:`apply`: a pytree's size, its groups of steps, and
+    ``apply`` compiled."""
+
+    group_edges: jax.Array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of steps that the model's quantizers tell apart; 1 of a plain float model."""
+        return self.group_edges.shape[0] + 1
+
+    def jitted(self) -> Callable[..., jax.Array]:
+        """``apply`` compiled, with the model as an argument so that models of one shape share the program."""
+        return jax.tree_util.Partial(_jitted_apply, self)
+
+
+class FloatDiT(ModelFace, struct.PyTreeNode):
     """A float model; a pytree whose leaves are the parameters.
 
     ``params`` is the tree of :func:`ptq4dit_jax.networks.dit.init_params`; block parameters carry a leading depth axis.
@@ -91,20 +112,6 @@ class FloatDiT(struct.PyTreeNode):
     def num_params(self) -> int:
         """Weights, biases, and values of tables."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-
-    @property
-    def num_groups(self) -> int:
-        """Groups of steps that its quantizers tell apart; 1 of a plain model."""
-        return self.group_edges.shape[0] + 1
-
-    def jitted(self) -> Callable[..., jax.Array]:
-        """``apply`` compiled, with the model as an argument so that models of one shape share the program."""
-        return jax.tree_util.Partial(_jitted_apply, self)
 
 
 def step_group(edges: jax.Array, level_B: jax.Array) -> jax.Array:

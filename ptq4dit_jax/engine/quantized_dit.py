@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from ptq4dit_jax.engine import choice
 from ptq4dit_jax.engine.layers import QLinear
 from ptq4dit_jax.engine.ops import IntegerOps
-from ptq4dit_jax.model import FloatDiT, step_group
+from ptq4dit_jax.model import FloatDiT, ModelFace, step_group
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.spec import nest_sites
 from ptq4dit_jax.quantizers import ActQuantizer
@@ -31,7 +31,7 @@ class Provenance:
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
 
-class QuantizedDiT(struct.PyTreeNode):
+class QuantizedDiT(ModelFace, struct.PyTreeNode):
     """A quantized DiT, self-contained; a pytree.
 
     ``linears`` holds every linear layer by the names of ``config.linear_shapes``; layers of blocks carry a leading depth axis.
@@ -93,20 +93,6 @@ class QuantizedDiT(struct.PyTreeNode):
         """Weights, biases and values of tables that the model stands for, as many as the float model has."""
         return self.config.num_parameters
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays: integers, scales, biases and tables."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-
-    @property
-    def num_groups(self) -> int:
-        """Groups of steps that its quantizers tell apart."""
-        return self.group_edges.shape[0] + 1
-
-    def jitted(self) -> Callable[..., jax.Array]:
-        """``apply`` compiled, with the model as an argument so that models of one shape share the program."""
-        return jax.tree_util.Partial(_jitted_apply, self)
-
 
 def _forward(model: QuantizedDiT, x_BHWC: ArrayLike, t_B: jax.Array, y_B: ArrayLike | None) -> jax.Array:
     group = step_group(model.group_edges, model.schedule.noise_level(t_B))
@@ -115,9 +101,6 @@ def _forward(model: QuantizedDiT, x_BHWC: ArrayLike, t_B: jax.Array, y_B: ArrayL
     dispatch = model.backend_choice.dispatch
     ops = IntegerOps.of(model.config, linears, sites, model.tables, dispatch, model.dtype)
     return model.config.forward(ops, x_BHWC, t_B, y_B)
-
-
-_jitted_apply = jax.jit(lambda model, x, t, y=None: model.apply(x, t, y))
 
 
 def site_quantizers(model: QuantizedDiT) -> dict[str, Any]:
