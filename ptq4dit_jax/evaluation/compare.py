@@ -34,6 +34,7 @@ from ptq4dit_jax.waiting import ready
 
 REFERENCE, NOISE_FLOOR = "float32", "bfloat16"
 _LAYER_STEPS, _LAYER_ROWS = 5, 16
+_TRAJECTORIES = "sample trajectories of the reference"
 #: Values of images that a metric is computed of at once: 170 pictures of 256 px, 42 of 512 px.
 _VALUES_PER_CALL = 2**25
 
@@ -272,11 +273,11 @@ def compare(
     labels_N = check_labels(labels, reference.config)
     resolved = sampling.resolve(reference.schedule, reference.config)
     models = {NOISE_FLOOR: reference.astype(jnp.bfloat16), **others}
-
     rows = _evenly(len(labels_N), min(sqnr_rows, batch_size or sqnr_rows))
     placed: _Placed = {"decoder": decoder, "mesh": mesh}
-    chain = partial(run_chain, key=key, sampling=sampling, **placed)
-    seen, sampled = _trajectories(chain, reference, sampling, labels_N[rows], sqnr_steps, progress)
+    chain = partial(run_chain, key=key, sampling=sampling, progress=partial(progress, _TRAJECTORIES), **placed)
+    progress(_TRAJECTORIES, 0, len(rows))
+    seen, sampled = _trajectories(chain, reference, sampling.guidance, resolved.tables().t, labels_N[rows], sqnr_steps)
     # Where the trajectories are those of all labels, their ends are the reference's images.
     pending = models if len(rows) == len(labels_N) else {REFERENCE: reference, **models}
     sampling_all = partial(progress, "sample on the same noise")
@@ -284,12 +285,13 @@ def compare(
     images, data_range = _full_scale({REFERENCE: sampled} | others_images)
 
     noise = seen.predicted_by(REFERENCE, reference)
+    of_layers = seen.for_layers(reference, guided=resolved.guidance.guided is not None)
     figures: dict[str, ModelFigures] = {}
     for name, model in models.items():
         progress("measure", len(figures), len(models))
         psnr, similarity = (_per_image(metric, images[REFERENCE], images[name], data_range) for metric in (_psnr_db, _ssim))
         sqnr = _steps_sqnr(noise, seen.predicted_by(name, model))
-        layers = layer_sqnr_along(reference, model, *seen.for_layers(reference))
+        layers = layer_sqnr_along(reference, model, *of_layers)
         figures[name] = ModelFigures.of(model, sqnr, layers, psnr, similarity, seed)
     progress("measure", len(models), len(models))
     settings = {
@@ -326,11 +328,11 @@ class _Seen:
         _check_prediction(name, prediction, self.t)
         return prediction
 
-    def for_layers(self, reference: FloatDiT) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def for_layers(self, reference: FloatDiT, *, guided: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Inputs, times and labels of a few rows of a few steps: there the activations of layers are held whole."""
         few = _evenly(len(self.t), _LAYER_STEPS)
         inputs, labels = self.inputs[few, :_LAYER_ROWS], self.y[:_LAYER_ROWS]
-        if self.guidance.resolve(reference.schedule, reference.config).guided is not None:
+        if guided:
             inputs = np.concatenate([inputs] * 2, axis=1)
             labels = np.concatenate([labels, np.full_like(labels, reference.config.null_label)])
         return inputs, self.t[few], labels
@@ -339,15 +341,12 @@ class _Seen:
 def _trajectories(
     chain: Callable[..., tuple[np.ndarray, np.ndarray]],
     reference: FloatDiT,
-    sampling: Sampling,
+    guidance: Guidance,
+    timesteps: np.ndarray,
     labels: np.ndarray,
     steps: int,
-    progress: StageProgress,
 ) -> tuple[_Seen, np.ndarray]:
-    """What the reference is fed on its own trajectories, at ``steps`` of the chain, and its images."""
-    stage = partial(progress, "sample trajectories of the reference")
-    stage(0, len(labels))
-    timesteps = sampling.resolve(reference.schedule, reference.config).tables().t
+    """What the reference is fed on its own trajectories, at ``steps`` of all ``timesteps``, and its images."""
     kept = _evenly(len(timesteps), steps)
-    images, inputs = chain(reference, labels, keep_steps=kept, progress=stage, what="The reference's image")
-    return _Seen(inputs, timesteps[kept], labels, sampling.guidance), images
+    images, inputs = chain(reference, labels, keep_steps=kept, what="The reference's image")
+    return _Seen(inputs, timesteps[kept], labels, guidance), images
