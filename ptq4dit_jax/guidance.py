@@ -16,7 +16,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.numerics import at_least_float32
 from ptq4dit_jax.schedules import Schedule
-from ptq4dit_jax.settings import setting
+from ptq4dit_jax.settings import numbers, setting
 
 GuidedChannels = Literal["first3", "all"]
 #: The scale for a model that can be guided and was not trained to be guided already.
@@ -37,14 +37,6 @@ class Predictor(Protocol):
     def schedule(self) -> Schedule: ...
 
     def apply(self, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array: ...
-
-
-def _read_interval(text: str) -> tuple[float, ...]:
-    """``0,0.7`` to its two ends. Whether they make an interval is for :class:`Guidance` to say."""
-    try:
-        return tuple(float(end) for end in text.split(","))
-    except ValueError:
-        raise Ptq4ditError(f"--guidance-interval must be two numbers such as 0,0.7, not {quoted(text)}.") from None
 
 
 def as_number(value: Any) -> float:
@@ -88,7 +80,7 @@ class Guidance:
         name="guidance_interval",
         shown="all steps",
         metavar="LOW,HIGH",
-        read=_read_interval,
+        read=numbers("--guidance-interval", "0,0.7"),
     )
 
     def __post_init__(self) -> None:

@@ -12,7 +12,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ptq4dit_jax.edges import quoted
+from ptq4dit_jax.errors import Ptq4ditError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -47,19 +50,7 @@ class Setting:
     former: str | None = None
 
 
-class _More(TypedDict, total=False):
-    """What :class:`Setting` has besides ``help``."""
-
-    name: str
-    shown: str | None
-    metavar: str | None
-    read: Callable[[str], object] | None
-    flag: str | None
-    of: type | None
-    former: str | None
-
-
-def setting(default: _Value, help: str, **more: Unpack[_More]) -> _Value:
+def setting(default: _Value, help: str, **more: Any) -> _Value:
     """A field of a section; ``more`` are attributes of its :class:`Setting`."""
     return dataclasses.field(default=default, metadata={_KEY: Setting(help, **more)})
 
@@ -101,6 +92,23 @@ def leaves(kind: type) -> Iterator[Leaf]:
             yield from leaves(type(field.default))
         elif (said := field.metadata.get(_KEY)) is not None:
             yield Leaf(said.name or field.name, kind, field, said)
+
+
+def options_given(kind: type, given: Mapping[str, object]) -> list[str]:
+    """The options of the settings that are ``given`` by their flat names, in order."""
+    return [leaf.option for leaf in leaves(kind) if leaf.name in given]
+
+
+def numbers(option: str, example: str) -> Callable[[str], tuple[float, ...]]:
+    """Reads an option's numbers, separated by commas, as in the example. Whether they may be is for the settings to say."""
+
+    def read(text: str) -> tuple[float, ...]:
+        try:
+            return tuple(float(number) for number in text.split(","))
+        except ValueError:
+            raise Ptq4ditError(f"{option} must be two numbers such as {example}, not {quoted(text)}.") from None
+
+    return read
 
 
 def changed(value: _S, settings: Mapping[str, Any]) -> _S:

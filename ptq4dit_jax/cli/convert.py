@@ -14,7 +14,7 @@ from ptq4dit_jax.checkpoints.foreign.options import ImportOptions
 from ptq4dit_jax.cli.derived import Given, Group, Settings, with_options
 from ptq4dit_jax.cli.options import Written
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.settings import leaves
+from ptq4dit_jax.settings import options_given
 from ptq4dit_jax.summary import in_words, summary_of
 from ptq4dit_jax.terminal import console, copied, load_model, print_table, stages, working
 
@@ -43,8 +43,8 @@ def convert(
             if to == "ptq4dit":
                 raise Ptq4ditError(f"{src} is a model of this program already; --to meta exports one.")
             if given:
-                option = next(leaf.option for leaf in leaves(ImportOptions) if leaf.name in given)
-                raise Ptq4ditError(f"{src} is a model of this program, which says all of itself; leave out {option}.")
+                options = ", ".join(options_given(ImportOptions, given))
+                raise Ptq4ditError(f"{src} is a model of this program, which says all of itself; leave out {options}.")
             model = load_model(str(where))
         else:
             with stages() as report:

@@ -43,6 +43,11 @@ class _Option:
     leaf: Leaf
 
     @property
+    def name(self) -> str:
+        """Of the parameter that typer fills."""
+        return "_".join(self.path)
+
+    @property
     def parameter(self) -> inspect.Parameter:
         said, field = self.leaf.said, self.leaf.field
         spelled = self.leaf.option.removeprefix("--")
@@ -58,7 +63,7 @@ class _Option:
             metavar=said.metavar,
             rich_help_panel=title_of(self.leaf.owner),
         )
-        return _keyword("_".join(self.path), Annotated[kind | None, option], None)
+        return _keyword(self.name, Annotated[kind | None, option], None)
 
     def value(self, given: object) -> object:
         if self.leaf.said.read is not None:
@@ -101,7 +106,7 @@ class _Settings:
     def take(self, values: dict[str, object]) -> Given:
         found: Given = {}
         for option in self.options:
-            if (given := values.pop(option.parameter.name)) not in (None, []):  # as what may be repeated is, if left out
+            if (given := values.pop(option.name)) not in (None, []):  # as what may be repeated is, if left out
                 *sections, name = option.path
                 inner = found
                 for section in sections:
@@ -122,7 +127,7 @@ class _Group:
         return [_keyword(field.name, hints[field.name], field.default) for field in dataclasses.fields(self.kind)]
 
     def take(self, values: dict[str, object]) -> object:
-        return self.kind(**{parameter.name: values.pop(parameter.name) for parameter in self.parameters})
+        return self.kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(self.kind)})
 
 
 def _expansion(annotation: object) -> _Settings | _Group | None:

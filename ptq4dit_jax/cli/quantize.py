@@ -22,7 +22,7 @@ from ptq4dit_jax.evaluation import num_bytes
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.quality import REFUSE_BELOW, WARN_BELOW, PoorQuality, Quality
 from ptq4dit_jax.reconstruction import forget_journal, journal_beside
-from ptq4dit_jax.settings import changed, leaves
+from ptq4dit_jax.settings import changed, options_given
 from ptq4dit_jax.staging import claim
 from ptq4dit_jax.terminal import (
     all_devices_mesh,
@@ -60,7 +60,7 @@ class Stored:
         """Raises where an option says something of rows that are not there."""
         if self.calibration is None and self.calibration_layout != "auto":
             raise Ptq4ditError("--calibration-layout is of stored rows; pass those with --calibration, or leave it out.")
-        if self.calibration is not None and (unused := [leaf.option for leaf in leaves(Calibration) if leaf.name in given]):
+        if self.calibration is not None and (unused := options_given(Calibration, given)):
             raise Ptq4ditError(
                 f"{', '.join(unused)} would decide how rows are sampled, and --calibration gives them; leave out one of both."
             )
@@ -86,9 +86,9 @@ class Stored:
 class Preset:
     """What settings start from."""
 
-    paper: Annotated[bool, typer.Option("--paper", help="The paper's settings to the letter, but for the options given.")] = (
-        False
-    )
+    paper: Annotated[
+        bool, typer.Option("--paper", help="Start from exactly the paper's settings; other options change single ones.")
+    ] = False
     reconstruct: Annotated[
         bool, typer.Option("--reconstruct", help="Learn roundings (AdaRound) and activation scales, block by block.")
     ] = False
@@ -103,7 +103,7 @@ class Preset:
         if self.reconstruct or given.get("rounding") == "adaround":
             given = given | {"reconstruction": changed(Reconstruction(), learned)}
         elif learned:
-            [option] = [leaf.option for leaf in leaves(Reconstruction) if leaf.name == next(iter(learned))]
+            option, *_ = options_given(Reconstruction, learned)
             raise Ptq4ditError(
                 f"{option} is for learning, and nothing is learned; pass --reconstruct or --rounding adaround, or leave it out."
             )
@@ -179,9 +179,9 @@ def quantize(
         where = checkpoints.save(quantized, out, provenance={"source": model, "seed": seed}, overwrite=written.overwrite)
     if state is not None and not forget_journal(state):
         console.print(f"The state of the reconstruction, which is of no more use, could not be removed: {state}")
-    _print_result(dit, quantized, seconds)
-    console.print(f"Model: {where}")
     quality = Quality.of(quantized)
+    _print_result(dit, quantized, quality, seconds)
+    console.print(f"Model: {where}")
     figures = {
         "float_bytes": num_bytes(dit),
         "bytes": num_bytes(quantized),
@@ -192,10 +192,10 @@ def quantize(
     written.figures({**figures, "layers": layers, "out": str(out)})
 
 
-def _print_result(dit: FloatDiT, quantized: QuantizedDiT, seconds: float) -> None:
+def _print_result(dit: FloatDiT, quantized: QuantizedDiT, quality: Quality | None, seconds: float) -> None:
     before, after = num_bytes(dit), num_bytes(quantized)
     console.print(f"{megabytes(before)} -> {megabytes(after)} ({before / after:.1f}x smaller) in {seconds:.1f} s")
-    if (quality := Quality.of(quantized)) is not None:
+    if quality is not None:
         of = f"the predicted {dit.schedule.objective} on {quality.steps} x {quality.rows} calibration rows"
         console.print(f"Quality: {quality}, of {of}")
         if quality.is_poor:

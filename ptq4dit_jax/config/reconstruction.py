@@ -7,9 +7,9 @@ import math
 from typing import ClassVar, Literal, get_args
 
 from ptq4dit_jax.config.checks import MAX_ROWS, check_choice
-from ptq4dit_jax.edges import quoted, shown
+from ptq4dit_jax.edges import shown
 from ptq4dit_jax.errors import Ptq4ditError
-from ptq4dit_jax.settings import setting
+from ptq4dit_jax.settings import numbers, setting
 
 #: Where the hidden states of calibration rows are kept.
 RowsOn = Literal["auto", "device", "host"]
@@ -21,14 +21,6 @@ MAX_ITERATIONS = 10**7
 _MAX_RATE = 1e6
 #: Chunks of a batch on CPUs where nothing is said: as many as a host has devices.
 _CHUNKS = 8
-
-
-def _read_exponents(text: str) -> tuple[float, ...]:
-    """``20,2`` to its two numbers. Whether they may be exponents is for :class:`Reconstruction` to say."""
-    try:
-        return tuple(float(exponent) for exponent in text.split(","))
-    except ValueError:
-        raise Ptq4ditError(f"--exponents must be two numbers such as 20,2, not {quoted(text)}.") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +66,11 @@ class Reconstruction:
     scale_rate: float = setting(1e-3, "Adam's learning rate of the logarithms of activation scales.")
     regularizer: float = setting(0.1, "Weight of undecided roundings against the error.")
     exponents: tuple[float, float] = setting(
-        (20.0, 2.0), "Exponents of the regularizer, first and last.", shown="20,2", metavar="FIRST,LAST", read=_read_exponents
+        (20.0, 2.0),
+        "Exponents of the regularizer, first and last.",
+        shown="20,2",
+        metavar="FIRST,LAST",
+        read=numbers("--exponents", "20,2"),
     )
     warmup: float = setting(0.2, "Part of the iterations without regularizer.")
     row_weights: Literal["plain", "steps"] = setting(
