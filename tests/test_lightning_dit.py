@@ -18,10 +18,17 @@ from ptq4dit_jax.summary import summary_of
 
 CONFIG = LightningDiTConfig(input_size=3, in_channels=5, hidden_size=32, depth=2, num_heads=4, num_classes=5, frequency_size=16)
 
+#: As published, and with what its code offers besides.
+KINDS = {
+    "published": CONFIG,
+    "no-shifts": dataclasses.replace(CONFIG, shifts=False),
+    "qk-norm": dataclasses.replace(CONFIG, qk_norm=True),
+}
 
-@pytest.fixture(scope="module", params=[True, False], ids=["shifts", "no-shifts"])
+
+@pytest.fixture(scope="module", params=list(KINDS))
 def model(request: pytest.FixtureRequest) -> ptq.FloatDiT:
-    made = ptq.FloatDiT.init(dataclasses.replace(CONFIG, shifts=request.param), key=jax.random.key(0))
+    made = ptq.FloatDiT.init(KINDS[request.param], key=jax.random.key(0))
     rng = np.random.default_rng(0)
     biased = jax.tree.map(lambda a: np.asarray(a) + 0.1 * rng.standard_normal(a.shape).astype(np.float32), made.params)
     return dataclasses.replace(made, params=biased, schedule=FlowSchedule())
@@ -79,7 +86,10 @@ def forward(params, image: np.ndarray, t: float, label: int) -> np.ndarray:
         attended = np.empty((len(x), D))
         for head in range(A):
             cut = slice(head * D // A, (head + 1) * D // A)
-            q, k = ([rotated(parts[j][cut], *place) for parts, place in zip(qkv, places, strict=True)] for j in (0, 1))
+            heads = [[parts[j][cut] for parts in qkv] for j in (0, 1)]
+            if "q_norm" in block:
+                heads = [[rms(x) * block[name] for x in side] for name, side in zip(("q_norm", "k_norm"), heads, strict=True)]
+            q, k = ([rotated(x, *place) for x, place in zip(side, places, strict=True)] for side in heads)
             for token, query in enumerate(q):
                 weights = np.exp([query @ key / np.sqrt(D // A) for key in k])
                 attended[token, cut] = sum(w * parts[2][cut] for w, parts in zip(weights / weights.sum(), qkv, strict=True))
@@ -140,7 +150,11 @@ def test_folding_leaves_the_function_and_nothing_behind_fc2(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "bits", "least"), [(True, 8, 30.0), (True, 4, 15.0), (False, 4, 15.0)], indirect=["model"])
+@pytest.mark.parametrize(
+    ("model", "bits", "least"),
+    [("published", 8, 30.0), ("published", 4, 15.0), ("no-shifts", 4, 15.0), ("qk-norm", 4, 15.0)],
+    indirect=["model"],
+)
 def test_it_is_quantized_saved_loaded_and_sampled(bits, least, model, rows, tmp_path):
     config = ptq.QuantConfig.of(weight_bits=bits)
     quantized = ptq.quantize(model, config, key=jax.random.key(0), calibration=rows)
@@ -165,7 +179,7 @@ def test_it_is_quantized_saved_loaded_and_sampled(bits, least, model, rows, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [True], indirect=True)
+@pytest.mark.parametrize("model", ["published", "qk-norm"], indirect=True)
 def test_it_is_reconstructed(model, rows):
     learned = ptq.Reconstruction(iterations=20, batch_size=8)
     config = ptq.QuantConfig.of(**{**PLAIN, "rounding": None}, weight_bits=4, reconstruction=learned)

@@ -165,6 +165,7 @@ def _skeleton(
         sites=inputs,
         label_embed=leaf("float32", config.num_labels, config.hidden_size) if config.num_labels else None,
         position_embed=leaf("float32", config.num_tokens, config.hidden_size) if config.position_table else None,
+        gains={name: leaf("float32", *gain.place.lead, gain.features) for name, gain in spec.gains.items()},
         group_edges=leaf(schedule.time_dtype, num_groups - 1),
         config=config,
         schedule=schedule,

@@ -14,7 +14,7 @@ from ptq4dit_jax.engine.dispatch import Dispatch
 from ptq4dit_jax.engine.layers import Fed, QLinear, attention, in_unit_steps
 from ptq4dit_jax.engine.stacks import Leaf, lazy_layer, materialize
 from ptq4dit_jax.networks.ops import Activation, Network, Norm, Rotary
-from ptq4dit_jax.networks.parts import modulate, normalize, rotate
+from ptq4dit_jax.networks.parts import head_norm, modulate, normalize, rotate
 from ptq4dit_jax.networks.spec import Columns, Place, Stack
 from ptq4dit_jax.quantizers import ActQuantizer
 
@@ -23,12 +23,13 @@ class Layers(struct.PyTreeNode):
     """What a stack of blocks, or one block of it, computes with; names are those inside a block.
 
     ``sites`` are the quantizers of attention's inputs, or None where a kernel ends attention in codes. ``modulation`` is what
-    the layers that see the condition alone have made of it, by layer.
+    the layers that see the condition alone have made of it, by layer. ``gains`` are those of norms that are in no layer.
     """
 
     linears: dict[str, QLinear]
     sites: dict[str, ActQuantizer] | None
     modulation: dict[str, Sequence[Leaf]]
+    gains: dict[str, Leaf] = struct.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ class IntegerOps:
         linears: Mapping[str, QLinear],
         sites: Mapping[str, ActQuantizer],
         tables: Mapping[str, jax.Array],
+        gains: Mapping[str, jax.Array],
         dispatch: Dispatch,
         dtype: DTypeLike,
     ) -> IntegerOps:
@@ -70,6 +72,7 @@ class IntegerOps:
                 {each.place.name: linears[name] for name, each in spec.linears.items() if inside(each.place)},
                 {each.place.name: sites[name] for name, each in spec.sites.items() if inside(each.place) and name in sites},
                 {},
+                {each.place.name: gains[name] for name, each in spec.gains.items() if inside(each.place)},
             )
 
         stacks = {stack.name: within(stack) for stack in spec.stacks}
@@ -101,6 +104,9 @@ class IntegerOps:
     def split(self, name: str, fed: Fed, parts: int) -> list[jax.Array]:
         return self.layers.linears[name].product_parts(fed, parts, self.dtype, self.dispatch)
 
+    def head_normed(self, gain: str, x_BTD: jax.Array, heads: int, norm: Norm) -> jax.Array:
+        return head_norm(x_BTD, heads, norm, materialize(self.layers.gains[gain]))
+
     def attend(
         self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, heads: int, feeds: str, rotary: Rotary | None = None
     ) -> Fed:
@@ -130,7 +136,7 @@ class IntegerOps:
         for name in layers.linears:
             if parts := spec.linears[str(Place(name, stack))].modulates:  # all blocks see the same condition
                 modulation[name] = linears.pop(name).product_each(c_BD, parts, self.dispatch)
-        layers = Layers(linears, layers.sites, modulation)
+        layers = Layers(linears, layers.sites, modulation, layers.gains)
 
         def run(block: Layers, x_BTD: jax.Array) -> jax.Array:
             return self.network.block(self._inside(block, x_BTD), stack, x_BTD, c_BD)
@@ -172,5 +178,5 @@ class IntegerOps:
             if following.integer and self.dispatch.covers(self.dispatch.attention_codes, *arguments):
                 pair = in_unit_steps(layers.linears[home.linear], layers.linears[fed.place.name])
                 linears = layers.linears | dict(zip((home.linear, fed.place.name), pair, strict=True))
-                return Layers(linears, None, layers.modulation)
+                return Layers(linears, None, layers.modulation, layers.gains)
         return layers

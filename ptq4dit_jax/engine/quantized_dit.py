@@ -39,6 +39,7 @@ class QuantizedDiT(ModelFace, struct.PyTreeNode):
     computed in float. ``label_embed``
     (num_classes [+ 1], D) stays float32: it is looked up, not multiplied; it is None where the model has no classes.
     ``position_embed`` (T, D), float32, is the model's own table of positions, None for the fixed one.
+    ``gains`` holds those of norms that are in no layer, by their full names, float32; most networks have none.
     ``group_edges`` (G - 1,), of the schedule's
     ``time_dtype``, are the noise levels that part the groups of steps. ``dtype`` is the type of everything between the integer
     products. ``backend`` runs them: ``auto`` takes the fastest that the default device has for that type
@@ -54,6 +55,7 @@ class QuantizedDiT(ModelFace, struct.PyTreeNode):
     group_edges: jax.Array
     config: DiTConfig = struct.field(pytree_node=False)
     position_embed: jax.Array | None = None
+    gains: dict[str, jax.Array] = struct.field(default_factory=dict)
     schedule: Schedule = struct.field(pytree_node=False, default=NoiseSchedule())
     dtype: np.dtype[Any] = struct.field(pytree_node=False, default=np.dtype(np.float32))
     backend: str = struct.field(pytree_node=False, default="auto")
@@ -62,7 +64,8 @@ class QuantizedDiT(ModelFace, struct.PyTreeNode):
     def __post_init__(self) -> None:
         # A pytree is put together by its constructor, so this is where a model enters a traced function.
         if self.provenance.facts:
-            leaves = jax.tree.leaves((self.linears, self.sites, self.label_embed, self.group_edges, self.position_embed))
+            tables = self.label_embed, self.position_embed, self.gains
+            leaves = jax.tree.leaves((self.linears, self.sites, self.group_edges, tables))
             if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
                 object.__setattr__(self, "provenance", Provenance())
         object.__setattr__(self, "backend", choice.checked(self.backend))
@@ -99,7 +102,7 @@ def _forward(model: QuantizedDiT, x_BHWC: ArrayLike, t_B: jax.Array, y_B: ArrayL
     linears = {name: layer.at_group(group) for name, layer in model.linears.items()}
     sites = {name: quantizer.at_group(group) for name, quantizer in model.sites.items()}
     dispatch = model.backend_choice.dispatch
-    ops = IntegerOps.of(model.config, linears, sites, model.tables, dispatch, model.dtype)
+    ops = IntegerOps.of(model.config, linears, sites, model.tables, model.gains, dispatch, model.dtype)
     return model.config.forward(ops, x_BHWC, t_B, y_B)
 
 
@@ -124,7 +127,7 @@ def reference(model: QuantizedDiT, *, straight_through: bool = False) -> FloatDi
     (:class:`ptq4dit_jax.straight_through.StraightThrough`); its values stay the same.
     """
     params: dict[str, Any] = {name: {"embedding": table} for name, table in model.tables.items()}
-    params |= nest_sites({name: _float_layer(layer) for name, layer in model.linears.items()})
+    params |= nest_sites({name: _float_layer(layer) for name, layer in model.linears.items()} | model.gains)
     quantizers = site_quantizers(model)
     if straight_through:
         quantizers = {name: StraightThrough(act) for name, act in quantizers.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import jax
@@ -17,6 +18,7 @@ from ptq4dit_jax.networks.ops import Activation, Network, Norm, NormKind, Ops, R
 from ptq4dit_jax.networks.parts import patchify, sine_cosine_positions, timestep_frequencies, unpatchify
 from ptq4dit_jax.networks.spec import (
     Columns,
+    Gain,
     Home,
     Linear,
     Modulation,
@@ -151,8 +153,8 @@ class DiTConfig(Network):
         return ratio if int(hidden_size * ratio) == fc1_features else (fc1_features + 0.5) / hidden_size
 
     @classmethod
-    def traits(cls, hidden_size: int, modulated: int | None) -> dict[str, Any]:
-        """Settings besides sizes that shapes tell: here none. ``modulated`` are the outputs of a block's adaLN."""
+    def traits(cls, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """Settings besides sizes that shapes tell, by the ``sizes`` that a foreign layout reads: here none."""
         return {}
 
     @property
@@ -228,6 +230,7 @@ class DiTConfig(Network):
             at(fc1, "fc1_in", home=mlp, reduced=True),
             at(fc2, "fc2_in", home=fc2_home, in_paper=False),
         )
+        gains = tuple(Gain(Place(name, blocks), self.head_width) for name in ("q_norm", "k_norm") if self._norms_heads)
         tables = {"position_embed": Table(self.num_tokens, D, deviation=0.02)} if self.position_table else {}
         tables |= {"label_embed": Table(self.num_labels, D)} if self.num_labels else {}
         return NetworkSpec.of(
@@ -239,7 +242,7 @@ class DiTConfig(Network):
                     (at(time_fc1, "time_in"), at(time_fc2, "time_hidden")),
                     tables=("label_embed",),
                 ),
-                UnitKind(Role.BLOCK, (adaLN, qkv, proj, fc1, fc2), block_sites, stack=blocks),
+                UnitKind(Role.BLOCK, (adaLN, qkv, proj, fc1, fc2), block_sites, stack=blocks, gains=gains),
                 UnitKind(Role.HEAD, (final_adaLN, final), (at(final_adaLN, "final_adaLN_in"), at(final, "final_in"))),
             ),
             tables,
@@ -256,6 +259,11 @@ class DiTConfig(Network):
     def _rotary(self) -> Rotary | None:
         """The rotation of queries and keys; a DiT has none."""
         return None
+
+    @property
+    def _norms_heads(self) -> bool:
+        """Whether queries and keys are normed head by head; a DiT's are not."""
+        return False
 
     @property
     def _mlp(self) -> tuple[int, Home]:
@@ -284,6 +292,9 @@ class DiTConfig(Network):
             return ops.normed(feeds, x_BTD, None if home.shift is None else chunks[home.shift], chunks[home.scale], norm)
 
         q, k, v = ops.split("qkv", normed("qkv", x_BTD, attention, Norm(kind=self._NORM)), 3)
+        if self._norms_heads:
+            norm = Norm(kind=self._NORM)
+            q, k = (ops.head_normed(name, x, self.num_heads, norm) for name, x in (("q_norm", q), ("k_norm", k)))
         attended = ops.attend(q, k, v, self.num_heads, "proj", self._rotary)
         x_BTD = ops.gated("proj", attended, chunks[attention.scale + 1], x_BTD)
         fed = normed("fc1", x_BTD, mlp, Norm(self.mlp_norm_eps, self._NORM))

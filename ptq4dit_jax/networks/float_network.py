@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from ptq4dit_jax.networks.ops import Activation, Network, Norm, Rotary
-from ptq4dit_jax.networks.parts import float_attention, modulate, normalize, rotate
+from ptq4dit_jax.networks.parts import float_attention, head_norm, modulate, normalize, rotate
 from ptq4dit_jax.networks.spec import Stack
 from ptq4dit_jax.numerics import EXACT, product_precision
 
@@ -75,6 +75,10 @@ class FloatOps:
 
     def split(self, name: str, fed: jax.Array, parts: int) -> list[jax.Array]:
         return jnp.split(self.product(name, fed), parts, axis=-1)
+
+    def head_normed(self, gain: str, x_BTD: jax.Array, heads: int, norm: Norm) -> jax.Array:
+        gain_d = self.module.param(gain, nn.initializers.ones, (x_BTD.shape[-1] // heads,))
+        return head_norm(x_BTD, heads, norm, gain_d)
 
     def attend(
         self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, heads: int, feeds: str, rotary: Rotary | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ptq4dit_jax.edges import quoted
@@ -23,6 +24,7 @@ class LightningDiTConfig(DiTConfig):
 
     The fixed table of positions of a DiT is added besides the rotation. SwiGLU is two thirds as wide as a DiT's MLP, so that it
     has as many parameters. Without ``shifts`` the norms of blocks are scaled alone, and adaLN has four chunks.
+    With ``qk_norm`` queries and keys are normed head by head, with learned gains.
     """
 
     _NORM: ClassVar[NormKind] = NormKind.RMS
@@ -36,11 +38,13 @@ class LightningDiTConfig(DiTConfig):
     num_heads: int = 16
     learn_sigma: bool = False
     shifts: bool = True
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.shifts, bool):
-            raise Ptq4ditError(f"LightningDiT shifts must be true or false, not {quoted(self.shifts)}.")
+        for name in ("shifts", "qk_norm"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise Ptq4ditError(f"LightningDiT {name} must be true or false, not {quoted(value)}.")
         if self.head_width % 4:
             raise Ptq4ditError(
                 f"A LightningDiT of width {self.hidden_size} with {self.num_heads} heads has heads of width {self.head_width}; "
@@ -48,8 +52,12 @@ class LightningDiTConfig(DiTConfig):
             )
 
     @classmethod
-    def traits(cls, hidden_size: int, modulated: int | None) -> dict[str, Any]:
-        return {"shifts": modulated != 4 * hidden_size}
+    def traits(cls, sizes: Mapping[str, int]) -> dict[str, Any]:
+        return {"shifts": sizes.get("modulated") != 4 * sizes["hidden"], "qk_norm": "head gain" in sizes}
+
+    @property
+    def _norms_heads(self) -> bool:
+        return self.qk_norm
 
     @property
     def modulations(self) -> tuple[Modulation, Modulation]:

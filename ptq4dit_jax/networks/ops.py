@@ -86,6 +86,9 @@ class Ops(Protocol):
     def split(self, name: str, fed: Any, parts: int) -> Sequence[jax.Array]:
         """:meth:`product`, its columns in ``parts`` arrays of equal width."""
 
+    def head_normed(self, gain: str, x_BTD: jax.Array, heads: int, norm: Norm) -> jax.Array:
+        """The norm over the channels of each head, times the gain of that name, (B, T, D)."""
+
     def attend(
         self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, heads: int, feeds: str, rotary: Rotary | None = None
     ) -> Any:

@@ -67,6 +67,12 @@ def normalize(x: jax.Array, norm: Norm) -> jax.Array:
     return layer_norm(x, norm.eps) if norm.kind is NormKind.LAYER else rms_norm(x, norm.eps)
 
 
+def head_norm(x_BTD: jax.Array, heads: int, norm: Norm, gain_d: jax.Array) -> jax.Array:
+    """The norm over the channels of each head, times a gain."""
+    of_heads = einops.rearrange(x_BTD, "b t (a d) -> b t a d", a=heads)
+    return einops.rearrange(normalize(of_heads, norm) * gain_d.astype(x_BTD.dtype), "b t a d -> b t (a d)")
+
+
 def modulate(x_BTD: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array) -> jax.Array:
     """adaLN: ``x * (1 + scale) + shift``; without a shift where that is None."""
     scaled = x_BTD * (1 + scale_BD[:, None])

@@ -85,6 +85,14 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
+class Gain:
+    """A learned factor (features,) on the output of a norm that is in no layer, such as that of queries and keys."""
+
+    place: Place
+    features: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Modulation:
     """A factor's home in the linear that makes shift and scale of a norm: chunks ``shift`` (None: there is no shift) and
     ``scale`` of its ``of`` chunks of columns. The factor b makes them ``b shift`` and ``b (1 + scale) - 1``."""
@@ -156,7 +164,7 @@ class Role(enum.Enum):
 class UnitKind:
     """A piece of the network that is rounded and reconstructed by itself; each block of a stack is one unit of this kind.
 
-    ``tables`` are its parameters that are looked up or added; a network may lack them.
+    ``tables`` are its parameters that are looked up or added; a network may lack them. ``gains`` are those of its norms.
     """
 
     role: Role
@@ -164,6 +172,7 @@ class UnitKind:
     sites: tuple[Site, ...]
     tables: tuple[str, ...] = ()
     stack: Stack | None = None
+    gains: tuple[Gain, ...] = ()
 
     @property
     def site_of(self) -> dict[str, str]:
@@ -180,6 +189,7 @@ class NetworkSpec:
       sites: every site that can be quantized, by its full name.
       kinds: of units, in the order in which a hidden state passes them; that of a stack stands for all its blocks.
       tables: by name.
+      gains: every gain of a norm that is in no layer, by its full name.
       outputs: sites whose values balancing leaves unchanged, observed where two models are compared.
     """
 
@@ -187,6 +197,7 @@ class NetworkSpec:
     sites: Mapping[str, Site]
     kinds: tuple[UnitKind, ...]
     tables: Mapping[str, Table]
+    gains: Mapping[str, Gain]
     outputs: tuple[Place, ...] = ()
 
     @classmethod
@@ -195,7 +206,8 @@ class NetworkSpec:
         kinds = tuple(kinds)
         linears = {str(linear.place): linear for kind in kinds for linear in kind.linears}
         sites = {str(site.place): site for kind in kinds for site in kind.sites}
-        return cls(linears, sites, kinds, dict(tables), tuple(outputs))
+        gains = {str(gain.place): gain for kind in kinds for gain in kind.gains}
+        return cls(linears, sites, kinds, dict(tables), gains, tuple(outputs))
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -218,9 +230,10 @@ class NetworkSpec:
 
     @property
     def num_parameters(self) -> int:
-        """Weights and biases of the linear layers, and the tables."""
+        """Weights and biases of the linear layers, the tables, and the gains."""
         layers = ((linear.K + 1) * linear.N * math.prod(linear.place.lead) for linear in self.linears.values())
-        return sum(table.rows * table.features for table in self.tables.values()) + sum(layers)
+        gains = (gain.features * math.prod(gain.place.lead) for gain in self.gains.values())
+        return sum(table.rows * table.features for table in self.tables.values()) + sum(layers) + sum(gains)
 
 
 def nest_sites(by_name: Mapping[str, Any]) -> dict[str, Any]:

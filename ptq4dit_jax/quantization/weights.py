@@ -49,6 +49,7 @@ def pack(
         sites={name: ranged.acts[name] for name in spec.attention if name in ranged.acts},
         label_embed=folded.params["label_embed"]["embedding"] if folded.config.num_labels else None,
         position_embed=folded.params["position_embed"]["embedding"] if folded.config.position_table else None,
+        gains={name: gain.place.of(folded.params) for name, gain in spec.gains.items()},
         group_edges=ranged.edges,
         config=folded.config,
         schedule=folded.schedule,

@@ -118,8 +118,10 @@ class Walk(abc.ABC):
         """What the work on a block needs on a device besides the models and the rows, of which strata hold ``size``."""
 
     def tables(self, unit: Unit) -> dict[str, Any]:
-        """Parameters of a part that are looked up or added."""
-        return {name: self.folded.params[name] for name in unit.tables if name in self.folded.params}
+        """Parameters of a part that are looked up or added, and gains of its norms."""
+        params = self.folded.params
+        gains = {gain.place.name: unit.of_depth(gain.place.of(params)) for gain in unit.kind.gains}
+        return {name: params[name] for name in unit.tables if name in params} | gains
 
     def params(self, unit: Unit, layer: str) -> Any:
         """The float kernel (K, N) and bias (N,) of a layer of a part."""

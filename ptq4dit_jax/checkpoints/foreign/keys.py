@@ -157,6 +157,7 @@ def _interface(value: object) -> str:
 
 TABLE: dict[str, tuple[Callable[[object], object], str]] = {
     "norms without a shift": (_flag, "wo_shift"),
+    "norms of queries and keys": (lambda value: not _off(value), "qk_norm use_qk_norm use_qknorm qknorm"),
     "number of heads": (_count, "num_heads n_heads heads num_attention_heads attention_heads n_head nhead attn_heads"),
     "width of a head": (_count, "head_dim attention_head_dim head_width dim_head dim_per_head"),
     "classes": (
@@ -229,8 +230,7 @@ MUST_TABLE: tuple[tuple[str, Callable[[object], bool], str, str], ...] = (
         _off,
         _ANOTHER,
         "use_rope rope rotary use_rotary use_rotary_emb use_swiglu swiglu use_rmsnorm rmsnorm rms_norm "
-        "use_rms_norm qk_norm use_qk_norm "
-        "use_qknorm qknorm normalize_qk gated_mlp use_gated_mlp use_glu causal use_conv adaln_single share_adaln "
+        "use_rms_norm normalize_qk gated_mlp use_gated_mlp use_glu causal use_conv adaln_single share_adaln "
         "shared_adaln use_cross_attention cross_attention_dim caption_channels context_dim self_condition "
         "self_conditioning use_moe moe "
         "sandwich_norm layer_scale use_layerscale register_tokens num_register_tokens use_attention_sink softcap logit_softcap",

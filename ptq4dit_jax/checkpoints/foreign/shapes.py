@@ -111,7 +111,7 @@ def _check_names(view: View, layout: Layout, depth: int, bias_free: list[Entry],
     if depth > _MAX_BLOCKS:
         faults.unexpected.append(layout.block.replace("{i}", str(depth - 1)) + "*")
         return
-    entries = [entry for entry in layout.all_entries if entry not in bias_free and not _absent_table(view, entry)]
+    entries = [entry for entry in layout.all_entries if entry not in bias_free and not _absent(view, entry, depth)]
     expected = {name for entry in entries for name in entry.names(depth)}
     ignored = [re.compile(pattern) for pattern in layout.ignored]
     faults.missing = sorted(expected - view.keys(), key=by_number)
@@ -126,9 +126,10 @@ _BUFFER = re.compile(
 )
 
 
-def _absent_table(view: View, entry: Entry) -> bool:
-    """Whether this is the table of labels and the network has none, so that it is unconditional."""
-    return entry.ours == "label_embed/embedding" and not any(name.replace("{i}", "0") in view for name in entry.theirs)
+def _absent(view: View, entry: Entry, depth: int) -> bool:
+    """Whether the network is without it: an optional one, or the table of labels of one that is unconditional."""
+    may_lack = entry.optional or entry.ours == "label_embed/embedding"
+    return may_lack and not any(name in view for name in entry.names(depth))
 
 
 def by_number(name: str) -> list[tuple[int, str]]:
@@ -155,7 +156,7 @@ def _config(
             sizes[size] = view[name].shape[axis]
         elif name in view:
             faults.misshapen.append(f"{name} {view[name].shape}")
-    optional = {"tokens"} | ({"rows"} if layout.sizes["rows"][0] not in view else set())
+    optional = {"tokens", "head gain"} | ({"rows"} if layout.sizes["rows"][0] not in view else set())
     needed = set(layout.sizes) - optional - set(sizes)
     if needed or depth > _MAX_BLOCKS:
         faults.raise_any(file, layout)
@@ -175,8 +176,9 @@ def _config(
         "learned variance": outputs == 2 * channels,
         "time frequencies": sizes["frequencies"],
     }
-    settings = layout.network.traits(hidden, sizes.get("modulated"))
+    settings = layout.network.traits(sizes)
     told["norms without a shift"] = not settings.get("shifts", True)
+    told["norms of queries and keys"] = settings.get("qk_norm", False)
     _check_sizes(evidence, layout, told)
     classes, null_class = _classes(file, evidence, sizes.get("rows", 0), given)
     heads = sizes.get("heads")
@@ -372,3 +374,5 @@ def _check_shapes(view: View, layout: Layout, config: DiTConfig, faults: _Faults
                 faults.misshapen.append(f"{name} {view[name].shape} instead of {shape}")
             elif name in view and view[name].dtype.name not in (*FLOATS, "float64"):
                 faults.misshapen.append(f"{name} of {view[name].dtype.name}")
+            elif name not in view and entry.optional:  # which others of its kind are not
+                faults.missing.append(name)

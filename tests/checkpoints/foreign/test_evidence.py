@@ -64,7 +64,7 @@ def test_the_objective_of_a_script(arguments, schedule, with_args):
         ({"predict_xstart": True}, ("args.predict_xstart = True",)),
         ({"parameterization": "v"}, ("args.parameterization (v)", "v of a noise schedule", "--objective velocity")),
         ({"use_rope": True}, ("args.use_rope = True", "another network")),
-        ({"qk_norm": "rms"}, ("args.qk_norm = 'rms'", "another network")),
+        ({"qk_norm": "rms"}, ("args.qk_norm (True)", "norms of queries and keys False", "--ignore qk_norm")),
         ({"act_layer": "silu"}, ("args.act_layer = 'silu'", "GELU")),
         ({"norm_eps": 1e-5}, ("args.norm_eps = 1e-05", "1e-6")),
         ({"norm_eps": 2**1100}, ("args.norm_eps", "1e-6")),  # more than a float holds

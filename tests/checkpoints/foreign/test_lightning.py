@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,10 +19,11 @@ from ptq4dit_jax.schedules import FlowSchedule
 T = np.array([0.2, 0.7], np.float32)
 
 
-@pytest.fixture(scope="module", params=[6, 4], ids=["shifts", "no-shifts"])
+@pytest.fixture(scope="module", params=[(6, False), (4, False), (6, True)], ids=["published", "no-shifts", "qk-norm"])
 def tensors(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
     """Random weights under the names of hustvl/LightningDiT, torch's order (out, in), gains between 0.5 and 1.5; adaLN has six
     chunks, or four without shifts."""
+    chunks, qk_norm = request.param
     rng, D, side = np.random.default_rng(5), CONFIG.hidden_size, CONFIG.input_size
     found: dict[str, np.ndarray] = {}
 
@@ -35,7 +37,7 @@ def tensors(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
     linear("t_embedder.mlp.2", D, D)
     found["y_embedder.embedding_table.weight"] = rng.standard_normal((CONFIG.num_labels, D)).astype(np.float32)
     for i in range(CONFIG.depth):
-        linear(f"blocks.{i}.adaLN_modulation.1", request.param * D, D)
+        linear(f"blocks.{i}.adaLN_modulation.1", chunks * D, D)
         linear(f"blocks.{i}.attn.qkv", 3 * D, D)
         linear(f"blocks.{i}.attn.proj", D, D)
         linear(f"blocks.{i}.mlp.w12", 2 * CONFIG.mlp_size, D)
@@ -45,6 +47,8 @@ def tensors(request: pytest.FixtureRequest) -> dict[str, np.ndarray]:
     norms = [f"blocks.{i}.norm{n}" for i in range(CONFIG.depth) for n in (1, 2)]
     for name in (*norms, "final_layer.norm_final"):
         found[f"{name}.weight"] = rng.uniform(0.5, 1.5, D).astype(np.float32)
+    for name in (f"blocks.{i}.attn.{side}_norm" for i in range(CONFIG.depth) for side in "qk" if qk_norm):
+        found[f"{name}.weight"] = rng.uniform(0.5, 1.5, CONFIG.head_width).astype(np.float32)
     row, column = np.divmod(np.arange(side * side), side)
     half = CONFIG.head_width // 2
     frequencies = np.repeat(10000.0 ** (-np.arange(0, half, 2) / half), 2)
@@ -69,7 +73,14 @@ def as_ours(tensors: dict[str, np.ndarray]) -> dict:
     params = {ours: layer(theirs, tensors.__getitem__) for ours, theirs in edges.items()}
     params["patch_embed"] = {"kernel": tensors["x_embedder.proj.weight"][:, :, 0, 0].T, "bias": tensors["x_embedder.proj.bias"]}
     params["label_embed"] = {"embedding": tensors["y_embedder.embedding_table.weight"]}
-    return params | {"blocks": {ours: layer(f"blocks.*.{theirs}", stack) for ours, theirs in inner.items()}}
+    blocks: dict[str, Any] = {ours: layer(f"blocks.*.{theirs}", stack) for ours, theirs in inner.items()}
+    if norms_heads(tensors):
+        blocks |= {f"{side}_norm": stack(f"blocks.*.attn.{side}_norm.weight") for side in "qk"}
+    return params | {"blocks": blocks}
+
+
+def norms_heads(tensors: dict[str, np.ndarray]) -> bool:
+    return "blocks.0.attn.q_norm.weight" in tensors
 
 
 def has_shifts(tensors: dict[str, np.ndarray]) -> bool:
@@ -106,7 +117,7 @@ def imported(tensors, tmp_path_factory):
 def test_it_computes_what_the_file_says(imported, tensors):
     model, found = imported
     assert (found.layout, type(model.config), model.schedule) == ("LightningDiT", LightningDiTConfig, FlowSchedule())
-    assert model.config == dataclasses.replace(CONFIG, shifts=has_shifts(tensors))
+    assert model.config == dataclasses.replace(CONFIG, shifts=has_shifts(tensors), qk_norm=norms_heads(tensors))
     x, y = random_inputs(CONFIG, 2)
     params = with_gains(as_ours(tensors), tensors)
     expected = np.stack([forward(params, *each) for each in zip(x, T, y, strict=True)])
@@ -127,7 +138,14 @@ def test_what_is_exported_comes_back(imported, tmp_path):
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"blocks.0.attn.q_norm.weight": np.ones(8, np.float32)}, ("another network than a LightningDiT", "norms of queries")),
+        (
+            {"blocks.0.attn.q_norm.weight": np.ones(8, np.float32), "blocks.0.attn.k_norm.weight": None},
+            ("no complete LightningDiT", "blocks.0.attn.k_norm.weight"),
+        ),
+        (
+            {"blocks.0.attn.q_norm.weight": np.ones(8, np.float32), "blocks.0.attn.q_norm.bias": np.ones(8, np.float32)},
+            ("another network than a LightningDiT", "norms of queries"),
+        ),
         (
             {"feat_rope.freqs_sin": np.zeros((9, 8), np.float32)},
             ("feat_rope.freqs_sin", "heads of width 8", "published rotation"),
@@ -175,3 +193,16 @@ def test_adaln_of_another_number_of_chunks_is_refused(tensors, tmp_path, raises_
     )
     with raises_sentence(name, "another network"):
         ptq.import_checkpoint(path, classes=5)
+
+
+def test_norms_of_queries_and_keys_that_a_configuration_denies_or_claims(tensors, tmp_path, raises_sentence):
+    path, there = write_torch(tmp_path / "model.pt", tensors), norms_heads(tensors)
+    for said in (True, False):
+        (tmp_path / "config.json").write_text(json.dumps({"model": {"use_qknorm": said, "use_rope": True}}))
+        if said is there:
+            model, _ = ptq.import_checkpoint(path, classes=5)
+            assert isinstance(model.config, LightningDiTConfig)
+            assert model.config.qk_norm is there
+        else:
+            with raises_sentence(f"use_qknorm ({said})", f"norms of queries and keys {there}", "--ignore use_qknorm"):
+                ptq.import_checkpoint(path, classes=5)

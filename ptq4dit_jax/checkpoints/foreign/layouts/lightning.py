@@ -54,6 +54,7 @@ LIGHTNING = Layout(
         *_AS_IN_A_DIT,
         *torch_linear("blocks/fc1", "blocks.{i}.mlp.w12"),
         *torch_linear("blocks/fc2", "blocks.{i}.mlp.w3"),
+        *(Entry(f"blocks/{side}_norm", (f"blocks.{{i}}.attn.{side}_norm.weight",), optional=True) for side in "qk"),
     ),
     gains=(
         Gain(Entry("blocks/qkv_gain", ("blocks.{i}.norm1.weight",)), "blocks/adaLN", lambda config: config.modulations[0]),
@@ -65,6 +66,7 @@ LIGHTNING = Layout(
         "mlp": (_W12, 0),
         "head_width": ("feat_rope.freqs_cos", 1),
         "modulated": ("blocks.0.adaLN_modulation.1.weight", 0),
+        "head gain": ("blocks.0.attn.q_norm.weight", 0),
     },
     pos_embed=META.pos_embed,
     ignored=(r"feat_rope\.freqs_(cos|sin)",),

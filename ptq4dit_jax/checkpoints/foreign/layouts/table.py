@@ -57,12 +57,13 @@ class Entry(NamedTuple):
     """Where one of our parameters comes from: their tensors, transformed, then joined on the last axis.
 
     ``transform`` is of all of their tensors, or a tuple with one for each. Where their names have an ``{i}`` and ours is no
-    block's, each block holds a copy of the same tensor.
+    block's, each block holds a copy of the same tensor. An ``optional`` one is in some networks and not in others.
     """
 
     ours: str
     theirs: tuple[str, ...]
     transform: Transform | tuple[Transform, ...] = KEEP
+    optional: bool = False
 
     @property
     def parts(self) -> list[tuple[str, Transform]]:
@@ -121,8 +122,8 @@ class Layout:
       entries: the table; empty where the network is another one than ours.
       differs: in what, if it is.
       sizes: where shapes tell sizes, as (name, axis): ``hidden``, ``patch``, ``channels``, ``rows`` (of the label table),
-        ``mlp``, ``frequencies``, ``outputs`` and, where known, ``tokens``, ``heads``, ``head_width`` and ``modulated``, the
-        outputs of a block's adaLN.
+        ``mlp``, ``frequencies``, ``outputs`` and, where known, ``tokens``, ``heads``, ``head_width``,
+        ``modulated`` (outputs of a block's adaLN) and ``head gain``.
       pos_embed: the fixed table of positions, checked and then dropped, if the layout stores it.
       ignored: regular expressions of names that carry no parameter.
       is_shared: networks of other objectives and schedules are saved under the same names.
