@@ -256,7 +256,7 @@ def test_two_sources_that_disagree(meta, tmp_path, raises_sentence):
         ("options.json", b'{"lr": 1 // the rate\n}', "not valid JSON"),
         ("hparams.yaml", b"a: &a [*a]", "nests"),
         ("model_config.json", b'{"depth": 2, "depth": 3}', "'depth' is there twice"),
-        ("args.json", b" " * (2**22 + 1), "larger than any configuration"),
+        pytest.param("args.json", b" " * (2**22 + 1), "larger than any configuration", id="4 MiB"),
     ],
 )
 def test_configurations_that_cannot_be_read(name, content, part, meta, tmp_path, raises_sentence):

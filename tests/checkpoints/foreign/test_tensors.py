@@ -246,7 +246,9 @@ def test_containers_that_hold_each_other(tmp_path, raises_sentence):
 
 
 @pytest.mark.parametrize(
-    "content", [b"\x80\x04" + b"}" * 10**6, b"\x81\xa1w\xdd" + (10**6).to_bytes(4, "big") + b"\x80" * 10**6]
+    "content",
+    [b"\x80\x04" + b"}" * 10**6, b"\x81\xa1w\xdd" + (10**6).to_bytes(4, "big") + b"\x80" * 10**6],
+    ids=["pickle", "msgpack"],
 )
 def test_more_values_than_any_checkpoint(content, tmp_path, raises_sentence, monkeypatch):
     monkeypatch.setattr("ptq4dit_jax.checkpoints.foreign.pickle_machine.MAX_STEPS", 10**5)

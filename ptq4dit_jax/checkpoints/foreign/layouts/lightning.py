@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ptq4dit_jax.checkpoints.foreign.layouts.meta import META
-from ptq4dit_jax.checkpoints.foreign.layouts.table import Entry, Gain, Layout, View, torch_linear
+from ptq4dit_jax.checkpoints.foreign.layouts.table import Entry, FoldedGain, Layout, View, torch_linear
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.lightning_dit import LightningDiTConfig
@@ -57,9 +57,13 @@ LIGHTNING = Layout(
         *(Entry(f"blocks/{side}_norm", (f"blocks.{{i}}.attn.{side}_norm.weight",), optional=True) for side in "qk"),
     ),
     gains=(
-        Gain(Entry("blocks/qkv_gain", ("blocks.{i}.norm1.weight",)), "blocks/adaLN", lambda config: config.modulations[0]),
-        Gain(Entry("blocks/fc1_gain", ("blocks.{i}.norm2.weight",)), "blocks/adaLN", lambda config: config.modulations[1]),
-        Gain(Entry("final_gain", ("final_layer.norm_final.weight",)), "final_adaLN", lambda config: _FINAL),
+        FoldedGain(
+            Entry("blocks/qkv_gain", ("blocks.{i}.norm1.weight",)), "blocks/adaLN", lambda config: config.modulations[0]
+        ),
+        FoldedGain(
+            Entry("blocks/fc1_gain", ("blocks.{i}.norm2.weight",)), "blocks/adaLN", lambda config: config.modulations[1]
+        ),
+        FoldedGain(Entry("final_gain", ("final_layer.norm_final.weight",)), "final_adaLN", lambda config: _FINAL),
     ),
     sizes={
         **META.sizes,

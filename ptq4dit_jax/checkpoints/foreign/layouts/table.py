@@ -99,7 +99,7 @@ class StepSize:
     default: int
 
 
-class Gain(NamedTuple):
+class FoldedGain(NamedTuple):
     """A learned gain (D,) of a norm, a factor on its channels that an import folds into the layer that modulates the norm.
 
     ``entry`` names it, under a name of ours that is no parameter; ``layer`` is the stem of that layer's names, and ``home``
@@ -153,7 +153,7 @@ class Layout:
     step_size: StepSize | None = None
     is_shared: bool = False
     network: type[DiTConfig] = DiTConfig
-    gains: tuple[Gain, ...] = ()
+    gains: tuple[FoldedGain, ...] = ()
     is_on: tuple[str, ...] = ()
     family: str = "dit"
     check: Callable[[View, DiTConfig], None] = lambda view, config: None
