@@ -133,6 +133,7 @@ ONE_SIDED = {
         "label_embed": "the float model's is in params",
         "position_embed": "the float model's is in params",
         "tables": "the float model's are in params",
+        "gains": "the float model's are in params",
         "backend": "integer products have several",
         "backend_choice": "integer products have several",
         "provenance": "a float model is not made here",

@@ -35,7 +35,9 @@ class Mode(enum.Enum):
 
 
 #: What runs a backend's kernels on a CPU.
-INTERPRETERS: dict[str, Callable[[], AbstractContextManager[Any]]] = {"hopper": interpreted_kernels} if HAS_INTERPRETER else {}
+INTERPRETERS: dict[str, Callable[..., AbstractContextManager[Any]]] = {"hopper": interpreted_kernels} if HAS_INTERPRETER else {}
+#: Operations of a backend that its interpreter cannot run, with what it lacks. They are lowered here, and run on the device.
+NOT_INTERPRETED = {("hopper", "attention_codes"): "JAX 0.11 does not lower the effect of wgmma's pipeline for a CPU"}
 #: What JAX calls the platform that kernels are lowered for.
 LOWERS_FOR = {"gpu": "cuda", "tpu": "tpu"}
 
@@ -64,7 +66,12 @@ def outcome(backend: AnyBackend, mode: Mode, case: Case) -> Any:
         shapes = jax.eval_shape(call, *case.args)
         jax.jit(call).trace(*case.args).lower(lowering_platforms=(LOWERS_FOR[str(backend.platform)],))
         return shapes
-    around = INTERPRETERS[backend.name]() if mode is Mode.INTERPRETED else contextlib.nullcontext()
+    around: AbstractContextManager[Any] = contextlib.nullcontext()
+    if mode is Mode.INTERPRETED:
+        if lacks := NOT_INTERPRETED.get((backend.name, case.operation)):
+            jax.eval_shape(call, *case.args)  # which refuses what the kernel does not cover
+            pytest.skip(lacks)
+        around = INTERPRETERS[backend.name](may_need_none=case.operation == "unpack_ahead")  # some layouts stay as they are
     with around:
         return jax.block_until_ready(jax.jit(call)(*case.args))
 
