@@ -87,10 +87,11 @@ def _fed(shape: tuple[int, ...], per_row: bool, rng: np.random.Generator) -> tup
 
 
 def cases() -> Iterator[Case]:
-    """All cases: sizes that kernels are made for, and odd ones."""
+    """All cases: sizes that kernels are made for, odd ones, and sums over a number of channels that is no multiple of 4."""
     sizes = {"whole": (2, 64, 256, 384), "odd": (2, 3, 20, 9)}
     for (size, (B, T, K, N)), bits in ((item, bits) for item in sizes.items() for bits in (8, 4, 3)):
         yield from _products(f"{size}-w{bits}", B, T, K, N, bits)
+    yield from _products("ragged-w8", 2, 5, 25, 24, 8)
     for size, (B, T, D) in {"whole": (2, 16, 192), "odd": (3, 5, 20)}.items():
         yield from _codes(size, B, T, D)
     for size, (B, T, A, d) in {"whole": (2, 256, 2, 64), "odd": (2, 5, 3, 8)}.items():

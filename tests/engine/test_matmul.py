@@ -49,6 +49,17 @@ def test_accumulators_are_exact_at_every_weight_width(bits: int, K: int) -> None
         np.testing.assert_array_equal(out, x.astype(np.int64) @ centered.T)
 
 
+@pytest.mark.parametrize("K", [1, 2, 3, 4, 5, 6, 7, 8, 25, 49, 64, 81, 4608])
+def test_sums_are_over_multiples_of_four(K: int) -> None:
+    """XLA's sums over other numbers of int8 are wrong on GPUs."""
+    x, codes = jnp.zeros((2, 5, K), jnp.int8), jnp.zeros((9, K), jnp.int8)
+    heads = jnp.zeros((2, 3, 5, K), jnp.int8)
+    for product, a, b in ((xla.accumulate, x, codes), (xla.batched, heads, heads)):
+        eqns = jax.make_jaxpr(product)(a, b).jaxpr.eqns
+        [dot] = (eqn for eqn in eqns if eqn.primitive is jax.lax.dot_general_p)
+        assert all(operand.aval.shape[-1] == (K if K % 4 == 0 else -(-K // 8) * 8) for operand in dot.invars)
+
+
 @pytest.mark.parametrize("value", [LOW, -127, HIGH, 0])
 def test_the_largest_sums_of_the_widest_layer_are_exact(value: int) -> None:
     """fc2 of DiT-XL/2 adds 4608 products; 4608 * 128 * 128 has to fit."""
