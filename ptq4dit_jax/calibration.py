@@ -18,6 +18,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Float32, Int32, Num
 
 from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration_rows import ImageLayout, flat_rows, order_by_steps, whole_numbers
@@ -26,7 +27,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
-from ptq4dit_jax.numerics import at_least_float32
+from ptq4dit_jax.numerics import AnyKey, at_least_float32
 from ptq4dit_jax.sampling import Progress, check_labels, kept_inputs
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 from ptq4dit_jax.waiting import ready
@@ -50,9 +51,9 @@ class CalibrationData(struct.PyTreeNode):
     a flow), or (S, R) where the rows of a step have times of their own, ``y`` (S, R) int32 labels.
     """
 
-    x: jax.Array | np.ndarray
-    t: jax.Array | np.ndarray
-    y: jax.Array | np.ndarray
+    x: Float32[Array | np.ndarray, "S R H W C"]
+    t: Num[Array | np.ndarray, " S"] | Num[Array | np.ndarray, "S of_R"]
+    y: Int32[Array | np.ndarray, "S R"]
 
     @property
     def num_steps(self) -> int:
@@ -93,7 +94,7 @@ def sample_trajectories(
     model: FloatDiT,
     calibration: Calibration = Calibration(),
     *,
-    key: jax.Array,
+    key: AnyKey,
     row_batch: int | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
@@ -192,9 +193,9 @@ class ChannelExtremes(struct.PyTreeNode):
     ``power`` is that of the last batch seen, at most :data:`MOST_POWER`; the extremes are those of all.
     """
 
-    low: jax.Array
-    high: jax.Array
-    power: jax.Array
+    low: Float[Array, "*features"]
+    high: Float[Array, "*features"]
+    power: Float[Array, "*features"]
     per_row: bool = struct.field(pytree_node=False, default=False)
 
     def observe(self, x: jax.Array) -> ChannelExtremes:
@@ -216,9 +217,9 @@ class Histogram(struct.PyTreeNode):
     """Observer that counts values in equal bins between ``low`` and ``high`` (); counts (bins,) float32; the ends take the
     rest."""
 
-    low: jax.Array
-    high: jax.Array
-    counts: jax.Array
+    low: Float[Array, "*lead"]
+    high: Float[Array, "*lead"]
+    counts: Float32[Array, "*lead bins"]
 
     def observe(self, x: jax.Array) -> Histogram:
         bins = self.counts.shape[-1]

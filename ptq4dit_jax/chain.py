@@ -13,12 +13,14 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 from jax.tree_util import PyTreeDef
+from jaxtyping import Array, Float32, Int, Int32
 
 from ptq4dit_jax import memory, sharding
 from ptq4dit_jax.diffusion import ResolvedSampling, denoise, sample_keys, sample_noise
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.guidance import GuidedChannels, Predictor, predict
 from ptq4dit_jax.networks.dit import DiTConfig
+from ptq4dit_jax.numerics import AnyKey
 from ptq4dit_jax.samplers import AnyTables
 from ptq4dit_jax.vae import VAEDecoder
 from ptq4dit_jax.waiting import ready
@@ -41,8 +43,8 @@ class Shared(struct.PyTreeNode):
 
     model: Predictor
     tables: AnyTables
-    key: jax.Array
-    keep_slots: jax.Array | np.ndarray | None = None
+    key: AnyKey
+    keep_slots: Int[Array | np.ndarray, " S"] | None = None
     decoder: VAEDecoder | None = None
 
 
@@ -57,10 +59,10 @@ class Batch(struct.PyTreeNode, Generic[_Leaf]):
     (S, B, H, W, C) are None where the key makes them.
     """
 
-    indices: _Leaf
-    labels: _Leaf
-    noise: _Leaf | None = None
-    step_noise: _Leaf | None = None
+    indices: Int32[_Leaf, " B"]
+    labels: Int32[_Leaf, " B"]
+    noise: Float32[_Leaf, "B H W C"] | None = None
+    step_noise: Float32[_Leaf, "S B H W C"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,7 @@ class Request:
     labels_N: np.ndarray
     sampling: ResolvedSampling
     tables: AnyTables
-    key: jax.Array
+    key: AnyKey
     noise: np.ndarray | None
     step_noise: np.ndarray | None
     decoder: VAEDecoder | None

@@ -18,6 +18,7 @@ from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.guidance import Guidance, ResolvedGuidance, as_number
 from ptq4dit_jax.networks.dit import DiTConfig
+from ptq4dit_jax.numerics import AnyKey
 from ptq4dit_jax.samplers import AUTO, AnyTables, Sampler, StepTables, check_name, sampler_for
 from ptq4dit_jax.schedules import Schedule
 from ptq4dit_jax.settings import changed, section, setting
@@ -132,7 +133,7 @@ class ResolvedSampling:
 _Carry = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def sample_keys(key: jax.Array, indices_B: jax.Array) -> jax.Array:
+def sample_keys(key: AnyKey, indices_B: jax.Array) -> jax.Array:
     """One key per sample, (B,), from the seed and the sample's global index."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices_B)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Integer, Num
 
 from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
@@ -36,7 +37,9 @@ class Predictor(Protocol):
     @property
     def schedule(self) -> Schedule: ...
 
-    def apply(self, x_BHWC: jax.Array, t_B: jax.Array, y_B: jax.Array) -> jax.Array: ...
+    def apply(
+        self, x_BHWC: Float[Array, "B H W C"], t_B: Num[Array, " #B"], y_B: Integer[Array, " #B"]
+    ) -> Float[Array, "B H W outputs"]: ...
 
 
 def as_number(value: Any) -> float:
@@ -170,8 +173,13 @@ def combine_guidance(
 
 
 def predict(
-    network: Predictor, x: jax.Array, t: jax.Array, y: jax.Array, scale: ArrayLike = 1.0, guided: GuidedChannels | None = None
-) -> jax.Array:
+    network: Predictor,
+    x: Float[Array, "B H W C"],
+    t: Num[Array, " #B"],
+    y: Integer[Array, " B"],
+    scale: Float[ArrayLike, ""] = 1.0,
+    guided: GuidedChannels | None = None,
+) -> Float[Array, "B H W outputs"]:
     """The raw output of a network (B, H, W, out_channels), guided on the channels ``guided``, or not at all where that is None.
 
     Args:

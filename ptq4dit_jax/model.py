@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Int32, Integer, Num
 
 from ptq4dit_jax.networks.dit import DiTConfig, init_params
 from ptq4dit_jax.networks.float_network import FloatNetwork
 from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
-from ptq4dit_jax.numerics import EXACT, asked_dtype, compute_dtype
+from ptq4dit_jax.numerics import EXACT, AnyKey, asked_dtype, compute_dtype
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
 from ptq4dit_jax.waiting import ready
 
@@ -23,7 +24,7 @@ class ModelFace:
     """What a float and a quantized model have in common besides :meth:`apply`: a pytree's size, its groups of steps, and
     ``apply`` compiled."""
 
-    group_edges: jax.Array
+    group_edges: Num[Array, " edges"]
 
     @property
     def nbytes(self) -> int:
@@ -54,13 +55,13 @@ class FloatDiT(ModelFace, struct.PyTreeNode):
     config: DiTConfig = struct.field(pytree_node=False)
     schedule: Schedule = struct.field(pytree_node=False, default=NoiseSchedule())
     quantizers: Any = struct.field(default_factory=dict)
-    group_edges: jax.Array = struct.field(default_factory=lambda: jnp.zeros((0,), jnp.int32))
+    group_edges: Num[Array, " edges"] = struct.field(default_factory=lambda: jnp.zeros((0,), jnp.int32))
     compute: str | None = struct.field(pytree_node=False, default=None)
     precision: jax.lax.Precision = struct.field(pytree_node=False, default=EXACT)
 
     @classmethod
     def init(
-        cls, config: DiTConfig, *, key: jax.Array, schedule: Schedule = NoiseSchedule(), adaln_zero: bool = False
+        cls, config: DiTConfig, *, key: AnyKey, schedule: Schedule = NoiseSchedule(), adaln_zero: bool = False
     ) -> FloatDiT:
         """A model with random parameters; with ``adaln_zero`` as one starts training, without it every path matters."""
         return cls(params=init_params(config, key, adaln_zero=adaln_zero), config=config, schedule=schedule)
@@ -87,13 +88,21 @@ class FloatDiT(ModelFace, struct.PyTreeNode):
         selected = {name: select(quantizer) for name, quantizer in flatten_sites(self.quantizers).items()}
         return {"params": self.params, "quantizers": nest_sites(selected)}
 
-    def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None = None) -> jax.Array:
+    def apply(
+        self, x_BHWC: Num[ArrayLike, "B H W C"], t_B: Num[ArrayLike, " #B"], y_B: Integer[ArrayLike, "#B"] | None = None
+    ) -> Float[Array, "B H W outputs"]:
         """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep, and the labels
         ``y_B`` are left out where the model has no classes."""
         out = self._network.apply(self._variables(t_B), x_BHWC, t_B, y_B)
         return cast(jax.Array, out)
 
-    def observe(self, observers: Any, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None = None) -> tuple[jax.Array, Any]:
+    def observe(
+        self,
+        observers: Any,
+        x_BHWC: Num[ArrayLike, "B H W C"],
+        t_B: Num[ArrayLike, " #B"],
+        y_B: Integer[ArrayLike, "#B"] | None = None,
+    ) -> tuple[Float[Array, "B H W outputs"], Any]:
         """The output, and ``observers`` (a tree of objects by site) after they have seen this batch."""
         variables = self._variables(t_B) | {"observers": observers}
         out, new = self._network.apply(variables, x_BHWC, t_B, y_B, mutable=["observers"])
@@ -114,7 +123,7 @@ class FloatDiT(ModelFace, struct.PyTreeNode):
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
-def step_group(edges: jax.Array, level_B: jax.Array) -> jax.Array:
+def step_group(edges: Num[Array, " edges"], level_B: Num[Array, " B"]) -> Int32[Array, " B"] | Int32[Array, ""]:
     """The group of steps that noise levels fall in, noisiest group 0: the number of ``edges`` (G - 1,) above them.
 
     (B,) int32, or () for a shared level of shape (1,).

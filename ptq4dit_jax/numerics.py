@@ -7,14 +7,17 @@ forbid implicit promotion, ``JAX_DEFAULT_MATMUL_PRECISION`` decides for products
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Key, UInt32
 
 from ptq4dit_jax.errors import Ptq4ditError
 
+#: A key of JAX's random numbers, typed or of raw words.
+AnyKey: TypeAlias = Key[Array, ""] | UInt32[Array, " words"]
 #: Of integer products, and of floats narrower than float32, whose products are exact as they are.
 INTEGER = jax.lax.Precision.DEFAULT
 #: Of float32 products that are a reference or decide codes: float32 on every device.
@@ -49,7 +52,7 @@ def along_last(vector: jax.Array, ndim: int) -> jax.Array:
     return jnp.expand_dims(vector, range(ndim - vector.ndim)) if vector.ndim else vector
 
 
-def threefry(key: jax.Array) -> jax.Array:
+def threefry(key: AnyKey) -> jax.Array:
     """The key as threefry, whatever generator it was made for; keys of one seed become one key.
 
     Under ``vmap``, XLA's own generators (rbg, unsafe_rbg) draw numbers that depend on the rest of the batch.

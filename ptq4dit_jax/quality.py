@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float
 
 from ptq4dit_jax.calibration import MICRO_BATCH, CalibrationData
 from ptq4dit_jax.engine import QLinear, QuantizedDiT
@@ -141,7 +142,7 @@ class _Costs(struct.PyTreeNode):
     ``kernel`` ([L,] K, N) is the float one and ``layer`` stands for it; ``act`` is the quantizer of an input without weights.
     """
 
-    kernel: jax.Array | None = None
+    kernel: Float[Array, "*lead K N"] | None = None
     layer: QLinear | None = None
     act: ActQuantizer | None = None
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.numerics import along_last, at_least_float32
@@ -50,9 +51,9 @@ class Encoded(NamedTuple):
     """Integer activations: ``values`` int8, and ``scale`` and ``zero_point`` (int32, or None for 0) that broadcast against
     them."""
 
-    values: jax.Array
-    scale: jax.Array
-    zero_point: Any
+    values: Int8[Array, "*lead K"]
+    scale: Float[Array, "*#lead #K"] | Float[Array, ""]
+    zero_point: Int32[Array, "*#lead #K"] | Int32[Array, ""] | None
 
 
 def broadcast_rows(per_row: jax.Array, ndim: int) -> jax.Array:
@@ -83,6 +84,13 @@ def reciprocal(scale: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(1.0 / scale)
 
 
+class StaticRange(NamedTuple):
+    """What maps codes to values, found beforehand: (), or a table over groups of steps."""
+
+    scale: Float[Array, "*lead"]
+    zero_point: Int32[Array, "*lead"]
+
+
 class ActQuantizer(struct.PyTreeNode):
     """An activation quantizer; calling it is fake quantization.
 
@@ -98,19 +106,26 @@ class ActQuantizer(struct.PyTreeNode):
     Codes have no derivative, and asking for one is an error (:class:`~ptq4dit_jax.straight_through.StraightThrough` has one).
     """
 
-    scale: Any
-    zero_point: Any
-    balance: Any = None
+    scale: Float[Array, "*lead"] | None
+    zero_point: Int32[Array, "*lead"] | None
+    balance: Float[Array, "*of_balance K"] | None = None
     bits: int = struct.field(pytree_node=False, default=8)
     dynamic: bool = struct.field(pytree_node=False, default=False)
     nonnegative: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def static_range(self) -> StaticRange:
+        """Scale and zero point of a quantizer that is not ``dynamic``."""
+        assert self.scale is not None
+        assert self.zero_point is not None
+        return StaticRange(self.scale, self.zero_point)
 
     def at_group(self, group: jax.Array) -> ActQuantizer:
         """The quantizer for one group of steps, () int32, or for one group per row, (B,)."""
         if self.dynamic:
             return self
-        pick = lambda table: jnp.take(table, group, axis=-1)
-        return self.replace(scale=pick(self.scale), zero_point=pick(self.zero_point))
+        scale, zero_point = (jnp.take(table, group, axis=-1) for table in self.static_range)
+        return self.replace(scale=scale, zero_point=zero_point)
 
     def encode(self, x: jax.Array) -> Encoded:
         """Integer codes (int8, shape of ``x``) with the scale and zero point that give ``balance * x`` back."""
@@ -124,8 +139,8 @@ class ActQuantizer(struct.PyTreeNode):
             scale = jnp.where(largest > EMPTY_RANGE, largest / (qmax - lowest), 1.0)
             codes = jnp.round(undifferentiable(x * reciprocal(scale))) + lowest
             return Encoded(codes.astype(jnp.int8), scale, jnp.int32(qmin) if self.nonnegative else None)
-        scale = broadcast_rows(self.scale, x.ndim).astype(x.dtype)
-        zero_point = broadcast_rows(self.zero_point, x.ndim)
+        scale, zero_point = (broadcast_rows(table, x.ndim) for table in self.static_range)
+        scale = scale.astype(x.dtype)
         inverse = reciprocal(scale) if balance is None else balance * reciprocal(scale)
         codes = jnp.clip(jnp.round(undifferentiable(x * inverse)) + zero_point.astype(x.dtype), qmin, qmax)
         return Encoded(codes.astype(jnp.int8), scale, zero_point)
@@ -145,7 +160,7 @@ def decode(encoded: Encoded) -> jax.Array:
 class ChannelScale(struct.PyTreeNode):
     """A site that only multiplies its channels: what balancing leaves in a float model where it cannot be folded away."""
 
-    factor: jax.Array
+    factor: Float[Array, "*lead K"]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x * along_last(self.factor, x.ndim).astype(x.dtype)
@@ -202,9 +217,9 @@ class QTensor(struct.PyTreeNode):
     DiT-XL/2's fc1 takes 340 us this way and 878 us with (K, N).
     """
 
-    values: jax.Array
-    scale: jax.Array
-    zero_point: Any
+    values: Int8[Array, "*lead N K"] | UInt8[Array, "*lead bytes K"]
+    scale: Float[Array, "*lead N"]
+    zero_point: Int8[Array, "*lead N"] | None
     bits: int = struct.field(pytree_node=False)
 
     @property
@@ -220,6 +235,7 @@ class QTensor(struct.PyTreeNode):
         """Centered codes (..., N, K), int8; ``fusible`` as in :func:`unpack_nibbles`."""
         if not self.packed:
             return self.values
+        assert self.zero_point is not None
         return unpack_nibbles(self.values, self.scale.shape[-1], fusible=fusible) - self.zero_point[..., None]
 
     def dequantize(self) -> jax.Array:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
+from jaxtyping import Float, Float32, UInt8
 
 from ptq4dit_jax import sharding
 from ptq4dit_jax.chain import Progress as Progress
@@ -18,7 +18,7 @@ from ptq4dit_jax.diffusion import ResolvedSampling, Sampling
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.guidance import Predictor
 from ptq4dit_jax.networks.dit import DiTConfig
-from ptq4dit_jax.numerics import threefry
+from ptq4dit_jax.numerics import AnyKey, threefry
 from ptq4dit_jax.samplers import AnyTables
 from ptq4dit_jax.vae import VAEDecoder
 
@@ -86,16 +86,16 @@ def sample(
     model: Predictor,
     labels: Labels | None,
     *,
-    key: jax.Array,
+    key: AnyKey,
     sampling: Sampling | None = None,
     batch_size: int | None = None,
-    noise: ArrayLike | None = None,
-    step_noise: ArrayLike | None = None,
+    noise: Float[ArrayLike, "N H W C"] | None = None,
+    step_noise: Float[ArrayLike, "S N H W C"] | None = None,
     decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
     **settings: object,
-) -> np.ndarray:
+) -> Float32[np.ndarray, "N ..."]:
     """Samples one image (or latent) per label.
 
     Args:
@@ -133,14 +133,14 @@ def sample_batches(
     model: Predictor,
     labels: Labels,
     *,
-    key: jax.Array,
+    key: AnyKey,
     sampling: Sampling = Sampling(),
     batch_size: int | None = None,
-    noise: ArrayLike | None = None,
-    step_noise: ArrayLike | None = None,
+    noise: Float[ArrayLike, "N H W C"] | None = None,
+    step_noise: Float[ArrayLike, "S N H W C"] | None = None,
     decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
-) -> Iterator[tuple[int, np.ndarray]]:
+) -> Iterator[tuple[int, Float32[np.ndarray, "B ..."]]]:
     """:func:`sample` batch by batch, so that any number of images needs the memory of one batch.
 
     Arguments are checked at once, before the first batch is asked for.
@@ -160,12 +160,12 @@ def sample_batches(
 def run_chain(
     model: Predictor,
     labels: Labels | None,
-    key: jax.Array,
+    key: AnyKey,
     sampling: Sampling,
     *,
     batch_size: int | None = None,
-    noise: ArrayLike | None = None,
-    step_noise: ArrayLike | None = None,
+    noise: Float[ArrayLike, "N H W C"] | None = None,
+    step_noise: Float[ArrayLike, "S N H W C"] | None = None,
     decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
@@ -182,7 +182,7 @@ def run_chain(
 def kept_inputs(
     model: Predictor,
     labels: Labels,
-    key: jax.Array,
+    key: AnyKey,
     sampling: ResolvedSampling,
     keep_steps: np.ndarray,
     *,
@@ -204,10 +204,10 @@ def kept_inputs(
 def _prepare(
     model: Predictor,
     labels: Labels | None,
-    key: jax.Array,
+    key: AnyKey,
     sampling: ResolvedSampling,
-    noise: ArrayLike | None = None,
-    step_noise: ArrayLike | None = None,
+    noise: Float[ArrayLike, "N H W C"] | None = None,
+    step_noise: Float[ArrayLike, "S N H W C"] | None = None,
     decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
     keep_steps: np.ndarray | None = None,
@@ -244,6 +244,6 @@ def _prepare(
     )
 
 
-def to_uint8(images: ArrayLike) -> np.ndarray:
+def to_uint8(images: Float[ArrayLike, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Images in [-1, 1] to uint8 by Meta's rule: ``clip(127.5 x + 128, 0, 255)``, truncated."""
     return np.asarray(jnp.clip(127.5 * jnp.asarray(images, jnp.float32) + 128, 0, 255)).astype(np.uint8)

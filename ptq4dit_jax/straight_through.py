@@ -43,7 +43,7 @@ class StraightThrough(struct.PyTreeNode):
         if act.balance is not None:
             balanced = x * along_last(act.balance, x.ndim).astype(x.dtype)
         if not act.dynamic:
-            scale, zero_point = (jax.lax.stop_gradient(broadcast_rows(a, x.ndim)) for a in (act.scale, act.zero_point))
+            scale, zero_point = (jax.lax.stop_gradient(broadcast_rows(a, x.ndim)) for a in act.static_range)
             ends = (end + 0.5 * side for end, side in zip(act_code_range(act.bits), (-1, 1), strict=True))
             low, high = ((scale * (end - zero_point.astype(scale.dtype))).astype(x.dtype) for end in ends)
             balanced = jnp.clip(balanced, low, high)  # beyond these ends the rounded code is clipped

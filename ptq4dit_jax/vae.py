@@ -20,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.networks.parts import softmax
-from ptq4dit_jax.numerics import along_last, asked_dtype, at_least_float32, compute_dtype, threefry
+from ptq4dit_jax.numerics import AnyKey, along_last, asked_dtype, at_least_float32, compute_dtype, threefry
 
 _EPS = 1e-6
 _MAX_SIZE = 2**16
@@ -202,7 +202,7 @@ class _Network(_Layer):
         return _Decoder(self.config, self.dtype, self.queries, name="decoder")(z)
 
 
-def init_params(config: VAEConfig, key: jax.Array) -> dict[str, Any]:
+def init_params(config: VAEConfig, key: AnyKey) -> dict[str, Any]:
     """Random float32 parameters; see the module docstring for names and layouts."""
     variables = _Network(config, jnp.float32).init(threefry(key), jnp.zeros((1, 2, 2, config.latent_channels), jnp.float32))
     return variables["params"]
@@ -220,7 +220,7 @@ class VAEDecoder(struct.PyTreeNode):
     compute: str | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
-    def init(cls, config: VAEConfig, *, key: jax.Array) -> VAEDecoder:
+    def init(cls, config: VAEConfig, *, key: AnyKey) -> VAEDecoder:
         """A decoder with random parameters."""
         return cls(params=init_params(config, key), config=config)
 

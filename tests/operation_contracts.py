@@ -159,8 +159,8 @@ def _quantized(y: np.ndarray, act: ActQuantizer, got: Encoded) -> None:
         np.testing.assert_allclose(np.asarray(got.scale, np.float64), scale, rtol=1e-5)
         codes_of(y / np.asarray(got.scale, np.float64), 0, got.values)
     else:
-        bound = 2 ** (act.bits - 1)
-        codes_of(y / np.float64(act.scale), int(act.zero_point), got.values, -bound, bound - 1)
+        bound, (step, zero_point) = 2 ** (act.bits - 1), act.static_range
+        codes_of(y / np.float64(step), int(zero_point), got.values, -bound, bound - 1)
 
 
 def _codes(name: str, B: int, T: int, D: int) -> Iterator[Case]:
@@ -206,7 +206,7 @@ def _attention(name: str, B: int, T: int, A: int, d: int) -> Iterator[Case]:
     sites["probs"] = ActQuantizer(jnp.float32(1 / 255), jnp.int32(-128))
 
     def fake(x: np.ndarray, act: ActQuantizer) -> np.ndarray:
-        scale, zero_point = np.float64(act.scale), int(act.zero_point)
+        scale, zero_point = np.float64(act.static_range.scale), int(act.static_range.zero_point)
         return (np.clip(np.round(x / scale) + zero_point, -128, 127) - zero_point) * scale
 
     side = lambda name, x: fake(heads(x), sites[name])

@@ -157,7 +157,9 @@ def test_the_derivative_of_one_quantizer(bits: int, balanced: bool, grouped: boo
     balance = rng.uniform(0.5, 2, 8).astype(np.float32) if balanced else None
     scale, zero_point = np.array([0.01, 0.02], np.float32) * 2 ** (8 - bits), np.array([1, -1], np.int32)
     group = np.array([0, 1, 1, 0]) if grouped else np.array(1)
-    act = ActQuantizer(jnp.asarray(scale), jnp.asarray(zero_point), balance, bits=bits)
+    act = ActQuantizer(
+        jnp.asarray(scale), jnp.asarray(zero_point), None if balance is None else jnp.asarray(balance), bits=bits
+    )
     through = StraightThrough(act).at_group(jnp.asarray(group))
     np.testing.assert_array_equal(through(jnp.asarray(x)), act.at_group(jnp.asarray(group))(jnp.asarray(x)))
 

@@ -11,6 +11,7 @@ from typing import ClassVar, Generic, NamedTuple, NoReturn, TypeVar
 
 import jax
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int8, Int32, Shaped
 
 from ptq4dit_jax.devices import DeviceKind
 from ptq4dit_jax.engine.stacks import Leaf
@@ -98,25 +99,29 @@ class Backend(Generic[LeafT]):
             return f"the kernels compute in {' or '.join(self.dtypes)} between the products and the model in {dtype}"
         return ""
 
-    def unpack_ahead(self, weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
+    def unpack_ahead(self, weights: Mapping[str, QTensor], after: Shaped[Array, ...]) -> dict[str, QTensor]:
         """Weights (N, K) of a block in the form that its products need, by name; their values stay the same.
 
         A backend may unpack all packed ones to int8 at once, but not before ``after`` (any array) has been computed.
         """
         _no_kernel("unpack_ahead")
 
-    def linear(self, x: Encoded, weight: QTensor, bias: LeafT, dtype: DTypeLike) -> jax.Array:
+    def linear(self, x: Encoded, weight: QTensor, bias: LeafT, dtype: DTypeLike) -> Float[Array, "... N"]:
         """``scale * (values @ codes.T) + bias``: int8 (..., K) times a weight (N, K), to (..., N) in ``dtype``.
 
         ``bias`` broadcasts against the result; the zero point of ``x`` is already in it. The epilogue is in float32 at least.
         """
         _no_kernel("linear")
 
-    def linear_parts(self, x: Encoded, weight: QTensor, bias: LeafT, dtype: DTypeLike, parts: int) -> list[jax.Array]:
+    def linear_parts(
+        self, x: Encoded, weight: QTensor, bias: LeafT, dtype: DTypeLike, parts: int
+    ) -> list[Float[Array, "... of_N"]]:
         """:meth:`linear`, its columns in ``parts`` arrays of equal width."""
         _no_kernel("linear_parts")
 
-    def linear_each(self, x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
+    def linear_each(
+        self, x: Encoded, weight: QTensor, bias: Float[Array, "L rows N"], dtype: DTypeLike, parts: int
+    ) -> list[Float[Array, "L B of_N"]]:
         """:meth:`linear_parts` for a stack of layers that do not follow one another: values (L, B, K) and weights (L, N, K) to
         ``parts`` arrays (L, B, N / parts)."""
         _no_kernel("linear_each")
@@ -125,33 +130,45 @@ class Backend(Generic[LeafT]):
         """:meth:`linear`, then GELU (by tanh), quantized by ``act`` for the next layer."""
         _no_kernel("linear_gelu")
 
-    def linear_residual(self, x: Encoded, weight: QTensor, bias: LeafT, gate_BD: LeafT, x_BTD: jax.Array) -> jax.Array:
+    def linear_residual(
+        self, x: Encoded, weight: QTensor, bias: LeafT, gate_BD: LeafT, x_BTD: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
         """``x + gate * linear``, (B, T, D) in the type of ``x_BTD``."""
         _no_kernel("linear_residual")
 
-    def batched(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    def batched(self, a: Int8[Array, "B A M K"], b: Int8[Array, "B A N K"]) -> Int32[Array, "B A M N"]:
         """``a @ b^T`` over the last axes: int8 (B, A, M, K) and (B, A, N, K) to int32 (B, A, M, N)."""
         _no_kernel("batched")
 
-    def encode(self, x: jax.Array, act: ActQuantizer) -> Encoded:
+    def encode(self, x: Float[Array, "... K"], act: ActQuantizer) -> Encoded:
         """``act.encode(x)``: (..., K) int8."""
         _no_kernel("encode")
 
     def modulate_encode(
-        self, x_BTD: jax.Array, shift_BD: LeafT | None, scale_BD: LeafT, act: ActQuantizer, norm: Norm
+        self, x_BTD: Float[Array, "B T D"], shift_BD: LeafT | None, scale_BD: LeafT, act: ActQuantizer, norm: Norm
     ) -> Encoded:
         """``act`` of ``norm(x) * (1 + scale) + shift``, (B, T, D) int8; computed in float32 at least. None is no shift."""
         _no_kernel("modulate_encode")
 
     def attention(
-        self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, sites: dict[str, ActQuantizer]
-    ) -> jax.Array:
+        self,
+        q_BTD: Float[Array, "B T D"],
+        k_BTD: Float[Array, "B T D"],
+        v_BTD: Float[Array, "B T D"],
+        num_heads: int,
+        sites: dict[str, ActQuantizer],
+    ) -> Float[Array, "B T D"]:
         """Softmax attention, (B, T, D). A backend that ``attends_on_codes`` quantizes q, k, v and the probabilities by
         ``sites``; another may compute in the type of q instead, where that is faster."""
         _no_kernel("attention")
 
     def attention_codes(
-        self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, act: ActQuantizer
+        self,
+        q_BTD: Float[Array, "B T D"],
+        k_BTD: Float[Array, "B T D"],
+        v_BTD: Float[Array, "B T D"],
+        num_heads: int,
+        act: ActQuantizer,
     ) -> Encoded:
         """Softmax attention of floats, quantized by ``act`` for the next product. ``act`` is static, its scale is 1 and it
         balances nothing: both lie in ``v_BTD`` (:func:`ptq4dit_jax.engine.layers.in_unit_steps`)."""

@@ -28,7 +28,9 @@ class ActRanges:
 
     @classmethod
     def of(cls, act: ActQuantizer) -> ActRanges:
-        return cls(dynamic=act.dynamic, groups=1 if act.dynamic else act.scale.shape[-1], balanced=act.balance is not None)
+        return cls(
+            dynamic=act.dynamic, groups=1 if act.dynamic else act.static_range.scale.shape[-1], balanced=act.balance is not None
+        )
 
     def __str__(self) -> str:
         """Such as "per tensor, 5 groups of steps, balanced"."""

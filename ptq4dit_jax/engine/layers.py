@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from ptq4dit_jax.engine.dispatch import Dispatch
 from ptq4dit_jax.engine.stacks import Leaf, map_in_chunks, materialize
@@ -31,7 +32,7 @@ class QLinear(struct.PyTreeNode):
     """
 
     weight: QTensor
-    bias: jax.Array
+    bias: Float[Array, "*lead N"]
     act: ActQuantizer | None = None
 
     @classmethod
@@ -132,19 +133,21 @@ def in_unit_steps(qkv: QLinear, proj: QLinear) -> tuple[QLinear, QLinear]:
     """
     act = proj.act
     assert act is not None
-    step = act.scale[..., None]
+    scale = act.static_range.scale
+    step = scale[..., None]
     D = proj.weight.shape[-1]
-    of_v = jnp.broadcast_to((1.0 if act.balance is None else act.balance) / step, (*act.scale.shape, D))
+    of_v = jnp.broadcast_to((1.0 if act.balance is None else act.balance) / step, (*scale.shape, D))
     factor = jnp.concatenate([jnp.ones((*of_v.shape[:-1], 2 * D), of_v.dtype), of_v], axis=-1)
     scaled = lambda layer, by: layer.weight.replace(scale=layer.weight.scale * by)
     return (
         qkv.replace(weight=scaled(qkv, factor), bias=qkv.bias * factor),
-        proj.replace(weight=scaled(proj, step), act=act.replace(scale=jnp.ones_like(act.scale), balance=None)),
+        proj.replace(weight=scaled(proj, step), act=act.replace(scale=jnp.ones_like(scale), balance=None)),
     )
 
 
 def _zero_point_term(weight: QTensor, act: ActQuantizer) -> jax.Array:
     """``sx zx sw_n sum_k w'_nk`` for every group, (..., G, N)."""
     sums = weight.codes().sum(-1, dtype=jnp.int32).astype(weight.scale.dtype) * weight.scale
-    shift = (act.scale * act.zero_point.astype(act.scale.dtype))[..., None]
+    scale, zero_point = act.static_range
+    shift = (scale * zero_point.astype(scale.dtype))[..., None]
     return along_last(shift, sums.ndim + 1) * sums[..., None, :]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Integer, Num
 
 from ptq4dit_jax.engine import choice
 from ptq4dit_jax.engine.layers import QLinear
@@ -51,11 +52,11 @@ class QuantizedDiT(ModelFace, struct.PyTreeNode):
 
     linears: dict[str, QLinear]
     sites: dict[str, ActQuantizer]
-    label_embed: jax.Array | None
-    group_edges: jax.Array
+    label_embed: Float[Array, "labels D"] | None
+    group_edges: Num[Array, " edges"]
     config: DiTConfig = struct.field(pytree_node=False)
-    position_embed: jax.Array | None = None
-    gains: dict[str, jax.Array] = struct.field(default_factory=dict)
+    position_embed: Float[Array, "T D"] | None = None
+    gains: dict[str, Float[Array, "*lead features"]] = struct.field(default_factory=dict)
     schedule: Schedule = struct.field(pytree_node=False, default=NoiseSchedule())
     dtype: np.dtype[Any] = struct.field(pytree_node=False, default=np.dtype(np.float32))
     backend: str = struct.field(pytree_node=False, default="auto")
@@ -71,7 +72,9 @@ class QuantizedDiT(ModelFace, struct.PyTreeNode):
         object.__setattr__(self, "backend", choice.checked(self.backend))
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # also given by name
 
-    def apply(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None = None) -> jax.Array:
+    def apply(
+        self, x_BHWC: Num[ArrayLike, "B H W C"], t_B: Num[ArrayLike, " #B"], y_B: Integer[ArrayLike, " #B"] | None = None
+    ) -> Float[Array, "B H W outputs"]:
         """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep, and the labels
         ``y_B`` are left out where the model has no classes."""
         return _forward(self, x_BHWC, jnp.asarray(t_B), y_B)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Int32, Shaped
 
 _Tree = TypeVar("_Tree")
 _Result = TypeVar("_Result")
@@ -20,8 +21,8 @@ class OfLayer(struct.PyTreeNode):
     In a loop over layers XLA copies what it cuts out of a stack for a kernel, and a kernel can as well add the offset itself.
     """
 
-    stack: jax.Array
-    index: jax.Array
+    stack: Shaped[Array, "L ..."]
+    index: Int32[Array, ""]
 
     @property
     def shape(self) -> tuple[int, ...]:

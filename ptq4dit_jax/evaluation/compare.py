@@ -26,6 +26,7 @@ from ptq4dit_jax.evaluation.probes import layer_sqnr_along, predicted_noise
 from ptq4dit_jax.guidance import Guidance, Predictor
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig
+from ptq4dit_jax.numerics import AnyKey
 from ptq4dit_jax.progress import StageProgress, silent
 from ptq4dit_jax.sampling import Labels, Progress, check_labels, run_chain
 from ptq4dit_jax.schedules import Schedule
@@ -58,7 +59,7 @@ class _ChainSettings(_Placed, total=False):
 def same_noise_images(
     models: Mapping[str, Predictor],
     labels: Labels | None,
-    key: jax.Array,
+    key: AnyKey,
     sampling: Sampling = Sampling(),
     *,
     progress: Progress | None = None,
@@ -236,7 +237,7 @@ def compare(
     others: Mapping[str, Predictor],
     *,
     labels: Labels | None,
-    key: jax.Array,
+    key: AnyKey,
     sampling: Sampling = Sampling(),
     batch_size: int | None = None,
     sqnr_steps: int = 25,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from ptq4dit_jax.engine import QuantizedDiT, reference
 from ptq4dit_jax.evaluation import metrics
@@ -23,7 +24,7 @@ from ptq4dit_jax.waiting import ready
 class _Capture(struct.PyTreeNode):
     """Observer that keeps what it sees."""
 
-    value: jax.Array
+    value: Float[Array, ...]
 
     def observe(self, x: jax.Array) -> _Capture:
         return _Capture(x)
@@ -32,7 +33,7 @@ class _Capture(struct.PyTreeNode):
 class _Against(struct.PyTreeNode):
     """Observer that reduces the deviation from a captured reference, so that one model's activations are held, not both."""
 
-    reference: jax.Array
+    reference: Float[Array, ...]
 
     def observe(self, x: jax.Array) -> metrics.Powers:
         return metrics.powers(self.reference, x)

@@ -31,7 +31,7 @@ from ptq4dit_jax.networks.spec import (
     Table,
     UnitKind,
 )
-from ptq4dit_jax.numerics import threefry
+from ptq4dit_jax.numerics import AnyKey, threefry
 
 #: Depth, width and heads of the published sizes; each exists with patch size 2, 4 and 8.
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -326,7 +326,7 @@ class DiT(FloatNetwork):
     """The network in Flax; see :class:`ptq4dit_jax.networks.float_network.FloatNetwork`."""
 
 
-def init_params(config: DiTConfig, key: jax.Array, *, adaln_zero: bool = True) -> dict[str, Any]:
+def init_params(config: DiTConfig, key: AnyKey, *, adaln_zero: bool = True) -> dict[str, Any]:
     """Random parameters. ``adaln_zero`` zeroes the modulation and the final layer as for training; False keeps every path
     alive, which is what tests and benchmarks want."""
     if not config.position_table:  # no parameter depends on the number of tokens, so one will do

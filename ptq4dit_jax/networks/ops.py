@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import jax
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Integer, Num, Shaped
 
 from ptq4dit_jax.networks.spec import NetworkSpec, Stack
 
@@ -65,42 +66,48 @@ class Ops(Protocol):
     def dtype(self) -> DTypeLike:
         """The type of everything between the products."""
 
-    def linear(self, name: str, x: jax.Array) -> jax.Array:
+    def linear(self, name: str, x: Float[Array, "... K"]) -> Float[Array, "... N"]:
         """A linear layer alone, (B, [T,] K) to (B, [T,] N)."""
 
-    def table(self, name: str) -> jax.Array | None:
+    def table(self, name: str) -> Float[Array, "rows D"] | None:
         """A parameter that is looked up or added, such as (T, D); None where the network has none."""
 
-    def look_up(self, name: str, rows: jax.Array) -> jax.Array:
+    def look_up(self, name: str, rows: Integer[Array, " B"]) -> Float[Array, "B D"]:
         """Rows of a table, by their numbers (B,) int32: (B, D)."""
 
-    def modulation(self, name: str, c_BD: jax.Array, parts: int) -> Sequence[Any]:
+    def modulation(self, name: str, c_BD: Float[Array, "#B D"], parts: int) -> Sequence[Any]:
         """What a linear layer makes of the condition, its columns in ``parts``, each (B, N / parts)."""
 
-    def normed(self, feeds: str, x_BTD: jax.Array, shift: Any, scale: Any, norm: Norm) -> Any:
+    def normed(self, feeds: str, x_BTD: Float[Array, "B T D"], shift: Any, scale: Any, norm: Norm) -> Any:
         """``norm(x) (1 + scale) + shift`` as input of a layer; ``shift`` may be None."""
 
-    def product(self, name: str, fed: Any) -> jax.Array:
+    def product(self, name: str, fed: Any) -> Float[Array, "B T N"]:
         """The output of a layer, (B, T, N)."""
 
-    def split(self, name: str, fed: Any, parts: int) -> Sequence[jax.Array]:
+    def split(self, name: str, fed: Any, parts: int) -> Sequence[Float[Array, "B T of_N"]]:
         """:meth:`product`, its columns in ``parts`` arrays of equal width."""
 
-    def head_normed(self, gain: str, x_BTD: jax.Array, heads: int, norm: Norm) -> jax.Array:
+    def head_normed(self, gain: str, x_BTD: Float[Array, "B T D"], heads: int, norm: Norm) -> Float[Array, "B T D"]:
         """The norm over the channels of each head, times the gain of that name, (B, T, D)."""
 
     def attend(
-        self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, heads: int, feeds: str, rotary: Rotary | None = None
+        self,
+        q_BTD: Float[Array, "B T D"],
+        k_BTD: Float[Array, "B T D"],
+        v_BTD: Float[Array, "B T D"],
+        heads: int,
+        feeds: str,
+        rotary: Rotary | None = None,
     ) -> Any:
         """Softmax attention as input of a layer."""
 
     def activated(self, name: str, fed: Any, activation: Activation, feeds: str) -> Any:
         """The activation of a layer's output as input of another."""
 
-    def gated(self, name: str, fed: Any, gate: Any, x_BTD: jax.Array) -> jax.Array:
+    def gated(self, name: str, fed: Any, gate: Any, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """``x + gate * output`` of a layer, (B, T, D)."""
 
-    def blocks(self, stack: Stack, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
+    def blocks(self, stack: Stack, x_BTD: Float[Array, "B T D"], c_BD: Float[Array, "#B D"]) -> Float[Array, "B T D"]:
         """All blocks of a stack in turn."""
 
 
@@ -124,22 +131,26 @@ class Network(abc.ABC):
     def _make_spec(self) -> NetworkSpec: ...
 
     @abc.abstractmethod
-    def embed_image(self, ops: Ops, x_BHWC: ArrayLike) -> jax.Array:
+    def embed_image(self, ops: Ops, x_BHWC: Shaped[ArrayLike, "B H W C"]) -> Float[Array, "B T D"]:
         """Tokens (B, T, D) of images, with their positions."""
 
     @abc.abstractmethod
-    def embed_condition(self, ops: Ops, t_B: ArrayLike, y_B: ArrayLike | None) -> jax.Array:
+    def embed_condition(
+        self, ops: Ops, t_B: Num[ArrayLike, " #B"], y_B: Integer[ArrayLike, " #B"] | None
+    ) -> Float[Array, "#B D"]:
         """All that modulation sees of time and labels, (B, D), or (1, D) where all rows share it."""
 
     @abc.abstractmethod
-    def block(self, ops: Ops, stack: Stack, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
+    def block(self, ops: Ops, stack: Stack, x_BTD: Float[Array, "B T D"], c_BD: Float[Array, "#B D"]) -> Float[Array, "B T D"]:
         """One block of a stack, (B, T, D) to (B, T, D)."""
 
     @abc.abstractmethod
-    def head(self, ops: Ops, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
+    def head(self, ops: Ops, x_BTD: Float[Array, "B T D"], c_BD: Float[Array, "#B D"]) -> Float[Array, "B H W outputs"]:
         """The last hidden state to the network's output (B, H, W, out_channels)."""
 
-    def forward(self, ops: Ops, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None) -> jax.Array:
+    def forward(
+        self, ops: Ops, x_BHWC: Shaped[ArrayLike, "B H W C"], t_B: Num[ArrayLike, " #B"], y_B: Integer[ArrayLike, " #B"] | None
+    ) -> Float[Array, "B H W outputs"]:
         """The whole network: raw output (B, H, W, out_channels)."""
         x_BTD = self.embed_image(ops, x_BHWC)
         c_BD = condition_of_rows(self.embed_condition(ops, t_B, y_B), x_BTD.shape[0])

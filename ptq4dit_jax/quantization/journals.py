@@ -16,6 +16,7 @@ from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.devices import default
 from ptq4dit_jax.hashing import content_hash
 from ptq4dit_jax.model import FloatDiT
+from ptq4dit_jax.numerics import AnyKey
 from ptq4dit_jax.progress import StageProgress
 from ptq4dit_jax.reconstruction import Journal, units
 
@@ -24,7 +25,7 @@ def open_journal(
     config: QuantConfig,
     model: FloatDiT,
     source_sha256: Callable[[], str],
-    key: jax.Array,
+    key: AnyKey,
     calibration: CalibrationData | None,
     state: str | os.PathLike[str] | None,
     fresh: bool,

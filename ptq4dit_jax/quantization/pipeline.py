@@ -20,7 +20,7 @@ from ptq4dit_jax.engine import Provenance, QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.hashing import source_hash
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
-from ptq4dit_jax.numerics import CALIBRATION, threefry
+from ptq4dit_jax.numerics import CALIBRATION, AnyKey, threefry
 from ptq4dit_jax.progress import StageProgress, in_one, silent
 from ptq4dit_jax.quality import REFUSE_BELOW, PoorQuality, Quality, measure, some_rows
 from ptq4dit_jax.quantization.activations import choose_ranges
@@ -36,7 +36,7 @@ def quantize(
     model: FloatDiT,
     config: QuantConfig | None = None,
     *,
-    key: jax.Array,
+    key: AnyKey,
     calibration: CalibrationData | None = None,
     row_batch: int | None = None,
     mesh: Mesh | None = None,
@@ -91,7 +91,7 @@ def quantize(
 def _quantized(
     model: FloatDiT,
     config: QuantConfig,
-    key: jax.Array,
+    key: AnyKey,
     calibration: CalibrationData | None,
     row_batch: int | None,
     mesh: Mesh | None,

@@ -72,7 +72,7 @@ class LearnedQuantizer(struct.PyTreeNode):
 
 def scaled(act: ActQuantizer, log_scale: jax.Array) -> ActQuantizer:
     """``act`` with its table of scales multiplied by ``exp(log_scale)``, both (G,)."""
-    return act.replace(scale=act.scale * jnp.exp(log_scale))
+    return act.replace(scale=act.static_range.scale * jnp.exp(log_scale))
 
 
 def for_rows(acts: Mapping[str, ActQuantizer], log_scales: Mapping[str, jax.Array], group_B: jax.Array) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def for_rows(acts: Mapping[str, ActQuantizer], log_scales: Mapping[str, jax.Arra
             made[name] = StraightThrough(act)  # nothing of it is learned
             continue
         # A product with rows of the identity, not a gather: its gradient is a sum in a fixed order, on a GPU too.
-        pick = jax.nn.one_hot(group_B, act.scale.shape[-1], dtype=jnp.float32)
+        pick = jax.nn.one_hot(group_B, act.static_range.scale.shape[-1], dtype=jnp.float32)
         scale = jnp.einsum("bg,g->b", pick, scaled(act, log_scales[name]).scale, precision=EXACT)
-        made[name] = LearnedQuantizer(scale, jnp.take(act.zero_point, group_B), act.balance, act.bits)
+        made[name] = LearnedQuantizer(scale, jnp.take(act.static_range.zero_point, group_B), act.balance, act.bits)
     return made

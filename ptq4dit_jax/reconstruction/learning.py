@@ -21,7 +21,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.gptq import RoundedWeight
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.spec import UnitKind
-from ptq4dit_jax.numerics import EXACT, threefry
+from ptq4dit_jax.numerics import EXACT, AnyKey, threefry
 from ptq4dit_jax.reconstruction import optimize
 from ptq4dit_jax.reconstruction.closed_form import rounding_bytes
 from ptq4dit_jax.reconstruction.optimize import Rows, Task, TrainState, Variables
@@ -153,7 +153,7 @@ class LearningWalk(Walk):
         return rows
 
     def train(
-        self, unit: Unit, state: TrainState, task: Task, rows: Rows[HeldRows], before: jax.Array, key: jax.Array, stop: int
+        self, unit: Unit, state: TrainState, task: Task, rows: Rows[HeldRows], before: jax.Array, key: AnyKey, stop: int
     ) -> TrainState:
         """Iterations up to ``stop``."""
         before, key = sharding.replicate(self.mesh, (jnp.float32(before), key))
@@ -166,7 +166,7 @@ class LearningWalk(Walk):
             state, done = self._program(unit.kind, on_host, *arguments)(*arguments), until
         return ready(state)
 
-    def _drawn(self, rows: Rows[HeldRows], key: jax.Array, first: int) -> Rows[HeldRows]:
+    def _drawn(self, rows: Rows[HeldRows], key: AnyKey, first: int) -> Rows[HeldRows]:
         """The batches (n, B, ...) of the next iterations, on the device."""
         size, strata = rows.group.shape
         iterations = first + jnp.arange(_BATCHES_SENT, dtype=jnp.int32)

@@ -18,7 +18,7 @@ from ptq4dit_jax import sharding
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.networks.ops import Network
 from ptq4dit_jax.networks.spec import UnitKind
-from ptq4dit_jax.numerics import EXACT
+from ptq4dit_jax.numerics import EXACT, AnyKey
 from ptq4dit_jax.quantizers import ActQuantizer
 from ptq4dit_jax.reconstruction.adam import Adam, AdamState
 from ptq4dit_jax.reconstruction.fake_quant import for_rows
@@ -109,12 +109,12 @@ def predict(
     return apply_unit(config, kind, params, for_rows(task.acts, log_scale, group_B), inputs, dtype, precision)
 
 
-def chosen_rows(key: jax.Array, iteration: jax.Array, size: int, strata: int) -> jax.Array:
+def chosen_rows(key: AnyKey, iteration: jax.Array, size: int, strata: int) -> jax.Array:
     """Which row of each stratum an iteration draws, (B,): decided by the key and the iteration alone."""
     return jax.random.randint(jax.random.fold_in(key, iteration), (strata,), 0, size, jnp.int32)
 
 
-def draw(rows: Rows[jax.Array], key: jax.Array, iteration: jax.Array, devices: int = 1) -> Rows[jax.Array]:
+def draw(rows: Rows[jax.Array], key: AnyKey, iteration: jax.Array, devices: int = 1) -> Rows[jax.Array]:
     """One row of each stratum, (B, ...); of several ``devices`` each draws from the strata that it holds."""
     size, here = rows.group.shape
     chosen = chosen_rows(key, iteration, size, here * devices)
@@ -174,7 +174,7 @@ def train(
     task: Task,
     rows: Rows[jax.Array],
     start_error: jax.Array,
-    key: jax.Array,
+    key: AnyKey,
     stop: jax.Array,
     *,
     how: Learning,

@@ -40,7 +40,7 @@ class RoundedPart(struct.PyTreeNode):
 
 def scaled(act: ActQuantizer, log_scale: jax.Array) -> ActQuantizer:
     """With its scales multiplied by the exponential of ``log_scale``."""
-    return act.replace(scale=act.scale * jnp.exp(log_scale))
+    return act.replace(scale=act.static_range.scale * jnp.exp(log_scale))
 
 
 def assemble(quantized: QuantizedDiT, parts: Sequence[tuple[Unit, RoundedPart]]) -> QuantizedDiT:

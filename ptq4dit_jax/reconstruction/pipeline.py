@@ -19,7 +19,7 @@ from ptq4dit_jax.engine import QuantizedDiT
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.gptq import RoundedWeight
 from ptq4dit_jax.model import FloatDiT
-from ptq4dit_jax.numerics import threefry
+from ptq4dit_jax.numerics import AnyKey, threefry
 from ptq4dit_jax.progress import StageProgress, silent
 from ptq4dit_jax.ranges import RangeSearch
 from ptq4dit_jax.reconstruction import optimize
@@ -61,7 +61,7 @@ def reconstruct(
     calibration: CalibrationData,
     settings: Reconstruction,
     *,
-    key: jax.Array,
+    key: AnyKey,
     journal: Journal | None = None,
     save_every: int = 500,
     search: RangeSearch = "mse",
@@ -136,7 +136,7 @@ def _learned(
     walk: LearningWalk,
     rows: Rows[HeldRows],
     before: jax.Array,
-    key: jax.Array,
+    key: AnyKey,
     journal: Journal | None,
     save_every: int,
     search: RangeSearch,
@@ -173,7 +173,7 @@ def _optimize(
     before: jax.Array,
     error: jax.Array,
     walk: LearningWalk,
-    key: jax.Array,
+    key: AnyKey,
     journal: Journal | None,
     save_every: int,
     progress: StageProgress,

@@ -36,13 +36,16 @@ def build(weight_bits, act_bits=8, groups=1, dynamic=(), balanced=(), float_inpu
     rng = np.random.default_rng(weight_bits)
 
     def uniform(low, high, *shape):
-        return rng.uniform(low, high, shape).astype(np.float32)
+        return jnp.asarray(rng.uniform(low, high, shape), jnp.float32)
 
     def act(lead, K=None, is_dynamic=False):
         factors = None if K is None else uniform(0.5, 2, *lead, K)
         if is_dynamic:
             return ActQuantizer(None, None, factors, bits=act_bits, dynamic=True, nonnegative="probs" in dynamic)
-        scale, zero_point = uniform(2, 4, *lead, groups) / 2**act_bits, rng.integers(-3, 4, (*lead, groups), np.int32)
+        scale, zero_point = (
+            uniform(2, 4, *lead, groups) / 2**act_bits,
+            jnp.asarray(rng.integers(-3, 4, (*lead, groups)), jnp.int32),
+        )
         return ActQuantizer(scale, zero_point, factors, bits=act_bits)
 
     def linear(name):
@@ -53,7 +56,7 @@ def build(weight_bits, act_bits=8, groups=1, dynamic=(), balanced=(), float_inpu
             values, zero_point = rng.integers(1 - half, half, (*lead, N, K), np.int8), None
         else:  # the same mask for both codes of a byte
             values = rng.integers(0, 256, (*lead, -(-N // 2), K), np.uint8) & np.uint8(17 * (2 * half - 1))
-            zero_point = np.full((*lead, N), half, np.int8)
+            zero_point = jnp.full((*lead, N), half, jnp.int8)
         scale = uniform(1, 2, *lead, N) * np.float32(K**-0.5 / half)
         quantizer = None if name in float_inputs else act(lead, K if name in balanced else None, name in dynamic)
         bias = uniform(-0.2, 0.2, *lead, 1 if quantizer is None or quantizer.dynamic else groups, N)
@@ -108,7 +111,7 @@ def test_a_model_whose_codes_share_bytes_along_k_is_packed_anew(shape, tmp_path)
     arrays, meta = store.read(checkpoints.save(model, tmp_path / "now"))
     assert meta.pop("packed") == "rows"
     for name, layer in model.linears.items():
-        codes = np.asarray(layer.weight.codes() + layer.weight.zero_point[..., None]).astype(np.uint8)
+        codes = np.asarray(layer.weight.codes() + np.asarray(layer.weight.zero_point)[..., None]).astype(np.uint8)
         half = (codes.shape[-1] + 1) // 2
         old = codes[..., :half].copy()
         old[..., : codes.shape[-1] - half] |= codes[..., half:] << 4

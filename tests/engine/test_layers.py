@@ -71,7 +71,7 @@ def fake_quantized(x: np.ndarray, quantizer: ActQuantizer) -> np.ndarray:
 def test_the_layer_is_its_fake_quant_twin(bits: int, act_bits: int) -> None:
     quantizer = act(bits=act_bits)
     linear, bias = layer(
-        dataclasses.replace(quantizer, scale=quantizer.scale[None], zero_point=quantizer.zero_point[None]), bits
+        quantizer.replace(scale=quantizer.static_range.scale[None], zero_point=quantizer.static_range.zero_point[None]), bits
     )
     x = inputs(B, T)
     chosen = linear.at_group(jnp.int32(0))
@@ -135,7 +135,7 @@ def test_the_packed_bias_holds_the_zero_point() -> None:
     quantizer = act(groups=G)
     linear, bias = layer(quantizer, bits=4)
     sums = np.asarray(linear.weight.codes(), np.int64).sum(-1)
-    correction = np.outer(wide(quantizer.scale) * wide(quantizer.zero_point), wide(linear.weight.scale) * sums)
+    correction = np.outer(np.prod([wide(each) for each in quantizer.static_range], axis=0), wide(linear.weight.scale) * sums)
     np.testing.assert_allclose(linear.bias, bias - correction, rtol=1e-6, atol=1e-6)
 
 
@@ -244,14 +244,14 @@ def test_attention_in_unit_steps_is_attention_quantized_for_proj(balanced: bool)
     scores = heads_of(q) @ heads_of(k).swapaxes(-1, -2) / np.sqrt(D // heads)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     out = (p / p.sum(-1, keepdims=True) @ heads_of(v)).transpose(0, 2, 1, 3).reshape(B, T, D)
-    value = out * (1 if balance is None else balance) / float(quantizer.scale)
-    want = np.clip(np.round(value) + int(quantizer.zero_point), -128, 127)
+    value = out * (1 if balance is None else balance) / float(quantizer.static_range.scale)
+    want = np.clip(np.round(value) + int(quantizer.static_range.zero_point), -128, 127)
 
     got = jax.jit(lambda q, k, v, act: XLA.attention_codes(q, k, v, heads, act))(
         *(jnp.asarray(part, jnp.float32) for part in floats(moved_qkv)), moved_proj.act
     )
     differing = np.asarray(got.values, int) != want
     assert np.all(np.abs(value - np.floor(value) - 0.5)[differing] < 1e-4)
-    expected = proj.product(Encoded(jnp.asarray(want, jnp.int8), quantizer.scale, quantizer.zero_point), jnp.float32, XLA)
+    expected = proj.product(Encoded(jnp.asarray(want, jnp.int8), *quantizer.static_range), jnp.float32, XLA)
     moved = moved_proj.product(Encoded(jnp.asarray(want, jnp.int8), got.scale, got.zero_point), jnp.float32, XLA)
     np.testing.assert_allclose(moved, expected, rtol=1e-5, atol=1e-5)

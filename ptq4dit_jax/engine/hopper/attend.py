@@ -29,10 +29,10 @@ def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_he
     require_bfloat16(q_BTD.dtype)
     d = D // num_heads
     require(kernel.covers(T, num_heads, d), f"{T} tokens, {num_heads} heads of width {d}")
-    finish = kernel.Round(stack_of(act.zero_point), layer_of(act), *act_code_range(act.bits))
+    finish = kernel.Round(stack_of(act.static_range.zero_point), layer_of(act), *act_code_range(act.bits))
     q, k, v = (x.reshape(B * T, D) for x in (q_BTD, k_BTD, v_BTD))
     codes = kernel.attention(q, k, v, tokens=T, heads=num_heads, finish=finish)
-    return Encoded(codes.reshape(B, T, D), act.scale, act.zero_point)
+    return Encoded(codes.reshape(B, T, D), *act.static_range)
 
 
 def attention(

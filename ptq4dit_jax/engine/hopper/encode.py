@@ -30,10 +30,10 @@ def encode(x: jax.Array, act: ActQuantizer) -> Encoded:
     require(not act.dynamic, "codes per token are made behind a norm only")
     low, high = act_code_range(act.bits)
     K = x.shape[-1]
-    scale, zero_point = stack_of(act.scale), stack_of(act.zero_point)
+    scale, zero_point = map(stack_of, act.static_range)
     balance = None if act.balance is None else stack_of(act.balance)
     codes = row_wise.quantize(x.reshape(-1, K), scale, zero_point, balance, layer_of(act), low=low, high=high)
-    return Encoded(codes.reshape(x.shape), act.scale, act.zero_point)
+    return Encoded(codes.reshape(x.shape), *act.static_range)
 
 
 def modulate_encode(x_BTD: jax.Array, shift_BD: Leaf | None, scale_BD: Leaf, act: ActQuantizer, norm: Norm) -> Encoded:
@@ -46,7 +46,7 @@ def modulate_encode(x_BTD: jax.Array, shift_BD: Leaf | None, scale_BD: Leaf, act
         raise NotCovered("the norm is no LayerNorm with a shift")
     require({shift_BD.shape, scale_BD.shape} == {(B, D)}, "shift and scale are not those of each image")
     low, high = act_code_range(act.bits)
-    ranges = None if act.dynamic else (stack_of(act.scale), stack_of(act.zero_point))
+    ranges = None if act.dynamic else (stack_of(act.static_range.scale), stack_of(act.static_range.zero_point))
     codes, *scale = row_wise.modulate_quantize(
         x_BTD.reshape(B * T, D),
         stack_of(shift_BD),
@@ -61,4 +61,4 @@ def modulate_encode(x_BTD: jax.Array, shift_BD: Leaf | None, scale_BD: Leaf, act
     values = codes.reshape(B, T, D)
     if act.dynamic:
         return Encoded(values, scale[0].reshape(B, T, 1), None)
-    return Encoded(values, act.scale, act.zero_point)
+    return Encoded(values, *act.static_range)

@@ -142,9 +142,9 @@ def linear_gelu(x: Encoded, weight: QTensor, bias: Leaf, act: ActQuantizer) -> E
     operands = _operands(x, weight, bias, act)
     balance = None if act.balance is None else operands.columns(act.balance)
     low, high = act_code_range(act.bits)
-    finish = GeluRequantize(stack_of(act.scale), stack_of(act.zero_point), balance, low, high)
+    finish = GeluRequantize(stack_of(act.static_range.scale), stack_of(act.static_range.zero_point), balance, low, high)
     [codes] = _run("gelu", operands, finish=finish)
-    return Encoded(operands.rows(codes), act.scale, act.zero_point)
+    return Encoded(operands.rows(codes), *act.static_range)
 
 
 def linear_residual(x: Encoded, weight: QTensor, bias: Leaf, gate_BD: Leaf, x_BTD: jax.Array) -> jax.Array:

@@ -21,4 +21,4 @@ def require_bfloat16(dtype: DTypeLike) -> None:
 
 def require_one_group(act: ActQuantizer) -> None:
     """Ranges that are fixed beforehand are those of one group of steps for all rows."""
-    require(act.dynamic or np.ndim(act.scale) == 0, "its rows are of several groups of steps")
+    require(act.dynamic or np.ndim(act.static_range.scale) == 0, "its rows are of several groups of steps")

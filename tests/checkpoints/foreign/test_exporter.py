@@ -44,11 +44,11 @@ def build() -> QuantizedDiT:
     config, rng = helpers.tiny_config(), np.random.default_rng(0)
 
     def uniform(low, high, *shape):
-        return rng.uniform(low, high, shape).astype(np.float32)
+        return jnp.asarray(rng.uniform(low, high, shape), jnp.float32)
 
     def act(lead, K=None):
         balance = None if K is None else uniform(0.3, 3, *lead, K)
-        return ActQuantizer(uniform(0.01, 0.02, *lead, 2), rng.integers(-3, 4, (*lead, 2), np.int32), balance)
+        return ActQuantizer(uniform(0.01, 0.02, *lead, 2), jnp.asarray(rng.integers(-3, 4, (*lead, 2)), jnp.int32), balance)
 
     def linear(name):
         lead = (config.depth,) if name.startswith("blocks.") else ()
