@@ -110,7 +110,7 @@ def markdown(document: dict[str, Any]) -> str:
 
     measured = [name for name in ("bfloat16", *cells(document["iterations"])) if all(name in run for run in seeds.values())]
     learned = any("adaround" in name or OFFICIAL in name for name in measured)
-    iterations = f"{document['iterations']:,} iterations a part, " if learned else ""
+    iterations = f"{document['iterations']:,} iterations per unit, " if learned else ""
     lines = [
         f"{document['model']}, {iterations}{len(seeds)} seeds (mean, lowest to highest), SQNR of the predicted noise "
         f"at 25 steps, {document['samples']} images, DDPM 50 steps, guidance 1.5; {common.source(document)}.",

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--calib-steps", type=int, default=25)
     parser.add_argument("--steps", type=int, default=50, help="of the sampler")
     parser.add_argument("--rounding", choices=["nearest", "gptq"], help="of the weights; older checkouts know nearest alone")
-    parser.add_argument("--iterations", type=int, default=0, help="of reconstruction for each part; 0 leaves it out")
+    parser.add_argument("--iterations", type=int, default=0, help="of reconstruction for each unit; 0 leaves it out")
     parser.add_argument("--chunks", type=int, help="of a batch of the reconstruction; the default is the package's")
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()

@@ -3,7 +3,7 @@
     python -m benchmarks.reconstruction --hardware "one NVIDIA H200"
 
 Random weights, W4A8, 1600 calibration rows, batch 32. First milliseconds an iteration of a block in the middle of a shallow
-network of those widths, compilation apart; then a walk through the whole network with few iterations a part, for what lies
+network of those widths, compilation apart; then a walk through the whole network with few iterations per unit, for what lies
 between them and for the peak of device memory, planned and seen. Writes benchmarks/results/reconstruction_speed.json.
 """
 
@@ -124,7 +124,7 @@ def main() -> None:
     parser = common.parser(__doc__.splitlines()[0], RESULTS)
     parser.add_argument("--preset", default="DiT-XL/2")
     parser.add_argument("--iterations", type=int, default=500)
-    parser.add_argument("--walk-iterations", type=int, default=20, help="of each part in the walk through the whole network")
+    parser.add_argument("--walk-iterations", type=int, default=20, help="of each unit in the walk through the whole network")
     parser.add_argument("--calib-rows", type=int, default=64, help="calibration rows at each of 25 steps")
     arguments = parser.parse_args()
     block = measure_block(arguments.preset, Reconstruction(), arguments.iterations, arguments.calib_rows)

@@ -221,8 +221,8 @@ def test_the_stages_one_by_one_make_what_quantize_makes(
     packed = ptq.pack(balanced, ranged, config, observed)
     wanted = w4a8
     if rounding == "gptq":
-        packed, parts = ptq.round_closed_form(balanced.folded, packed, rows)
-        assert {row["part"] for row in parts} >= {"block 0", "head"}
+        packed, facts = ptq.round_closed_form(balanced.folded, packed, rows)
+        assert {row["part"] for row in facts} >= {"block 0", "head"}
         wanted = ptq.quantize(model, config, key=KEY, calibration=rows)
     assert same_bytes(packed, wanted)
 

@@ -15,7 +15,7 @@ from ptq4dit_jax.settings import numbers, setting
 RowsOn = Literal["auto", "device", "host"]
 Start = Literal["nearest", "gptq"]
 
-#: The most iterations of a part, far above what is of use.
+#: The most iterations of a unit, far above what is of use.
 MAX_ITERATIONS = 10**7
 #: Of a learning rate, a regularizer or its exponents.
 _MAX_RATE = 1e6
@@ -28,9 +28,9 @@ class Reconstruction:
     """How block reconstruction learns roundings and activation scales (:mod:`ptq4dit_jax.reconstruction`).
 
     Attributes:
-      iterations: for each part: the embedders, every block, the final layer.
+      iterations: for each unit: the embedders, every block, the final layer.
       start: what learning starts from. ``nearest``: the ranges of rounding to the nearest, and the float weights within them.
-        ``gptq``: closed-form rounding of the part behind the learned parts before it. None is ``gptq``.
+        ``gptq``: closed-form rounding of the unit behind the learned units before it. None is ``gptq``.
       batch_size: rows of an iteration, one from each of as many strata of the calibration rows; a multiple of the devices.
       rounding_rate, scale_rate: Adam's learning rates of the rounding variables and of the logarithms of activation scales;
         the latter decays to 0 by a cosine, the former if ``decay_rounding``.
@@ -39,7 +39,7 @@ class Reconstruction:
       regularizer: weight of undecided roundings against the error, both counted per weight.
       exponents: of the regularizer, first and last.
       warmup: part of the iterations without regularizer.
-      row_weights: ``plain``, or ``steps``: rows count inversely to the float part's mean square change at their step.
+      row_weights: ``plain``, or ``steps``: rows count inversely to the float unit's mean square change at their step.
       dtype: compute type; ``auto`` is bfloat16 on GPU and TPU and float32 on CPU.
       accumulation_chunks: into how many chunks a batch is cut, whose gradients are added up in order. Every number of devices
         that divides it gives the same integers. None is 8 on CPUs, or the largest divisor of 8 that divides ``batch_size``, and

@@ -15,28 +15,28 @@ def _items(facts: object) -> list[tuple[str, object]]:
     return [(str(name), value) for name, value in facts.items()] if isinstance(facts, Mapping) else []
 
 
-def _has_errors(part: object) -> TypeGuard[Mapping[Any, Any]]:
-    return isinstance(part, Mapping) and _is_number(part.get("before"), 1e-300) and _is_number(part.get("after"), 0)
+def _has_errors(unit: object) -> TypeGuard[Mapping[Any, Any]]:
+    return isinstance(unit, Mapping) and _is_number(unit.get("before"), 1e-300) and _is_number(unit.get("after"), 0)
 
 
-def learned_parts(facts: object) -> dict[str, Mapping[str, Any]]:
-    """By part ``before``, ``after`` and the ``curve`` of learning."""
+def learned_units(facts: object) -> dict[str, Mapping[str, Any]]:
+    """By unit ``before``, ``after`` and the ``curve`` of learning."""
 
-    def whole(part: object) -> TypeGuard[Mapping[str, Any]]:
-        curve = part.get("curve") if _has_errors(part) else None
+    def whole(unit: object) -> TypeGuard[Mapping[str, Any]]:
+        curve = unit.get("curve") if _has_errors(unit) else None
         return isinstance(curve, (list, tuple)) and len(curve) > 0 and all(type(value) in (int, float) for value in curve)
 
-    return {name: part for name, part in _items(facts) if whole(part)}
+    return {name: unit for name, unit in _items(facts) if whole(unit)}
 
 
-def rounded_parts(facts: object) -> dict[str, Mapping[str, Any]]:
-    """By part ``before``, ``after`` and by ``layers`` their errors relative to rounding to the nearest."""
+def rounded_units(facts: object) -> dict[str, Mapping[str, Any]]:
+    """By unit ``before``, ``after`` and by ``layers`` their errors relative to rounding to the nearest."""
 
-    def whole(part: object) -> TypeGuard[Mapping[str, Any]]:
-        layers = part.get("layers") if _has_errors(part) else None
+    def whole(unit: object) -> TypeGuard[Mapping[str, Any]]:
+        layers = unit.get("layers") if _has_errors(unit) else None
         return isinstance(layers, Mapping) and len(layers) > 0 and all(_is_number(value, 0) for value in layers.values())
 
-    return {name: part for name, part in _items(facts) if whole(part)}
+    return {name: unit for name, unit in _items(facts) if whole(unit)}
 
 
 def balanced_sites(facts: object) -> dict[str, Mapping[str, Any]]:

@@ -112,21 +112,21 @@ def _shades(count: int) -> Any:
     return colormaps["viridis"](np.linspace(0, 0.9, count))
 
 
-def reconstruction_figure(parts: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Error of every part while its roundings were learned, relative to rounding to the nearest; blocks from dark to light.
+def reconstruction_figure(units: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Error of every unit while its roundings were learned, relative to rounding to the nearest; blocks from dark to light.
 
     Args:
-      parts: the facts of each part by its name, as :func:`ptq4dit_jax.reconstruction.reconstruct` gives them: ``before``,
+      units: the facts of each unit by its name, as :func:`ptq4dit_jax.reconstruction.reconstruct` gives them: ``before``,
         ``after`` and ``curve``.
     """
-    figure, axes = _relative_error_axes("Reconstruction, part by part")
-    blocks = [name for name in parts if name.startswith("block ")]
+    figure, axes = _relative_error_axes("Reconstruction, unit by unit")
+    blocks = [name for name in units if name.startswith("block ")]
     looks: dict[str, dict[str, Any]] = {
         name: {"color": shade} for name, shade in zip(blocks, _shades(len(blocks)), strict=True)
     }
-    for index, name in enumerate(name for name in parts if name not in looks):
+    for index, name in enumerate(name for name in units if name not in looks):
         looks[name] = {"color": _GRAY, "linestyle": ("--", ":", "-.")[index % 3]}
-    for name, facts in parts.items():
+    for name, facts in units.items():
         curve = np.asarray(facts["curve"], np.float64)
         done = 100 * (np.arange(len(curve)) + 0.5) / len(curve)
         axes.plot(done, _finite(curve), linewidth=1.4, label=name, **looks[name])
@@ -145,15 +145,15 @@ def reconstruction_figure(parts: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def rounding_figure(parts: Mapping[str, Mapping[str, Any]]) -> Figure:
+def rounding_figure(units: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Error of every block and of its layers rounded in closed form, relative to rounding to the nearest, along the depth.
 
     Args:
-      parts: the facts of each part by its name, as :func:`ptq4dit_jax.reconstruction.round_closed_form` gives them: ``before``,
+      units: the facts of each unit by its name, as :func:`ptq4dit_jax.reconstruction.round_closed_form` gives them: ``before``,
         ``after`` and ``layers``.
     """
     figure, axes = _relative_error_axes("Rounding in closed form, layer by layer")
-    blocks = [facts for name, facts in parts.items() if name.startswith("block ")]
+    blocks = [facts for name, facts in units.items() if name.startswith("block ")]
     layers = list(dict.fromkeys(layer for facts in blocks for layer in facts["layers"]))
     for layer, shade in zip(layers, _shades(len(layers)), strict=True):
         errors = [facts["layers"].get(layer, np.nan) for facts in blocks]

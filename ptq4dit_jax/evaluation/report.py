@@ -16,7 +16,7 @@ from ptq4dit_jax.devices import in_use
 from ptq4dit_jax.engine import LayerReport
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation.compare import NOISE_FLOOR, REFERENCE, Comparison, ModelFigures, plain
-from ptq4dit_jax.evaluation.facts import balanced_sites, learned_parts, rounded_parts
+from ptq4dit_jax.evaluation.facts import balanced_sites, learned_units, rounded_units
 from ptq4dit_jax.evaluation.grids import sample_grid
 from ptq4dit_jax.evaluation.metrics import SQNR_MEAN, SQNR_POOLED, Interval
 from ptq4dit_jax.guidance import ResolvedGuidance
@@ -46,8 +46,8 @@ def write_report(
       title: heading of the page.
       describe_rows: what runs for each layer, as :func:`ptq4dit_jax.describe` gives it, or mappings; their keys become columns.
       settings: whatever else made the figures (paths, bit widths); shown beside the comparison's own settings.
-      reconstruction: facts of each reconstructed part by its name, as the provenance of a quantized model holds them.
-      rounding: the same of each part rounded in closed form.
+      reconstruction: facts of each reconstructed unit by its name, as the provenance of a quantized model holds them.
+      rounding: the same of each unit rounded in closed form.
       balancing: the same of each site whose balancing was chosen by measurement.
       overwrite: replaces a report that is already there. A folder that holds anything else is never replaced.
 
@@ -58,7 +58,7 @@ def write_report(
       Ptq4ditError: the folder exists and must not be replaced, or cannot be written.
     """
     target = Path(folder).expanduser().resolve()
-    learned, rounded, balanced = learned_parts(reconstruction), rounded_parts(rounding), balanced_sites(balancing)
+    learned, rounded, balanced = learned_units(reconstruction), rounded_units(rounding), balanced_sites(balancing)
     _check_replaceable(target, overwrite)
     everything = {**comparison.settings, **settings}
     document = {
@@ -129,7 +129,7 @@ def _write_pictures(
         pictures["rounding.png"] = "Error of every layer rounded in closed form"
     if reconstruction:
         plots.reconstruction_figure(reconstruction).savefig(folder / "reconstruction.png", dpi=_DPI)
-        pictures["reconstruction.png"] = "Error of every part while its roundings were learned"
+        pictures["reconstruction.png"] = "Error of every unit while its roundings were learned"
     return pictures
 
 
@@ -193,10 +193,10 @@ def _page(comparison: Comparison, document: Mapping[str, Any], pictures: Mapping
         lines += ["## Rounding in closed form", "", *picture("rounding.png"), *_rounding(document["rounding"]), ""]
     if document["reconstruction"]:
         rows = [
-            [name, f"{part['before']:.4g}", f"{part['after']:.4g}", f"{part['after'] / part['before']:.3f}"]
-            for name, part in document["reconstruction"].items()
+            [name, f"{unit['before']:.4g}", f"{unit['after']:.4g}", f"{unit['after'] / unit['before']:.3f}"]
+            for name, unit in document["reconstruction"].items()
         ]
-        columns = ["part", "squared error, nearest rounding", "after learning", "ratio"]
+        columns = ["unit", "squared error, nearest rounding", "after learning", "ratio"]
         lines += ["## Reconstruction", "", *picture("reconstruction.png"), *_table(columns, rows), ""]
     for heading in ("settings", "provenance"):
         rows = [[key, _text(value)] for key, value in _flatten(document[heading])]
@@ -213,13 +213,13 @@ def _balancing(sites: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [*_table(columns, rows), "", words]
 
 
-def _rounding(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    errors = lambda part: ", ".join(f"{layer} {error:.3f}" for layer, error in part["layers"].items())
+def _rounding(units: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    errors = lambda unit: ", ".join(f"{layer} {error:.3f}" for layer, error in unit["layers"].items())
     rows = [
-        [name, f"{part['before']:.4g}", f"{part['after']:.4g}", f"{part['after'] / part['before']:.3f}", errors(part)]
-        for name, part in parts.items()
+        [name, f"{unit['before']:.4g}", f"{unit['after']:.4g}", f"{unit['after'] / unit['before']:.3f}", errors(unit)]
+        for name, unit in units.items()
     ]
-    columns = ["part", "squared error, nearest rounding", "in closed form", "ratio", "layers, relative to nearest rounding"]
+    columns = ["unit", "squared error, nearest rounding", "in closed form", "ratio", "layers, relative to nearest rounding"]
     return _table(columns, rows)
 
 

@@ -114,7 +114,7 @@ class Ops(Protocol):
 class Network(abc.ABC):
     """What a network's settings, a frozen dataclass, give beside themselves: its tables and its forward.
 
-    The parts of the forward are functions of their own, because they are rounded and reconstructed one by one.
+    The units of the forward are functions of their own, because they are rounded and reconstructed one by one.
     """
 
     @classmethod

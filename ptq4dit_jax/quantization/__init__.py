@@ -5,7 +5,7 @@ observed = ptq.observe(dit, rows)
 balanced = ptq.balance(dit, config, observed, rows)
 ranged = ptq.choose_ranges(balanced, config, observed, rows)
 quantized = ptq.pack(balanced, ranged, config, observed)
-quantized, parts = ptq.reconstruct(balanced.folded, quantized, rows, ptq.Reconstruction(), key=key)
+quantized, facts = ptq.reconstruct(balanced.folded, quantized, rows, ptq.Reconstruction(), key=key)
 """
 
 from ptq4dit_jax.quantization.activations import Ranged, choose_ranges

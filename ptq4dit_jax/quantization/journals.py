@@ -62,7 +62,7 @@ def report_resumed(journal: Journal, model: FloatDiT, report: StageProgress) -> 
     names, (finished, current) = [unit.name for unit in units(model.config)], journal.standing
     if not finished and current is None:
         return
-    note = f"parts done: {len(finished)} of {len(names)}" + (f", up to {names[max(finished)]}" if finished else "")
+    note = f"units done: {len(finished)} of {len(names)}" + (f", up to {names[max(finished)]}" if finished else "")
     if current is not None:
         note += f"; {names[current[0]]} goes on from iteration {current[1]}"
     report("resume reconstruction", len(finished), len(names), note)

@@ -20,8 +20,8 @@ from ptq4dit_jax.numerics import CALIBRATION
 from ptq4dit_jax.progress import StageProgress, silent
 from ptq4dit_jax.quantizers import QTensor
 from ptq4dit_jax.ranges import RangeSearch
-from ptq4dit_jax.reconstruction.moments import PartInputs
-from ptq4dit_jax.reconstruction.parts import RoundedPart, assemble
+from ptq4dit_jax.reconstruction.moments import UnitInputs
+from ptq4dit_jax.reconstruction.rounded_units import RoundedUnit, assemble
 from ptq4dit_jax.reconstruction.units import Unit, units
 from ptq4dit_jax.reconstruction.walk import Walk
 from ptq4dit_jax.waiting import ready
@@ -61,7 +61,7 @@ class ClosedFormWalk(Walk):
 
 
 def rounding_bytes(walk: Walk) -> int:
-    """What :func:`round_part` needs of a device: sums and products of the widest layer's moments, the factor of their matrix,
+    """What :func:`round_unit` needs of a device: sums and products of the widest layer's moments, the factor of their matrix,
     and a block's activations."""
     config = walk.config
     K, D = max(linear.K for linear in config.spec.linears.values()), config.hidden_size
@@ -72,26 +72,26 @@ def rounding_bytes(walk: Walk) -> int:
     return max(sums + activations, solved)
 
 
-def round_part(
+def round_unit(
     walk: Walk, unit: Unit, *, search: RangeSearch, sequential: bool = True, progress: StageProgress = silent
-) -> tuple[RoundedPart, dict[str, RoundedWeight]]:
-    """Rounds the layers of a part in closed form, one after another; every layer is one pass over the rows.
+) -> tuple[RoundedUnit, dict[str, RoundedWeight]]:
+    """Rounds the layers of a unit in closed form, one after another; every layer is one pass over the rows.
 
-    Returns the part, and what each layer was given.
+    Returns the unit, and what each layer was given.
     """
-    inputs, nearest = PartInputs(walk, unit), walk.nearest(unit)
-    part = nearest
+    inputs, nearest = UnitInputs(walk, unit), walk.nearest(unit)
+    rounded = nearest
     home = sharding.devices_of(walk.mesh)[0]
     layers = dict[str, RoundedWeight]()
     for done, layer in enumerate(unit.layers):
         params = walk.params(unit, layer)
-        moments = inputs.moments(layer, part if sequential else nearest)
+        moments = inputs.moments(layer, rounded if sequential else nearest)
         arguments = jax.device_put((params["kernel"], nearest.weights[layer], moments), home)
         found = ready(_rounded(*arguments, search=search, follow=sequential))
         layers[layer] = found
-        part = part.with_layer(layer, found.weight, params["bias"] + found.bias)
+        rounded = rounded.with_layer(layer, found.weight, params["bias"] + found.bias)
         progress(f"round {unit.name}", done + 1, len(unit.layers), f"error {float(found.error):.3f} x nearest")
-    return part, layers
+    return rounded, layers
 
 
 def _rounded(kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch, follow: bool) -> RoundedWeight:
@@ -115,7 +115,7 @@ def round_closed_form(
 ) -> tuple[QuantizedDiT, list[dict[str, Any]]]:
     """Rounds all weights in closed form (:mod:`ptq4dit_jax.gptq`), each layer for the inputs that the layers before it make.
 
-    Every layer is one pass over the rows, which sums the moments of its input; a part then passes them on. A part that comes
+    Every layer is one pass over the rows, which sums the moments of its input; a unit then passes them on. A unit that comes
     out worse than rounded to the nearest goes back to that. Activation quantizers stay as they are.
 
     Args:
@@ -131,24 +131,24 @@ def round_closed_form(
       progress: called with what memory it will take before the first pass, and after each layer.
 
     Returns:
-      The model with new weights and biases; and for each part its name, its mean squared errors before and after, and the error
+      The model with new weights and biases; and for each unit its name, its mean squared errors before and after, and the error
       of each of its layers relative to rounding to the nearest.
     """
     walk = ClosedFormWalk(folded, quantized, calibration, mesh, rows_on)
     progress("plan rounding", 1, 1, str(walk.plan))
-    parts, facts = [], []
+    done, facts = [], []
     for unit in units(folded.config):
         nearest, rows = walk.nearest(unit), walk.rows(unit)
         outputs, before = walk.outputs(unit, nearest, rows)
-        part, layers = round_part(walk, unit, search=search, sequential=sequential, progress=progress)
-        better, after = walk.outputs(unit, part, rows)
+        rounded, layers = round_unit(walk, unit, search=search, sequential=sequential, progress=progress)
+        better, after = walk.outputs(unit, rounded, rows)
         if (kept := bool(np.less_equal(after, before))) and sequential:
             outputs = better
         walk.advance(unit, outputs, rows.target)
-        parts.append((unit, part if kept else nearest))
+        done.append((unit, rounded if kept else nearest))
         facts.append(_facts(unit, before, after, kept, layers))
     home = sharding.devices_of(mesh)[0]
-    return assemble(quantized, jax.device_put(parts, home)), facts
+    return assemble(quantized, jax.device_put(done, home)), facts
 
 
 def _facts(unit: Unit, before: jax.Array, after: jax.Array, kept: bool, layers: Mapping[str, RoundedWeight]) -> dict[str, Any]:

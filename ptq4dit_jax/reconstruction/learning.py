@@ -1,4 +1,4 @@
-"""The walk of a reconstruction: what is learned of a part, and the compiled program that learns it."""
+"""The walk of a reconstruction: what is learned of a unit, and the compiled program that learns it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def check_mesh(settings: Reconstruction, mesh: Mesh | None) -> None:
 
 
 class LearningWalk(Walk):
-    """A walk on which :mod:`optimize` learns each part."""
+    """A walk on which :mod:`optimize` learns each unit."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class LearningWalk(Walk):
         return _compiled(structure, shapes, self.mesh, how, drawn)
 
     def task(self, unit: Unit, start: Mapping[str, RoundedWeight] | None = None) -> tuple[Task, Variables]:
-        """What is fixed and what is learned for a part: at the float weights, or at the codes of ``start``.
+        """What is fixed and what is learned for a unit: at the float weights, or at the codes of ``start``.
 
         ``start`` are its layers rounded in closed form; from their codes the variables lean towards the targets.
         """

@@ -1,4 +1,4 @@
-"""Second moments of what the layers of a part are fed, summed over all rows of a walk."""
+"""Second moments of what the layers of a unit are fed, summed over all rows of a walk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ptq4dit_jax.gptq import Compensated, InputMoments
 from ptq4dit_jax.networks.ops import Network
 from ptq4dit_jax.networks.spec import UnitKind
 from ptq4dit_jax.numerics import CALIBRATION
-from ptq4dit_jax.reconstruction.parts import RoundedPart
+from ptq4dit_jax.reconstruction.rounded_units import RoundedUnit
 from ptq4dit_jax.reconstruction.units import Unit, site_input
 from ptq4dit_jax.reconstruction.walk import HeldRows, Walk
 from ptq4dit_jax.waiting import ready
@@ -24,16 +24,16 @@ _Sums: TypeAlias = InputMoments[Compensated]
 
 
 class _Networks(struct.PyTreeNode):
-    """A part twice: as it is ``rounded`` with its ``acts`` (G,) by site, and the float one with what folding left there."""
+    """A unit twice: as it is ``rounded`` with its ``acts`` (G,) by site, and the float one with what folding left there."""
 
-    rounded: RoundedPart
+    rounded: RoundedUnit
     acts: dict[str, Any]
     params: dict[str, Any]
     balances: dict[str, Any]
 
 
 class _Seen(struct.PyTreeNode):
-    """Rows (M, B, ...): what both forms of a part are fed, the group of steps, and what each row counts."""
+    """Rows (M, B, ...): what both forms of a unit are fed, the group of steps, and what each row counts."""
 
     inputs: tuple[HeldRows, ...]
     float_inputs: tuple[HeldRows, ...]
@@ -41,8 +41,8 @@ class _Seen(struct.PyTreeNode):
     share: HeldRows
 
 
-class PartInputs:
-    """The rows that a part is fed, cut into the walk's chunks once for all its layers.
+class UnitInputs:
+    """The rows that a unit is fed, cut into the walk's chunks once for all its layers.
 
     What sums one is a program of one device, and sums are added up in order. So on CPUs every number of devices that divides
     the chunks gives the same moments.
@@ -55,11 +55,11 @@ class PartInputs:
         self._lanes = _lanes(rows, walk.chunks, walk.mesh)
         self._devices = sharding.devices_of(walk.mesh)
         self._lane = partial(_lane, devices=len(self._devices), each=walk.chunks // len(self._devices))
-        fixed = (walk.act_quantizers(unit), *walk.float_part(unit))
+        fixed = (walk.act_quantizers(unit), *walk.float_unit(unit))
         self._fixed = {device: jax.device_put(fixed, device) for device in self._devices}
 
-    def moments(self, layer: str, rounded: RoundedPart) -> InputMoments[jax.Array]:
-        """The moments of a layer's input over all rows, with the part's layers rounded so; on the first device, as arrays."""
+    def moments(self, layer: str, rounded: RoundedUnit) -> InputMoments[jax.Array]:
+        """The moments of a layer's input over all rows, with the unit's layers rounded so; on the first device, as arrays."""
         unit, (home, *_) = self._unit, self._devices
         _, params, _ = self._fixed[home]
         networks = {device: _Networks(jax.device_put(rounded, device), *fixed) for device, fixed in self._fixed.items()}

@@ -1,4 +1,4 @@
-"""The optimization of one part: one compiled program that serves all parts of a kind, with the loop on the device."""
+"""The optimization of one unit: one compiled program that serves all units of a kind, with the loop on the device."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _Shared = TypeVar("_Shared")
 
 
 class Task(struct.PyTreeNode):
-    """What stays fixed while a part is optimized: kernels but for their rounding, biases (N,), ``acts`` but for their scales,
+    """What stays fixed while a unit is optimized: kernels but for their rounding, biases (N,), ``acts`` but for their scales,
     and other parameters. ``acts`` are (G,) tables, by site; sites fed by floats are absent."""
 
     kernels: dict[str, RoundedKernel]
@@ -51,9 +51,9 @@ class Variables(struct.PyTreeNode):
 
 
 class Rows(struct.PyTreeNode, Generic[_Leaf]):
-    """A part's training data. Rows lie in B strata of M: leaves are (M, B, ...), and a batch draws one row of each stratum.
+    """A unit's training data. Rows lie in B strata of M: leaves are (M, B, ...), and a batch draws one row of each stratum.
 
-    ``inputs`` as :func:`apply_unit` takes them, from the quantized prefix; ``target`` is the float part's output; ``group``
+    ``inputs`` as :func:`apply_unit` takes them, from the quantized prefix; ``target`` is the float unit's output; ``group``
     int32 is the group of steps and ``weight`` float32 the weight of a row in the loss, of mean 1.
     """
 
@@ -104,7 +104,7 @@ def predict(
     dtype: DTypeLike,
     precision: jax.lax.Precision = EXACT,
 ) -> jax.Array:
-    """The fake-quantized part's output for one batch, with the given kernels."""
+    """The fake-quantized unit's output for one batch, with the given kernels."""
     params = task.constants | {name: {"kernel": kernel, "bias": task.biases[name]} for name, kernel in kernels.items()}
     return apply_unit(config, kind, params, for_rows(task.acts, log_scale, group_B), inputs, dtype, precision)
 
@@ -140,8 +140,8 @@ def _exponent(settings: Reconstruction, progress: jax.Array) -> jax.Array:
 
 def in_chunks(function: Callable[[_Rows], _Result], rows: _Rows, chunks: int) -> _Result:
     """``function`` of each of ``chunks`` equal chunks of the rows (B, ...), one after another: leaves (chunks, ...)."""
-    # Barriers, because XLA unrolls a loop of one part and would fuse it with what stands around it.
-    alone = lambda part: jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(part)))
+    # Barriers, because XLA unrolls a loop of one chunk and would fuse it with what stands around it.
+    alone = lambda chunk: jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(chunk)))
     return jax.lax.map(alone, jax.tree.map(lambda leaf: leaf.reshape(chunks, -1, *leaf.shape[1:]), rows))
 
 
@@ -159,7 +159,7 @@ def _on_grid(step: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """How a part is learned, besides on what: the ``kind`` of part of which network, the settings, the type to compute in, and
+    """How a unit is learned, besides on what: the ``kind`` of unit of which network, the settings, the type to compute in, and
     into how many ``chunks`` a batch is cut, whose gradients are added up in order."""
 
     config: Network
@@ -214,7 +214,7 @@ def train(
         # A barrier, so that what follows is one program wherever the rows come from.
         batch = jax.lax.optimization_barrier(batch)
         variables = jax.lax.optimization_barrier(state.variables)
-        # All that does not depend on the rows is done once, not for each part.
+        # All that does not depend on the rows is done once, not for each chunk.
         kernels, through_kernels = jax.vjp(soft_kernels, variables.rounding)
         gradient = partial(jax.value_and_grad(error), jax.lax.optimization_barrier((kernels, variables.log_scale)))
         if chunks == 1:
@@ -255,7 +255,7 @@ def rounded_outputs(
     dtype: str,
     precision: jax.lax.Precision = EXACT,
 ) -> tuple[jax.Array, jax.Array]:
-    """The output (B, ...) that the next part is fed, and the mean squared error (); ``shared`` are the de-quantized parameters
+    """The output (B, ...) that the next unit is fed, and the mean squared error (); ``shared`` are the de-quantized parameters
     and the quantizers of activations (G,) by site."""
     params, acts = shared
     quantizers = {name: act.at_group(rows.group) for name, act in acts.items()}
@@ -272,7 +272,7 @@ def float_outputs(
     dtype: str,
     precision: jax.lax.Precision = EXACT,
 ) -> tuple[jax.Array, jax.Array]:
-    """The float part's output (B, ...), and 0; ``shared`` are its parameters and what folding left at its sites."""
+    """The float unit's output (B, ...), and 0; ``shared`` are its parameters and what folding left at its sites."""
     params, balances = shared
     return apply_unit(config, kind, params, balances, inputs, dtype, precision), jnp.zeros((), jnp.float32)
 

@@ -1,4 +1,4 @@
-"""Reconstruction from end to end: part after part, the float and the quantized hidden state side by side."""
+"""Reconstruction from end to end: unit after unit, the float and the quantized hidden state side by side."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ptq4dit_jax.numerics import AnyKey, threefry
 from ptq4dit_jax.progress import StageProgress, silent
 from ptq4dit_jax.ranges import RangeSearch
 from ptq4dit_jax.reconstruction import optimize
-from ptq4dit_jax.reconstruction.closed_form import round_part
+from ptq4dit_jax.reconstruction.closed_form import round_unit
 from ptq4dit_jax.reconstruction.learning import LearningWalk
 from ptq4dit_jax.reconstruction.optimize import Rows, Task, TrainState, Variables
-from ptq4dit_jax.reconstruction.parts import RoundedPart, assemble
 from ptq4dit_jax.reconstruction.resume import Journal
+from ptq4dit_jax.reconstruction.rounded_units import RoundedUnit, assemble
 from ptq4dit_jax.reconstruction.rounding import RoundedKernel
 from ptq4dit_jax.reconstruction.units import Unit, units
 from ptq4dit_jax.reconstruction.walk import HeldRows
@@ -35,18 +35,18 @@ from ptq4dit_jax.reconstruction.walk import HeldRows
 _REPORT_EVERY, _CURVE_POINTS = 100, 50
 
 
-class PartResult(struct.PyTreeNode):
-    """What a ``part`` was given; its mean squared error with all weights rounded to the nearest and after learning, and the
-    error of each iteration relative to the former."""
+class UnitResult(struct.PyTreeNode):
+    """What a unit was given; its mean squared error with all weights rounded to the nearest and after learning, and the error
+    of each iteration relative to the former."""
 
-    part: RoundedPart
+    part: RoundedUnit  # so named in journals
     before: jax.Array
     after: jax.Array
     errors: jax.Array
 
 
 class _Work(struct.PyTreeNode):
-    """What a run that died inside a part needs to resume: the fixed ``kernels`` and ``biases``; the codes to keep if learning
+    """What a run that died inside a unit needs to resume: the fixed ``kernels`` and ``biases``; the codes to keep if learning
     does no better, ``upper`` where a code is the higher of its two; and the ``state``."""
 
     kernels: dict[str, RoundedKernel]
@@ -68,9 +68,9 @@ def reconstruct(
     mesh: Mesh | None = None,
     progress: StageProgress = silent,
 ) -> tuple[QuantizedDiT, list[dict[str, Any]]]:
-    """Learns the rounding of the weights and the scales of the activations, part after part (PTQ4DiT, section 4.3; AdaRound).
+    """Learns the rounding of the weights and the scales of the activations, unit after unit (PTQ4DiT, section 4.3; AdaRound).
 
-    Each part, fed by the quantized parts before it, is made to reproduce what the float part gives when fed by the float parts
+    Each unit, fed by the quantized units before it, is made to reproduce what the float unit gives when fed by the float units
     before it. Weights move to a code next to that of the start at most; weight scales and zero points are those of the start.
 
     Args:
@@ -80,20 +80,20 @@ def reconstruct(
       settings: how.
       key: decides which rows an iteration draws, together with its number.
       journal: where the state is kept; with one, a run that died goes on where it was last saved.
-      save_every: iterations between two such saves inside a part.
+      save_every: iterations between two such saves inside a unit.
       search: how the ranges of weights are chosen where they are rounded in closed form.
       mesh: shards every batch over ``data``.
       progress: called with what memory it will take before the first iteration, and every hundred iterations.
 
     Returns:
-      The model with new weights and scales, and for each part its name, errors before and after, and the curve between.
+      The model with new weights and scales, and for each unit its name, errors before and after, and the curve between.
 
     Raises:
-      Ptq4ditError: the batch cannot be spread over the mesh, or a part's error is NaN or infinite.
+      Ptq4ditError: the batch cannot be spread over the mesh, or a unit's error is NaN or infinite.
     """
     key, walk = threefry(key), LearningWalk(folded, quantized, calibration, settings, mesh)
     progress("plan reconstruction", 1, 1, str(walk.plan))
-    parts, facts = [], []
+    done, facts = [], []
     for position, unit in enumerate(units(folded.config)):
         nearest, rows = walk.nearest(unit), walk.rows(unit)
         outputs, before = walk.outputs(unit, nearest, rows)
@@ -112,13 +112,13 @@ def reconstruct(
         _check_error(unit, result.after, walk.dtype)
         _report(progress, unit, settings.iterations, settings.iterations, float(result.after / before))
         walk.advance(unit, outputs, rows.target)
-        parts.append((unit, result.part))
+        done.append((unit, result.part))
         facts.append(_facts(unit, result))
-    return assemble(quantized, parts), facts
+    return assemble(quantized, done), facts
 
 
 def _report(progress: StageProgress, unit: Unit, done: int, iterations: int, error: float) -> None:
-    """Tells how far a part is, and its error relative to rounding to the nearest."""
+    """Tells how far a unit is, and its error relative to rounding to the nearest."""
     progress(f"reconstruct {unit.name}", done, iterations, f"error {error:.3f} x nearest")
 
 
@@ -141,12 +141,12 @@ def _learned(
     save_every: int,
     search: RangeSearch,
     progress: StageProgress,
-) -> tuple[PartResult, Any]:
-    """What learning makes of a part, or the start if that is better; and its outputs."""
+) -> tuple[UnitResult, Any]:
+    """What learning makes of a unit, or the start if that is better; and its outputs."""
     work = None if journal is None else journal.current(position, _like_work(walk, unit))
     start = None
     if work is None and walk.settings.resolved_start == "gptq":
-        start = round_part(walk, unit, search=search)[1]
+        start = round_unit(walk, unit, search=search)[1]
     task, variables = walk.task(unit, start)
     if work is None:
         upper = _upper(task, start) if start is not None else jax.tree.map(lambda v: v >= 0, variables.rounding)
@@ -154,14 +154,14 @@ def _learned(
     work, task, variables = sharding.replicate(walk.mesh, (work, task, variables))
     task = dataclasses.replace(task, kernels=work.kernels, biases=work.biases)
     decided = Variables(jax.tree.map(_decided, work.upper), variables.log_scale)
-    first = _part(task, decided)
+    first = _rounded(task, decided)
     outputs, error = walk.outputs(unit, first, rows)
     state = _optimize(unit, position, task, work, rows, before, error, walk, key, journal, save_every, progress)
-    learned = _part(task, state.variables)
+    learned = _rounded(task, state.variables)
     better, after = walk.outputs(unit, learned, rows)
     if not after <= error:  # NaN included
         learned, better, after = first, outputs, error
-    return PartResult(learned, before, after, state.errors * (error / before)), better
+    return UnitResult(learned, before, after, state.errors * (error / before)), better
 
 
 def _optimize(
@@ -195,19 +195,19 @@ def _optimize(
     return state
 
 
-def _like(walk: LearningWalk, unit: Unit) -> PartResult:
-    """The shapes of a part's result."""
+def _like(walk: LearningWalk, unit: Unit) -> UnitResult:
+    """The shapes of a unit's result."""
 
-    def result() -> PartResult:
+    def result() -> UnitResult:
         task, variables = walk.task(unit)
         error = jnp.zeros((), jnp.float32)
-        return PartResult(_part(task, variables), error, error, jnp.zeros((walk.settings.iterations,), jnp.float32))
+        return UnitResult(_rounded(task, variables), error, error, jnp.zeros((walk.settings.iterations,), jnp.float32))
 
-    return cast(PartResult, jax.eval_shape(result))
+    return cast(UnitResult, jax.eval_shape(result))
 
 
 def _like_work(walk: LearningWalk, unit: Unit) -> _Work:
-    """The shapes of what is stored of a part at work."""
+    """The shapes of what is stored of a unit at work."""
 
     def work() -> _Work:
         task, variables = walk.task(unit)
@@ -230,13 +230,13 @@ def _decided(upper: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _part(task: Task, variables: Variables) -> RoundedPart:
-    """The part with the codes that the variables decide for."""
+def _rounded(task: Task, variables: Variables) -> RoundedUnit:
+    """The unit with the codes that the variables decide for."""
     weights = {layer: kernel.pack(variables.rounding[layer]) for layer, kernel in task.kernels.items()}
-    return RoundedPart(weights, task.biases, variables.log_scale)
+    return RoundedUnit(weights, task.biases, variables.log_scale)
 
 
-def _facts(unit: Unit, result: PartResult) -> dict[str, Any]:
+def _facts(unit: Unit, result: UnitResult) -> dict[str, Any]:
     errors = np.asarray(result.errors)
-    curve = [float(part.mean()) for part in np.array_split(errors, min(_CURVE_POINTS, len(errors)))]
+    curve = [float(piece.mean()) for piece in np.array_split(errors, min(_CURVE_POINTS, len(errors)))]
     return {"part": unit.name, "before": float(result.before), "after": float(result.after), "curve": curve}

@@ -22,7 +22,7 @@ from ptq4dit_jax.npz_file import read_npz
 from ptq4dit_jax.staging import beside, claim, is_staged, place, publish, remove, remove_staged, staging
 
 _FINGERPRINT, _CURRENT = "fingerprint.json", "current.npz"
-_PART = re.compile(r"part-(\d{3,})\.npz")
+_UNIT = re.compile(r"part-(\d{3,})\.npz")
 _FORMAT, _VERSION = "ptq4dit_jax reconstruction", 4
 #: In front of the names of what each file says about itself.
 _HEAD = "journal/"
@@ -33,14 +33,14 @@ _Tree = TypeVar("_Tree")
 
 
 class Standing(NamedTuple):
-    """How far a run has come: the positions of its finished parts; of the part at work, if saved, and its next iteration."""
+    """How far a run has come: the positions of its finished units; of the unit at work, if saved, and its next iteration."""
 
     finished: tuple[int, ...]
     current: tuple[int, int] | None
 
 
 class _File(NamedTuple):
-    """What one file of a journal holds: arrays by name, the part that they belong to, and its next iteration."""
+    """What one file of a journal holds: arrays by name, the unit that they belong to, and its next iteration."""
 
     arrays: dict[str, np.ndarray]
     position: int
@@ -48,10 +48,10 @@ class _File(NamedTuple):
 
 
 class Journal:
-    """A folder with ``fingerprint.json``, one ``part-NNN.npz`` for each finished part and ``current.npz`` for the one at work.
+    """A folder with ``fingerprint.json``, one ``part-NNN.npz`` for each finished unit and ``current.npz`` for the one at work.
 
     Every file is renamed into place when complete, so whatever moment a run dies at, what is there is whole. Each says which
-    run and which part it belongs to. The folder is this process's own until :meth:`close`, or until the process ends.
+    run and which unit it belongs to. The folder is this process's own until :meth:`close`, or until the process ends.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any], *, fresh: bool = False) -> None:
@@ -64,7 +64,7 @@ class Journal:
 
         Raises:
           Ptq4ditError: the folder belongs to another run (the sentence says what differs), to one that works at this moment, or
-            to something else; a file in it is damaged or of another run or part.
+            to something else; a file in it is damaged or of another run or unit.
         """
         self.folder = place(folder).resolve()
         self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
@@ -126,27 +126,27 @@ class Journal:
 
     def _standing(self) -> Standing:
         """Raises where a file is not of this run."""
-        finished = sorted(int(match[1]) for name in os.listdir(self.folder) if (match := _PART.fullmatch(name)))
+        finished = sorted(int(match[1]) for name in os.listdir(self.folder) if (match := _UNIT.fullmatch(name)))
         for position in finished:
-            self._read(self._part(position), [], position)
+            self._read(self._path(position), [], position)
         if (found := self._read(self.folder / _CURRENT, [], None)) is None or found.position in finished:
             return Standing(tuple(finished), None)
         return Standing(tuple(finished), (found.position, found.iteration))
 
     def finished(self, position: int, like: _Tree) -> _Tree | None:
-        """The result of the part at ``position``, a tree of arrays like ``like``, or None."""
-        found = self._read(self._part(position), _names(like), position)
-        return None if found is None else self._tree(self._part(position), found.arrays, like)
+        """The result of the unit at ``position``, a tree of arrays like ``like``, or None."""
+        found = self._read(self._path(position), _names(like), position)
+        return None if found is None else self._tree(self._path(position), found.arrays, like)
 
     def finish(self, position: int, result: object) -> None:
-        """Stores the result of a part."""
-        self._write(self._part(position), result, position)
+        """Stores the result of a unit."""
+        self._write(self._path(position), result, position)
         (self.folder / _CURRENT).unlink(missing_ok=True)
 
     def current(self, position: int, like: _Tree) -> _Tree | None:
-        """The state of the part at ``position`` if it was interrupted, a tree of arrays like ``like``, or None."""
+        """The state of the unit at ``position`` if it was interrupted, a tree of arrays like ``like``, or None."""
         path = self.folder / _CURRENT
-        # The position first: a run that died just after finishing a part leaves that part's state, of other shapes, behind.
+        # The position first: a run that died just after finishing a unit leaves that unit's state, of other shapes, behind.
         head = self._read(path, [], None)
         if head is None or head.position != position:
             return None
@@ -154,14 +154,14 @@ class Journal:
         return None if found is None else self._tree(path, found.arrays, like)
 
     def save_current(self, position: int, state: object, iteration: int = 0) -> None:
-        """Stores the state of the part at work, which has its next ``iteration`` before it."""
+        """Stores the state of the unit at work, which has its next ``iteration`` before it."""
         self._write(self.folder / _CURRENT, state, position, iteration)
 
     def remove(self) -> None:
         """Deletes the folder."""
         remove_journal(self.folder)
 
-    def _part(self, position: int) -> Path:
+    def _path(self, position: int) -> Path:
         return self.folder / f"part-{position:03d}.npz"
 
     def _write(self, path: Path, tree: object, position: int, iteration: int = 0) -> None:
@@ -176,7 +176,7 @@ class Journal:
             publish(staged, path)
 
     def _read(self, path: Path, names: list[str], position: int | None) -> _File | None:
-        """The named arrays and the head of a file of this run and, unless None, of the part at ``position``."""
+        """The named arrays and the head of a file of this run and, unless None, of the unit at ``position``."""
         if not path.exists():
             return None
         head = [_HEAD + name for name in ("fingerprint", "position", "iteration")]
@@ -190,7 +190,7 @@ class Journal:
             )
         if position is not None and found.position != position:
             raise Ptq4ditError(
-                f"The file {path} holds the part at position {found.position}; put the right one there, or {_OVER}."
+                f"The file {path} holds the unit at position {found.position}; put the right one there, or {_OVER}."
             )
         return found
 
@@ -265,7 +265,7 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    return name in (_FINGERPRINT, _CURRENT) or _PART.fullmatch(name) is not None or is_staged(name)
+    return name in (_FINGERPRINT, _CURRENT) or _UNIT.fullmatch(name) is not None or is_staged(name)
 
 
 def _differences(found: object, wanted: object, name: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The parts of the network that are reconstructed one after another, each a pure function of its parameters and inputs."""
+"""The units of the network that are reconstructed one after another, each a pure function of its parameters and inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Tree = TypeVar("_Tree")
 
 
 class Unit(struct.PyTreeNode):
-    """One part. ``kind`` decides the program, ``index`` which block of its stack it is (0 outside the stacks)."""
+    """One unit. ``kind`` decides the program, ``index`` which block of its stack it is (0 outside the stacks)."""
 
     kind: UnitKind = struct.field(pytree_node=False)
     index: int = struct.field(pytree_node=False, default=0)
@@ -55,7 +55,7 @@ def _at(tree: _Tree, index: jax.Array | int) -> _Tree:
 
 
 def units(network: Network) -> tuple[Unit, ...]:
-    """All parts in the order in which a hidden state passes them."""
+    """All units in the order in which a hidden state passes them."""
     return tuple(
         Unit(kind, index) for kind in network.spec.kinds for index in range(1 if kind.stack is None else kind.stack.depth)
     )
@@ -70,11 +70,11 @@ def apply_unit(
     dtype: DTypeLike,
     precision: jax.lax.Precision = EXACT,
 ) -> jax.Array:
-    """The output of a part for one batch.
+    """The output of a unit for one batch.
 
     Args:
       config: shape of the network.
-      kind: which part.
+      kind: which unit.
       params: kernels (K, N) and biases (N,) by layer, and the unit's tables that the model has.
       quantizers: callables by site, as in :mod:`ptq4dit_jax.networks.float_network`; may be empty.
       inputs: ``embed_image`` (x_BHWC,), ``embed_condition`` (t_B, y_B), ``block`` and ``head`` (x_BTD, silu_c_BD).
@@ -102,9 +102,9 @@ def site_input(
     dtype: DTypeLike,
     precision: jax.lax.Precision = EXACT,
 ) -> jax.Array:
-    """What the layer behind a site of the part is fed for one batch, (B, [T,] K); quantized, if the site has a quantizer.
+    """What the layer behind a site of the unit is fed for one batch, (B, [T,] K); quantized, if the site has a quantizer.
 
-    ``name`` is the site's inside the part; the other arguments are those of :func:`apply_unit`. XLA leaves out what follows the
+    ``name`` is the site's inside the unit; the other arguments are those of :func:`apply_unit`. XLA leaves out what follows the
     site.
     """
     _, seen = _run(config, kind, params, quantizers, inputs, dtype, precision, observers={name: _Passing()})
@@ -121,7 +121,7 @@ def _run(
     precision: jax.lax.Precision,
     observers: Mapping[str, Any] | None = None,
 ) -> Any:
-    """What the part's module returns, and with ``observers`` the variables that they have become beside it."""
+    """What the unit's module returns, and with ``observers`` the variables that they have become beside it."""
     variables = {"params": params} | ({"quantizers": quantizers} if quantizers else {})
     more: dict[str, Any] = {"method": kind.role.value} if kind.stack is None else {}
     if observers is not None:

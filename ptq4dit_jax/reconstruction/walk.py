@@ -22,13 +22,13 @@ from ptq4dit_jax.networks.spec import Role, flatten_sites
 from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.reconstruction import optimize
 from ptq4dit_jax.reconstruction.optimize import Rows
-from ptq4dit_jax.reconstruction.parts import RoundedPart, scaled
+from ptq4dit_jax.reconstruction.rounded_units import RoundedUnit, scaled
 from ptq4dit_jax.reconstruction.units import Unit
 from ptq4dit_jax.waiting import ready
 
 #: On the device, or on the host with ``plan.on_host``.
 HeldRows: TypeAlias = jax.Array | np.ndarray
-#: A part that rounding to the nearest already reproduces has nothing to learn, and its error must not be divided by 0.
+#: A unit that rounding to the nearest already reproduces has nothing to learn, and its error must not be divided by 0.
 TINY = 1e-30
 
 
@@ -54,7 +54,7 @@ class MemoryPlan:
 
 
 class Walk(abc.ABC):
-    """Walks both hidden states through the network part by part.
+    """Walks both hidden states through the network unit by unit.
 
     Rows lie as in :class:`Rows`: leaves (M, B, ...), sharded over the B strata. With ``plan.on_host`` they are NumPy arrays.
     """
@@ -118,33 +118,33 @@ class Walk(abc.ABC):
         """What the work on a block needs on a device besides the models and the rows, of which strata hold ``size``."""
 
     def tables(self, unit: Unit) -> dict[str, Any]:
-        """Parameters of a part that are looked up or added, and gains of its norms."""
+        """Parameters of a unit that are looked up or added, and gains of its norms."""
         params = self.folded.params
         gains = {gain.place.name: unit.of_depth(gain.place.of(params)) for gain in unit.kind.gains}
         return {name: params[name] for name in unit.tables if name in params} | gains
 
     def params(self, unit: Unit, layer: str) -> Any:
-        """The float kernel (K, N) and bias (N,) of a layer of a part."""
+        """The float kernel (K, N) and bias (N,) of a layer of a unit."""
         return unit.of_depth(self.folded.layer(unit.layers[layer]))
 
-    def float_part(self, unit: Unit) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The float parameters of a part, and what folding left at its sites."""
+    def float_unit(self, unit: Unit) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The float parameters of a unit, and what folding left at its sites."""
         params = {layer: self.params(unit, layer) for layer in unit.layers} | self.tables(unit)
         balanced = {site: name for site, name in unit.sites.items() if name in self.balances}
         return params, {site: unit.of_depth(self.balances[name]) for site, name in balanced.items()}
 
     def act_quantizers(self, unit: Unit) -> dict[str, Any]:
-        """The activation quantizers of a part, by site; leaves are tables over groups of steps (G,)."""
+        """The activation quantizers of a unit, by site; leaves are tables over groups of steps (G,)."""
         return {site: unit.of_depth(self.acts[name]) for site, name in unit.sites.items() if name in self.acts}
 
-    def nearest(self, unit: Unit) -> RoundedPart:
-        """A part as range search has rounded it."""
+    def nearest(self, unit: Unit) -> RoundedUnit:
+        """A unit as range search has rounded it."""
         weights = {layer: unit.of_depth(self.quantized.linears[name].weight) for layer, name in unit.layers.items()}
         biases = {layer: self.params(unit, layer)["bias"] for layer in unit.layers}
-        return RoundedPart(weights, biases, {})
+        return RoundedUnit(weights, biases, {})
 
     def inputs(self, unit: Unit) -> tuple[tuple[HeldRows, ...], tuple[HeldRows, ...]]:
-        """What a part is fed behind the quantized prefix, and behind the float one; as :func:`apply_unit` takes them."""
+        """What a unit is fed behind the quantized prefix, and behind the float one; as :func:`apply_unit` takes them."""
         if unit.kind.role is Role.IMAGE:
             return (self.x,), (self.x,)
         if unit.kind.role is Role.CONDITION:
@@ -152,15 +152,15 @@ class Walk(abc.ABC):
         return (self.quant_x, self.quant_c), (self.float_x, self.float_c)
 
     def rows(self, unit: Unit) -> Rows[HeldRows]:
-        """The part's inputs from the quantized prefix, and the float part's outputs."""
+        """The unit's inputs from the quantized prefix, and the float unit's outputs."""
         quant, exact = self.inputs(unit)
-        shared = sharding.replicate(self.mesh, self.float_part(unit))
+        shared = sharding.replicate(self.mesh, self.float_unit(unit))
         target, _ = self._over_rows(optimize.float_outputs, shared, unit, exact)
         return Rows(inputs=quant, target=target, group=self.group, weight=self.weight)
 
-    def outputs(self, unit: Unit, part: RoundedPart, rows: Rows[HeldRows]) -> tuple[HeldRows, jax.Array]:
-        """What the rounded part makes of the rows, (M, B, ...), and its mean squared error () float32."""
-        shared = _fake_quantized(*sharding.replicate(self.mesh, (part, self.act_quantizers(unit), self.tables(unit))))
+    def outputs(self, unit: Unit, rounded: RoundedUnit, rows: Rows[HeldRows]) -> tuple[HeldRows, jax.Array]:
+        """What the rounded unit makes of the rows, (M, B, ...), and its mean squared error () float32."""
+        shared = _fake_quantized(*sharding.replicate(self.mesh, (rounded, self.act_quantizers(unit), self.tables(unit))))
         outputs, errors = self._over_rows(optimize.rounded_outputs, shared, unit, rows)
         return outputs, jnp.maximum(np.asarray(ready(errors)).mean(dtype=np.float64).astype(np.float32), TINY)
 
@@ -194,7 +194,7 @@ class Walk(abc.ABC):
         return np.concatenate(outputs), np.concatenate(errors)
 
     def advance(self, unit: Unit, quantized: HeldRows, exact: HeldRows) -> None:
-        """Both hidden states move past the part."""
+        """Both hidden states move past the unit."""
         if unit.kind.role is Role.CONDITION:
             self.quant_c, self.float_c = quantized, exact
         elif unit.kind.role is not Role.HEAD:
@@ -202,7 +202,9 @@ class Walk(abc.ABC):
 
 
 @jax.jit
-def _fake_quantized(part: RoundedPart, acts: dict[str, Any], tables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _fake_quantized(
+    rounded: RoundedUnit, acts: dict[str, Any], tables: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What :func:`optimize.rounded_outputs` takes."""
-    acts = {site: scaled(act, part.log_scale[site]) if site in part.log_scale else act for site, act in acts.items()}
-    return part.params() | tables, acts
+    acts = {site: scaled(act, rounded.log_scale[site]) if site in rounded.log_scale else act for site, act in acts.items()}
+    return rounded.params() | tables, acts

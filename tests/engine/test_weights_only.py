@@ -133,7 +133,7 @@ def test_roundings_are_learned_without_scales(dit: ptq.FloatDiT) -> None:
     learn = Reconstruction(iterations=30, batch_size=4)
     config = ptq.QuantConfig.of(**SETTINGS, act_bits=16, reconstruction=learn)
     q = ptq.quantize(dit, config, key=jax.random.key(0))
-    for part in q.provenance.facts["reconstruction"].values():
-        assert part["after"] <= part["before"]
+    for unit in q.provenance.facts["reconstruction"].values():
+        assert unit["after"] <= unit["before"]
     assert q.sites == {}
-    assert any(part["after"] < part["before"] for part in q.provenance.facts["reconstruction"].values())
+    assert any(unit["after"] < unit["before"] for unit in q.provenance.facts["reconstruction"].values())

@@ -62,18 +62,18 @@ def test_layer_figure_has_a_panel_per_site(comparison):
     _drawn(figure)
 
 
-def test_reconstruction_figure_has_a_curve_and_a_dot_per_part():
+def test_reconstruction_figure_has_a_curve_and_a_dot_per_unit():
     names = ["embed image", "embed condition", *(f"block {i}" for i in range(5)), "head"]
-    parts: dict[str, Any] = {
+    units: dict[str, Any] = {
         name: {"before": 2.0, "after": 1.0 + i, "curve": [1.0, np.nan, 0.5 + i]} for i, name in enumerate(names)
     }
-    figure = plots.reconstruction_figure(parts)
+    figure = plots.reconstruction_figure(units)
     (axes,) = figure.axes
     curves = {line.get_label(): line for line in axes.lines if len(np.asarray(line.get_ydata())) == 3}
     assert list(curves) == names
-    np.testing.assert_array_equal(curves["block 3"].get_ydata(), parts["block 3"]["curve"])
+    np.testing.assert_array_equal(curves["block 3"].get_ydata(), units["block 3"]["curve"])
     dots = [np.asarray(line.get_ydata())[0] for line in axes.lines if line.get_marker() == "o"]
-    assert dots == [part["after"] / 2 for part in parts.values()]
+    assert dots == [unit["after"] / 2 for unit in units.values()]
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert shown == ["embed image", "embed condition", "block 0", "block 4", "head"]
     assert _drawn(figure).width == 400

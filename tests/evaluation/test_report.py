@@ -98,14 +98,14 @@ def test_json_holds_the_same(tmp_path, comparison):
 
 
 def test_reconstruction_is_drawn_and_tabulated(tmp_path, comparison):
-    parts = {name: {"before": 0.25, "after": 0.125, "curve": [1.0, 0.6, 0.5]} for name in ("embed image", "block 0", "block 1")}
-    folder = write_report(tmp_path / "report", comparison, **ARGUMENTS, reconstruction=parts)
+    units = {name: {"before": 0.25, "after": 0.125, "curve": [1.0, 0.6, 0.5]} for name in ("embed image", "block 0", "block 1")}
+    folder = write_report(tmp_path / "report", comparison, **ARGUMENTS, reconstruction=units)
     page = (folder / "report.md").read_text()
     assert _table(page, "Reconstruction")[2] == ["block 0", "0.25", "0.125", "0.500"]
     with Image.open(folder / "reconstruction.png") as image:
         image.verify()
     assert "(reconstruction.png)" in page
-    assert json.loads((folder / "report.json").read_text())["reconstruction"] == parts
+    assert json.loads((folder / "report.json").read_text())["reconstruction"] == units
     plain = (write_report(tmp_path / "plain", comparison, **ARGUMENTS) / "report.md").read_text()
     assert "Reconstruction" not in plain
 

@@ -16,7 +16,7 @@ from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.networks.spec import nest_sites
 from ptq4dit_jax.reconstruction import closed_form, moments, round_closed_form, units
 from ptq4dit_jax.reconstruction.closed_form import ClosedFormWalk
-from ptq4dit_jax.reconstruction.moments import PartInputs
+from ptq4dit_jax.reconstruction.moments import UnitInputs
 
 KEY = jax.random.key(0)
 CONFIG = ptq.QuantConfig.of(
@@ -90,7 +90,7 @@ def test_moments_are_those_of_what_the_two_networks_feed_the_layer(layer, model,
         outputs, _ = walk.outputs(unit, walk.nearest(unit), walk.rows(unit))
         walk.advance(unit, outputs, walk.rows(unit).target)
     name = next(inside for inside, full in unit.layers.items() if full == layer)
-    found = PartInputs(walk, unit).moments(name, walk.nearest(unit))
+    found = UnitInputs(walk, unit).moments(name, walk.nearest(unit))
     of_block = (lambda a: a[:, 0]) if layer.startswith("blocks.") else (lambda a: a)
     K = model.config.linear_shapes[layer][0]
     x, exact = (of_block(fed(m, m.config.spec.site_of[layer], rows)).reshape(-1, K) for m in (twin, model))
@@ -144,7 +144,7 @@ def test_activation_quantizers_and_the_range_of_codes_stay(nearest, rounded):
 
 
 @pytest.mark.slow
-def test_it_says_what_each_part_and_layer_gained(rounded):
+def test_it_says_what_each_unit_and_layer_gained(rounded):
     facts = rounded.provenance.facts["rounding"]
     assert list(facts) == ["embed image", "embed condition", "block 0", "block 1", "head"]
     assert set(facts["block 0"]["layers"]) == {"adaLN", "qkv", "proj", "fc1", "fc2"}
@@ -172,15 +172,15 @@ def test_other_widths_balancing_and_dynamic_scales(bits, model, rows):
 
 @pytest.mark.slow
 def test_rows_on_the_host_change_last_bits_alone(model, rows, nearest):
-    """One tipped code moves all that follow it, so codes are not compared but what decides them: every part's moments and
+    """One tipped code moves all that follow it, so codes are not compared but what decides them: every unit's moments and
     outputs, from the same hidden states. A last bit may tip codes of activations; a row that was left out is 1 of 120."""
     walks = here, there = [ClosedFormWalk(model, nearest, rows, None, where) for where in ("auto", "host")]
     assert [walk.plan.on_host for walk in walks] == [False, True]
     for unit in units(model.config):
-        part = here.nearest(unit)
-        inputs = [PartInputs(walk, unit) for walk in walks]
+        rounded = here.nearest(unit)
+        inputs = [UnitInputs(walk, unit) for walk in walks]
         for layer in unit.layers:
-            a, b = (found.moments(layer, part) for found in inputs)
+            a, b = (found.moments(layer, rounded) for found in inputs)
             square, count = np.abs(a.second).max(), float(a.count)
             mean = (square * count) ** 0.5
             scales = {"second": square, "cross": square, "first": mean, "drift": mean, "count": count}
@@ -188,7 +188,7 @@ def test_rows_on_the_host_change_last_bits_alone(model, rows, nearest):
             for name, scale in scales.items():
                 np.testing.assert_allclose(getattr(b, name), getattr(a, name), rtol=0, atol=3e-4 * scale, err_msg=name)
         fed = [walk.rows(unit) for walk in walks]
-        (out, error), (same, close) = (walk.outputs(unit, part, rows) for walk, rows in zip(walks, fed, strict=True))
+        (out, error), (same, close) = (walk.outputs(unit, rounded, rows) for walk, rows in zip(walks, fed, strict=True))
         assert relative_error(np.asarray(same), np.asarray(out)) < 1e-3
         assert relative_error(np.asarray(fed[1].target), np.asarray(fed[0].target)) < 1e-5
         assert float(close) == pytest.approx(float(error), rel=1e-2)
@@ -219,7 +219,7 @@ def test_from_one_pass_it_gains_less(model, rows, nearest, rounded):
 
 
 @pytest.mark.slow
-def test_a_part_that_comes_out_worse_stays_as_it_was(model, rows, nearest, monkeypatch):
+def test_a_unit_that_comes_out_worse_stays_as_it_was(model, rows, nearest, monkeypatch):
     def spoiled(*arguments, **more):
         found = gptq.round_weight(*arguments, **more)
         return dataclasses.replace(found, bias=found.bias + 10.0)

@@ -25,7 +25,7 @@ from ptq4dit_jax.quantization.journals import open_journal
 from ptq4dit_jax.reconstruction import reconstruct
 from ptq4dit_jax.reconstruction.learning import _compiled
 
-pytestmark = pytest.mark.slow  # the programs of four kinds of parts are compiled
+pytestmark = pytest.mark.slow  # the programs of four kinds of units are compiled
 
 KEY, SETTINGS = jax.random.key(0), Reconstruction(iterations=200, batch_size=8, start="nearest")
 FROM_GPTQ = dataclasses.replace(SETTINGS, start="gptq")
@@ -115,7 +115,7 @@ def test_from_closed_form_it_ends_better_than_either(model, rows, learned, round
 
 
 def test_from_closed_form_the_first_layers_move_by_a_code_at_most(rounded, learned_from_gptq):
-    """Those of the first part; behind other parts the others are rounded otherwise."""
+    """Those of the first unit; behind other units the others are rounded otherwise."""
     before, after = (q.linears["patch_embed"].weight for q in (rounded, learned_from_gptq))
     np.testing.assert_allclose(before.scale, after.scale, rtol=1e-5)  # moments of rows in another order
     assert np.abs(np.asarray(before.codes()).astype(int) - np.asarray(after.codes())).max() <= 1
@@ -148,7 +148,7 @@ def test_the_engine_runs_what_was_learned(model, rows, learned):
     assert facts["head"]["after"] == pytest.approx(of_step, rel=0.5)
 
 
-def test_a_part_never_ends_worse_than_nearest_rounding(model, rows, nearest):
+def test_a_unit_never_ends_worse_than_nearest_rounding(model, rows, nearest):
     wild = dataclasses.replace(SETTINGS, iterations=3, rounding_rate=1e3, scale_rate=3.0)
     kept = quantize(model, rows, wild)
     ratios = [facts["after"] / facts["before"] for facts in kept.provenance.facts["reconstruction"].values()]
@@ -156,11 +156,11 @@ def test_a_part_never_ends_worse_than_nearest_rounding(model, rows, nearest):
     assert same_bytes(kept.linears["blocks.fc1"], nearest.linears["blocks.fc1"])
 
 
-def test_it_says_what_each_part_gained(learned):
-    for part, row in learned.provenance.facts["reconstruction"].items():
+def test_it_says_what_each_unit_gained(learned):
+    for unit, row in learned.provenance.facts["reconstruction"].items():
         assert len(row["curve"]) == 50
         assert np.isfinite(row["curve"]).all()
-        if part.startswith("block"):
+        if unit.startswith("block"):
             assert row["after"] < 0.9 * row["before"]
 
 
@@ -205,7 +205,7 @@ def test_rows_on_the_host_change_nothing(model, rows, learned):
 
 
 def test_all_blocks_share_one_program(run):
-    assert run.programs == 4  # one for each kind of part
+    assert run.programs == 4  # one for each kind of unit
 
 
 def test_the_plan_is_told_before_the_first_iteration(run):
@@ -231,9 +231,9 @@ class Stop(Exception):
     pass
 
 
-def stop_at(part: str, iteration: int) -> Any:
+def stop_at(unit: str, iteration: int) -> Any:
     def report(stage: str, done: int, total: int, note: str = "") -> None:
-        if stage == f"reconstruct {part}" and done >= iteration:
+        if stage == f"reconstruct {unit}" and done >= iteration:
             raise Stop
 
     return report
@@ -244,9 +244,9 @@ LONGER = {start: dataclasses.replace(SETTINGS, iterations=610, start=start) for 
 
 @pytest.mark.parametrize("settings", [SETTINGS, FROM_GPTQ], ids=["nearest", "gptq"])
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(settings, model, rows, learned, learned_from_gptq, tmp_path):
-    for part in ("block 0", "head"):
+    for unit in ("block 0", "head"):
         with pytest.raises(Stop):
-            quantize(model, rows, settings, state=tmp_path / "state", progress=stop_at(part, 100))
+            quantize(model, rows, settings, state=tmp_path / "state", progress=stop_at(unit, 100))
     resumed = quantize(model, rows, settings, state=tmp_path / "state")
     assert same_bytes(resumed, learned if settings is SETTINGS else learned_from_gptq)
     assert (tmp_path / "state" / "part-004.npz").exists()

@@ -29,12 +29,12 @@ def result(position):
     return {"codes": np.full((2, 3), position, np.int8), "scale": np.full(2, position / 3)}
 
 
-def begun(folder, run=RUN, parts=3):
-    """A run that has finished ``parts`` parts and was interrupted in the next one, before its iteration 500."""
+def begun(folder, run=RUN, units=3):
+    """A run that has finished ``units`` units and was interrupted in the next one, before its iteration 500."""
     with Journal(folder, run) as journal:
-        for position in range(parts):
+        for position in range(units):
             journal.finish(position, result(position))
-        journal.save_current(parts, result(parts), 500)
+        journal.save_current(units, result(units), 500)
     return folder
 
 
@@ -45,12 +45,12 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(found[name], array)
 
 
-def test_the_state_of_a_part_that_was_finished_is_not_taken_for_the_next_ones(tmp_path):
-    """As a run leaves it that dies after storing a part's result and before deleting its state."""
+def test_the_state_of_a_unit_that_was_finished_is_not_taken_for_the_next_ones(tmp_path):
+    """As a run leaves it that dies after storing a unit's result and before deleting its state."""
     journal = Journal(tmp_path / "state", {"seed": 0})
-    kept, next_part = {"variables": np.ones((2, 3), np.float32)}, {"other": np.ones(5, np.float32)}
+    kept, next_unit = {"variables": np.ones((2, 3), np.float32)}, {"other": np.ones(5, np.float32)}
     journal.save_current(1, kept)
-    assert journal.current(2, next_part) is None
+    assert journal.current(2, next_unit) is None
     found = journal.current(1, kept)
     assert found is not None
     np.testing.assert_array_equal(found["variables"], kept["variables"])
@@ -74,7 +74,7 @@ def test_what_was_stored_comes_back_in_another_run_of_the_same(tmp_path):
     ]
 
 
-# Files that are not this part of this run.
+# Files that are not this unit of this run.
 
 
 def swap(state, other):
@@ -91,10 +91,10 @@ def flip(state, other):
 
 
 DAMAGES = {
-    "swapped": (swap, "part-000.npz holds the part at position 2"),
-    "copied": (lambda s, o: shutil.copy(s / "part-000.npz", s / "part-001.npz"), "part-001.npz holds the part at position 0"),
-    "a later part made of an earlier one": (lambda s, o: shutil.copy(s / "part-000.npz", s / "part-007.npz"), "position 0"),
-    "a part of another run": (lambda s, o: shutil.copy(o / "part-001.npz", s), "part-001.npz is of another run"),
+    "swapped": (swap, "part-000.npz holds the unit at position 2"),
+    "copied": (lambda s, o: shutil.copy(s / "part-000.npz", s / "part-001.npz"), "part-001.npz holds the unit at position 0"),
+    "a later unit made of an earlier one": (lambda s, o: shutil.copy(s / "part-000.npz", s / "part-007.npz"), "position 0"),
+    "a unit of another run": (lambda s, o: shutil.copy(o / "part-001.npz", s), "part-001.npz is of another run"),
     "the state of another run": (lambda s, o: shutil.copy(o / "current.npz", s), "current.npz is of another run"),
     "the other run's fingerprint": (lambda s, o: shutil.copy(o / "fingerprint.json", s), "weights (abd there, abc here)"),
     "cut": (lambda s, o: (s / "part-002.npz").write_bytes((s / "part-002.npz").read_bytes()[:-9]), "part-002.npz"),
@@ -382,8 +382,8 @@ def test_a_resumed_run_says_what_it_resumes(tmp_path):
     with opened(tmp_path / "s", model, CONFIG) as journal:
         journals.report_resumed(journal, model, lambda *stage: told.append(stage))
     assert told == [
-        ("resume reconstruction", 3, 5, "parts done: 3 of 5, up to block 0"),
-        ("resume reconstruction", 3, 5, "parts done: 3 of 5, up to block 0; block 1 goes on from iteration 500"),
+        ("resume reconstruction", 3, 5, "units done: 3 of 5, up to block 0"),
+        ("resume reconstruction", 3, 5, "units done: 3 of 5, up to block 0; block 1 goes on from iteration 500"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The parts put together are the network."""
+"""The units put together are the network."""
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,13 @@ def params_of(model, unit):
     return {name: model.params[name] for name in (*unit.layers, *unit.tables) if name in model.params}
 
 
-def test_every_linear_layer_and_site_belongs_to_one_part(tiny_config):
-    parts = units(tiny_config)
-    assert [part.name for part in parts] == ["embed image", "embed condition", "block 0", "block 1", "block 2", "head"]
-    layers = [name for part in parts for name in part.layers.values()]
+def test_every_linear_layer_and_site_belongs_to_one_unit(tiny_config):
+    found = units(tiny_config)
+    assert [unit.name for unit in found] == ["embed image", "embed condition", "block 0", "block 1", "block 2", "head"]
+    layers = [name for unit in found for name in unit.layers.values()]
     assert set(layers) == set(tiny_config.linear_shapes)
     assert len(layers) == len(set(layers)) + 2 * 5  # three blocks share the stacked names
-    assert {name for part in parts for name in part.sites.values()} == set(tiny_config.site_features)
+    assert {name for unit in found for name in unit.sites.values()} == set(tiny_config.site_features)
 
 
 @pytest.mark.parametrize("tables", [{}, {"position_table": True, "num_classes": 0, "null_class": False}])
@@ -38,7 +38,7 @@ def test_in_a_row_they_are_the_network(tables):
     np.testing.assert_allclose(run(head, hidden, c), model.apply(x, t, y), rtol=2e-5, atol=2e-5)
 
 
-def test_quantizers_act_at_the_sites_of_a_part(tiny_model, tiny_config):
+def test_quantizers_act_at_the_sites_of_a_unit(tiny_model, tiny_config):
     unit, seen = units(tiny_config)[3], []
     assert unit.name == "block 1"
     inputs = jnp.ones((2, tiny_config.num_tokens, 32), jnp.float32), jnp.ones((2, 32), jnp.float32)

@@ -1,4 +1,4 @@
-"""What a part is given by rounding and by learning, and the model put together from all parts."""
+"""What a unit is given by rounding and by learning, and the model put together from all units."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ptq4dit_jax.reconstruction.units import Unit
 _Quantizer = TypeVar("_Quantizer", ActQuantizer, ActQuantizer | None)
 
 
-class RoundedPart(struct.PyTreeNode):
+class RoundedUnit(struct.PyTreeNode):
     """By layer the quantized ``weights`` (N, K) and the ``biases`` (N,) float32; by site the logarithm (G,) of what the scales
     of its activations are multiplied by. Sites whose scales stay may be absent."""
 
@@ -33,7 +33,7 @@ class RoundedPart(struct.PyTreeNode):
             for layer, weight in self.weights.items()
         }
 
-    def with_layer(self, layer: str, weight: QTensor, bias: jax.Array) -> RoundedPart:
+    def with_layer(self, layer: str, weight: QTensor, bias: jax.Array) -> RoundedUnit:
         weights, biases = self.weights | {layer: weight}, self.biases | {layer: bias}
         return self.replace(weights=weights, biases=biases)
 
@@ -43,19 +43,19 @@ def scaled(act: ActQuantizer, log_scale: jax.Array) -> ActQuantizer:
     return act.replace(scale=act.static_range.scale * jnp.exp(log_scale))
 
 
-def assemble(quantized: QuantizedDiT, parts: Sequence[tuple[Unit, RoundedPart]]) -> QuantizedDiT:
-    """The model with the weights, biases and scales of its parts; zero points are folded into the biases anew."""
+def assemble(quantized: QuantizedDiT, units: Sequence[tuple[Unit, RoundedUnit]]) -> QuantizedDiT:
+    """The model with the weights, biases and scales of its units; zero points are folded into the biases anew."""
     spec = quantized.config.spec
     weights: dict[str, list[QTensor]] = {}
     biases: dict[str, list[Any]] = {}
     scales: dict[str, list[Any]] = {}
-    for unit, part in parts:
+    for unit, rounded in units:
         for layer, name in unit.layers.items():
-            weights.setdefault(name, []).append(part.weights[layer])
-            biases.setdefault(name, []).append(part.biases[layer])
+            weights.setdefault(name, []).append(rounded.weights[layer])
+            biases.setdefault(name, []).append(rounded.biases[layer])
         for site, name in unit.sites.items():
-            if site in part.log_scale:
-                scales.setdefault(name, []).append(part.log_scale[site])
+            if site in rounded.log_scale:
+                scales.setdefault(name, []).append(rounded.log_scale[site])
 
     def learned(site: str, act: _Quantizer) -> _Quantizer | ActQuantizer:
         stacked = bool(spec.sites[site].place.lead)
@@ -69,8 +69,8 @@ def assemble(quantized: QuantizedDiT, parts: Sequence[tuple[Unit, RoundedPart]])
     return quantized.replace(linears=linears, sites=sites)
 
 
-def _joined(parts: Sequence[Any], stacked: bool) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts) if stacked else parts[0]
+def _joined(leaves: Sequence[Any], stacked: bool) -> Any:
+    return jax.tree.map(lambda *each: jnp.stack(each), *leaves) if stacked else leaves[0]
 
 
 @partial(jax.jit, static_argnames="stacked")
