@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float
 
 from ptq4dit_jax import salience
 from ptq4dit_jax.calibration import MICRO_BATCH, CalibrationData, ChannelExtremes
@@ -71,8 +72,8 @@ class _Trials(struct.PyTreeNode):
     which the best counts; None scales each token by itself.
     """
 
-    kernel: jax.Array
-    factors: jax.Array
+    kernel: Float[Array, "*lead K N"]
+    factors: Float[Array, "*lead C K"]
     weights: QTensor
     acts: ActQuantizer | None
     bits: int = struct.field(pytree_node=False)

@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Float32, Int32, Num
+from jaxtyping import Array, Float, Float32, Int32, Integer, Num
 
 from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration_rows import ImageLayout, flat_rows, order_by_steps, whole_numbers
@@ -51,9 +51,9 @@ class CalibrationData(struct.PyTreeNode):
     a flow), or (S, R) where the rows of a step have times of their own, ``y`` (S, R) int32 labels.
     """
 
-    x: Float32[Array | np.ndarray, "S R H W C"]
-    t: Num[Array | np.ndarray, " S"] | Num[Array | np.ndarray, "S of_R"]
-    y: Int32[Array | np.ndarray, "S R"]
+    x: Float32[Array | np.ndarray, "*S R H W C"]
+    t: Num[Array | np.ndarray, "*S"] | Num[Array | np.ndarray, "*S of_R"]
+    y: Int32[Array | np.ndarray, "*S R"]
 
     @property
     def num_steps(self) -> int:
@@ -155,9 +155,9 @@ def spread_labels(count: int, num_classes: int) -> np.ndarray:
 
 
 def stored_rows(
-    x: ArrayLike,
-    t: ArrayLike,
-    y: ArrayLike | None,
+    x: Float[ArrayLike, "*shape"],
+    t: Num[ArrayLike, "*steps"],
+    y: Integer[ArrayLike, "*images"] | None,
     config: DiTConfig,
     schedule: Schedule | None = None,
     *,

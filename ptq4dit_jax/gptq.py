@@ -21,6 +21,7 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float, Float32
 
 from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.quantizers import QTensor, weight_code_range
@@ -38,8 +39,8 @@ _CONSTANT = 1e-12
 class Compensated(struct.PyTreeNode):
     """A float32 sum and what rounding has lost of it (Knuth's two-sum); both of one shape."""
 
-    total: jax.Array
-    lost: jax.Array
+    total: Float32[Array, "*shape"]
+    lost: Float32[Array, "*shape"]
 
     @classmethod
     def zeros(cls, *shape: int) -> Compensated:
@@ -72,7 +73,7 @@ class InputMoments(struct.PyTreeNode, Generic[_Sum]):
     first: _Sum
     drift: _Sum
     count: _Sum
-    shift: jax.Array
+    shift: Float[Array, " K"]
 
     @classmethod
     def start(cls, shift: jax.Array) -> InputMoments[Compensated]:
@@ -128,9 +129,9 @@ class RoundedWeight(struct.PyTreeNode):
     rounding to the nearest. Both errors are counted from that of the target."""
 
     weight: QTensor
-    target: jax.Array
-    bias: jax.Array
-    error: jax.Array
+    target: Float32[Array, "N K"]
+    bias: Float32[Array, " N"]
+    error: Float32[Array, ""]
 
 
 class _Codes(NamedTuple):

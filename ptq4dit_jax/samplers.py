@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import jax
 import numpy as np
 from flax import struct
+from jaxtyping import Float32, Num
 from numpy.typing import DTypeLike
 
 from ptq4dit_jax.edges import quoted
@@ -46,17 +47,17 @@ class StepTables(struct.PyTreeNode, Generic[_Column]):
     ``sigma`` only where it is not. ``guidance`` is the scale of guidance, 1 where there is none.
     """
 
-    t: _Column
-    x0_from_x: _Column
-    x0_from_eps: _Column
-    from_x: _Column
-    from_x0: _Column
-    from_x0_prev: _Column
-    sigma: _Column
-    log_var_min: _Column
-    log_var_max: _Column
-    not_last: _Column
-    guidance: _Column
+    t: Num[_Column, "*S"]
+    x0_from_x: Float32[_Column, "*S"]
+    x0_from_eps: Float32[_Column, "*S"]
+    from_x: Float32[_Column, "*S"]
+    from_x0: Float32[_Column, "*S"]
+    from_x0_prev: Float32[_Column, "*S"]
+    sigma: Float32[_Column, "*S"]
+    log_var_min: Float32[_Column, "*S"]
+    log_var_max: Float32[_Column, "*S"]
+    not_last: Float32[_Column, "*S"]
+    guidance: Float32[_Column, "*S"]
 
     @property
     def num_steps(self) -> int:

@@ -99,7 +99,7 @@ class Backend(Generic[LeafT]):
             return f"the kernels compute in {' or '.join(self.dtypes)} between the products and the model in {dtype}"
         return ""
 
-    def unpack_ahead(self, weights: Mapping[str, QTensor], after: Shaped[Array, ...]) -> dict[str, QTensor]:
+    def unpack_ahead(self, weights: Mapping[str, QTensor], after: Shaped[Array, "*shape"]) -> dict[str, QTensor]:
         """Weights (N, K) of a block in the form that its products need, by name; their values stay the same.
 
         A backend may unpack all packed ones to int8 at once, but not before ``after`` (any array) has been computed.

@@ -56,7 +56,7 @@ class QuantizedDiT(ModelFace, struct.PyTreeNode):
     group_edges: Num[Array, " edges"]
     config: DiTConfig = struct.field(pytree_node=False)
     position_embed: Float[Array, "T D"] | None = None
-    gains: dict[str, Float[Array, "*lead features"]] = struct.field(default_factory=dict)
+    gains: dict[str, Float[Array, "... _features"]] = struct.field(default_factory=dict)
     schedule: Schedule = struct.field(pytree_node=False, default=NoiseSchedule())
     dtype: np.dtype[Any] = struct.field(pytree_node=False, default=np.dtype(np.float32))
     backend: str = struct.field(pytree_node=False, default="auto")

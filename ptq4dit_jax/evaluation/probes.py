@@ -24,7 +24,7 @@ from ptq4dit_jax.waiting import ready
 class _Capture(struct.PyTreeNode):
     """Observer that keeps what it sees."""
 
-    value: Float[Array, ...]
+    value: Float[Array, "*shape"]
 
     def observe(self, x: jax.Array) -> _Capture:
         return _Capture(x)
@@ -33,7 +33,7 @@ class _Capture(struct.PyTreeNode):
 class _Against(struct.PyTreeNode):
     """Observer that reduces the deviation from a captured reference, so that one model's activations are held, not both."""
 
-    reference: Float[Array, ...]
+    reference: Float[Array, "*shape"]
 
     def observe(self, x: jax.Array) -> metrics.Powers:
         return metrics.powers(self.reference, x)

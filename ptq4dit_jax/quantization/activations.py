@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
+from jaxtyping import Array, Num
 
 from ptq4dit_jax.calibration import CalibrationData, histograms
 from ptq4dit_jax.config import QuantConfig
@@ -20,7 +21,7 @@ class Ranged(struct.PyTreeNode):
     """Quantizers ``acts`` by site, leaves ([L,] G), and the noise levels ``edges`` (G - 1,) that part the groups of steps."""
 
     acts: dict[str, ActQuantizer]
-    edges: jax.Array
+    edges: Num[Array, " edges"]
 
 
 def choose_ranges(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from ptq4dit_jax import balance_search, salience
 from ptq4dit_jax.calibration import CalibrationData, ChannelExtremes, channel_extremes
@@ -34,12 +35,12 @@ class Balanced(struct.PyTreeNode):
     """
 
     folded: FloatDiT
-    factors: dict[str, jax.Array]
-    residual: dict[str, jax.Array]
-    activation_salience: dict[str, jax.Array] = struct.field(default_factory=dict)
-    weight_salience: dict[str, jax.Array] = struct.field(default_factory=dict)
-    eta: dict[str, jax.Array] = struct.field(default_factory=dict)
-    rho: dict[str, jax.Array] = struct.field(default_factory=dict)
+    factors: dict[str, Float[Array, "... _K"]]
+    residual: dict[str, Float[Array, "... _K"]]
+    activation_salience: dict[str, Float[Array, "... _K"]] = struct.field(default_factory=dict)
+    weight_salience: dict[str, Float[Array, "... _K"]] = struct.field(default_factory=dict)
+    eta: dict[str, Float[Array, "*_shape"]] = struct.field(default_factory=dict)
+    rho: dict[str, Float[Array, "*_shape"]] = struct.field(default_factory=dict)
     chosen: dict[str, balance_search.Chosen] = struct.field(pytree_node=False, default_factory=dict)
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float, Float32, Int32
 
 from ptq4dit_jax.numerics import EXACT, along_last
 from ptq4dit_jax.quantizers import ActQuantizer, act_code_range, reciprocal
@@ -59,9 +60,9 @@ fake_quant.defvjp(_forward, _backward)
 class LearnedQuantizer(struct.PyTreeNode):
     """A site's quantizer during training: ``scale`` and ``zero_point`` are (B,), one for each row's group of steps."""
 
-    scale: jax.Array
-    zero_point: jax.Array
-    balance: jax.Array | None
+    scale: Float32[Array, " B"]
+    zero_point: Int32[Array, " B"]
+    balance: Float[Array, " K"] | None
     bits: int = struct.field(pytree_node=False)
 
     def __call__(self, x: jax.Array) -> jax.Array:

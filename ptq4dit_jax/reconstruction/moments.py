@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
+from jaxtyping import Float32, Int32
 
 from ptq4dit_jax import sharding
 from ptq4dit_jax.gptq import Compensated, InputMoments
@@ -37,8 +38,8 @@ class _Seen(struct.PyTreeNode):
 
     inputs: tuple[HeldRows, ...]
     float_inputs: tuple[HeldRows, ...]
-    group: HeldRows
-    share: HeldRows
+    group: Int32[HeldRows, "*rows"]
+    share: Float32[HeldRows, "*rows"]
 
 
 class UnitInputs:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from ptq4dit_jax import sharding
 from ptq4dit_jax.config import Reconstruction
@@ -37,7 +38,7 @@ class Task(struct.PyTreeNode):
     and other parameters. ``acts`` are (G,) tables, by site; sites fed by floats are absent."""
 
     kernels: dict[str, RoundedKernel]
-    biases: dict[str, Any]
+    biases: dict[str, Float[Array, "... _N"]]
     acts: dict[str, ActQuantizer]
     constants: dict[str, Any]
 
@@ -46,8 +47,8 @@ class Variables(struct.PyTreeNode):
     """What is learned: rounding variables (K, N) by layer, and the logarithm (G,) of what each site's scales are multiplied
     by."""
 
-    rounding: dict[str, Any]
-    log_scale: dict[str, Any]
+    rounding: dict[str, Float32[Array, "... _K _N"]]
+    log_scale: dict[str, Float32[Array, "... _G"]]
 
 
 class Rows(struct.PyTreeNode, Generic[_Leaf]):
@@ -57,10 +58,10 @@ class Rows(struct.PyTreeNode, Generic[_Leaf]):
     int32 is the group of steps and ``weight`` float32 the weight of a row in the loss, of mean 1.
     """
 
-    inputs: tuple[_Leaf, ...]
-    target: _Leaf
-    group: _Leaf
-    weight: _Leaf
+    inputs: tuple[Shaped[_Leaf, "*_shape"], ...]
+    target: Float[_Leaf, "*_shape"]
+    group: Int32[_Leaf, "*rows"]
+    weight: Float32[_Leaf, "*rows"]
 
 
 class TrainState(struct.PyTreeNode):
@@ -69,8 +70,8 @@ class TrainState(struct.PyTreeNode):
 
     variables: Variables
     optimizer: tuple[AdamState, AdamState]
-    iteration: jax.Array
-    errors: jax.Array
+    iteration: Int32[Array, ""]
+    errors: Float32[Array, " iterations"]
 
 
 def optimizers(settings: Reconstruction) -> tuple[Adam, Adam]:

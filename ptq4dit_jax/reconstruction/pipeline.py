@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Float32
 
 from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration import CalibrationData
@@ -40,9 +41,9 @@ class UnitResult(struct.PyTreeNode):
     of each iteration relative to the former."""
 
     part: RoundedUnit  # so named in journals
-    before: jax.Array
-    after: jax.Array
-    errors: jax.Array
+    before: Float32[Array, ""]
+    after: Float32[Array, ""]
+    errors: Float32[Array, " iterations"]
 
 
 class _Work(struct.PyTreeNode):
@@ -50,8 +51,8 @@ class _Work(struct.PyTreeNode):
     does no better, ``upper`` where a code is the higher of its two; and the ``state``."""
 
     kernels: dict[str, RoundedKernel]
-    biases: dict[str, Any]
-    upper: dict[str, Any]
+    biases: dict[str, Float[Array, " _N"]]
+    upper: dict[str, Bool[Array, "_K _N"]]
     state: TrainState
 
 

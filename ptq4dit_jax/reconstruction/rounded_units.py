@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float, Float32
 
 from ptq4dit_jax.engine import QLinear, QuantizedDiT
 from ptq4dit_jax.quantizers import ActQuantizer, QTensor
+from ptq4dit_jax.reconstruction.fake_quant import scaled
 from ptq4dit_jax.reconstruction.units import Unit
 
 #: A quantizer, or that of a layer, which may have none.
@@ -23,8 +25,8 @@ class RoundedUnit(struct.PyTreeNode):
     of its activations are multiplied by. Sites whose scales stay may be absent."""
 
     weights: dict[str, QTensor]
-    biases: dict[str, jax.Array]
-    log_scale: dict[str, jax.Array]
+    biases: dict[str, Float[Array, " _N"]]
+    log_scale: dict[str, Float32[Array, " _G"]]
 
     def params(self) -> dict[str, dict[str, jax.Array]]:
         """Kernels (K, N) and biases (N,) of the layers."""
@@ -36,11 +38,6 @@ class RoundedUnit(struct.PyTreeNode):
     def with_layer(self, layer: str, weight: QTensor, bias: jax.Array) -> RoundedUnit:
         weights, biases = self.weights | {layer: weight}, self.biases | {layer: bias}
         return self.replace(weights=weights, biases=biases)
-
-
-def scaled(act: ActQuantizer, log_scale: jax.Array) -> ActQuantizer:
-    """With its scales multiplied by the exponential of ``log_scale``."""
-    return act.replace(scale=act.static_range.scale * jnp.exp(log_scale))
 
 
 def assemble(quantized: QuantizedDiT, units: Sequence[tuple[Unit, RoundedUnit]]) -> QuantizedDiT:

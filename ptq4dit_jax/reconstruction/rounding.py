@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float32, Int8
 
 from ptq4dit_jax.quantizers import QTensor, weight_code_range
 
@@ -26,10 +27,10 @@ class RoundedKernel(struct.PyTreeNode):
     are the least and greatest centered code of each channel.
     """
 
-    base: jax.Array
-    scale: jax.Array
-    low: jax.Array
-    high: jax.Array
+    base: Int8[Array, "*lead K N"]
+    scale: Float32[Array, "*lead N"]
+    low: Int8[Array, "*lead N"]
+    high: Int8[Array, "*lead N"]
     bits: int = struct.field(pytree_node=False)
 
     @classmethod

@@ -21,8 +21,9 @@ from ptq4dit_jax.model import FloatDiT, step_group
 from ptq4dit_jax.networks.spec import Role, flatten_sites
 from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.reconstruction import optimize
+from ptq4dit_jax.reconstruction.fake_quant import scaled
 from ptq4dit_jax.reconstruction.optimize import Rows
-from ptq4dit_jax.reconstruction.rounded_units import RoundedUnit, scaled
+from ptq4dit_jax.reconstruction.rounded_units import RoundedUnit
 from ptq4dit_jax.reconstruction.units import Unit
 from ptq4dit_jax.waiting import ready
 
