@@ -17,16 +17,32 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
+import annotation_checks
 import helpers
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh
 
+import ptq4dit_jax
 from ptq4dit_jax import sharding
+from ptq4dit_jax.engine import backends, choice
+from ptq4dit_jax.engine.ops import IntegerOps
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig
+from ptq4dit_jax.networks.float_network import FloatOps
+from ptq4dit_jax.networks.ops import Ops
+
+for _kind in annotation_checks.pytrees("ptq4dit_jax"):
+    annotation_checks.watch_fields(_kind)
+for _backend in choice.BACKENDS:
+    annotation_checks.watch_methods(type(_backend), backends.Backend)
+for _interpreter in (FloatOps, IntegerOps):
+    annotation_checks.watch_methods(_interpreter, Ops)
+for _model in (ptq4dit_jax.FloatDiT, ptq4dit_jax.QuantizedDiT):
+    annotation_checks.watch_methods(_model, _model)
+annotation_checks.watch_functions(ptq4dit_jax)
 
 #: Seconds that files took (``record_durations.py``). One that came last would leave the other worker without work.
 DURATIONS: dict[str, int] = json.loads(Path(__file__).with_name("durations.json").read_text(encoding="utf-8"))

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from ptq4dit_jax.engine.dispatch import Dispatch
 from ptq4dit_jax.engine.layers import Fed, QLinear, attention, in_unit_steps
-from ptq4dit_jax.engine.stacks import Leaf, lazy_layer, materialize
+from ptq4dit_jax.engine.stacks import Leaf, OfLayer, lazy_layer, materialize
 from ptq4dit_jax.networks.ops import Activation, Network, Norm, Rotary
 from ptq4dit_jax.networks.parts import head_norm, modulate, normalize, rotate
 from ptq4dit_jax.networks.spec import Columns, Place, Stack
@@ -28,8 +29,8 @@ class Layers(struct.PyTreeNode):
 
     linears: dict[str, QLinear]
     sites: dict[str, ActQuantizer] | None
-    modulation: dict[str, Sequence[Leaf]]
-    gains: dict[str, Leaf] = struct.field(default_factory=dict)
+    modulation: dict[str, Sequence[Float[Array, "... _B _N"] | OfLayer]]
+    gains: dict[str, Float[Array, "... _features"] | OfLayer] = struct.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

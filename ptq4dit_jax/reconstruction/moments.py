@@ -1,4 +1,4 @@
-"""Second moments of what the layers of a unit are fed, summed over all rows of a walk."""
+"""Second moments of the inputs of a unit's layers, summed over all rows of a walk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, Shaped
 
 from ptq4dit_jax import sharding
 from ptq4dit_jax.gptq import Compensated, InputMoments
@@ -25,7 +25,7 @@ _Sums: TypeAlias = InputMoments[Compensated]
 
 
 class _Networks(struct.PyTreeNode):
-    """A unit twice: as it is ``rounded`` with its ``acts`` (G,) by site, and the float one with what folding left there."""
+    """A unit twice: ``rounded``, with its ``acts`` (G,) by site, and in floats, with what folding left at its sites."""
 
     rounded: RoundedUnit
     acts: dict[str, Any]
@@ -34,19 +34,19 @@ class _Networks(struct.PyTreeNode):
 
 
 class _Seen(struct.PyTreeNode):
-    """Rows (M, B, ...): what both forms of a unit are fed, the group of steps, and what each row counts."""
+    """Rows (M, B, ...): the inputs of both forms of a unit, the group of steps, and how much each row counts."""
 
-    inputs: tuple[HeldRows, ...]
-    float_inputs: tuple[HeldRows, ...]
+    inputs: tuple[Shaped[HeldRows, "*_shape"], ...]
+    float_inputs: tuple[Shaped[HeldRows, "*_shape"], ...]
     group: Int32[HeldRows, "*rows"]
     share: Float32[HeldRows, "*rows"]
 
 
 class UnitInputs:
-    """The rows that a unit is fed, cut into the walk's chunks once for all its layers.
+    """A unit's input rows, cut into the walk's chunks once for all its layers.
 
-    What sums one is a program of one device, and sums are added up in order. So on CPUs every number of devices that divides
-    the chunks gives the same moments.
+    A program of one device sums each chunk, and the sums are added up in order. So on CPUs, every number of devices that
+    divides the number of chunks gives the same moments.
     """
 
     def __init__(self, walk: Walk, unit: Unit) -> None:
@@ -60,7 +60,7 @@ class UnitInputs:
         self._fixed = {device: jax.device_put(fixed, device) for device in self._devices}
 
     def moments(self, layer: str, rounded: RoundedUnit) -> InputMoments[jax.Array]:
-        """The moments of a layer's input over all rows, with the unit's layers rounded so; on the first device, as arrays."""
+        """Returns the moments of a layer's input over all rows, with the unit as ``rounded``: arrays on the first device."""
         unit, (home, *_) = self._unit, self._devices
         _, params, _ = self._fixed[home]
         networks = {device: _Networks(jax.device_put(rounded, device), *fixed) for device, fixed in self._fixed.items()}
@@ -68,7 +68,7 @@ class UnitInputs:
         program = partial(_observe, config=self._walk.config, kind=unit.kind, site=site)
 
         def through(device: jax.Device | None, lane: _Seen, moments: _Sums, until: int) -> _Sums:
-            """Over the first batches of a lane: at once, or batch by batch where they are on the host."""
+            """Adds the first ``until`` batches of a lane: at once, or one by one where they are on the host."""
             if not self._walk.plan.on_host:
                 return program(networks[device], moments, lane, until)
             for m in range(until):
@@ -86,12 +86,12 @@ class UnitInputs:
 
 
 def _lane(item: int, devices: int, each: int) -> int:
-    """Which part of the rows an item is, so that :func:`ptq4dit_jax.sharding.deal_out` deals it to the device that holds it."""
+    """Returns the lane of an item, so that :func:`ptq4dit_jax.sharding.deal_out` deals it to the device that holds it."""
     return item % devices * each + item // devices
 
 
 def _lanes(rows: _Seen, chunks: int, mesh: Mesh | None) -> list[_Seen]:
-    """Rows (M, B, ...) in ``chunks`` of their strata, each an array on the one device that holds it."""
+    """Cuts rows (M, B, ...) into ``chunks`` of their strata, each an array on the one device that holds it."""
     leaves, structure = jax.tree.flatten(rows)
 
     def cut(leaf: HeldRows) -> list[HeldRows]:
@@ -114,7 +114,7 @@ def _split(array: HeldRows, chunks: int) -> list[HeldRows]:
 def _observe(
     networks: _Networks, moments: _Sums, rows: _Seen, until: jax.Array, *, config: Network, kind: UnitKind, site: str
 ) -> _Sums:
-    """``moments`` with the batches of rows (M, b, ...) before ``until``: a program of one device."""
+    """Adds the batches of rows (M, b, ...) before ``until`` to ``moments``: a program of one device."""
 
     def fed(params: dict[str, Any], quantizers: dict[str, Any], inputs: tuple[Any, ...]) -> jax.Array:
         wide = lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

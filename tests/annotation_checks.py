@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import struct
 from jaxtyping import AbstractArray, jaxtyped
 
@@ -34,14 +33,14 @@ class Disagreement(AssertionError):
 
 @functools.cache
 def _hints(annotated: Any) -> dict[str, Any]:
-    return typing.get_type_hints(annotated, localns={"optax": optax})  # which is imported where it is first needed
+    return typing.get_type_hints(annotated)
 
 
 @functools.cache
-def _fields(kind: type) -> dict[str, Any]:
+def _fields(kind: Any) -> dict[str, Any]:
     """Annotations of the fields that hold arrays."""
     hints = _hints(kind)
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]  # a subclass of PyTreeNode is a dataclass
+    fields = dataclasses.fields(kind)
     return {field.name: hints[field.name] for field in fields if field.metadata.get("pytree_node", True)}
 
 
@@ -78,14 +77,14 @@ def _agree(values: Iterable[tuple[str, Any, Any]], where: str) -> None:
 
 
 def check_fields(node: struct.PyTreeNode) -> None:
-    """Holds a pytree's fields against their annotations, unless its leaves are no arrays, but shapes, axes or places of them, or
-    each is an answer about one."""
+    """Holds a pytree's fields against their annotations, unless its leaves are shapes, axes or places of arrays, or answers
+    about them."""
     leaves = jax.tree.leaves(node, is_leaf=lambda leaf: isinstance(leaf, OfLayer))
     if not all(isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves):
         return
     if leaves and all(leaf.dtype == bool for leaf in leaves):
         return
-    kind = type(node)
+    kind: Any = type(node)
     SEEN.add(f"{kind.__module__}.{kind.__qualname__}")
     _agree(((name, getattr(node, name), hint) for name, hint in _fields(kind).items()), kind.__qualname__)
 
@@ -94,6 +93,7 @@ def checked(function: Callable[..., Any], annotated: Callable[..., Any] | None =
     """The function, whose arguments and result are held against its annotations, or those of another, once it has returned."""
     annotated = annotated or function
     signature = inspect.signature(annotated)
+    gathered = {name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD}
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -101,18 +101,37 @@ def checked(function: Callable[..., Any], annotated: Callable[..., Any] | None =
         SEEN.add(f"{annotated.__module__}.{annotated.__qualname__}")
         hints = _hints(annotated)
         given = signature.bind(*args, **kwargs).arguments
-        var = {name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD}
-        values = [(name, value, hints[name]) for name, value in given.items() if name in hints and name not in var]
+        values = [(name, value, hints[name]) for name, value in given.items() if name in hints and name not in gathered]
         _agree([*values, ("what it returns", result, hints["return"])], annotated.__qualname__)
         return result
 
     return run
 
 
+def watch_methods(kind: type, annotated: type) -> None:
+    """Holds the methods of a class against the annotations of another class's from now on, where both have one."""
+    for name, method in vars(annotated).items():
+        own = vars(kind).get(name)
+        if name.startswith("_") or not inspect.isfunction(method) or own is None:
+            continue
+        call = own.__func__ if isinstance(own, staticmethod) else own
+        # A static one is given all but the instance.
+        whole = (lambda _, *args, call=call, **kwargs: call(*args, **kwargs)) if isinstance(own, staticmethod) else call
+        setattr(kind, name, functools.wraps(call)(checked(whole, method)))
+
+
+def watch_functions(module: types.ModuleType) -> None:
+    """Holds the functions that a module exports against their annotations from now on, where they are called as its own."""
+    for name in module.__all__:
+        if inspect.isfunction(function := getattr(module, name)):
+            setattr(module, name, checked(function))
+
+
 def pytrees(package: str) -> list[type]:
     """The kinds of pytrees that modules of a package have defined."""
 
     def below(kind: type) -> Iterable[type]:
+        sub: type
         for sub in kind.__subclasses__():
             yield sub
             yield from below(sub)
@@ -124,7 +143,7 @@ def pytrees(package: str) -> list[type]:
 def watch_fields(kind: type) -> None:
     """Holds every pytree of this kind against its annotations from now on, but for those that JAX puts together of any leaves:
     of what a function of trees makes of each, say."""
-    make = kind.__init__
+    make = kind.__init__  # type: ignore[misc]  # of this very class, not of one below it
 
     @functools.wraps(make)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
