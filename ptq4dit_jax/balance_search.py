@@ -1,10 +1,9 @@
-"""Balancing by measurement: of several candidates, the one with which a layer's quantized output has the smallest error on some
-rows.
+"""Balancing by measurement: picks the candidate with which a layer's quantized output has the smallest error on some rows.
 
-A candidate is ``b_j = s(W)_j^(1 - migration) / s(X)_j^migration`` of one kind of salience (SmoothQuant's); ``none`` and the two
-of the paper are among them. So on the rows that chose, no layer errs more than by these. All but ``none`` undo what makes a
-channel larger and its weights smaller, so a model with such channels loses nothing against the same one without. An error
-counts relative to the output's power at the same step: the cleanest steps, where it is largest, count most.
+A candidate is ``b_j = s(W)_j^(1 - migration) / s(X)_j^migration`` of one kind of salience (SmoothQuant's); ``none`` and the
+paper's two are among them. So on the rows measured, no layer has a larger error than with these. All but ``none`` undo what
+makes a channel larger and its weights smaller, so a model with such channels loses nothing against the same one without. Errors
+are relative to the output's power at the same step, so the cleanest steps, where they are largest, count most.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ from ptq4dit_jax.quantizers import ActQuantizer, QTensor, affine_parameters
 from ptq4dit_jax.ranges import RangeSearch, quantize_weight
 from ptq4dit_jax.waiting import ready
 
-#: How much of the difference between activations a candidate moves into the weights, by its kind of salience over all steps:
-#: largest values (CSB is 0.5 of them) or root mean squares.
+#: The share of the difference between activations that a candidate moves into the weights, by its kind of salience over all
+#: steps: largest values (CSB is 0.5 of those) or root mean squares.
 MIGRATIONS = {"largest": (0.25,), "rms": (0.0, 0.25, 0.5, 0.75)}
-#: Tokens of each step that candidates are measured on, at least: of two rows or more, but no more than a micro-batch has.
+#: The fewest tokens per step that candidates are measured on: those of two rows or more, but at most a micro-batch.
 _TOKENS = 512
-#: What static ranges are tried as shares of the extremes.
+#: Shares of the extremes that are tried as static ranges.
 _SHARES = (1.0, 0.8, 0.6, 0.4)
 
 
 class Chosen(NamedTuple):
-    """For a site: ``factors`` (L, K); the candidate that each block took, and its error relative to no balancing and to the
-    paper's balancing (L,)."""
+    """For a site: ``factors`` (L, K), the candidate that each block took, and its error (L,) relative to no balancing and to
+    the paper's."""
 
     factors: jax.Array
     names: tuple[str, ...]
@@ -48,12 +47,12 @@ class Chosen(NamedTuple):
     to_paper: np.ndarray
 
     def to_dict(self) -> dict[str, Any]:
-        """What a report needs."""
+        """Returns what a report needs."""
         return {"chosen": list(self.names), "to_none": self.to_none.tolist(), "to_paper": self.to_paper.tolist()}
 
 
 def candidates(extremes: ChannelExtremes, kernel: jax.Array, temperature: float) -> dict[str, jax.Array]:
-    """Factors (L, K) by name, for extremes (S, L, K) at every step and a kernel (L, K, N)."""
+    """Returns factors (L, K) by name, for extremes (S, L, K) at every step and a kernel (L, K, N)."""
     s_w, s_x = salience.weight_salience(kernel), extremes.salience
     rms = jnp.sqrt(extremes.power.mean(0)), jnp.sqrt(jnp.square(kernel).mean(-1))
     kinds = {"largest": (s_x.max(0), s_w), "rms": rms}
@@ -66,9 +65,9 @@ def candidates(extremes: ChannelExtremes, kernel: jax.Array, temperature: float)
 
 
 class _Trials(struct.PyTreeNode):
-    """Observer of a float layer's input: the error of its output by each of C candidates.
+    """Observer of a float layer's input that measures the error of its output with each of C candidates.
 
-    ``kernel`` (K, N) is the float one, ``factors`` (C, K), ``weights`` (C, N, K), and ``acts`` are (C, P) static quantizers, of
+    ``kernel`` (K, N) is the float one, ``factors`` are (C, K), ``weights`` (C, N, K), and ``acts`` (C, P) static quantizers, of
     which the best counts; None scales each token by itself.
     """
 
@@ -109,7 +108,7 @@ def search(
     range_search: RangeSearch,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Chosen]:
-    """The best candidate for each block site and each block, measured on some rows of every step.
+    """Finds the best candidate for each block site and each block, measured on some rows of every step.
 
     Args:
       model: the float model before balancing, on one device.
@@ -117,13 +116,13 @@ def search(
       calibration: S steps of R rows.
       groups: (S,) the group of each step, by which static ranges are chosen.
       kernels: for each site to balance, such as ``blocks.fc1_in``, the kernels (L, K, N) of its layer as they will be quantized
-        but for balancing. What equalizes v is in those of ``blocks.qkv_in``, or its largest channels would decide for all.
-      weight_bits: for each of these sites the width of its layer.
+        apart from balancing. Those of ``blocks.qkv_in`` have v equalized, so that its largest channels do not decide for all.
+      weight_bits: the width of each of these sites' layers.
       dynamic: sites that are scaled per token.
       act_bits: width of the activations.
       temperature: of SSC's softmax.
-      range_search: how ranges of weights are chosen.
-      progress: called with the sites done and all sites.
+      range_search: how weight ranges are chosen.
+      progress: called with (sites done, sites in all).
     """
     found, report = {}, progress or (lambda done, total: None)
     wanted = max(2, min(MICRO_BATCH, -(-_TOKENS // model.config.num_tokens)))
@@ -166,7 +165,7 @@ def _trials(
     dynamic: bool,
     search: RangeSearch,
 ) -> _Trials:
-    """Leaves (L, C, ...), and those of static quantizers (S, L, C, P)."""
+    """Returns trials with leaves (L, C, ...); those of static quantizers are (S, L, C, P)."""
     factors = jnp.moveaxis(factors, 1, 0)
     power = extremes.power.mean(0)
 
@@ -193,7 +192,7 @@ def _trials(
 
 @partial(jax.jit, static_argnames="site")
 def _errors(model: FloatDiT, rows: CalibrationData, trials: _Trials, *, site: str) -> jax.Array:
-    """The mean over steps of each candidate's error relative to the output's power, (C, L)."""
+    """Returns the mean over steps of each candidate's error relative to the output's power, (C, L)."""
 
     def step(batch: tuple[CalibrationData, Any]) -> jax.Array:
         rows, acts = batch

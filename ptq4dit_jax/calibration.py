@@ -1,8 +1,8 @@
-"""Calibration: which rows the float model is watched on, and what is remembered of them.
+"""Calibration: the rows on which the float model is observed, and the statistics kept of them.
 
-Statistics are gathered by one ``lax.scan`` over the steps for each micro-batch of rows. Nothing of size (tokens, channels)
-leaves the scan: only per-channel extremes and histograms. Micro-batches are programs of one device, whichever that is, and what
-they found is put together in their order, so the devices change no number.
+Statistics are gathered by one ``lax.scan`` over the steps per micro-batch of rows. Nothing of size (tokens, channels) leaves
+the scan, only per-channel extremes and histograms. Each micro-batch is a program of one device, whichever that is, and results
+are merged in order, so the devices do not affect them.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _Shared = TypeVar("_Shared")
 _Seen = TypeVar("_Seen")
 
 HISTOGRAM_BINS = 2048
-#: Rows that the network is shown at once while calibrating. Eight devices share the default of 64.
+#: Rows that the network sees at once during calibration. Eight devices share the default of 64.
 MICRO_BATCH = 8
 #: Copies of a histogram that a GPU counts in. Few of its threads then wait for one another: an H200 is 7 to 16 times as fast.
 _COPIES = 256
-#: A mean square beyond which channels count alike, those of values beyond 1e16: sums over steps of it must not leave float32.
+#: A mean square beyond which channels count alike (values beyond 1e16), so that sums over steps stay within float32.
 MOST_POWER = 2.0**107
 
 
 class CalibrationData(struct.PyTreeNode):
-    """Rows that the network is watched on, step by step, noisiest step first.
+    """Rows on which the network is observed, step by step, noisiest step first.
 
-    ``x`` (S, R, H, W, C) float32 noised images, ``t`` (S,) what the network sees as time (int32 timesteps, or float32 times of
-    a flow), or (S, R) where the rows of a step have times of their own, ``y`` (S, R) int32 labels.
+    ``x`` (S, R, H, W, C) float32 are noised images. ``t`` (S,) is what the network sees as time (int32 timesteps, or float32
+    times of a flow), or (S, R) where the rows of a step have times of their own. ``y`` (S, R) int32 are labels.
     """
 
     x: Float32[Array | np.ndarray, "*S R H W C"]
@@ -64,8 +64,8 @@ class CalibrationData(struct.PyTreeNode):
         return self.x.shape[1]
 
     def spread(self, steps: int, rows: int) -> CalibrationData:
-        """So many steps from all over the chain, or all if it has fewer, and of each so many rows from all over them; on the
-        host, each row with a time of its own or one for the step (S, 1)."""
+        """Picks ``steps`` steps from all over the chain, or all if there are fewer, and ``rows`` rows from all over each. The
+        result is on the host; each row has a time of its own, or each step has one (S, 1)."""
         places = lambda count, wanted: (np.arange(min(count, wanted)) * 2 + 1) * count // (2 * min(count, wanted))
         at, of = places(self.num_steps, steps), places(self.num_rows, rows)
         t = np.asarray(self.t)[at]
@@ -74,17 +74,17 @@ class CalibrationData(struct.PyTreeNode):
         )
 
     def rows(self, chosen: slice) -> CalibrationData:
-        """The ``chosen`` rows of every step, on the host."""
+        """Returns the ``chosen`` rows of every step, on the host."""
         cut = lambda a: np.asarray(a)[:, chosen]
         return CalibrationData(x=cut(self.x), t=np.asarray(self.t) if np.ndim(self.t) == 1 else cut(self.t), y=cut(self.y))
 
 
 def micro_batches(num_rows: int) -> list[slice]:
-    """The rows of each micro-batch: equally many, :data:`MICRO_BATCH` at most, where half as many or more divide ``num_rows``,
-    and otherwise a rest in the last.
+    """Returns the rows of each micro-batch: equally many, if a number from half of :data:`MICRO_BATCH` up to all of it divides
+    ``num_rows``; otherwise :data:`MICRO_BATCH` each, with a rest in the last.
 
-    Statistics are gathered per micro-batch. The number of rows alone determines them, so no sum depends on the devices or on
-    ``row_batch``.
+    Statistics are gathered per micro-batch. The number of rows alone determines the micro-batches, so no sum depends on the
+    devices or on ``row_batch``.
     """
     rows = next((r for r in range(MICRO_BATCH, MICRO_BATCH // 2 - 1, -1) if num_rows % r == 0), MICRO_BATCH)
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
@@ -99,23 +99,23 @@ def sample_trajectories(
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> CalibrationData:
-    """Calibration rows from the float model's own sampling, with the sampler and guidance that will be used.
+    """Samples calibration rows from the float model, with the sampler and guidance that will be used.
 
-    Keeps the network's inputs at evenly spaced steps of the chain. Labels spread evenly over all classes. With guidance half of
-    the rows are conditional and the other half their twins with the null class, also at steps outside its interval; without it
-    all are conditional. The network sees :data:`MICRO_BATCH` rows at once, and the devices of ``mesh`` share such batches, so
-    that they do not change the rows.
+    Keeps the network's inputs at evenly spaced steps of the chain. Labels spread evenly over all classes. With guidance, half
+    of the rows are conditional and the other half are their twins with the null class, even at steps outside its interval.
+    Without guidance, all are conditional. The network sees :data:`MICRO_BATCH` rows at once, and the devices of ``mesh`` share
+    such batches, so the devices do not affect the rows.
 
     Args:
       model: the float model.
       calibration: how many rows at how many steps, and how they are sampled.
-      key: of the noise.
+      key: key of the noise.
       row_batch: as in :func:`channel_extremes`.
-      mesh: whose devices share the work.
+      mesh: its devices share the work.
       progress: called with (rows done, rows in all).
 
     Raises:
-      Ptq4ditError: numbers of steps or rows that cannot be, or rows that hold NaN or infinity.
+      Ptq4ditError: impossible numbers of steps or rows, or rows that hold NaN or infinity.
     """
     resolved = calibration.sampling.resolve(model.schedule, model.config)
     chain = resolved.tables().t
@@ -146,7 +146,7 @@ def sample_trajectories(
 
 
 def spread_labels(count: int, num_classes: int) -> np.ndarray:
-    """``count`` labels spread evenly over all classes, (count,) int32; zeros where there are no classes."""
+    """Returns ``count`` labels spread evenly over all classes, (count,) int32; zeros where there are no classes."""
     if not num_classes:
         return np.zeros(count, np.int32)
     if count >= num_classes:
@@ -163,15 +163,15 @@ def stored_rows(
     *,
     layout: ImageLayout = "auto",
 ) -> CalibrationData:
-    """Calibration rows given by the user: ``x`` (M, H, W, C), ``t`` (M,), ``y`` (M,) labels, None where there are no classes.
+    """Takes calibration rows from the user: ``x`` (M, H, W, C), ``t`` (M,), ``y`` (M,) labels, None where there are no classes.
 
-    They may also lie step by step, ``x`` (S, N, H, W, C), ``t`` (S, N) or (S,), ``y`` (S, N) or (N,), and channels may come
-    first, (C, H, W): PTQ4DiT's authors store (S, N, C, H, W). ``layout`` (``NHWC`` or ``NCHW``) says which it is where C is H.
+    They may also lie step by step, ``x`` (S, N, H, W, C), ``t`` (S, N) or (S,), ``y`` (S, N) or (N,). Channels may come first,
+    (C, H, W): PTQ4DiT's authors store (S, N, C, H, W). ``layout`` (``NHWC`` or ``NCHW``) says which it is where C equals H.
 
     ``t`` is what the network sees: timesteps of the model's ``schedule`` (the published 1000 by default), whole numbers, or
-    times of its flow, 0 to 1. Rows of one timestep make a step if all have equally many. Otherwise neighbours in time make up
-    to 25 steps of equally many rows, in which each row keeps its own timestep (``t`` (S, R)); what does not divide, fewer than
-    25 rows, is left out.
+    times of its flow, 0 to 1. Rows of one timestep make a step if all timesteps have equally many. Otherwise, neighbours in
+    time make up to 25 steps of equally many rows, in which each row keeps its own timestep (``t`` (S, R)). The remainder, fewer
+    than 25 rows, is left out.
 
     Raises:
       Ptq4ditError: shapes that do not fit the model or each other, or fit in two ways; times, labels or values out of range.
@@ -188,9 +188,9 @@ def stored_rows(
 
 
 class ChannelExtremes(struct.PyTreeNode):
-    """Observer of the least and greatest value and the mean square per channel; each is (*features), or (R, *features).
+    """Observer of the least and greatest values and the mean square per channel; each is (*features), or (R, *features).
 
-    ``power`` is that of the last batch seen, at most :data:`MOST_POWER`; the extremes are those of all.
+    ``power`` is that of the last batch seen, at most :data:`MOST_POWER`; the extremes are those of all batches.
     """
 
     low: Float[Array, "*features"]
@@ -214,8 +214,8 @@ class ChannelExtremes(struct.PyTreeNode):
 
 
 class Histogram(struct.PyTreeNode):
-    """Observer that counts values in equal bins between ``low`` and ``high`` (); counts (bins,) float32; the ends take the
-    rest."""
+    """Observer that counts values in equal bins between ``low`` and ``high`` (): ``counts`` (bins,) float32. The end bins take
+    what lies outside."""
 
     low: Float[Array, "*lead"]
     high: Float[Array, "*lead"]
@@ -233,7 +233,7 @@ class Histogram(struct.PyTreeNode):
 
 
 def _occurrences(bins: int, copies: int, index: jax.Array) -> jax.Array:
-    """How often each number below ``bins`` is in ``index`` (n,), (bins,) int32, counted in several copies of the result."""
+    """Counts how often each number below ``bins`` is in ``index`` (n,): (bins,) int32, via several copies of the result."""
     copy = jnp.arange(index.size, dtype=jnp.int32) % copies
     # Counted in integers: float32 stops counting in ones at 2^24.
     return jnp.zeros(copies * bins, jnp.int32).at[copy * bins + index].add(1).reshape(copies, bins).sum(0, dtype=jnp.int32)
@@ -241,13 +241,13 @@ def _occurrences(bins: int, copies: int, index: jax.Array) -> jax.Array:
 
 @jax.jit
 def _finite_steps(statistics: dict[str, ChannelExtremes]) -> dict[str, jax.Array]:
-    """Whether all of a site's statistics are finite, at each step (S,)."""
+    """Returns whether all of a site's statistics are finite, at each step (S,)."""
     finite = lambda a: jnp.isfinite(a).all(tuple(range(1, a.ndim)))
     return {name: finite(s.low) & finite(s.high) & finite(s.power) for name, s in statistics.items()}
 
 
 def check_finite(statistics: Mapping[str, ChannelExtremes], t: ArrayLike) -> None:
-    """Raises where channel statistics hold NaN or infinity, with the site and the step; ``t`` (S,) are the steps' times."""
+    """Raises if channel statistics hold NaN or infinity, naming the site and the step. ``t`` (S,) are the steps' times."""
     times = np.asarray(t)
     found = jax.device_get(ready(_finite_steps(dict(statistics))))
     bad = {name: int(np.argmin(finite)) for name, finite in found.items() if not finite.all()}
@@ -270,19 +270,19 @@ def channel_extremes(
     row_batch: int | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, ChannelExtremes]:
-    """Per-channel extremes at every step, by one scan for each micro-batch of rows.
+    """Gathers per-channel extremes at every step, with one scan per micro-batch of rows.
 
     Args:
       model: the float model, (partly) folded or not, on one device.
       data: S steps of R rows.
       sites: names as in ``config.site_features``.
-      per_row: keep the rows apart (the official code's SSC weighs rows).
-      row_batch: rows begun at once on each device, to bound memory, but at least a micro-batch; by default two micro-batches.
-        It changes no number.
-      mesh: whose devices share the micro-batches, which changes no number either.
+      per_row: keep the rows apart (the official code's SSC weights rows).
+      row_batch: rows in flight on each device, to bound memory: at least a micro-batch, by default two. It does not affect the
+        result.
+      mesh: its devices share the micro-batches. They do not affect the result either.
 
     Returns:
-      For each site, leaves (S, [L,] *features), or (S, [L,] R, *features) with ``per_row``; where the model is.
+      For each site, leaves (S, [L,] *features), or (S, [L,] R, *features) with ``per_row``; on the model's device.
     """
     cuts, found = micro_batches(data.num_rows), list[dict[str, ChannelExtremes]]()
     program = partial(extremes_of_rows, sites=sites, per_row=per_row)
@@ -309,7 +309,7 @@ def histograms(
     row_batch: int | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Histogram]:
-    """Histograms of the values at each site, per group of steps, by one scan for each micro-batch of rows.
+    """Counts histograms of the values at each site, per group of steps, with one scan per micro-batch of rows.
 
     Args:
       model: the folded float model, on one device.
@@ -331,7 +331,7 @@ def histograms(
 
 
 def _ahead(row_batch: int | None) -> int:
-    """Micro-batches that a device may have begun: two, so that none waits for the host, or what ``row_batch`` allows."""
+    """Returns how many micro-batches a device has in flight: two, so that none waits for the host, or by ``row_batch``."""
     return 2 if row_batch is None else max(1, row_batch // MICRO_BATCH)
 
 
@@ -342,7 +342,7 @@ def _of_micro_batches(
     row_batch: int | None,
     mesh: Mesh | None,
 ) -> Iterator[_Seen]:
-    """``program(shared, rows)`` of each micro-batch, in order, where ``shared`` is."""
+    """Yields ``program(shared, rows)`` of each micro-batch, in order, on the first device."""
     cuts = micro_batches(data.num_rows)
     devices = sharding.devices_of(mesh)[: len(cuts)]
     home = devices[0]
@@ -352,7 +352,7 @@ def _of_micro_batches(
         yield jax.device_put(seen, home)
 
 
-# One program on one device for each, with whole arrays: the same bits whatever made them.
+# Each is one program on one device, on whole arrays: the same bits whatever made them.
 @partial(jax.jit, donate_argnums=0)
 def _weighted(seen: dict[str, ChannelExtremes], share: jax.Array) -> dict[str, ChannelExtremes]:
     share = share.astype(jax.tree.leaves(seen)[0].dtype)
@@ -422,5 +422,5 @@ def histograms_of_rows(
 
 
 def _timestep(batch: CalibrationData, rows: int) -> jax.Array | np.ndarray:
-    """The timestep of each row, or of a step that shares one as (rows,); one row is enough where all share it."""
+    """Returns the timestep of each row, or a shared one as (rows,); one row is enough where all share it."""
     return batch.t if batch.t.ndim else jnp.broadcast_to(batch.t, (rows,))

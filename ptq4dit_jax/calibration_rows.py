@@ -11,24 +11,24 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.networks.dit import DiTConfig
 
 ImageLayout = Literal["auto", "NHWC", "NCHW"]
-#: Rows that share no timestep are put into at most so many steps; rows of more timesteps need so many of each to stay apart.
+#: The most steps that rows are grouped into, and the rows that each timestep needs to be a step where there are more of them.
 _STEPS, _FEW_ROWS = 25, 4
 
 
 def flat_rows(
     x: ArrayLike, t: ArrayLike, y: ArrayLike | None, config: DiTConfig, layout: ImageLayout = "auto"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows one after another: ``x`` (M, H, W, C) float32, ``t`` (M,) and ``y`` (M,) of their own types.
+    """Returns the rows one after another: ``x`` (M, H, W, C) float32, ``t`` (M,) and ``y`` (M,) of their own dtypes.
 
     Args:
-      x: images (M, ...) or, step by step, (S, N, ...); each (H, W, C) or (C, H, W), decided by the model's image shape.
+      x: images (M, ...) or, step by step, (S, N, ...); each (H, W, C) or (C, H, W), determined by the model's image shape.
       t: (M,), or with steps (S, N) or (S,).
       y: (M,), or with steps (S, N) or (N,), labels that all steps share; None for a model without classes.
-      config: the model's.
+      config: that of the model.
       layout: of an image, where H == C and the shape does not tell.
 
     Raises:
-      Ptq4ditError: shapes that do not fit together or fit the model in both ways.
+      Ptq4ditError: shapes that do not fit together, or fit the model in both layouts.
     """
     if layout not in ("auto", "NHWC", "NCHW"):
         raise Ptq4ditError(f"The layout of calibration images must be auto, NHWC or NCHW, not {layout!r}.")
@@ -67,7 +67,7 @@ def flat_rows(
 
 
 def whole_numbers(values: np.ndarray) -> np.ndarray:
-    """Integers that are stored as floats as integers, other floats as float64; anything else as it is."""
+    """Returns integers stored as floats as integers, other floats as float64, and anything else as it is."""
     if values.dtype.kind != "f" and values.dtype.name != "bfloat16":
         return values
     wide = values.astype(np.float64)
@@ -75,10 +75,10 @@ def whole_numbers(values: np.ndarray) -> np.ndarray:
 
 
 def order_by_steps(t_M: np.ndarray, noise_level_M: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Which row goes where, (S, R) indices into the rows, noisiest step first; and whether each step has one timestep.
+    """Returns (S, R) indices into the rows, noisiest step first, and whether each step has one timestep.
 
-    Where every timestep has as many rows they are steps. Else, or where there are many timesteps of few rows each, neighbours
-    in time make steps of equally many rows; if the rows do not divide so, up to 24 of them, evenly spread, are left out.
+    Where all timesteps have equally many rows, each is a step. Otherwise, or where there are many timesteps of few rows each,
+    neighbours in time make steps of equally many rows. A remainder of up to 24 rows, evenly spread, is left out.
     """
     order = np.argsort(-noise_level_M, kind="stable")
     counts = np.unique(t_M, return_counts=True)[1]

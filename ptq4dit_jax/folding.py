@@ -1,8 +1,8 @@
-"""Re-parameterization: balancing factors go into the parameters, and cost nothing at run time (PTQ4DiT section 3.4, eqs.
+"""Re-parameterization: balancing factors go into the parameters, so they cost nothing at run time (PTQ4DiT section 3.4, eqs.
 13-21).
 
-For a factor b on the input channels of a layer, ``X' = X b`` and ``W' = W / b``. The second half is a division of the
-kernel's rows. The first half needs a home, which the network's tables name (:data:`ptq4dit_jax.networks.spec.Home`). In a DiT:
+For a factor b on the input channels of a layer, ``X' = X b`` and ``W' = W / b``. The second is a division of the
+kernel's rows. The first needs a home, which the network's tables name (:data:`ptq4dit_jax.networks.spec.Home`). In a DiT:
 
     qkv_in, fc1_in   the adaLN linear that makes their shift and scale: ``shift' = b shift``, ``1 + scale' = b (1 + scale)``
     v                the v columns of the qkv linear (used to give v's channels equal ranges; its inverse joins proj_in)
@@ -28,13 +28,13 @@ def fold(
     """Folds factors into parameters.
 
     Args:
-      network: whose tables say where each factor goes.
+      network: its tables say where each factor goes.
       params: the network's parameters; those of a stack's blocks carry a leading depth axis L.
-      factors: by the full name of a site, ([L,] K) with K its features; absent means 1.
+      factors: ([L,] K) by the full name of a site with K features; absent means 1.
 
     Returns:
-      New parameters, and the factors that remain at sites. With these applied there the model's output is the same function as
-      before.
+      New parameters, and the factors that remain at sites. With these applied there, the model computes the same function
+      as before.
     """
     sites = {name: site for name, site in network.spec.sites.items() if name in factors}
     for name, site in sites.items():

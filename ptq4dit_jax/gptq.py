@@ -1,15 +1,15 @@
-"""GPTQ (Frantar et al., 2023) on quantized inputs: the rounding of a weight in closed form, from second moments of its input.
+"""GPTQ (Frantar et al., 2023) on quantized inputs: closed-form rounding of a weight, from second moments of its input.
 
-A layer is fed ``x`` by the quantized network, where the float network would feed it ``x + d``. With weights ``w`` (N, K) and
-codes that stand for ``v`` (N, K), its error is ``v x - w (x + d)`` up to a bias. Let ``A`` be the covariance of ``x``, damped,
-and ``D = cov(d, x)``. Then the error's variance is ``(v - t) A (v - t)^T`` for each output channel, and a constant, where
+The quantized network feeds a layer ``x`` where the float network would feed it ``x + d``. With weights ``w`` (N, K) and codes
+that stand for ``v`` (N, K), the layer's error is ``v x - w (x + d)`` up to a bias. Let ``A`` be the damped covariance of ``x``,
+and ``D = cov(d, x)``. Then the error's variance for each output channel is ``(v - t) A (v - t)^T`` plus a constant, where
 
     t = w + w D A^-1
 
-is the least-squares target, and the means are made up for by the bias. Codes are decided channel after channel of the input.
-Each is the one nearest to what minimizes the error, given those decided before: with ``A = M diag(s) M^T``, ``M`` unit upper
-triangular, that is ``t_k + sum_{j<k} (t_j - v_j) M_jk`` (Chee et al., 2023, show that it is GPTQ's update). So one Cholesky
-factor suffices and nothing is inverted. Pure functions of arrays; imports no model.
+is the least-squares target; the bias corrects the means. Codes are decided one input channel at a time. Each is the code
+nearest to the value that minimizes the error, given the codes before it. With ``A = M diag(s) M^T``, ``M`` unit upper
+triangular, that value is ``t_k + sum_{j<k} (t_j - v_j) M_jk`` (Chee et al., 2023, show that this is GPTQ's update). So one
+Cholesky factor suffices, and nothing is inverted. Pure functions of arrays; imports no model.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.quantizers import QTensor, weight_code_range
 from ptq4dit_jax.ranges import RangeSearch, quantize_weight
 
-#: What is added to the variance of each input channel, as a share of it, so that the covariance can be factored. More is added
-#: by the square of channels per token: as many tokens as channels fit a target to their own noise, a few times as many do not.
+#: The share of each input channel's variance that is added to it, so that the covariance can be factored. The square of
+#: channels per token is added too: with as many tokens as channels, the target fits their noise; with a few times as many, not.
 DAMPING = 0.01
-#: Input channels whose codes are decided one after another before the others hear of it.
+#: Input channels whose codes are decided one after another before their errors reach the others.
 _COLUMNS = 128
-#: A channel counts as constant if its variance is a smaller share of the largest, or of its own mean square.
+#: A channel counts as constant if its variance is at most this share of the largest, or of the square of its own mean.
 _CONSTANT = 1e-12
 
 
 class Compensated(struct.PyTreeNode):
-    """A float32 sum and what rounding has lost of it (Knuth's two-sum); both of one shape."""
+    """A float32 sum and what rounding lost of it (Knuth's two-sum), both of one shape."""
 
     total: Float32[Array, "*shape"]
     lost: Float32[Array, "*shape"]
@@ -61,8 +61,8 @@ _Sum = TypeVar("_Sum")
 
 
 class InputMoments(struct.PyTreeNode, Generic[_Sum]):
-    """Sums over tokens of ``x' = x - shift``, each with its weight, on the whole 1: ``second`` (K, K) of ``x' x'^T``, ``cross``
-    (K, K) of ``d x'^T``, ``first`` (K,) of ``x'``, ``drift`` (K,) of ``d``, and ``count`` () of the weights.
+    """Weighted sums over tokens, with ``x' = x - shift``: ``second`` (K, K) of ``x' x'^T``, ``cross`` (K, K) of ``d x'^T``,
+    ``first`` (K,) of ``x'``, ``drift`` (K,) of ``d``, and ``count`` () of the weights, which are 1 unless rows are repeated.
 
     The sums are arrays, or :class:`Compensated` while they are summed. ``shift`` (K,) is a rough mean: without it, a channel
     that varies little about a large mean would leave differences of large numbers.
@@ -77,7 +77,7 @@ class InputMoments(struct.PyTreeNode, Generic[_Sum]):
 
     @classmethod
     def start(cls, shift: jax.Array) -> InputMoments[Compensated]:
-        """Moments of no tokens yet."""
+        """Returns the moments of no tokens yet."""
         K, zeros = shift.shape[0], Compensated.zeros
         return InputMoments(
             second=zeros(K, K),
@@ -89,7 +89,7 @@ class InputMoments(struct.PyTreeNode, Generic[_Sum]):
         )
 
     def about_mean(self: InputMoments[Compensated]) -> InputMoments[Compensated]:
-        """Moments of no tokens yet, about the mean of the tokens that these are of."""
+        """Returns the moments of no tokens yet, about the mean of the tokens seen here."""
         return InputMoments.start(self.shift + self.first.value / _or_one(self.count.value))
 
     def observe(
@@ -99,7 +99,7 @@ class InputMoments(struct.PyTreeNode, Generic[_Sum]):
         weight_B: jax.Array,
         precision: jax.lax.Precision = EXACT,
     ) -> InputMoments[Compensated]:
-        """With a batch: what the layer is fed by the quantized and by the float network, (B, [T,] K), and the rows' weights."""
+        """Adds a batch: the layer's inputs in the quantized and in the float network, (B, [T,] K), and the rows' weights."""
         K = x.shape[-1]
         x, exact = (jnp.asarray(a, jnp.float32).reshape(weight_B.shape[0], -1, K) for a in (x, exact))
         difference, weight = exact - x, weight_B.astype(jnp.float32)[:, None, None]
@@ -116,7 +116,7 @@ class InputMoments(struct.PyTreeNode, Generic[_Sum]):
 
     @classmethod
     def total(cls, parts: Sequence[InputMoments[Compensated]]) -> InputMoments[jax.Array]:
-        """The moments of parts with one shift, added up in order, as arrays."""
+        """Adds up, in order, the moments of parts with one shift; returns arrays."""
         add = lambda total, part: total if not isinstance(total, Compensated) else total.add(part.total).add(part.lost)
         is_sum = lambda leaf: isinstance(leaf, Compensated)
         total = reduce(lambda a, b: jax.tree.map(add, a, b, is_leaf=is_sum), parts)
@@ -125,7 +125,7 @@ class InputMoments(struct.PyTreeNode, Generic[_Sum]):
 
 class RoundedWeight(struct.PyTreeNode):
     """A weight rounded in closed form: the quantized ``weight`` (N, K), the ``target`` (N, K) float32 that its codes stand for,
-    what its ``bias`` gains (N,) float32, and the ``error`` () float32 on the rows that the moments are of, relative to that of
+    what is added to its ``bias`` (N,) float32, and the ``error`` () float32 on the rows of the moments, relative to that of
     rounding to the nearest. Both errors are counted from that of the target."""
 
     weight: QTensor
@@ -149,7 +149,7 @@ class _Codes(NamedTuple):
         return cls(wide(weight.codes())[:, order], wide(weight.scale), wide(low), wide(high))
 
     def values(self, size: jax.Array) -> jax.Array:
-        """What the codes stand for, as weights of channels that were divided by ``size``."""
+        """Returns what the codes stand for, as weights of channels that were divided by ``size``."""
         return self.codes * self.scale[:, None] * size[None]
 
 
@@ -161,17 +161,17 @@ def round_weight(
     search: RangeSearch = "mse",
     follow: bool = True,
 ) -> RoundedWeight:
-    """Rounds a kernel (K, N) so that the layer's output errs least for inputs of these moments. Computes in float64.
+    """Rounds a kernel (K, N) so that the layer's output error is least for inputs with these moments. Computes in float64.
 
-    Ranges are searched anew, for the target. Each output channel takes the best of three: GPTQ's codes, the target rounded to
+    Ranges are searched anew for the target. Each output channel takes the best of three: GPTQ's codes, the target rounded to
     the nearest, and ``nearest``. So its error on these rows is never larger than that of ``nearest``.
 
     Args:
       kernel: the float weight, in Flax's order.
-      nearest: the same rounded to the nearest, (N, K).
+      nearest: the same weight rounded to the nearest, (N, K).
       moments: of the layer's input; leaves are arrays.
       search: how ranges are chosen.
-      follow: aim at what the float network's layer gives, with the bias corrected. False aims at what the float weight gives
+      follow: aim at the layer's output in the float network, with the bias corrected. False aims at the float weight's output
         for the quantized network's input, and leaves the bias alone (GPTQ as published).
     """
     with jax.enable_x64(True):
@@ -196,7 +196,7 @@ def _round_weight(
     variance = jnp.maximum(jnp.diagonal(covariance), 0.0)
     constant = variance <= _CONSTANT * jnp.maximum(variance.max(), jnp.square(mean))
     order = jnp.argsort(-variance, stable=True)
-    # Scaled to variance 1: then damping, and whether there is a factor, do not depend on the channels' sizes.
+    # Scaled to variance 1, so that neither damping nor the existence of a factor depends on the channels' sizes.
     size = jnp.where(constant, 1.0, jnp.sqrt(jnp.where(constant, 1.0, variance)))
     size, constant = size[order], constant[order]
     varies = ~constant[:, None] & ~constant[None]
@@ -215,7 +215,7 @@ def _round_weight(
     found = near._replace(codes=_decide(target, M, size, near))
 
     wanted = product(w, A + D)
-    squared = lambda v: (product(v, A) * v).sum(-1) - 2 * (wanted * v).sum(-1)  # the variance of the error but for a constant
+    squared = lambda v: (product(v, A) * v).sum(-1) - 2 * (wanted * v).sum(-1)  # the error's variance up to a constant
     candidates = [found, near, plain]
     errors = jnp.stack([squared(candidate.values(size)) for candidate in candidates])
     chosen = jnp.argmin(jnp.where(jnp.isnan(errors), jnp.inf, errors), axis=0)
@@ -236,9 +236,9 @@ def _round_weight(
 
 
 def _factored(A: jax.Array, constant: jax.Array, damping: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``A`` (K, K) damped, and the Cholesky factor of that matrix turned about its middle.
+    """Returns ``A`` (K, K) damped, and the Cholesky factor of that matrix with both axes reversed.
 
-    Turned back, the factor is upper triangular: ``damped = R R^T``. Sums of float32 may miss a variance by more than the
+    Reversed back, the factor is upper triangular: ``damped = R R^T``. Float32 sums may miss a variance by more than the
     damping, which then grows until there is a factor.
     """
 
@@ -254,12 +254,12 @@ def _factored(A: jax.Array, constant: jax.Array, damping: jax.Array) -> tuple[ja
 
 
 def _or_one(count: jax.Array) -> jax.Array:
-    """A number of tokens to divide by. It may lie below 1: rows that a walk repeats count a share each."""
+    """Returns a number of tokens to divide by. It may be below 1: rows that a walk repeats count a share each."""
     return jnp.where(count > 0, count, 1.0)
 
 
 def _decide(target: jax.Array, M: jax.Array, size: jax.Array, ranges: _Codes) -> jax.Array:
-    """GPTQ's codes (N, K) for targets (N, K) and the factor's unit upper triangle (K, K), in the order of the columns."""
+    """Returns GPTQ's codes (N, K) for targets (N, K) and the factor's unit upper triangle (K, K), in column order."""
     N, K = target.shape
     columns = min(_COLUMNS, K)
     padding = -K % columns
@@ -268,7 +268,7 @@ def _decide(target: jax.Array, M: jax.Array, size: jax.Array, ranges: _Codes) ->
     steps = ranges.scale[:, None] * jnp.pad(size, (0, padding), constant_values=1.0)[None]
 
     def decide_columns(errors: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """``errors`` (N, K) are those of the columns before, and 0 from ``start`` on."""
+        """``errors`` (N, K) are those of the earlier columns, and 0 from ``start`` on."""
         cut = lambda matrix: jax.lax.dynamic_slice_in_dim(matrix, start, columns, axis=1)
         wanted, step = cut(target), cut(steps)
         heard = wanted + jnp.matmul(errors, cut(M), precision=EXACT)
@@ -277,7 +277,7 @@ def _decide(target: jax.Array, M: jax.Array, size: jax.Array, ranges: _Codes) ->
         low, high = ranges.low[:, None], ranges.high[:, None]
 
         def decide(k: jax.Array, state: jax.Array) -> jax.Array:
-            """Codes before column k, and what is wanted from there on; one elementwise operation decides a column."""
+            """``state`` holds codes before column k, and what is wanted from k on. One elementwise operation decides each."""
             column = lambda matrix: jax.lax.dynamic_index_in_dim(matrix, k, axis=1)
             code = jnp.clip(jnp.round(column(state) / column(step)), low, high)
             error = column(wanted) - code * column(step)

@@ -14,15 +14,15 @@ from ptq4dit_jax.quantizers import EMPTY_RANGE, QTensor, act_code_range, affine_
 
 RangeSearch = Literal["mse", "percentile", "minmax"]
 
-#: What the official code tries on both ends of an activation's or a weight's distribution.
+#: Quantiles that the official code tries at both ends of an activation's or a weight's distribution.
 PERCENTILES = (0.999, 0.9999, 0.99999)
 _WEIGHT_SHRINKS = tuple(float(x) for x in np.linspace(1.0, 0.4, 31))
 _REFINEMENTS = 3
 
 
 def _greatest(w: jax.Array, count: int) -> jax.Array:
-    """The ``count`` greatest values of the last axis, descending. A handful of passes; a CPU sorts the whole row for top_k,
-    which takes ten times as long."""
+    """Returns the ``count`` greatest values of the last axis, descending, in a handful of passes. For top_k, a CPU sorts the
+    whole row, which takes ten times as long."""
 
     def take(rest: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         places = jax.lax.broadcasted_iota(jnp.int32, rest.shape, rest.ndim - 1)
@@ -33,7 +33,7 @@ def _greatest(w: jax.Array, count: int) -> jax.Array:
 
 
 def _upper_quantiles(w: jax.Array) -> jax.Array:
-    """The quantiles ``PERCENTILES`` along the last axis, linearly interpolated, on a new first axis."""
+    """Returns the quantiles ``PERCENTILES`` along the last axis, linearly interpolated, on a new first axis."""
     last = w.shape[-1] - 1
     positions = [(1 - level) * last for level in PERCENTILES]  # counted from the greatest value
     top = _greatest(w, min(last, int(max(positions)) + 1) + 1)
@@ -50,7 +50,7 @@ _Best = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def _weight_parameters(low: jax.Array, high: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-    """Scale and (float) zero point of weight ranges that hold 0."""
+    """Returns the scale and (float) zero point of weight ranges that contain 0."""
     qmin, qmax = weight_code_range(bits)
     if bits == 8:
         span, levels = jnp.maximum(-low, high), qmax
@@ -67,13 +67,13 @@ def _weight_parameters(low: jax.Array, high: jax.Array, bits: int) -> tuple[jax.
 def quantize_weight(w: jax.Array, bits: int, search: RangeSearch = "mse", importance: jax.Array | None = None) -> QTensor:
     """Quantizes a weight (..., N, K) float32 per output channel.
 
-    ``mse`` minimizes ``sum_k importance_k (w_nk - dequantized_nk)^2`` for each channel n: a grid of shrunken ranges, then
-    alternating refinements of codes and scale (each of which can only lower the error). ``importance`` (..., K), the mean
-    square of the input channels, makes that the expected output error under uncorrelated inputs; without it all inputs
-    count alike. ``percentile`` tries the official code's three, ``minmax`` takes the extremes.
+    ``mse`` minimizes ``sum_k importance_k (w_nk - dequantized_nk)^2`` for each channel n: it tries a grid of shrunken
+    ranges, then alternately refines codes and scale (each of which can only lower the error). ``importance`` (..., K), the mean
+    square of the input channels, makes that the expected output error for uncorrelated inputs; without it, all inputs count
+    alike. ``percentile`` tries the official code's three, ``minmax`` takes the extremes.
     """
     w = jnp.where(jnp.abs(w).max(-1, keepdims=True) > EMPTY_RANGE, w, 0.0)
-    # Powers of two change no code. With the largest weight of a channel and importance near 1, squares stay within float32.
+    # Powers of two change no code. With a channel's largest weight and the importance near 1, squares stay within float32.
     exponent = unit_exponent(w)
     w = jnp.ldexp(w, -exponent)
     low, high = jnp.minimum(w.min(-1), 0.0), jnp.maximum(w.max(-1), 0.0)
@@ -81,7 +81,7 @@ def quantize_weight(w: jax.Array, bits: int, search: RangeSearch = "mse", import
     importance = jnp.ldexp(importance, -unit_exponent(importance))
 
     def total(x: jax.Array) -> jax.Array:
-        """``sum_k importance_k x_nk``, as a product of matrices, which a CPU computes faster than a sum."""
+        """Returns ``sum_k importance_k x_nk`` as a matrix product, which a CPU computes faster than a sum."""
         return jnp.einsum("...nk,...k->...n", x, importance, precision="highest")
 
     def error(scale: jax.Array, zero_point: jax.Array) -> jax.Array:
@@ -130,7 +130,7 @@ def _histogram_error(centers: jax.Array, counts: jax.Array, low: jax.Array, high
 def _search_one(
     low: jax.Array, high: jax.Array, counts: jax.Array, bits: int, search: RangeSearch
 ) -> tuple[jax.Array, jax.Array]:
-    # As for weights, the errors must not leave float32.
+    # As for weights, the errors must stay within float32.
     exponent = unit_exponent(jnp.stack([low, high]))[0]
     low, high = jnp.ldexp(low, -exponent), jnp.ldexp(high, -exponent)
     low, high = _search_units(low, high, counts / jnp.maximum(counts.sum(), 1.0), bits, search)
@@ -140,7 +140,7 @@ def _search_one(
 def _search_units(
     low: jax.Array, high: jax.Array, counts: jax.Array, bits: int, search: RangeSearch
 ) -> tuple[jax.Array, jax.Array]:
-    """The range of a histogram whose edges lie within +-1; ``counts`` (bins,) are shares."""
+    """Returns the range for a histogram whose edges lie within +-1; ``counts`` (bins,) are shares."""
     bins = counts.shape[-1]
     centers = low + (jnp.arange(bins, dtype=low.dtype) + 0.5) * (high - low) / bins
 
@@ -171,7 +171,7 @@ def _search_units(
 def activation_parameters(
     low: jax.Array, high: jax.Array, counts: jax.Array, bits: int, search: RangeSearch = "mse"
 ) -> tuple[jax.Array, jax.Array]:
-    """Scale (float32) and zero point (int32), shape (...), from histograms.
+    """Returns scale (float32) and zero point (int32), shape (...), from histograms.
 
     Args:
       low, high: outer edges of the histograms, (...).

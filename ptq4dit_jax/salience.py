@@ -1,4 +1,4 @@
-"""Channel salience and its balancing: SSC and CSB of PTQ4DiT. Pure functions on arrays; everything runs under ``jit``.
+"""Channel salience and its balancing: SSC and CSB of PTQ4DiT. Pure functions of arrays; everything runs under ``jit``.
 
 Equation numbers are those of Wu et al., "PTQ4DiT" (NeurIPS 2024). The last axis is always the input channel j.
 """
@@ -73,7 +73,7 @@ def balancing_factors(
 ) -> jax.Array:
     """``b_j = (s(W)_j / s(X)_j)^exponent`` (eq. 6 at 0.5; 0 is no balancing): (..., K).
 
-    ``X' = X b`` and ``W' = W / b``. A channel that is dead on either side gets 1, so b is finite and positive always.
+    ``X' = X b`` and ``W' = W / b``. A channel that is dead on either side gets 1, so b is always finite and positive.
     """
     alive = _alive(activation_salience, weight_salience)
     safe = lambda s: jnp.where(alive, s, 1.0)
@@ -83,9 +83,9 @@ def balancing_factors(
 def smoothing_factors(activation_salience: jax.Array, weight_salience: jax.Array, migration: float | jax.Array) -> jax.Array:
     """``b_j = s(W)_j^(1 - migration) / s(X)_j^migration`` up to one factor for all channels: (..., K).
 
-    The inverse of SmoothQuant's factors (Xiao et al., ICML 2023, eq. 4), divided by their geometric mean. ``migration`` from 0,
-    which makes the weights of all channels alike, to 1, which makes the activations alike. A channel that is made larger by
-    what its weights are divided by is balanced to the same result, whatever ``migration`` is. Dead channels get 1.
+    The inverse of SmoothQuant's factors (Xiao et al., ICML 2023, eq. 4), divided by their geometric mean. ``migration``
+    ranges from 0, which makes the weights of all channels alike, to 1, which makes the activations alike. Multiplying a channel
+    and dividing its weights by one factor leads to the same balanced layer, whatever ``migration`` is. Dead channels get 1.
     """
     alive = _alive(activation_salience, weight_salience)
     log = lambda s: jnp.log(jnp.where(alive, s, 1.0))
@@ -95,7 +95,7 @@ def smoothing_factors(activation_salience: jax.Array, weight_salience: jax.Array
 
 
 def _alive(*saliences: jax.Array) -> jax.Array:
-    """Which channels (..., K) are dead by none of them."""
+    """Returns which channels (..., K) are dead by none of the saliences."""
     alive = jnp.ones(saliences[0].shape, bool)
     for salience in saliences:
         alive &= salience > DEAD_CHANNEL * salience.max(-1, keepdims=True)

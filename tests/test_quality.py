@@ -167,7 +167,7 @@ def test_what_was_learned_is_kept_for_the_next_run(
     state = tmp_path / "state"
     few = Reconstruction(iterations=20, batch_size=4, start="nearest")
     config = ptq.QuantConfig.of(balance="csb+ssc", reconstruction=few, **BAD)
-    with pytest.raises(ptq.Ptq4ditError, match=f"what was learned is in {re.escape(str(state))}, so that takes no learning"):
+    with pytest.raises(ptq.Ptq4ditError, match=f"what was learned is in {re.escape(str(state))}, so nothing is learned again"):
         ptq.quantize(model, config, key=KEY, calibration=rows, state=state)
     monkeypatch.setattr("ptq4dit_jax.reconstruction.learning.LearningWalk.train", lambda *_: pytest.fail("learned again"))
     with pytest.warns(PoorQuality):

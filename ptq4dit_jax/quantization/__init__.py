@@ -1,4 +1,4 @@
-"""Quantizing a float model: stages that are functions of what the stages before returned, and :func:`quantize`, all of them.
+"""Quantizing a float model: each stage is a function of what earlier stages returned; :func:`quantize` runs them all.
 
 rows = ptq.sample_trajectories(dit, config.calibration, key=key)
 observed = ptq.observe(dit, rows)

@@ -18,7 +18,7 @@ from ptq4dit_jax.ranges import activation_parameters
 
 
 class Ranged(struct.PyTreeNode):
-    """Quantizers ``acts`` by site, leaves ([L,] G), and the noise levels ``edges`` (G - 1,) that part the groups of steps."""
+    """Quantizers ``acts`` by site, leaves ([L,] G), and the noise levels ``edges`` (G - 1,) between the groups of steps."""
 
     acts: dict[str, ActQuantizer]
     edges: Num[Array, " edges"]
@@ -33,14 +33,14 @@ def choose_ranges(
     row_batch: int | None = None,
     mesh: Mesh | None = None,
 ) -> Ranged:
-    """Quantizers of all sites whose activations are integers.
+    """Chooses quantizers for all sites whose activations are integers.
 
     Args:
       balanced: the float model after balancing.
-      config: how; ``act_bits``, ``range_search``, ``step_groups`` and ``dynamic_sites`` decide.
-      observed: of the model before balancing.
+      config: settings, of which ``act_bits``, ``range_search``, ``step_groups`` and ``dynamic_sites`` apply.
+      observed: statistics of the model before balancing.
       rows: counted in histograms of the balanced model.
-      row_batch, mesh: those of :func:`ptq4dit_jax.calibration.histograms`.
+      row_batch, mesh: as for :func:`ptq4dit_jax.calibration.histograms`.
     """
     folded, factors, residual = balanced.folded, balanced.factors, balanced.residual
     G, groups, edges = step_groups(folded.schedule, rows.t, config.activations.step_groups)
@@ -65,7 +65,7 @@ def choose_ranges(
         )
     if ranges:
         counted = histograms(folded, rows, jnp.asarray(groups), ranges, num_groups=G, row_batch=row_batch, mesh=mesh)
-    else:  # nothing is parted by steps
+    else:  # no range depends on the step
         counted, edges = {}, edges[:0]
 
     acts = {}

@@ -23,15 +23,15 @@ from ptq4dit_jax.quantizers import ChannelScale
 
 
 class Balanced(struct.PyTreeNode):
-    """The float model after balancing, the same function as before, and what balancing decided.
+    """The float model after balancing, which computes the same function as before, and what balancing decided.
 
     Attributes:
-      folded: the model with the factors folded in, and quantizers that divide by those that could not be.
+      folded: the model with the factors folded in, and quantizers that multiply by those that could not be.
       factors: (L, K) for each balanced site, by its full name.
       residual: those of them that stay at the site's quantizer.
       activation_salience: (S, L, K) by site, before balancing, as the paper plots it; weight_salience: (L, K).
       eta: of SSC, (S, L) or (S * R, L) by site; rho: the same. Empty without SSC.
-      chosen: by measurement (``balance="search"``), by site; empty where nothing was.
+      chosen: what measurement chose (``balance="search"``), by site; empty without it.
     """
 
     folded: FloatDiT
@@ -45,7 +45,7 @@ class Balanced(struct.PyTreeNode):
 
     @classmethod
     def by(cls, model: FloatDiT, factors: Mapping[str, jax.Array]) -> Balanced:
-        """A model balanced by these factors (L, K) by site."""
+        """Balances a model by these factors (L, K), by site."""
         params, residual = _fold(model.config, model.params, dict(factors))
         quantizers = nest_sites({name: ChannelScale(factor) for name, factor in residual.items()})
         folded = model.replace(params=params, quantizers=quantizers)
@@ -66,11 +66,11 @@ def balance(
 
     Args:
       model: the float model.
-      config: how; ``balance``, ``ssc``, ``temperature``, ``exponent``, ``balance_fc2`` and ``equalize_v`` decide.
-      observed: of ``model`` on ``rows``.
-      rows: balancing by measurement and SSC over rows look at them again.
-      row_batch, mesh: those of :func:`ptq4dit_jax.calibration.channel_extremes`.
-      progress: called with the sites done and all sites, where balancing is chosen by measurement.
+      config: settings, of which ``balance``, ``ssc``, ``temperature``, ``exponent``, ``balance_fc2`` and ``equalize_v`` apply.
+      observed: statistics of ``model`` on ``rows``.
+      rows: used again by balancing by measurement and by SSC over rows.
+      row_batch, mesh: as for :func:`ptq4dit_jax.calibration.channel_extremes`.
+      progress: called with (sites done, sites in all) where balancing is chosen by measurement.
     """
     extremes = observed.extremes
     config, spec = config.for_network(model.config), model.config.spec

@@ -1,4 +1,4 @@
-"""What settings and a network's tables say of its sites and steps."""
+"""What settings and a network's tables say about its sites and steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def integer_sites(config: QuantConfig, spec: NetworkSpec) -> tuple[str, ...]:
 
 
 def balanced_sites(config: QuantConfig, spec: NetworkSpec) -> tuple[str, ...]:
-    """Sites to balance; balancing serves a quantized input, so layers fed by floats are left alone."""
+    """Sites to balance. Balancing serves quantized inputs, so layers fed by floats are left alone."""
     if config.balancing.method == "none":
         return ()
     sites = {name: spec.sites[name] for name in integer_sites(config, spec)}
@@ -28,7 +28,7 @@ def balanced_sites(config: QuantConfig, spec: NetworkSpec) -> tuple[str, ...]:
 
 
 def equalized_sites(config: QuantConfig, spec: NetworkSpec) -> dict[str, str]:
-    """Inputs of attention's products that are given equal ranges (v), and the sites that undo it."""
+    """Inputs of attention's products whose channels get equal ranges (v), and the sites that undo it."""
     integer, found = integer_sites(config, spec), {}
     for name, site in spec.sites.items():
         if site.feeds is None and isinstance(site.home, Columns) and site.home.undone is not None:
@@ -39,8 +39,8 @@ def equalized_sites(config: QuantConfig, spec: NetworkSpec) -> dict[str, str]:
 
 
 def step_groups(schedule: Schedule, t: ArrayLike, wanted: int) -> tuple[int, np.ndarray, jax.Array]:
-    """How many groups the calibration steps fall in, the group of each (S,), and the noise levels that part them (G - 1,)."""
-    # Steps of one noise level, of which Heun's method has pairs, must share a group.
+    """Returns the number of groups, the group of each calibration step (S,), and the noise levels between groups (G - 1,)."""
+    # Steps of one noise level must share a group; Heun's method has pairs of them.
     noise_levels = schedule.noise_level(np.asarray(t))
     if noise_levels.ndim > 1:  # a step reaches down to its cleanest row
         noise_levels = noise_levels.min(axis=1)

@@ -1,4 +1,4 @@
-"""Where a reconstruction that was interrupted goes on: the journal of a run, and what tells runs apart."""
+"""Where an interrupted reconstruction resumes: the journal of a run, and what tells runs apart."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def open_journal(
     state: str | os.PathLike[str] | None,
     fresh: bool,
 ) -> contextlib.AbstractContextManager[Journal | None]:
-    """Opened before any long work, so that a run that does not match is refused at once.
+    """Opens the journal before any long work, so that a run that does not match is refused at once.
 
-    The number of devices is no part of the fingerprint: no integer depends on it, or with ``accumulation_chunks=1`` no more
-    than last bits of gradients do, which two runs on one GPU may not share either.
+    The number of devices is not part of the fingerprint, since no integer depends on it. With ``accumulation_chunks=1``,
+    last bits of gradients do, but two runs on one GPU may differ in those too.
     """
     if config.learning is None or state is None:
         return contextlib.nullcontext()
@@ -58,7 +58,7 @@ def _version(package: str) -> str:
 
 
 def report_resumed(journal: Journal, model: FloatDiT, report: StageProgress) -> None:
-    """Says what an interrupted run has left to go on from."""
+    """Reports what an interrupted run left to resume from."""
     names, (finished, current) = [unit.name for unit in units(model.config)], journal.standing
     if not finished and current is None:
         return

@@ -1,4 +1,4 @@
-"""The first stage: what each channel of each site takes on at each calibration step."""
+"""The first stage: the values that each channel of each site takes at each calibration step."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Observed(struct.PyTreeNode):
 
 
 def observe(model: FloatDiT, rows: CalibrationData, *, row_batch: int | None = None, mesh: Mesh | None = None) -> Observed:
-    """Statistics of every site of a float model on calibration rows, at every step.
+    """Gathers statistics of every site of a float model on calibration rows, at every step.
 
     Args:
-      model: what is to be quantized.
+      model: the model to quantize.
       rows: as sampled (:func:`ptq4dit_jax.calibration.sample_trajectories`) or stored.
-      row_batch, mesh: those of :func:`ptq4dit_jax.calibration.channel_extremes`.
+      row_batch, mesh: as for :func:`ptq4dit_jax.calibration.channel_extremes`.
 
     Raises:
-      Ptq4ditError: NaN or infinity in them.
+      Ptq4ditError: the statistics hold NaN or infinity.
     """
     sites = tuple(model.config.site_features)
     extremes = channel_extremes(model, rows, sites=sites, row_batch=row_batch, mesh=mesh)

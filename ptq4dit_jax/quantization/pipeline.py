@@ -45,21 +45,21 @@ def quantize(
     keep_poor: bool = False,
     progress: StageProgress | None = None,
 ) -> QuantizedDiT:
-    """Quantizes a float DiT after training with PTQ4DiT.
+    """Quantizes a trained float DiT with PTQ4DiT.
 
     Args:
       model: the float model.
-      config: settings; ``QuantConfig()`` is W8A8 by our best measured settings, ``QuantConfig.paper()`` the paper's.
-      key: seed of the calibration noise; not used where ``calibration`` is given.
-      calibration: stored rows (:func:`ptq4dit_jax.calibration.stored_rows`) instead of sampling them.
-      row_batch: calibration rows begun at once on each device, to bound memory, but at least
-        :data:`~ptq4dit_jax.calibration.MICRO_BATCH`. It changes no number.
-      mesh: whose devices share the calibration rows, and the rows of each batch of a reconstruction. How many there are changes
-        no number, but for last bits of a reconstruction with ``accumulation_chunks=1``, GPUs' and TPUs' default.
-      state: a folder for what a reconstruction has learned so far. Where it holds an interrupted run of the same model,
-        settings, key and rows, that run goes on. It is left there; delete it when the result is safe.
+      config: settings. ``QuantConfig()`` is W8A8 with our best measured settings, ``QuantConfig.paper()`` has the paper's.
+      key: seed of the calibration noise, unless ``calibration`` is given, and of the rows that a reconstruction draws.
+      calibration: stored rows (:func:`ptq4dit_jax.calibration.stored_rows`), instead of sampled ones.
+      row_batch: calibration rows in flight on each device, to bound memory; at least
+        :data:`~ptq4dit_jax.calibration.MICRO_BATCH`. It does not affect the result.
+      mesh: its devices share the calibration rows, and the rows of each batch of a reconstruction. Their number does not affect
+        the result, except for last bits of a reconstruction with ``accumulation_chunks=1``, the default on GPUs and TPUs.
+      state: a folder for what a reconstruction has learned so far. If it holds an interrupted run of the same model,
+        settings, key and rows, that run resumes. The folder is kept; delete it when the result is safe.
       fresh: start over, whatever ``state`` holds.
-      keep_poor: return a model that predicts worse than :data:`ptq4dit_jax.quality.REFUSE_BELOW`, too.
+      keep_poor: return even a model that predicts worse than :data:`ptq4dit_jax.quality.REFUSE_BELOW`.
       progress: called as stages advance.
 
     Returns:
@@ -69,8 +69,8 @@ def quantize(
       PoorQuality: that quality is below :data:`ptq4dit_jax.quality.WARN_BELOW`.
 
     Raises:
-      Ptq4ditError: an argument that makes no sense; NaN or infinity in the weights, the calibration rows, what is observed of
-        them, or the result; a result of too poor quality, unless ``keep_poor``.
+      Ptq4ditError: an invalid argument; NaN or infinity in the weights, the calibration rows, their statistics or the result; a
+        result of too poor quality, unless ``keep_poor``.
     """
     config, key, progress = (config or QuantConfig()).for_network(model.config), threefry(key), progress or silent
     if row_batch is not None and row_batch < 1:
@@ -100,9 +100,9 @@ def _quantized(
     keep_poor: bool,
     report: StageProgress,
 ) -> QuantizedDiT:
-    """:func:`quantize` with arguments that were checked and the journal open."""
-    # On one device, as is all that is made of it: what several run is a program of each (:func:`sharding.deal_out`), and the
-    # rest is the program of one.
+    """Runs the stages of :func:`quantize`, with arguments checked and the journal open."""
+    # On one device, like all that is computed from it. Several devices run one program each (:func:`sharding.deal_out`); the
+    # rest is a program of one.
     model = jax.device_put(model.astype(jnp.float32), sharding.devices_of(mesh)[0])
     model = dataclasses.replace(model, precision=CALIBRATION)
     tell = lambda stage: lambda done, total: report(stage, done, total)
@@ -167,14 +167,14 @@ def _quantized(
 
 
 def _check_quality(quality: Quality, objective: str, keep_poor: bool, learned: Path | None) -> None:
-    """Refuses a model that is of no use, and warns of one that may be of little; ``learned`` is where the journal is."""
+    """Refuses a useless model, and warns of a poor one. ``learned`` is the journal's folder."""
     if not quality.is_poor:
         return
     words = f"The quantized model's predicted {objective} has an SQNR of {quality.sqnr_mean_db:.1f} dB"
     words += f", worst in {', '.join(map(str, quality.worst))}"
     remedy = "use more bits, another policy or more calibration rows"
     if quality.sqnr_mean_db < REFUSE_BELOW and not keep_poor:
-        again = "" if learned is None else f"; what was learned is in {learned}, so that takes no learning again"
+        again = "" if learned is None else f"; what was learned is in {learned}, so nothing is learned again"
         raise Ptq4ditError(
             f"{words}, and below {REFUSE_BELOW:g} dB a model is refused; {remedy}, or keep it with --keep-poor "
             f"(keep_poor=True){again}."

@@ -1,4 +1,4 @@
-"""The fourth stage: weights rounded to the nearest code, and all of it packed into an integer model."""
+"""The fourth stage: weights rounded to the nearest code, and everything packed into an integer model."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def pack(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> QuantizedDiT:
-    """The integer model, its weights rounded to the nearest.
+    """Packs the integer model, its weights rounded to the nearest.
 
     Args:
       balanced: the float model after balancing.
       ranged: the quantizers of its activations.
-      config: how; ``policy``, ``weight_bits``, ``range_search`` and ``weigh_inputs`` decide.
-      observed: of the model before balancing; the power of a layer's inputs weighs the errors of its weights.
-      progress: called with the layers done and all layers.
+      config: settings, of which ``policy``, ``weight_bits``, ``range_search`` and ``weigh_inputs`` apply.
+      observed: statistics of the model before balancing; errors of weights are weighted by the power of the layer's inputs.
+      progress: called with (layers done, layers in all).
     """
     folded, spec, linears = balanced.folded, balanced.folded.config.spec, {}
     config = config.for_network(folded.config)
@@ -59,7 +59,7 @@ def pack(
 def quantize_linear(
     folded: FloatDiT, config: QuantConfig, name: str, act: ActQuantizer | None, importance: jax.Array | None = None
 ) -> QLinear:
-    """Quantizes and packs one layer (for a block layer: all blocks at once); ``importance`` ([L,] K) weighs its inputs."""
+    """Quantizes and packs one layer (a block layer in all blocks at once). ``importance`` ([L,] K) weights its inputs."""
     layer, bits = folded.layer(name), config.rules(folded.config.spec).layers[name].weight_bits
     weight = _quantize_kernels(layer["kernel"], importance, bits=bits, search=config.range_search)
     return _pack(weight, layer["bias"], act)
@@ -67,12 +67,12 @@ def quantize_linear(
 
 @partial(jax.jit, static_argnames=("bits", "search"))
 def _quantize_kernels(kernel: jax.Array, importance: jax.Array | None, *, bits: int, search: RangeSearch) -> QTensor:
-    """([L,] K, N) to ([L,] N, K)."""
+    """Quantizes kernels ([L,] K, N) to weights ([L,] N, K)."""
 
     def one(layer: tuple[jax.Array, jax.Array | None]) -> QTensor:
         return quantize_weight(layer[0].T, bits, search, layer[1])
 
-    # Block after block, so that the search needs the memory of one block.
+    # Block by block, so that the search needs the memory of one block.
     return jax.lax.map(one, (kernel, importance)) if kernel.ndim == 3 else one((kernel, importance))
 
 

@@ -1,4 +1,4 @@
-"""Block reconstruction: the rounding of the weights and the scales of the activations, learned unit after unit."""
+"""Block reconstruction: learns the rounding of the weights and the scales of the activations, unit by unit."""
 
 from ptq4dit_jax.reconstruction.closed_form import round_closed_form
 from ptq4dit_jax.reconstruction.learning import check_mesh

@@ -1,4 +1,4 @@
-"""Closed-form rounding from end to end: layer after layer, each behind the quantized network as the layers before left it."""
+"""Closed-form rounding end to end: layer by layer, each behind the quantized network as the earlier layers left it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from ptq4dit_jax.reconstruction.units import Unit, units
 from ptq4dit_jax.reconstruction.walk import Walk
 from ptq4dit_jax.waiting import ready
 
-#: Rows of a pass, and into how many chunks a CPU cuts them.
+#: Rows per batch of a pass, and the chunks that a CPU cuts them into.
 _BATCH, _CHUNKS = 32, 8
 
 
 class ClosedFormWalk(Walk):
-    """A walk in float32, products as in calibration."""
+    """A walk in float32, with products as in calibration."""
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class ClosedFormWalk(Walk):
 
 
 def rounding_bytes(walk: Walk) -> int:
-    """What :func:`round_unit` needs of a device: sums and products of the widest layer's moments, the factor of their matrix,
-    and a block's activations."""
+    """Returns the bytes that :func:`round_unit` needs on a device: for sums and products of the widest layer's moments, for the
+    factor of their matrix, and for a block's activations."""
     config = walk.config
     K, D = max(linear.K for linear in config.spec.linears.values()), config.hidden_size
     here = walk.chunks // sharding.data_size(walk.mesh)
@@ -75,9 +75,9 @@ def rounding_bytes(walk: Walk) -> int:
 def round_unit(
     walk: Walk, unit: Unit, *, search: RangeSearch, sequential: bool = True, progress: StageProgress = silent
 ) -> tuple[RoundedUnit, dict[str, RoundedWeight]]:
-    """Rounds the layers of a unit in closed form, one after another; every layer is one pass over the rows.
+    """Rounds the layers of a unit in closed form, one after another, in one pass over the rows per layer.
 
-    Returns the unit, and what each layer was given.
+    Returns the rounded unit, and each layer's result.
     """
     inputs, nearest = UnitInputs(walk, unit), walk.nearest(unit)
     rounded = nearest
@@ -95,7 +95,7 @@ def round_unit(
 
 
 def _rounded(kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch, follow: bool) -> RoundedWeight:
-    """:func:`round_weight` where its arguments are; but a TPU has no float64, so there the host computes."""
+    """Runs :func:`round_weight` where its arguments are, or on the host for a TPU, which has no float64."""
     [home] = kernel.devices()
     place = jax.local_devices(backend="cpu")[0] if home.platform == "tpu" else home
     arguments = jax.device_put((kernel, nearest, moments), place)
@@ -113,26 +113,26 @@ def round_closed_form(
     rows_on: RowsOn = "auto",
     progress: StageProgress = silent,
 ) -> tuple[QuantizedDiT, list[dict[str, Any]]]:
-    """Rounds all weights in closed form (:mod:`ptq4dit_jax.gptq`), each layer for the inputs that the layers before it make.
+    """Rounds all weights in closed form (:mod:`ptq4dit_jax.gptq`), each layer for the inputs that the earlier layers give.
 
-    Every layer is one pass over the rows, which sums the moments of its input; a unit then passes them on. A unit that comes
-    out worse than rounded to the nearest goes back to that. Activation quantizers stay as they are.
+    Each layer takes one pass over the rows, which sums the moments of its input. The rows then move past the unit. A unit that
+    comes out worse than rounded to the nearest returns to that. Activation quantizers stay as they are.
 
     Args:
       folded: the float model after balancing, with what folding left at its sites.
-      quantized: the same, quantized by range search.
+      quantized: the same model, quantized by range search.
       calibration: the rows whose moments are taken.
-      search: how the ranges of weights are chosen.
-      sequential: False is GPTQ as published with all moments from one pass, for comparison: every layer is rounded behind the
-        network rounded to the nearest, and aims at what its float weight gives there. To aim at the float network's output
-        would be worse than rounding to the nearest: it makes up for errors of layers that end up rounded differently.
-      mesh: whose devices share the rows. On CPUs 1, 2, 4 and 8 give the same numbers.
+      search: how weight ranges are chosen.
+      sequential: False, for comparison, is GPTQ as published with all moments from one pass. Every layer is then rounded behind
+        the network rounded to the nearest, and aims at what its float weight gives there. Aiming at the float network's output
+        would be worse than rounding to the nearest: it compensates for errors of layers that end up rounded differently.
+      mesh: its devices share the rows. On CPUs, 1, 2, 4 and 8 devices give the same numbers.
       rows_on: where hidden states are kept, as in :class:`ptq4dit_jax.config.Reconstruction`.
-      progress: called with what memory it will take before the first pass, and after each layer.
+      progress: called with the planned memory before the first pass, and after each layer.
 
     Returns:
-      The model with new weights and biases; and for each unit its name, its mean squared errors before and after, and the error
-      of each of its layers relative to rounding to the nearest.
+      The model with new weights and biases; and for each unit its name, its mean squared errors before and after, and each
+      layer's error relative to rounding to the nearest.
     """
     walk = ClosedFormWalk(folded, quantized, calibration, mesh, rows_on)
     progress("plan rounding", 1, 1, str(walk.plan))

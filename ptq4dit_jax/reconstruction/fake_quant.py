@@ -19,17 +19,17 @@ from ptq4dit_jax.straight_through import StraightThrough
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def fake_quant(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
-    """``scale (clip(round(x / scale) + zero_point) - zero_point)`` in the type of ``x``, computed in float32.
+    """Returns ``scale (clip(round(x / scale) + zero_point) - zero_point)`` in the dtype of ``x``, computed in float32.
 
-    ``scale`` float32 and ``zero_point`` int32 broadcast against ``x`` with axes of size 1. The gradient passes straight through
-    the rounding: 1 inside the range for ``x``, and for ``scale`` the rounding error inside and the end of the range outside
-    (LSQ, Esser et al., 2020).
+    ``scale`` float32 and ``zero_point`` int32 broadcast against ``x`` with axes of size 1. Gradients pass straight through the
+    rounding (LSQ, Esser et al., 2020). That of ``x`` is 1 inside the range. That of ``scale`` is the rounding error inside, and
+    the end of the range outside.
     """
     return _codes(x, scale, zero_point, bits)[0].astype(x.dtype)
 
 
 def _codes(x: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The fake-quantized value, ``d value / d scale``, and whether the value is inside the range; float32."""
+    """Returns the fake-quantized value, ``d value / d scale``, and whether the value is inside the range; float32."""
     qmin, qmax = act_code_range(bits)
     position = x.astype(jnp.float32) * reciprocal(scale)
     zero_point = zero_point.astype(jnp.float32)
@@ -49,7 +49,7 @@ def _backward(bits: int, saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.A
     x, scale, zero_point = saved
     _, slope, inside = _codes(x, scale, zero_point, bits)
     over = tuple(axis for axis in range(x.ndim) if scale.ndim == 0 or scale.shape[axis] == 1)
-    # A last bit of it moves the scale, and that moves codes: for devices to agree, it must not depend on the program.
+    # Its last bit moves the scale, and so the codes. For devices to agree, it must not depend on the program.
     d_scale = order_free_sum(g.astype(jnp.float32) * slope, over).reshape(scale.shape)
     return jnp.where(inside, g, 0).astype(x.dtype), d_scale, None
 
@@ -58,7 +58,7 @@ fake_quant.defvjp(_forward, _backward)
 
 
 class LearnedQuantizer(struct.PyTreeNode):
-    """A site's quantizer during training: ``scale`` and ``zero_point`` are (B,), one for each row's group of steps."""
+    """A site's quantizer during training. ``scale`` and ``zero_point`` (B,) are those of each row's group of steps."""
 
     scale: Float32[Array, " B"]
     zero_point: Int32[Array, " B"]
@@ -72,18 +72,18 @@ class LearnedQuantizer(struct.PyTreeNode):
 
 
 def scaled(act: ActQuantizer, log_scale: jax.Array) -> ActQuantizer:
-    """``act`` with its table of scales multiplied by ``exp(log_scale)``, both (G,)."""
+    """Returns ``act`` with its table of scales multiplied by ``exp(log_scale)``, both (G,)."""
     return act.replace(scale=act.static_range.scale * jnp.exp(log_scale))
 
 
 def for_rows(acts: Mapping[str, ActQuantizer], log_scales: Mapping[str, jax.Array], group_B: jax.Array) -> dict[str, Any]:
-    """The quantizers of a batch whose rows fall into the groups of steps ``group_B`` (B,)."""
+    """Returns the quantizers of a batch whose rows fall into the groups of steps ``group_B`` (B,)."""
     made: dict[str, Any] = {}
     for name, act in acts.items():
         if act.dynamic:
-            made[name] = StraightThrough(act)  # nothing of it is learned
+            made[name] = StraightThrough(act)  # it has nothing to learn
             continue
-        # A product with rows of the identity, not a gather: its gradient is a sum in a fixed order, on a GPU too.
+        # A product with one-hot rows, not a gather: its gradient is summed in a fixed order, on a GPU too.
         pick = jax.nn.one_hot(group_B, act.static_range.scale.shape[-1], dtype=jnp.float32)
         scale = jnp.einsum("bg,g->b", pick, scaled(act, log_scales[name]).scale, precision=EXACT)
         made[name] = LearnedQuantizer(scale, jnp.take(act.static_range.zero_point, group_B), act.balance, act.bits)

@@ -1,4 +1,4 @@
-"""The walk of a reconstruction: what is learned of a unit, and the compiled program that learns it."""
+"""The walk of a reconstruction: what is learned in a unit, and the compiled program that learns it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ptq4dit_jax.reconstruction.units import Unit
 from ptq4dit_jax.reconstruction.walk import TINY, HeldRows, Walk
 from ptq4dit_jax.waiting import ready
 
-#: Iterations whose batches are sent to the device at once where rows stay on the host.
+#: Iterations whose batches are sent to the device together where rows stay on the host.
 _BATCHES_SENT = 20
 
 
@@ -38,7 +38,7 @@ def _around(rounded: RoundedWeight) -> tuple[RoundedKernel, jax.Array]:
     return RoundedKernel.around(rounded.target.T, rounded.weight)
 
 
-#: One program for each shape, where each operation would be one.
+#: One program per shape; without jit, each operation would be one.
 _rounded_kernel, _rounded_around = jax.jit(RoundedKernel.of), jax.jit(_around)
 
 
@@ -50,7 +50,7 @@ def _compiled(
     how: optimize.Learning,
     drawn: bool,
 ) -> jax.stages.Compiled:
-    """The program of :func:`optimize.train` for arguments of that structure: rows sharded over their strata, the rest whole."""
+    """Compiles :func:`optimize.train` for arguments of this structure: rows sharded over their strata, the rest replicated."""
     train: Callable[..., TrainState] = partial(optimize.train, how=how, drawn=drawn, devices=sharding.data_size(mesh))
     whole, strata = PartitionSpec(), PartitionSpec(None, "data")
     if mesh is not None:
@@ -127,9 +127,9 @@ class LearningWalk(Walk):
         return _compiled(structure, shapes, self.mesh, how, drawn)
 
     def task(self, unit: Unit, start: Mapping[str, RoundedWeight] | None = None) -> tuple[Task, Variables]:
-        """What is fixed and what is learned for a unit: at the float weights, or at the codes of ``start``.
+        """Returns what is fixed and what is learned in a unit, starting at the float weights or at the codes of ``start``.
 
-        ``start`` are its layers rounded in closed form; from their codes the variables lean towards the targets.
+        ``start`` holds its layers rounded in closed form. From their codes, the variables lean towards the targets.
         """
         kernels, biases, rounding = {}, {}, {}
         for layer, name in unit.layers.items():
@@ -155,7 +155,7 @@ class LearningWalk(Walk):
     def train(
         self, unit: Unit, state: TrainState, task: Task, rows: Rows[HeldRows], before: jax.Array, key: AnyKey, stop: int
     ) -> TrainState:
-        """Iterations up to ``stop``."""
+        """Runs the iterations up to ``stop``."""
         before, key = sharding.replicate(self.mesh, (jnp.float32(before), key))
         on_host = self.plan.on_host
         done = int(state.iteration)
@@ -167,7 +167,7 @@ class LearningWalk(Walk):
         return ready(state)
 
     def _drawn(self, rows: Rows[HeldRows], key: AnyKey, first: int) -> Rows[HeldRows]:
-        """The batches (n, B, ...) of the next iterations, on the device."""
+        """Returns the batches (n, B, ...) of the next iterations, on the device."""
         size, strata = rows.group.shape
         iterations = first + jnp.arange(_BATCHES_SENT, dtype=jnp.int32)
         chosen = np.asarray(jax.vmap(lambda i: optimize.chosen_rows(key, i, size, strata))(iterations))
@@ -175,7 +175,7 @@ class LearningWalk(Walk):
 
 
 def _step_weights(before: HeldRows, after: HeldRows, step: HeldRows, num_steps: int) -> jax.Array:
-    """Row weights (M, B) inverse to the mean square change at each row's step, of mean 1."""
+    """Returns row weights (M, B), inversely proportional to the mean square change at each row's step, of mean 1."""
     change = jnp.square((after - before).astype(jnp.float32)).mean(tuple(range(2, after.ndim)))
     member = jax.nn.one_hot(step, num_steps, dtype=jnp.float32)
     mean = jnp.einsum("mb,mbs->s", change, member, precision=EXACT) / member.sum((0, 1))

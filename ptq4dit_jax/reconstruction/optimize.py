@@ -1,4 +1,4 @@
-"""The optimization of one unit: one compiled program that serves all units of a kind, with the loop on the device."""
+"""Optimization of one unit: one compiled program, with the loop on the device, serves all units of a kind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ptq4dit_jax.reconstruction.fake_quant import for_rows
 from ptq4dit_jax.reconstruction.rounding import RoundedKernel, indecision
 from ptq4dit_jax.reconstruction.units import apply_unit
 
-#: An array of JAX, or one of NumPy where rows stay on the host.
+#: A JAX array, or a NumPy array where rows stay on the host.
 _Leaf = TypeVar("_Leaf", bound=jax.Array | np.ndarray)
 _Rows = TypeVar("_Rows")
 _Result = TypeVar("_Result")
@@ -34,8 +34,8 @@ _Shared = TypeVar("_Shared")
 
 
 class Task(struct.PyTreeNode):
-    """What stays fixed while a unit is optimized: kernels but for their rounding, biases (N,), ``acts`` but for their scales,
-    and other parameters. ``acts`` are (G,) tables, by site; sites fed by floats are absent."""
+    """What stays fixed while a unit is optimized: kernels except their rounding, biases (N,), ``acts`` except their
+    scales, and other parameters. ``acts`` are (G,) tables by site; sites fed by floats are absent."""
 
     kernels: dict[str, RoundedKernel]
     biases: dict[str, Float[Array, "... _N"]]
@@ -44,8 +44,7 @@ class Task(struct.PyTreeNode):
 
 
 class Variables(struct.PyTreeNode):
-    """What is learned: rounding variables (K, N) by layer, and the logarithm (G,) of what each site's scales are multiplied
-    by."""
+    """What is learned: rounding variables (K, N) by layer, and by site the logarithm (G,) of the factor on its scales."""
 
     rounding: dict[str, Float32[Array, "... _K _N"]]
     log_scale: dict[str, Float32[Array, "... _G"]]
@@ -54,8 +53,8 @@ class Variables(struct.PyTreeNode):
 class Rows(struct.PyTreeNode, Generic[_Leaf]):
     """A unit's training data. Rows lie in B strata of M: leaves are (M, B, ...), and a batch draws one row of each stratum.
 
-    ``inputs`` as :func:`apply_unit` takes them, from the quantized prefix; ``target`` is the float unit's output; ``group``
-    int32 is the group of steps and ``weight`` float32 the weight of a row in the loss, of mean 1.
+    ``inputs`` are what :func:`apply_unit` takes, from the quantized prefix; ``target`` is the float unit's output. ``group``
+    int32 is the group of steps, and ``weight`` float32 a row's weight in the loss, of mean 1.
     """
 
     inputs: tuple[Shaped[_Leaf, "*_shape"], ...]
@@ -65,8 +64,8 @@ class Rows(struct.PyTreeNode, Generic[_Leaf]):
 
 
 class TrainState(struct.PyTreeNode):
-    """Everything that a resumed run needs: the variables, the optimizers' states, the next iteration () and the
-    error, relative to rounding to the nearest, seen at each iteration so far (iterations,)."""
+    """Everything that a resumed run needs: the variables, the optimizers' states, the next iteration (), and the error of each
+    iteration so far (iterations,), relative to that of the start."""
 
     variables: Variables
     optimizer: tuple[AdamState, AdamState]
@@ -75,7 +74,7 @@ class TrainState(struct.PyTreeNode):
 
 
 def optimizers(settings: Reconstruction) -> tuple[Adam, Adam]:
-    """Adam for the rounding and Adam with a cosine schedule for the scales."""
+    """Returns Adam for the rounding, and Adam with a cosine schedule for the scales."""
     return (
         Adam(settings.rounding_rate, settings.iterations if settings.decay_rounding else None, eps=settings.rounding_eps),
         Adam(settings.scale_rate, settings.iterations),
@@ -84,7 +83,7 @@ def optimizers(settings: Reconstruction) -> tuple[Adam, Adam]:
 
 @partial(jax.jit, static_argnames="settings")
 def start(variables: Variables, settings: Reconstruction) -> TrainState:
-    """The state before the first iteration; its arrays are its own, so that it may be donated."""
+    """Returns the state before the first iteration. It owns its arrays, so it may be donated."""
     for_rounding, for_scales = optimizers(settings)
     return TrainState(
         variables=jax.tree.map(jnp.copy, variables),
@@ -105,18 +104,18 @@ def predict(
     dtype: DTypeLike,
     precision: jax.lax.Precision = EXACT,
 ) -> jax.Array:
-    """The fake-quantized unit's output for one batch, with the given kernels."""
+    """Returns the fake-quantized unit's output for one batch, with the given kernels."""
     params = task.constants | {name: {"kernel": kernel, "bias": task.biases[name]} for name, kernel in kernels.items()}
     return apply_unit(config, kind, params, for_rows(task.acts, log_scale, group_B), inputs, dtype, precision)
 
 
 def chosen_rows(key: AnyKey, iteration: jax.Array, size: int, strata: int) -> jax.Array:
-    """Which row of each stratum an iteration draws, (B,): decided by the key and the iteration alone."""
+    """Returns the row of each stratum that an iteration draws, (B,): determined by the key and the iteration alone."""
     return jax.random.randint(jax.random.fold_in(key, iteration), (strata,), 0, size, jnp.int32)
 
 
 def draw(rows: Rows[jax.Array], key: AnyKey, iteration: jax.Array, devices: int = 1) -> Rows[jax.Array]:
-    """One row of each stratum, (B, ...); of several ``devices`` each draws from the strata that it holds."""
+    """Draws one row of each stratum, (B, ...). Each of several ``devices`` draws from the strata that it holds."""
     size, here = rows.group.shape
     chosen = chosen_rows(key, iteration, size, here * devices)
     if devices > 1:
@@ -140,28 +139,28 @@ def _exponent(settings: Reconstruction, progress: jax.Array) -> jax.Array:
 
 
 def in_chunks(function: Callable[[_Rows], _Result], rows: _Rows, chunks: int) -> _Result:
-    """``function`` of each of ``chunks`` equal chunks of the rows (B, ...), one after another: leaves (chunks, ...)."""
-    # Barriers, because XLA unrolls a loop of one chunk and would fuse it with what stands around it.
+    """Maps ``function`` over ``chunks`` equal chunks of the rows (B, ...), one after another: leaves (chunks, ...)."""
+    # Barriers, because XLA unrolls a loop of one chunk and would fuse it with the code around it.
     alone = lambda chunk: jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(chunk)))
     return jax.lax.map(alone, jax.tree.map(lambda leaf: leaf.reshape(chunks, -1, *leaf.shape[1:]), rows))
 
 
 def _mean_in_order(stacked: jax.Array) -> jax.Array:
-    """The mean over the first axis, added up from first to last."""
+    """Returns the mean over the first axis, added up from first to last."""
     total = jax.lax.fori_loop(1, stacked.shape[0], lambda i, total: total + stacked[i], stacked[0])
     return total / stacked.shape[0]
 
 
 def _on_grid(step: jax.Array) -> jax.Array:
-    """A step of the logarithm of a scale as a multiple of 2^-14. Its last bits depend on the program, and through the
-    codes everything after depends on them; a scale need not be known better."""
+    """Rounds a step of a log scale to a multiple of 2^-14. Its last bits depend on the program, and through the codes so does
+    everything later. A scale need not be known better."""
     return jnp.round(step * 2**14) * 2**-14
 
 
 @dataclasses.dataclass(frozen=True)
 class Learning:
-    """How a unit is learned, besides on what: the ``kind`` of unit of which network, the settings, the type to compute in, and
-    into how many ``chunks`` a batch is cut, whose gradients are added up in order."""
+    """How a unit is learned, apart from the data: its network and ``kind``, the settings, the compute dtype, and the number of
+    ``chunks`` of a batch, whose gradients are added up in order."""
 
     config: Network
     kind: UnitKind
@@ -182,14 +181,13 @@ def train(
     drawn: bool = False,
     devices: int = 1,
 ) -> TrainState:
-    """Iterations from the state's next one up to ``stop``. To be compiled with the state donated.
+    """Iterates from the state's next iteration up to ``stop``. To be compiled with the state donated.
 
-    ``rows`` are all rows, or with ``drawn`` the batches (n, B, ...) of the next n iterations. With several ``devices`` this is
-    the program of each, inside a ``shard_map`` over ``data``: ``rows`` are its strata, everything else is whole and the same on
-    all.
+    ``rows`` are all rows, or with ``drawn`` the batches (n, B, ...) of the next n iterations. With several ``devices``, this
+    is the program of each, inside a ``shard_map`` over ``data``: ``rows`` are its strata, and everything else is replicated.
 
-    The loss is ``squared error / start_error + regularizer * indecision / weights``, times the number of weights: both
-    terms are then of the order of one per weight whatever the model, and one setting fits all.
+    The loss is ``squared error / start_error + regularizer * indecision / weights``, times the number of weights. Both
+    terms are then of the order of 1 per weight, so one setting fits all models.
     """
     settings, chunks = how.settings, how.chunks
     for_rounding, for_scales = optimizers(settings)
@@ -212,10 +210,10 @@ def train(
     def iterate(state: TrainState) -> TrainState:
         position = state.iteration - first
         batch = jax.tree.map(lambda leaf: leaf[position], rows) if drawn else draw(rows, key, state.iteration, devices)
-        # A barrier, so that what follows is one program wherever the rows come from.
+        # A barrier, so that what follows is the same program wherever the rows come from.
         batch = jax.lax.optimization_barrier(batch)
         variables = jax.lax.optimization_barrier(state.variables)
-        # All that does not depend on the rows is done once, not for each chunk.
+        # What does not depend on the rows is done once, not per chunk.
         kernels, through_kernels = jax.vjp(soft_kernels, variables.rounding)
         gradient = partial(jax.value_and_grad(error), jax.lax.optimization_barrier((kernels, variables.log_scale)))
         if chunks == 1:
@@ -256,8 +254,8 @@ def rounded_outputs(
     dtype: str,
     precision: jax.lax.Precision = EXACT,
 ) -> tuple[jax.Array, jax.Array]:
-    """The output (B, ...) that the next unit is fed, and the mean squared error (); ``shared`` are the de-quantized parameters
-    and the quantizers of activations (G,) by site."""
+    """Returns the output (B, ...) that feeds the next unit, and the mean squared error (). ``shared`` holds the de-quantized
+    parameters and the activation quantizers (G,) by site."""
     params, acts = shared
     quantizers = {name: act.at_group(rows.group) for name, act in acts.items()}
     output = apply_unit(config, kind, params, quantizers, rows.inputs, dtype, precision)
@@ -273,7 +271,7 @@ def float_outputs(
     dtype: str,
     precision: jax.lax.Precision = EXACT,
 ) -> tuple[jax.Array, jax.Array]:
-    """The float unit's output (B, ...), and 0; ``shared`` are its parameters and what folding left at its sites."""
+    """Returns the float unit's output (B, ...), and 0. ``shared`` holds its parameters and what folding left at its sites."""
     params, balances = shared
     return apply_unit(config, kind, params, balances, inputs, dtype, precision), jnp.zeros((), jnp.float32)
 
@@ -291,7 +289,7 @@ def over_rows(
     chunks: int = 1,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One of the two functions above over rows (M, B, ...): outputs (M, B, ...) and errors (M, chunks)."""
+    """Maps one of the two functions above over rows (M, B, ...): outputs (M, B, ...) and errors (M, chunks)."""
     devices = sharding.data_size(mesh)
 
     def local(shared: _Shared, rows: _Rows) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Reconstruction from end to end: unit after unit, the float and the quantized hidden state side by side."""
+"""Reconstruction end to end: unit by unit, with the float and the quantized hidden state side by side."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _REPORT_EVERY, _CURVE_POINTS = 100, 50
 
 
 class UnitResult(struct.PyTreeNode):
-    """What a unit was given; its mean squared error with all weights rounded to the nearest and after learning, and the error
+    """What a unit was given, its mean squared errors with all weights rounded to the nearest and after learning, and the error
     of each iteration relative to the former."""
 
     part: RoundedUnit  # so named in journals
@@ -47,8 +47,8 @@ class UnitResult(struct.PyTreeNode):
 
 
 class _Work(struct.PyTreeNode):
-    """What a run that died inside a unit needs to resume: the fixed ``kernels`` and ``biases``; the codes to keep if learning
-    does no better, ``upper`` where a code is the higher of its two; and the ``state``."""
+    """What a run that died inside a unit needs to resume: the fixed ``kernels`` and ``biases``, the codes to keep if learning
+    does no better (``upper`` where a code is the higher of its two), and the ``state``."""
 
     kernels: dict[str, RoundedKernel]
     biases: dict[str, Float[Array, " _N"]]
@@ -69,25 +69,25 @@ def reconstruct(
     mesh: Mesh | None = None,
     progress: StageProgress = silent,
 ) -> tuple[QuantizedDiT, list[dict[str, Any]]]:
-    """Learns the rounding of the weights and the scales of the activations, unit after unit (PTQ4DiT, section 4.3; AdaRound).
+    """Learns the rounding of the weights and the scales of the activations, unit by unit (PTQ4DiT, section 4.3; AdaRound).
 
-    Each unit, fed by the quantized units before it, is made to reproduce what the float unit gives when fed by the float units
-    before it. Weights move to a code next to that of the start at most; weight scales and zero points are those of the start.
+    Each unit, fed by the quantized units before it, learns to reproduce the output of the float unit fed by the float units
+    before it. A weight moves at most to a code next to that of the start. Weight scales and zero points stay as they were.
 
     Args:
       folded: the float model after balancing, with what folding left at its sites.
-      quantized: the same, quantized by range search.
+      quantized: the same model, quantized by range search.
       calibration: the rows to learn from.
       settings: how.
-      key: decides which rows an iteration draws, together with its number.
-      journal: where the state is kept; with one, a run that died goes on where it was last saved.
-      save_every: iterations between two such saves inside a unit.
-      search: how the ranges of weights are chosen where they are rounded in closed form.
+      key: determines, with the iteration's number, which rows it draws.
+      journal: where the state is kept; with it, a run that died resumes from its last save.
+      save_every: iterations between two saves inside a unit.
+      search: how weight ranges are chosen in closed-form rounding.
       mesh: shards every batch over ``data``.
-      progress: called with what memory it will take before the first iteration, and every hundred iterations.
+      progress: called with the planned memory before the first iteration, and every hundred iterations.
 
     Returns:
-      The model with new weights and scales, and for each unit its name, errors before and after, and the curve between.
+      The model with new weights and scales, and for each unit its name, its errors before and after, and the curve between.
 
     Raises:
       Ptq4ditError: the batch cannot be spread over the mesh, or a unit's error is NaN or infinite.
@@ -119,7 +119,7 @@ def reconstruct(
 
 
 def _report(progress: StageProgress, unit: Unit, done: int, iterations: int, error: float) -> None:
-    """Tells how far a unit is, and its error relative to rounding to the nearest."""
+    """Reports a unit's progress, and its error relative to rounding to the nearest."""
     progress(f"reconstruct {unit.name}", done, iterations, f"error {error:.3f} x nearest")
 
 
@@ -143,7 +143,7 @@ def _learned(
     search: RangeSearch,
     progress: StageProgress,
 ) -> tuple[UnitResult, Any]:
-    """What learning makes of a unit, or the start if that is better; and its outputs."""
+    """Learns a unit. Returns the result, or the start if that is better, and its outputs."""
     work = None if journal is None else journal.current(position, _like_work(walk, unit))
     start = None
     if work is None and walk.settings.resolved_start == "gptq":
@@ -179,8 +179,8 @@ def _optimize(
     save_every: int,
     progress: StageProgress,
 ) -> TrainState:
-    """Iterates to the end from the state of ``work``; ``before`` is the error of rounding to the nearest, and ``error`` that of
-    the start, which the loss counts from."""
+    """Iterates to the end from the state of ``work``. ``before`` is the error of rounding to the nearest, and ``error`` that of
+    the start, which the loss is relative to."""
     settings, state = walk.settings, work.state
     done = int(state.iteration)
     while done < settings.iterations:
@@ -197,7 +197,7 @@ def _optimize(
 
 
 def _like(walk: LearningWalk, unit: Unit) -> UnitResult:
-    """The shapes of a unit's result."""
+    """Returns the shapes of a unit's result."""
 
     def result() -> UnitResult:
         task, variables = walk.task(unit)
@@ -208,7 +208,7 @@ def _like(walk: LearningWalk, unit: Unit) -> UnitResult:
 
 
 def _like_work(walk: LearningWalk, unit: Unit) -> _Work:
-    """The shapes of what is stored of a unit at work."""
+    """Returns the shapes of the stored state of a unit in progress."""
 
     def work() -> _Work:
         task, variables = walk.task(unit)
@@ -220,7 +220,7 @@ def _like_work(walk: LearningWalk, unit: Unit) -> _Work:
 
 @jax.jit
 def _upper(task: Task, start: Mapping[str, RoundedWeight]) -> dict[str, jax.Array]:
-    """Whether each code that the start was rounded to is the upper of its two."""
+    """Returns whether each code of the start is the upper of its two."""
     codes = {layer: jnp.swapaxes(rounded.weight.codes(), -1, -2) for layer, rounded in start.items()}
     return {layer: codes[layer] > kernel.base for layer, kernel in task.kernels.items()}
 
@@ -232,7 +232,7 @@ def _decided(upper: jax.Array) -> jax.Array:
 
 @jax.jit
 def _rounded(task: Task, variables: Variables) -> RoundedUnit:
-    """The unit with the codes that the variables decide for."""
+    """Returns the unit with the codes that the variables decide on."""
     weights = {layer: kernel.pack(variables.rounding[layer]) for layer, kernel in task.kernels.items()}
     return RoundedUnit(weights, task.biases, variables.log_scale)
 

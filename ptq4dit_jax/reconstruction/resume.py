@@ -1,4 +1,4 @@
-"""What a run leaves on disk so that it can go on after any interruption, and the check that it is the same run."""
+"""What a run keeps on disk to resume after any interruption, and the check that it is the same run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ptq4dit_jax.staging import beside, claim, is_staged, place, publish, remove
 _FINGERPRINT, _CURRENT = "fingerprint.json", "current.npz"
 _UNIT = re.compile(r"part-(\d{3,})\.npz")
 _FORMAT, _VERSION = "ptq4dit_jax reconstruction", 4
-#: In front of the names of what each file says about itself.
+#: Prefix of the names of what each file says about itself.
 _HEAD = "journal/"
 _OVER = "start over with --fresh (fresh=True)"
 
@@ -33,14 +33,14 @@ _Tree = TypeVar("_Tree")
 
 
 class Standing(NamedTuple):
-    """How far a run has come: the positions of its finished units; of the unit at work, if saved, and its next iteration."""
+    """How far a run has come: the finished units' positions; if saved, that of the unit in progress and its next iteration."""
 
     finished: tuple[int, ...]
     current: tuple[int, int] | None
 
 
 class _File(NamedTuple):
-    """What one file of a journal holds: arrays by name, the unit that they belong to, and its next iteration."""
+    """The content of one journal file: arrays by name, the unit that they belong to, and its next iteration."""
 
     arrays: dict[str, np.ndarray]
     position: int
@@ -48,23 +48,23 @@ class _File(NamedTuple):
 
 
 class Journal:
-    """A folder with ``fingerprint.json``, one ``part-NNN.npz`` for each finished unit and ``current.npz`` for the one at work.
+    """A folder with ``fingerprint.json``, a ``part-NNN.npz`` per finished unit, and ``current.npz`` for the one in progress.
 
-    Every file is renamed into place when complete, so whatever moment a run dies at, what is there is whole. Each says which
-    run and which unit it belongs to. The folder is this process's own until :meth:`close`, or until the process ends.
+    Every file is renamed into place when complete, so whenever a run dies, the files there are whole. Each says which run and
+    which unit it belongs to. The folder belongs to this process alone until :meth:`close`, or until the process ends.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any], *, fresh: bool = False) -> None:
-        """Opens the folder of this very run, or makes it.
+        """Opens the folder of this same run, or creates it.
 
         Args:
-          folder: where; its parents are made, and a link is followed.
+          folder: where; its parents are created, and a link is followed.
           fingerprint: what the result depends on, as JSON.
-          fresh: forget what is there.
+          fresh: discard what is there.
 
         Raises:
-          Ptq4ditError: the folder belongs to another run (the sentence says what differs), to one that works at this moment, or
-            to something else; a file in it is damaged or of another run or unit.
+          Ptq4ditError: the folder belongs to another run (the message says what differs), to one that is running now, or to
+            something else; or a file in it is damaged, or of another run or unit.
         """
         self.folder = place(folder).resolve()
         self._fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
@@ -91,7 +91,7 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Lets other processes have the folder."""
+        """Releases the folder to other processes."""
         self._claim.close()
 
     def _begin(self) -> None:
@@ -116,16 +116,16 @@ class Journal:
         if version != _VERSION:
             raise Ptq4ditError(
                 f"The reconstruction in {self.folder} was begun by another version of this program (format {shown(version)}, "
-                f"not {_VERSION}); go on with that one, or {_OVER}."
+                f"not {_VERSION}); resume with that version, or {_OVER}."
             )
         if differing := list(_differences(found, self._fingerprint)):
             raise Ptq4ditError(
-                f"The reconstruction begun in {self.folder} is another one, different in {', '.join(differing[:4])}; "
-                f"run it as it was begun, or {_OVER}."
+                f"The reconstruction begun in {self.folder} belongs to another run, which differs in "
+                f"{', '.join(differing[:4])}; run it as it was begun, or {_OVER}."
             )
 
     def _standing(self) -> Standing:
-        """Raises where a file is not of this run."""
+        """Returns how far the run has come. Raises if a file is not of this run."""
         finished = sorted(int(match[1]) for name in os.listdir(self.folder) if (match := _UNIT.fullmatch(name)))
         for position in finished:
             self._read(self._path(position), [], position)
@@ -134,7 +134,7 @@ class Journal:
         return Standing(tuple(finished), (found.position, found.iteration))
 
     def finished(self, position: int, like: _Tree) -> _Tree | None:
-        """The result of the unit at ``position``, a tree of arrays like ``like``, or None."""
+        """Returns the result of the unit at ``position``, a tree of arrays like ``like``, or None."""
         found = self._read(self._path(position), _names(like), position)
         return None if found is None else self._tree(self._path(position), found.arrays, like)
 
@@ -144,9 +144,9 @@ class Journal:
         (self.folder / _CURRENT).unlink(missing_ok=True)
 
     def current(self, position: int, like: _Tree) -> _Tree | None:
-        """The state of the unit at ``position`` if it was interrupted, a tree of arrays like ``like``, or None."""
+        """Returns the state of the unit at ``position`` if it was interrupted, a tree of arrays like ``like``, or None."""
         path = self.folder / _CURRENT
-        # The position first: a run that died just after finishing a unit leaves that unit's state, of other shapes, behind.
+        # The position first: a run that died just after finishing a unit leaves behind that unit's state, of other shapes.
         head = self._read(path, [], None)
         if head is None or head.position != position:
             return None
@@ -154,7 +154,7 @@ class Journal:
         return None if found is None else self._tree(path, found.arrays, like)
 
     def save_current(self, position: int, state: object, iteration: int = 0) -> None:
-        """Stores the state of the unit at work, which has its next ``iteration`` before it."""
+        """Stores the state of the unit in progress, whose next iteration is ``iteration``."""
         self._write(self.folder / _CURRENT, state, position, iteration)
 
     def remove(self) -> None:
@@ -168,7 +168,7 @@ class Journal:
         head = {"fingerprint": self._hash, "position": np.int64(position), "iteration": np.int64(iteration)}
         arrays = {f"{_HEAD}{name}": value for name, value in head.items()}
         arrays |= zip(_names(tree), map(np.asarray, jax.tree.leaves(jax.device_get(tree))), strict=True)
-        if not (self.folder / _FINGERPRINT).exists():  # somebody has removed it: what is left to do is kept all the same
+        if not (self.folder / _FINGERPRINT).exists():  # somebody removed it: the remaining work is saved all the same
             self._begin()
         with staging(path) as staged:
             with staged.open("wb") as file:
@@ -176,7 +176,7 @@ class Journal:
             publish(staged, path)
 
     def _read(self, path: Path, names: list[str], position: int | None) -> _File | None:
-        """The named arrays and the head of a file of this run and, unless None, of the unit at ``position``."""
+        """Reads the named arrays and the head of a file of this run and, unless None, of the unit at ``position``."""
         if not path.exists():
             return None
         head = [_HEAD + name for name in ("fingerprint", "position", "iteration")]
@@ -202,13 +202,13 @@ class Journal:
 
 
 def journal_beside(out: Path) -> Path:
-    """Where the command keeps the journal of an output."""
+    """Returns where the command keeps the journal of an output."""
     target = place(out)
     return target.with_name(f".{target.name}.reconstruction")
 
 
 def is_journal(folder: Path) -> bool:
-    """Whether a folder holds nothing but a journal's files, or a journal's fingerprint; an empty one counts."""
+    """Returns whether a folder holds only a journal's files, or a journal's fingerprint; an empty folder counts."""
     if not folder.is_dir():
         return False
     if all(map(_is_ours, os.listdir(folder))):
@@ -220,10 +220,10 @@ def is_journal(folder: Path) -> bool:
 
 
 def remove_journal(folder: Path) -> bool:
-    """Deletes a journal, but neither what else is in its folder, nor the link that leads there; whether it is gone.
+    """Deletes a journal, but neither other files in its folder nor a link to it; returns whether it is gone.
 
     Raises:
-      Ptq4ditError: what is there is no journal.
+      Ptq4ditError: the folder is no journal.
     """
     linked, folder = folder.is_symlink(), folder.resolve()
     if not os.path.lexists(folder):
@@ -236,11 +236,11 @@ def remove_journal(folder: Path) -> bool:
     names = os.listdir(folder)
     if not linked and all(map(_is_ours, names)):
         away = beside(folder)
-        with contextlib.suppress(OSError):  # a folder that something is mounted on stays
+        with contextlib.suppress(OSError):  # a mount point stays
             folder.rename(away)
             remove(away)
             return not away.exists()
-    # The fingerprint last: what a kill leaves is a journal.
+    # The fingerprint last, so that what a kill leaves is still a journal.
     for name in sorted(filter(_is_ours, names), key=lambda name: name == _FINGERPRINT):
         remove(folder / name)
     if not linked:
@@ -250,7 +250,7 @@ def remove_journal(folder: Path) -> bool:
 
 
 def forget_journal(folder: Path) -> bool:
-    """:func:`remove_journal` of what is of no more use: never an error, and whether it is gone."""
+    """Removes a journal that is of no more use, without ever raising; returns whether it is gone."""
     try:
         return remove_journal(folder)
     except (Ptq4ditError, OSError):
@@ -258,7 +258,7 @@ def forget_journal(folder: Path) -> bool:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether nothing is there, or nothing but what a kill has left of a beginning."""
+    """Returns whether nothing is there, or only what a run killed at its beginning left."""
     if not folder.is_dir():
         return not os.path.lexists(folder)
     return all(map(is_staged, os.listdir(folder)))

@@ -1,4 +1,4 @@
-"""What a unit is given by rounding and by learning, and the model put together from all units."""
+"""What rounding and learning give a unit, and the model assembled from all units."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _Quantizer = TypeVar("_Quantizer", ActQuantizer, ActQuantizer | None)
 
 
 class RoundedUnit(struct.PyTreeNode):
-    """By layer the quantized ``weights`` (N, K) and the ``biases`` (N,) float32; by site the logarithm (G,) of what the scales
-    of its activations are multiplied by. Sites whose scales stay may be absent."""
+    """A unit's quantized ``weights`` (N, K) and ``biases`` (N,) float32 by layer, and by site the logarithm (G,) of the factor
+    on the scales of its activations. Sites whose scales stay may be absent."""
 
     weights: dict[str, QTensor]
     biases: dict[str, Float[Array, " _N"]]
     log_scale: dict[str, Float32[Array, " _G"]]
 
     def params(self) -> dict[str, dict[str, jax.Array]]:
-        """Kernels (K, N) and biases (N,) of the layers."""
+        """Returns the kernels (K, N) and biases (N,) of the layers."""
         return {
             layer: {"kernel": jnp.swapaxes(weight.dequantize(), -1, -2), "bias": self.biases[layer]}
             for layer, weight in self.weights.items()
@@ -41,7 +41,7 @@ class RoundedUnit(struct.PyTreeNode):
 
 
 def assemble(quantized: QuantizedDiT, units: Sequence[tuple[Unit, RoundedUnit]]) -> QuantizedDiT:
-    """The model with the weights, biases and scales of its units; zero points are folded into the biases anew."""
+    """Returns the model with the weights, biases and scales of its units. Zero points are folded into the biases anew."""
     spec = quantized.config.spec
     weights: dict[str, list[QTensor]] = {}
     biases: dict[str, list[Any]] = {}

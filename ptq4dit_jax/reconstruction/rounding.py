@@ -1,6 +1,6 @@
 """AdaRound (Nagel et al., 2020): the choice between the two neighbouring codes of each weight as a continuous variable.
 
-Kernels are in Flax's order (..., K, N) here, as the training forward multiplies them; :class:`QTensor` holds (..., N, K).
+Kernels are in Flax's order (..., K, N), as the training forward multiplies them; :class:`QTensor` holds (..., N, K).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from ptq4dit_jax.quantizers import QTensor, weight_code_range
 
 #: The stretched sigmoid reaches 0 and 1 at finite values.
 GAMMA, ZETA = -0.1, 1.1
-#: How far soft weights start from codes that were decided already, of the way to what they were decided for. All the way, they
-#: would be decided anew by the nearest code, which takes many iterations to become as good.
+#: Share of the way from codes already decided to their targets at which soft weights start. At the targets themselves, the
+#: nearest code would decide anew, which takes many iterations to become as good.
 LEANING = 0.1
 
 
 class RoundedKernel(struct.PyTreeNode):
-    """What stays fixed of a kernel whose rounding is learned.
+    """The fixed part of a kernel whose rounding is learned.
 
-    ``base`` (..., K, N) int8 is the centered code below the weight; a weight outside the range has a ``base`` whose both
-    neighbours clip to the same code, so that it cannot move. ``scale`` (..., N) float32; ``low`` and ``high`` (..., N) int8
+    ``base`` (..., K, N) int8 is the centered code below the weight. Outside the range, ``base`` and ``base + 1`` clip to
+    the same code, so that the weight cannot move. ``scale`` (..., N) float32; ``low`` and ``high`` (..., N) int8
     are the least and greatest centered code of each channel.
     """
 
@@ -35,8 +35,8 @@ class RoundedKernel(struct.PyTreeNode):
 
     @classmethod
     def of(cls, kernel: jax.Array, weight: QTensor) -> tuple[RoundedKernel, jax.Array]:
-        """The fixed part for the range that ``weight`` was quantized with, and the variables (..., K, N) float32 at which the
-        soft kernel is the float ``kernel`` (..., K, N) itself."""
+        """Returns the fixed part for the range of ``weight``, and the variables (..., K, N) float32 at which the soft kernel is
+        the float ``kernel`` (..., K, N) itself."""
         low, high = (end.astype(jnp.float32) for end in weight.code_range)
         position = kernel / weight.scale[..., None, :]
         floor = jnp.floor(position)
@@ -45,8 +45,8 @@ class RoundedKernel(struct.PyTreeNode):
 
     @classmethod
     def around(cls, target: jax.Array, weight: QTensor) -> tuple[RoundedKernel, jax.Array]:
-        """The fixed part where each weight may keep its code in ``weight`` or move to the neighbouring one on the side of
-        ``target`` (..., K, N), and the variables (..., K, N) float32 that decide for the former and lean towards the target."""
+        """Returns the fixed part with which each weight may keep its code in ``weight`` or move to the neighbour on the side of
+        ``target`` (..., K, N), and the variables (..., K, N) float32 that keep the codes but lean towards the target."""
         position = target / weight.scale[..., None, :]
         code = jnp.swapaxes(weight.codes(), -1, -2).astype(jnp.float32)
         base = jnp.where(position >= code, code, code - 1)
@@ -65,21 +65,21 @@ class RoundedKernel(struct.PyTreeNode):
         )
 
     def soft(self, variables: jax.Array) -> jax.Array:
-        """The de-quantized kernel with fractional codes, differentiable in ``variables``."""
+        """Returns the de-quantized kernel with fractional codes, differentiable in ``variables``."""
         return self._dequantize(stretched_sigmoid(variables))
 
     def codes(self, variables: jax.Array) -> jax.Array:
-        """Centered codes (..., K, N), int8."""
+        """Returns the centered codes (..., K, N), int8."""
         return self._clip((variables >= 0).astype(jnp.float32)).astype(jnp.int8)
 
     def pack(self, variables: jax.Array) -> QTensor:
-        """The quantized weight."""
+        """Returns the quantized weight."""
         zero_point = weight_code_range(self.bits)[0] - self.low.astype(jnp.int32)
         codes = jnp.swapaxes(self.codes(variables), -1, -2).astype(jnp.int32) + zero_point[..., None]
         return QTensor.from_codes(codes, self.scale, zero_point, self.bits)
 
     def _clip(self, up: jax.Array) -> jax.Array:
-        # minimum and maximum share a tie's gradient; here a tie is a code at the end of the range, which may still move inward.
+        # Not minimum and maximum, which split a tie's gradient: a code at the range's end is a tie, and may still move inward.
         low, high = (end[..., None, :].astype(jnp.float32) for end in (self.low, self.high))
         code = self.base.astype(jnp.float32) + up
         return jnp.where(code < low, low, jnp.where(code > high, high, code))
@@ -89,12 +89,12 @@ class RoundedKernel(struct.PyTreeNode):
 
 
 def stretched_sigmoid(variables: jax.Array) -> jax.Array:
-    """``h(V)``: the part of a step that each weight is rounded up, 0 to 1."""
+    """Returns ``h(V)``: the fraction of a step by which each weight is rounded up, 0 to 1."""
     return jnp.clip(jax.nn.sigmoid(variables) * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
 
 
 def inverse_stretched_sigmoid(part: jax.Array) -> jax.Array:
-    """The ``V`` with ``h(V) = part``, for parts in [0, 1]."""
+    """Returns the ``V`` with ``h(V) = part``, for ``part`` in [0, 1]."""
     return -jnp.log((ZETA - GAMMA) / (part - GAMMA) - 1)
 
 

@@ -1,4 +1,4 @@
-"""The units of the network that are reconstructed one after another, each a pure function of its parameters and inputs."""
+"""The network's units, reconstructed one after another, each a pure function of its parameters and inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _Tree = TypeVar("_Tree")
 
 
 class Unit(struct.PyTreeNode):
-    """One unit. ``kind`` decides the program, ``index`` which block of its stack it is (0 outside the stacks)."""
+    """One unit. ``kind`` determines the program; ``index`` is its place in the stack (0 outside the stacks)."""
 
     kind: UnitKind = struct.field(pytree_node=False)
     index: int = struct.field(pytree_node=False, default=0)
@@ -44,18 +44,18 @@ class Unit(struct.PyTreeNode):
         return {site.place.name: str(site.place) for site in self.kind.sites}
 
     def of_depth(self, value: _Tree) -> _Tree:
-        """The slice of a stacked tree for this block; outside the stacks the whole tree."""
+        """Returns this block's slice of a stacked tree; outside the stacks, the whole tree."""
         return value if self.kind.stack is None else _at(value, self.index)
 
 
 @jax.jit
 def _at(tree: _Tree, index: jax.Array | int) -> _Tree:
-    """One program a tree, where each operation of each of its leaves would be one."""
+    """Slices a tree in one program; without jit, each operation on each leaf would be one."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def units(network: Network) -> tuple[Unit, ...]:
-    """All units in the order in which a hidden state passes them."""
+    """Returns all units in the order in which a hidden state passes them."""
     return tuple(
         Unit(kind, index) for kind in network.spec.kinds for index in range(1 if kind.stack is None else kind.stack.depth)
     )
@@ -70,11 +70,11 @@ def apply_unit(
     dtype: DTypeLike,
     precision: jax.lax.Precision = EXACT,
 ) -> jax.Array:
-    """The output of a unit for one batch.
+    """Returns the output of a unit for one batch.
 
     Args:
       config: shape of the network.
-      kind: which unit.
+      kind: which kind of unit.
       params: kernels (K, N) and biases (N,) by layer, and the unit's tables that the model has.
       quantizers: callables by site, as in :mod:`ptq4dit_jax.networks.float_network`; may be empty.
       inputs: ``embed_image`` (x_BHWC,), ``embed_condition`` (t_B, y_B), ``block`` and ``head`` (x_BTD, silu_c_BD).
@@ -102,10 +102,10 @@ def site_input(
     dtype: DTypeLike,
     precision: jax.lax.Precision = EXACT,
 ) -> jax.Array:
-    """What the layer behind a site of the unit is fed for one batch, (B, [T,] K); quantized, if the site has a quantizer.
+    """Returns the input of the layer behind a site for one batch, (B, [T,] K), quantized if the site has a quantizer.
 
-    ``name`` is the site's inside the unit; the other arguments are those of :func:`apply_unit`. XLA leaves out what follows the
-    site.
+    ``name`` is the site's name inside the unit; the other arguments are those of :func:`apply_unit`. XLA drops what follows
+    the site.
     """
     _, seen = _run(config, kind, params, quantizers, inputs, dtype, precision, observers={name: _Passing()})
     return cast(jax.Array, seen["observers"][name])
@@ -121,7 +121,7 @@ def _run(
     precision: jax.lax.Precision,
     observers: Mapping[str, Any] | None = None,
 ) -> Any:
-    """What the unit's module returns, and with ``observers`` the variables that they have become beside it."""
+    """Runs the unit's module. With ``observers``, also returns the variables that they become."""
     variables = {"params": params} | ({"quantizers": quantizers} if quantizers else {})
     more: dict[str, Any] = {"method": kind.role.value} if kind.stack is None else {}
     if observers is not None:

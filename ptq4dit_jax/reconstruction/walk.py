@@ -1,4 +1,4 @@
-"""The hidden states of all rows that rounding and reconstruction look at: in floats, and behind the quantized prefix."""
+"""Hidden states of all rows for rounding and reconstruction: in floats, and behind the quantized prefix."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from ptq4dit_jax.waiting import ready
 
 #: On the device, or on the host with ``plan.on_host``.
 HeldRows: TypeAlias = jax.Array | np.ndarray
-#: A unit that rounding to the nearest already reproduces has nothing to learn, and its error must not be divided by 0.
+#: The least error of a unit: where rounding to the nearest reproduces it, nothing must be divided by 0.
 TINY = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one device: ``models`` are the float and the quantized parameters, ``rows`` the hidden states, ``step`` what the
-    work on a block needs besides. ``limit`` is None where it is not known."""
+    """Bytes on one device: ``models`` for float and quantized parameters, ``rows`` for hidden states, ``step`` for the work on
+    a block besides. ``limit`` is None where it is not known."""
 
     models: int
     rows: int
@@ -81,8 +81,8 @@ class Walk(abc.ABC):
 
         count = calibration.num_steps * calibration.num_rows
         size = -(-count // batch_size)
-        # Rows are in the order of the steps, so strata follow the steps, and every batch sees all of the chain. Where rows do
-        # not fill the strata, some are there twice.
+        # Rows are in the order of the steps, so strata follow the steps, and every batch sees the whole chain. Where rows do
+        # not fill the strata, some are repeated.
         order = (np.arange(batch_size * size) * count // (batch_size * size)).reshape(batch_size, size).T
         flat = lambda rows: np.asarray(rows).reshape(count, *rows.shape[2:])[order]
         t = np.asarray(calibration.t)
@@ -94,7 +94,7 @@ class Walk(abc.ABC):
         self.step = self._place(np.repeat(np.arange(calibration.num_steps), calibration.num_rows)[order])
         self.group = self._place(np.asarray(group)[order])
         self.weight = self._place(np.ones(order.shape, np.float32))
-        #: What each counts, so that those that are there twice count once.
+        #: How much each row counts, so that the copies of a row count once in all.
         self.share = self._place((1 / np.bincount(order.ravel()))[order].astype(np.float32))
         self.float_x = self.quant_x = self.float_c = self.quant_c = self.x
 
@@ -106,7 +106,7 @@ class Walk(abc.ABC):
         hidden = self.batch_size * config.num_tokens * config.hidden_size * jnp.dtype(self.dtype).itemsize
         models = sum(leaf.nbytes for leaf in jax.tree.leaves((self.folded.params, self.quantized)))
         limit = memory.device_limit()
-        rows = 4 * size * hidden // sharding.data_size(self.mesh)  # float and quantized state, and the next of either
+        rows = 4 * size * hidden // sharding.data_size(self.mesh)  # float and quantized state, and the next of each
         on_host = rows_on == "host"
         step = self._step_bytes(size, on_host)
         if rows_on == "auto" and limit is not None and models + rows + step > 0.9 * limit:
@@ -116,36 +116,36 @@ class Walk(abc.ABC):
 
     @abc.abstractmethod
     def _step_bytes(self, size: int, on_host: bool) -> int:
-        """What the work on a block needs on a device besides the models and the rows, of which strata hold ``size``."""
+        """Returns the bytes that work on a block needs on a device besides models and rows; a stratum holds ``size`` rows."""
 
     def tables(self, unit: Unit) -> dict[str, Any]:
-        """Parameters of a unit that are looked up or added, and gains of its norms."""
+        """Returns the parameters of a unit that are looked up or added, and the gains of its norms."""
         params = self.folded.params
         gains = {gain.place.name: unit.of_depth(gain.place.of(params)) for gain in unit.kind.gains}
         return {name: params[name] for name in unit.tables if name in params} | gains
 
     def params(self, unit: Unit, layer: str) -> Any:
-        """The float kernel (K, N) and bias (N,) of a layer of a unit."""
+        """Returns the float kernel (K, N) and bias (N,) of a layer of a unit."""
         return unit.of_depth(self.folded.layer(unit.layers[layer]))
 
     def float_unit(self, unit: Unit) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The float parameters of a unit, and what folding left at its sites."""
+        """Returns the float parameters of a unit, and what folding left at its sites."""
         params = {layer: self.params(unit, layer) for layer in unit.layers} | self.tables(unit)
         balanced = {site: name for site, name in unit.sites.items() if name in self.balances}
         return params, {site: unit.of_depth(self.balances[name]) for site, name in balanced.items()}
 
     def act_quantizers(self, unit: Unit) -> dict[str, Any]:
-        """The activation quantizers of a unit, by site; leaves are tables over groups of steps (G,)."""
+        """Returns the activation quantizers of a unit, by site; leaves are tables over groups of steps (G,)."""
         return {site: unit.of_depth(self.acts[name]) for site, name in unit.sites.items() if name in self.acts}
 
     def nearest(self, unit: Unit) -> RoundedUnit:
-        """A unit as range search has rounded it."""
+        """Returns a unit as range search rounded it."""
         weights = {layer: unit.of_depth(self.quantized.linears[name].weight) for layer, name in unit.layers.items()}
         biases = {layer: self.params(unit, layer)["bias"] for layer in unit.layers}
         return RoundedUnit(weights, biases, {})
 
     def inputs(self, unit: Unit) -> tuple[tuple[HeldRows, ...], tuple[HeldRows, ...]]:
-        """What a unit is fed behind the quantized prefix, and behind the float one; as :func:`apply_unit` takes them."""
+        """Returns a unit's inputs behind the quantized and behind the float prefix, as :func:`apply_unit` takes them."""
         if unit.kind.role is Role.IMAGE:
             return (self.x,), (self.x,)
         if unit.kind.role is Role.CONDITION:
@@ -153,14 +153,14 @@ class Walk(abc.ABC):
         return (self.quant_x, self.quant_c), (self.float_x, self.float_c)
 
     def rows(self, unit: Unit) -> Rows[HeldRows]:
-        """The unit's inputs from the quantized prefix, and the float unit's outputs."""
+        """Returns the unit's inputs from the quantized prefix, and the float unit's outputs."""
         quant, exact = self.inputs(unit)
         shared = sharding.replicate(self.mesh, self.float_unit(unit))
         target, _ = self._over_rows(optimize.float_outputs, shared, unit, exact)
         return Rows(inputs=quant, target=target, group=self.group, weight=self.weight)
 
     def outputs(self, unit: Unit, rounded: RoundedUnit, rows: Rows[HeldRows]) -> tuple[HeldRows, jax.Array]:
-        """What the rounded unit makes of the rows, (M, B, ...), and its mean squared error () float32."""
+        """Returns the rounded unit's outputs for the rows, (M, B, ...), and its mean squared error () float32."""
         shared = _fake_quantized(*sharding.replicate(self.mesh, (rounded, self.act_quantizers(unit), self.tables(unit))))
         outputs, errors = self._over_rows(optimize.rounded_outputs, shared, unit, rows)
         return outputs, jnp.maximum(np.asarray(ready(errors)).mean(dtype=np.float64).astype(np.float32), TINY)
@@ -172,7 +172,7 @@ class Walk(abc.ABC):
         unit: Unit,
         rows: Rows[HeldRows] | tuple[HeldRows, ...],
     ) -> tuple[HeldRows, HeldRows]:
-        """A function of :mod:`optimize` over rows (M, B, ...), batch by batch where they are on the host."""
+        """Maps a function of :mod:`optimize` over rows (M, B, ...), batch by batch where they are on the host."""
         run = partial(
             optimize.over_rows,
             function,
@@ -195,7 +195,7 @@ class Walk(abc.ABC):
         return np.concatenate(outputs), np.concatenate(errors)
 
     def advance(self, unit: Unit, quantized: HeldRows, exact: HeldRows) -> None:
-        """Both hidden states move past the unit."""
+        """Moves both hidden states past the unit."""
         if unit.kind.role is Role.CONDITION:
             self.quant_c, self.float_c = quantized, exact
         elif unit.kind.role is not Role.HEAD:
@@ -206,6 +206,6 @@ class Walk(abc.ABC):
 def _fake_quantized(
     rounded: RoundedUnit, acts: dict[str, Any], tables: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What :func:`optimize.rounded_outputs` takes."""
+    """Returns what :func:`optimize.rounded_outputs` takes as ``shared``."""
     acts = {site: scaled(act, rounded.log_scale[site]) if site in rounded.log_scale else act for site, act in acts.items()}
     return rounded.params() | tables, acts
