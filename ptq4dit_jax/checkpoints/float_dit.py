@@ -73,9 +73,10 @@ def model_meta(config: DiTConfig, schedule: Schedule) -> dict[str, Any]:
     """The part of ``meta`` that describes the network, float or quantized; a schedule without ``objective`` is of noise."""
     objective = {} if isinstance(schedule, NoiseSchedule) else {"objective": schedule.objective}
     settings = config.to_dict()
-    # An older reader refuses a setting that it does not know, and without this one it knows all of them.
-    if not config.position_table:
-        del settings["position_table"]
+    # An older reader refuses a setting that it does not know, and without these it knows all of them.
+    for name in ("position_table", "frequencies"):
+        if not settings[name]:
+            del settings[name]
     network = {} if type(config) is DiTConfig else {"network": name_of(config)}  # which an older reader has not heard of
     return {**network, "config": settings, "schedule": objective | dataclasses.asdict(schedule)}
 
@@ -100,7 +101,8 @@ def read_model_meta(meta: Mapping[str, Any]) -> tuple[DiTConfig, Schedule]:
 
 
 def settings_from_json(cls: type[_Settings], values: object) -> _Settings:
-    """A dataclass of plain fields (bool, int, float, str) from its JSON form; fields with a default may be left out."""
+    """A dataclass of plain fields (bool, int, float, str, tuple of floats) from its JSON form; those with a default may be left
+    out."""
     if not isinstance(values, dict):
         raise Ptq4ditError(f"The model's {cls.__name__} is missing or is no JSON object, but {shown(values)}.")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -110,12 +112,18 @@ def settings_from_json(cls: type[_Settings], values: object) -> _Settings:
     if missing := sorted(required - set(values)):
         raise Ptq4ditError(f"The model's {cls.__name__} lacks {', '.join(missing)}.")
     types = typing.get_type_hints(cls)
-    for name, value in values.items():
-        # To Python, bool is an int; JSON writes a whole float as an int where people edit it.
-        accepted = (int, float) if types[name] is float else (types[name],)
-        if type(value) not in accepted:
-            raise Ptq4ditError(f"The model's {cls.__name__} has {name} = {quoted(value)}, which is no {types[name].__name__}.")
-    return cls(**{name: types[name](value) for name, value in values.items()})
+    return cls(
+        **{name: _setting(f"The model's {cls.__name__} has {name}", types[name], value) for name, value in values.items()}
+    )
+
+
+def _setting(lead: str, kind: Any, value: object) -> Any:
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_setting(lead, typing.get_args(kind)[0], item) for item in value)
+    # To Python, bool is an int; JSON writes a whole float as an int where people edit it.
+    if type(value) not in ((int, float) if kind is float else (kind,)):
+        raise Ptq4ditError(f"{lead} = {quoted(value)}, which is no {kind.__name__}.")
+    return kind(value)
 
 
 def expected_arrays(config: DiTConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:

@@ -15,7 +15,7 @@ from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.networks.float_network import FloatNetwork
 from ptq4dit_jax.networks.ops import Activation, Network, Norm, NormKind, Ops, Rotary
-from ptq4dit_jax.networks.parts import patchify, sine_cosine_positions, timestep_frequencies, unpatchify
+from ptq4dit_jax.networks.parts import patchify, sine_cosine_positions, time_waves, timestep_frequencies, unpatchify
 from ptq4dit_jax.networks.spec import (
     Columns,
     Gain,
@@ -51,6 +51,8 @@ LARGEST = {
     "mlp_ratio": 2**10,
 }
 MAX_TOKENS, MAX_POSITION_VALUES, MAX_PARAMETERS = 2**16, 2**27, 2**40
+#: A float32 tells no phase of a turn from there on.
+MAX_FREQUENCY = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,8 @@ class DiTConfig(Network):
     ``num_classes`` 0 (with ``null_class`` False) is an unconditional DiT: it has no table of labels, and its condition is the
     time alone. With ``position_table`` the table of positions is a parameter instead of the fixed sine-cosine one.
     ``freq_shift`` and ``mlp_norm_eps`` exist because diffusers computes another function from the same weights (1 and 1e-5);
-    the defaults are Meta's, with which the published weights were trained.
+    the defaults are Meta's, with which the published weights were trained. ``frequencies``, half of ``frequency_size`` many, in
+    radians, take the place of powers of 10,000 where a network has its own for the time (random Fourier features).
     """
 
     #: What other networks of this shape have instead.
@@ -81,6 +84,7 @@ class DiTConfig(Network):
     freq_shift: float = 0.0
     mlp_norm_eps: float = 1e-6
     position_table: bool = False
+    frequencies: tuple[float, ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads"):
@@ -106,6 +110,7 @@ class DiTConfig(Network):
             )
         if not isinstance(self.frequency_size, int) or self.frequency_size < 2 or self.frequency_size % 2:
             raise Ptq4ditError(f"DiT frequency_size must be even and positive, not {quoted(self.frequency_size)}.")
+        self._check_frequencies()
         for name, least, below in (
             ("mlp_ratio", 0, LARGEST["mlp_ratio"] + 1),
             ("freq_shift", 0, self.frequency_size // 2),  # there frequencies would be divided by zero
@@ -126,6 +131,16 @@ class DiTConfig(Network):
         depth, hidden_size, num_heads = _SIZES[size]
         shape = {"depth": depth, "hidden_size": hidden_size, "num_heads": num_heads, "patch_size": int(patch)}
         return cls(**{**shape, "input_size": input_size, "in_channels": in_channels, **overrides})
+
+    def _check_frequencies(self) -> None:
+        if not isinstance(own := self.frequencies, tuple) or len(own) not in (0, self.frequency_size // 2):
+            raise Ptq4ditError(
+                f"DiT frequencies must be {self.frequency_size // 2} numbers, half of frequency_size, or none, "
+                f"not {quoted(own) if not isinstance(own, tuple) else len(own)}."
+            )
+        for value in own:
+            if not isinstance(value, (int, float)) or not abs(value) <= MAX_FREQUENCY:
+                raise Ptq4ditError(f"DiT frequencies must be numbers of at most {MAX_FREQUENCY:,}, not {quoted(value)}.")
 
     def _check_products(self) -> None:
         """Raises where sizes that may be large each make too large a network together."""
@@ -276,9 +291,14 @@ class DiTConfig(Network):
         table = position_embedding(self) if learned is None else learned
         return ops.linear("patch_embed", tokens) + jnp.asarray(table, ops.dtype)[None]
 
+    def time_features(self, t_B: jax.Array) -> jax.Array:
+        """What the embedder of time is fed, (B, frequency_size), cosines first."""
+        if self.frequencies:
+            return time_waves(t_B, np.array(self.frequencies))
+        return timestep_frequencies(self.frequency_size, t_B, self.freq_shift)
+
     def embed_condition(self, ops: Ops, t_B: ArrayLike, y_B: ArrayLike | None) -> jax.Array:
-        frequencies = timestep_frequencies(self.frequency_size, jnp.asarray(t_B), self.freq_shift)
-        hidden = jax.nn.silu(ops.linear("time_fc1", frequencies.astype(ops.dtype)))
+        hidden = jax.nn.silu(ops.linear("time_fc1", self.time_features(jnp.asarray(t_B)).astype(ops.dtype)))
         condition = ops.linear("time_fc2", hidden)
         if self.num_labels:
             condition = condition + ops.look_up("label_embed", required_labels(self, y_B))

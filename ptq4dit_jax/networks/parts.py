@@ -25,8 +25,12 @@ from ptq4dit_jax.numerics import EXACT, at_least_float32, product_precision
 def timestep_frequencies(size: int, t_B: jax.Array, shift: float = 0.0) -> jax.Array:
     """Sinusoidal features (B, size) of the timestep, cosines first. ``shift`` makes the frequencies fall faster."""
     half = size // 2
-    frequencies = np.exp(-math.log(10000.0) * np.arange(half) / (half - shift)).astype(np.float32)
-    angles = t_B.astype(jnp.float32)[:, None] * frequencies[None]
+    return time_waves(t_B, np.exp(-math.log(10000.0) * np.arange(half) / (half - shift)))
+
+
+def time_waves(t_B: jax.Array, frequencies: np.ndarray) -> jax.Array:
+    """Cosines, then sines, of the timestep times each frequency, in radians."""
+    angles = t_B.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

@@ -42,8 +42,8 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
 
     Raises:
       Ptq4ditError: a network of another kind; ``path`` exists (without ``overwrite``), is a folder or cannot be written; the
-        model computes another function than Meta's from the same weights (``freq_shift``, ``mlp_norm_eps``) or is incomplete;
-        a flow that is not SiT's, with data at t = 1 and any number of steps.
+        model computes another function than Meta's from the same weights (``freq_shift``, ``frequencies``, ``mlp_norm_eps``)
+        or is incomplete; a flow that is not SiT's, with data at t = 1 and any number of steps.
     """
     config = model.config
     if (layout := _LAYOUTS.get(type(config))) is None:
@@ -53,6 +53,10 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
         raise Ptq4ditError(
             f"Meta's layout means freq_shift 0 and mlp_norm_eps 1e-06, and this model has {config.freq_shift:g} and"
             f" {config.mlp_norm_eps:g}; import its source without as_diffusers to export it."
+        )
+    if config.frequencies:
+        raise Ptq4ditError(
+            "Meta's layout has no place for frequencies of time, and this model has its own; save it as a model folder instead."
         )
     flow = model.schedule if isinstance(model.schedule, FlowSchedule) else None
     if flow not in (None, FlowSchedule()):

@@ -17,7 +17,6 @@ from ptq4dit_jax.checkpoints.foreign.options import GivenSchedule
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.folding import fold_modulation
 from ptq4dit_jax.networks.dit import DiTConfig
-from ptq4dit_jax.networks.parts import timestep_frequencies
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule
 
 
@@ -193,7 +192,7 @@ def fold_step_size(
         np.asarray(params.pop(f"step_{layer}/{leaf}"), np.float64) for layer in ("fc1", "fc2") for leaf in ("kernel", "bias")
     )
     seen = layout.step_size.seen(schedule.steps) if schedule.steps else 0.0
-    features = timestep_frequencies(config.frequency_size, jnp.full(1, seen, jnp.float32), config.freq_shift)
+    features = config.time_features(jnp.full(1, seen, jnp.float32))
     hidden = np.asarray(features, np.float64) @ k1 + b1
     constant = (hidden / (1 + np.exp(-hidden))) @ k2 + b2
     bias = params["time_fc2/bias"]
