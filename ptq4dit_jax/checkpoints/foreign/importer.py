@@ -98,6 +98,7 @@ def import_checkpoint(
         if words := file.contents.dropped_words().removeprefix("; not understood: "):
             evidence.notes.append(f"Not read, as nothing here understands it: {words}.")
         config, view = read_config(file, chosen.view, layout, evidence, given.shape, epsilon if given.as_diffusers else None)
+        config = _own_frequencies(view, layout, config, evidence)
         schedule = find_schedule(file, view, layout, config, evidence, given.schedule, told)
         _check_betas(view, schedule, evidence, ignored)
         ignored.check(file.path)
@@ -154,6 +155,21 @@ def _check_betas(view: View, schedule: Schedule, evidence: Evidence, ignored: Ig
             f"The checkpoint {evidence.path} holds betas that are not those of the linear schedule of {linear}; say which it "
             "is (--timesteps, --beta-start, --beta-end), or leave them out with ignore (--ignore betas)."
         )
+
+
+def _own_frequencies(view: View, layout: Layout, config: DiTConfig, evidence: Evidence) -> DiTConfig:
+    """The configuration with the stored frequencies of time, if there are any."""
+    if layout.time_basis is None or layout.time_basis not in view:
+        return config
+    turns = view[layout.time_basis].read().astype(np.float64)
+    if turns.shape != (config.frequency_size // 2,):
+        raise Ptq4ditError(
+            f"The frequencies {layout.time_basis} in {evidence.path} have the shape {turns.shape}, and this DiT has "
+            f"{config.frequency_size // 2} of them."
+        )
+    if not np.isfinite(turns).all():
+        raise Ptq4ditError(f"The checkpoint {evidence.path} holds NaN or infinity in {layout.time_basis}; get it anew.")
+    return dataclasses.replace(config, frequencies=tuple((2 * np.pi * turns).tolist()))
 
 
 def _own_positions(view: View, layout: Layout, config: DiTConfig, evidence: Evidence) -> np.ndarray | None:

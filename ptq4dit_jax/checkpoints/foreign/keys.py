@@ -157,6 +157,7 @@ def _interface(value: object) -> str:
 
 TABLE: dict[str, tuple[Callable[[object], object], str]] = {
     "norms without a shift": (_flag, "wo_shift"),
+    "norms with a shift": (_flag, "adaln_shift"),
     "norms of queries and keys": (lambda value: not _off(value), "qk_norm use_qk_norm use_qknorm qknorm"),
     "number of heads": (_count, "num_heads n_heads heads num_attention_heads attention_heads n_head nhead attn_heads"),
     "width of a head": (_count, "head_dim attention_head_dim head_width dim_head dim_per_head"),
@@ -179,7 +180,8 @@ TABLE: dict[str, tuple[Callable[[object], object], str]] = {
     "output channels": (_count, "out_channels out_chans"),
     "MLP ratio": (_positive, "mlp_ratio"),
     "learned variance": (_flag, "learn_sigma learned_sigma learn_variance"),
-    "time frequencies": (_count, "frequency_embedding_size frequency_size freq_dim"),
+    "time frequencies": (_count, "frequency_embedding_size frequency_size freq_dim freq_embed_size"),
+    "frequencies of its own": (_flag, "continuous_time_embed"),
     "objective": (
         _objective,
         "prediction prediction_type prediction_target pred_type objective parameterization model_prediction pred",

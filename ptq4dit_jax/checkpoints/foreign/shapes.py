@@ -115,7 +115,8 @@ def _check_names(view: View, layout: Layout, depth: int, bias_free: list[Entry],
     expected = {name for entry in entries for name in entry.names(depth)}
     ignored = [re.compile(pattern) for pattern in layout.ignored]
     faults.missing = sorted(expected - view.keys(), key=by_number)
-    extra = {name for name in view.keys() - expected - {layout.pos_embed} if view[name].shape and not _BUFFER.fullmatch(name)}
+    apart = {layout.pos_embed, layout.time_basis}
+    extra = {name for name in view.keys() - expected - apart if view[name].shape and not _BUFFER.fullmatch(name)}
     faults.unexpected = sorted((name for name in extra if not any(p.fullmatch(name) for p in ignored)), key=by_number)
 
 
@@ -178,7 +179,9 @@ def _config(
     }
     settings = layout.network.traits(sizes)
     told["norms without a shift"] = not settings.get("shifts", True)
+    told["norms with a shift"] = settings.get("shifts", True)
     told["norms of queries and keys"] = settings.get("qk_norm", False)
+    told["frequencies of its own"] = layout.time_basis in view
     _check_sizes(evidence, layout, told)
     classes, null_class = _classes(file, evidence, sizes.get("rows", 0), given)
     heads = sizes.get("heads")

@@ -157,6 +157,21 @@ def test_diffuse_nnx(tmp_path, raises_sentence):
         import_checkpoint(tmp_path / "checkpoint_1", objective="noise")
 
 
+def test_diffuse_nnx_with_frequencies_of_its_own(tmp_path):
+    """Frequencies in turns, sines first: here those that a DiT has fixed, so that it computes the same."""
+    tree = diffuse_nnx_tree(2)
+    embedder = tree["network"]["t_embedder"]
+    kernel = embedder["mlp"]["layers"]["0"]["kernel"]
+    half = len(kernel["value"]) // 2
+    kernel["value"] = np.concatenate([kernel["value"][half:], kernel["value"][:half]])
+    turns = 10000.0 ** (-np.arange(half) / half) / (2 * np.pi)
+    embedder["gaussian_basis"] = {"value": turns.astype(np.float32)}
+    ocp.PyTreeCheckpointer().save(tmp_path / "checkpoint_1" / "ema_state", {"ema": tree})
+    model, found = import_checkpoint(tmp_path / "checkpoint_1")
+    assert (found.layout, len(model.config.frequencies)) == ("willisma/diffuse_nnx", half)
+    assert_forward(model, SIT_GOLDEN)
+
+
 # Networks made for a step size -----------------------------------------------------------------------------------------------
 
 

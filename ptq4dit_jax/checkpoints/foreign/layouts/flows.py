@@ -11,7 +11,6 @@ from ptq4dit_jax.checkpoints.foreign.layouts.table import (
     Entry,
     Layout,
     StepSize,
-    flax_attention,
     flax_linear,
 )
 from ptq4dit_jax.schedules import FlowSchedule
@@ -123,39 +122,6 @@ MEANFLOW = Layout(
         seen=lambda steps: 1 / steps,
         default=1,
     ),
-)
-
-_NNX = "network.blocks.{i}."
-DIFFUSE_NNX = Layout(
-    name="willisma/diffuse_nnx",
-    markers=("network.blocks.0.attn.query.kernel",),
-    block=_NNX,
-    entries=(
-        *flax_linear("patch_embed", "network.x_proj", kernel=PATCH_HWIO),
-        *flax_linear("time_fc1", "network.t_embedder.mlp.layers.0"),
-        *flax_linear("time_fc2", "network.t_embedder.mlp.layers.2"),
-        Entry("label_embed/embedding", ("network.y_embedder.embedding_table.embedding",)),
-        *flax_linear("blocks/adaLN", _NNX + "adaLN_mod.layers.1"),
-        *flax_attention(_NNX + "attn"),
-        *flax_linear("blocks/fc1", _NNX + "mlp.linear1"),
-        *flax_linear("blocks/fc2", _NNX + "mlp.linear2"),
-        *flax_linear("final_adaLN", "network.final_layer.adaLN_mod.layers.1"),
-        *flax_linear("final", "network.final_layer.linear"),
-    ),
-    sizes={
-        "hidden": ("network.x_proj.kernel", 3),
-        "channels": ("network.x_proj.kernel", 2),
-        "patch": ("network.x_proj.kernel", 0),
-        "rows": ("network.y_embedder.embedding_table.embedding", 0),
-        "mlp": ("network.blocks.0.mlp.linear1.kernel", 1),
-        "frequencies": ("network.t_embedder.mlp.layers.0.kernel", 0),
-        "outputs": ("network.final_layer.linear.kernel", 1),
-        "tokens": ("network.x_embedder.pe", 1),
-        "heads": ("network.blocks.0.attn.query.kernel", 1),
-    },
-    pos_embed="network.x_embedder.pe",
-    ignored=(r".*\.rngs\..*",),
-    schedule=FlowSchedule(data_time=0),
 )
 
 #: Known, so that it can be named.

@@ -18,14 +18,15 @@ from ptq4dit_jax.schedules import FlowSchedule
 _ROTATION_ERROR = 0.01
 
 
-def _rotation(config: DiTConfig) -> dict[str, np.ndarray]:
+def _rotation(config: DiTConfig, prefix: str = "") -> dict[str, np.ndarray]:
     """The tables (T, d) that are saved with the network."""
     angles = rotary_angles(Rotary(config.tokens_per_side), config.head_width)
-    return {"feat_rope.freqs_cos": np.cos(angles), "feat_rope.freqs_sin": np.sin(angles)}
+    return {f"{prefix}feat_rope.freqs_cos": np.cos(angles), f"{prefix}feat_rope.freqs_sin": np.sin(angles)}
 
 
-def _check_rotation(view: View, config: DiTConfig) -> None:
-    for name, expected in _rotation(config).items():
+def check_rotation(view: View, config: DiTConfig, prefix: str = "") -> None:
+    """Raises where the tables below a prefix are not those of the network."""
+    for name, expected in _rotation(config, prefix).items():
         if name not in view:
             continue
         stored = view[name].read().astype(np.float64)
@@ -41,10 +42,19 @@ def _constants(config: DiTConfig) -> dict[str, np.ndarray]:
     return _rotation(config) | dict.fromkeys(gains, np.ones(config.hidden_size, np.float32))
 
 
+def norm_gains(before_attention: str, before_mlp: str, last: str) -> tuple[FoldedGain, ...]:
+    """The gains of all norms of tokens, by their names."""
+    final = Modulation("final_adaLN", shift=0, scale=1, of=2)
+    return (
+        FoldedGain(Entry("blocks/qkv_gain", (before_attention,)), "blocks/adaLN", lambda config: config.modulations[0]),
+        FoldedGain(Entry("blocks/fc1_gain", (before_mlp,)), "blocks/adaLN", lambda config: config.modulations[1]),
+        FoldedGain(Entry("final_gain", (last,)), "final_adaLN", lambda config: final),
+    )
+
+
 #: All that is not the MLP has the names that it has in a DiT.
 _AS_IN_A_DIT = tuple(entry for entry in META.entries if not entry.ours.startswith(("blocks/fc1/", "blocks/fc2/")))
 _W12 = "blocks.0.mlp.w12.weight"
-_FINAL = Modulation("final_adaLN", shift=0, scale=1, of=2)
 
 LIGHTNING = Layout(
     name="LightningDiT",
@@ -56,15 +66,7 @@ LIGHTNING = Layout(
         *torch_linear("blocks/fc2", "blocks.{i}.mlp.w3"),
         *(Entry(f"blocks/{side}_norm", (f"blocks.{{i}}.attn.{side}_norm.weight",), optional=True) for side in "qk"),
     ),
-    gains=(
-        FoldedGain(
-            Entry("blocks/qkv_gain", ("blocks.{i}.norm1.weight",)), "blocks/adaLN", lambda config: config.modulations[0]
-        ),
-        FoldedGain(
-            Entry("blocks/fc1_gain", ("blocks.{i}.norm2.weight",)), "blocks/adaLN", lambda config: config.modulations[1]
-        ),
-        FoldedGain(Entry("final_gain", ("final_layer.norm_final.weight",)), "final_adaLN", lambda config: _FINAL),
-    ),
+    gains=norm_gains("blocks.{i}.norm1.weight", "blocks.{i}.norm2.weight", "final_layer.norm_final.weight"),
     sizes={
         **META.sizes,
         "mlp": (_W12, 0),
@@ -78,6 +80,6 @@ LIGHTNING = Layout(
     network=LightningDiTConfig,
     is_on=("use_rope", "use_swiglu", "use_rmsnorm"),
     family="lightningdit",
-    check=_check_rotation,
+    check=check_rotation,
     constants=_constants,
 )

@@ -124,6 +124,7 @@ class Layout:
       sizes: where shapes tell sizes, as (name, axis): ``hidden``, ``patch``, ``channels``, ``rows`` (of the label table),
         ``mlp``, ``frequencies``, ``outputs`` and, where known, ``tokens``, ``heads``, ``head_width``,
         ``modulated`` (outputs of a block's adaLN) and ``head gain``.
+      time_basis: the frequencies of time, in turns, if the network has its own and the layout stores them.
       pos_embed: the fixed table of positions, checked and then dropped, if the layout stores it.
       ignored: regular expressions of names that carry no parameter.
       is_shared: networks of other objectives and schedules are saved under the same names.
@@ -146,6 +147,7 @@ class Layout:
     differs: str = ""
     sizes: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     pos_embed: str | None = None
+    time_basis: str | None = None
     ignored: tuple[str, ...] = ()
     renamed: Callable[[Collection[str]], Mapping[str, str]] = lambda names: {}
     schedule: Schedule = field(default_factory=NoiseSchedule)
