@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import jax
 import numpy as np
 from flax import struct
-from jaxtyping import Float32, Num
+from jaxtyping import Float, Num
 from numpy.typing import DTypeLike
 
 from ptq4dit_jax.edges import quoted
@@ -48,16 +48,16 @@ class StepTables(struct.PyTreeNode, Generic[_Column]):
     """
 
     t: Num[_Column, "*S"]
-    x0_from_x: Float32[_Column, "*S"]
-    x0_from_eps: Float32[_Column, "*S"]
-    from_x: Float32[_Column, "*S"]
-    from_x0: Float32[_Column, "*S"]
-    from_x0_prev: Float32[_Column, "*S"]
-    sigma: Float32[_Column, "*S"]
-    log_var_min: Float32[_Column, "*S"]
-    log_var_max: Float32[_Column, "*S"]
-    not_last: Float32[_Column, "*S"]
-    guidance: Float32[_Column, "*S"]
+    x0_from_x: Float[_Column, "*S"]
+    x0_from_eps: Float[_Column, "*S"]
+    from_x: Float[_Column, "*S"]
+    from_x0: Float[_Column, "*S"]
+    from_x0_prev: Float[_Column, "*S"]
+    sigma: Float[_Column, "*S"]
+    log_var_min: Float[_Column, "*S"]
+    log_var_max: Float[_Column, "*S"]
+    not_last: Float[_Column, "*S"]
+    guidance: Float[_Column, "*S"]
 
     @property
     def num_steps(self) -> int:

@@ -13,7 +13,9 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -23,12 +25,24 @@ from jaxtyping import AbstractArray, jaxtyped
 
 from ptq4dit_jax.engine.stacks import OfLayer
 
+#: Whether annotations are held against anything: not where a test breaks what they say on purpose.
+_HELD: ContextVar[bool] = ContextVar("held", default=True)
 #: Kinds of pytrees, and functions by qualified names, that were held against their annotations in this process.
 SEEN: set[str] = set()
 
 
 class Disagreement(AssertionError):
     """A value that is not what its annotation says."""
+
+
+@contextmanager
+def unheld() -> Iterator[None]:
+    """Holds no annotation against anything."""
+    token = _HELD.set(False)
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
 
 
 @functools.cache
@@ -54,6 +68,8 @@ def _fits(value: object, hint: Any) -> bool:
     arguments = typing.get_args(hint)
     origin = typing.get_origin(hint)
     if isinstance(hint, type) and issubclass(hint, AbstractArray):
+        if hint.array_type is jax.Array and isinstance(value, np.ndarray):  # JAX takes one for the other
+            hint = hint.dtype[np.ndarray, hint.dim_str]
         return isinstance(value, hint)
     if origin in (typing.Union, types.UnionType):
         return any(value is None if one is type(None) else _fits(value, one) for one in arguments)
@@ -70,6 +86,8 @@ def _fits(value: object, hint: Any) -> bool:
 
 def _agree(values: Iterable[tuple[str, Any, Any]], where: str) -> None:
     """Raises at the first of these names, values and annotations that disagree; axes are those of one scope."""
+    if not _HELD.get():
+        return
     with jaxtyped("context"):
         for name, value, hint in values:
             if not _fits(value, hint):
@@ -102,7 +120,7 @@ def checked(function: Callable[..., Any], annotated: Callable[..., Any] | None =
         hints = _hints(annotated)
         given = signature.bind(*args, **kwargs).arguments
         values = [(name, value, hints[name]) for name, value in given.items() if name in hints and name not in gathered]
-        _agree([*values, ("what it returns", result, hints["return"])], annotated.__qualname__)
+        _agree([*values, ("what it returns", result, hints.get("return", Any))], annotated.__qualname__)
         return result
 
     return run

@@ -1,6 +1,9 @@
 """Shared fixtures: a tiny random model, eight virtual devices, and the form that every user-facing error must have."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Read once, when JAX starts its CPU backend: multi-device tests then run in this process.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -8,6 +11,12 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # on a GPU are tested as they are used; 0 compiles as users do.
 if not os.path.exists("/dev/nvidiactl") or os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# A program is compiled once for all processes of a run: commands, processes under JAX's switches and both workers share many.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.mkdtemp(prefix="ptq4dit-programs-")
+    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _programs, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 
 import json
 import re

@@ -68,6 +68,9 @@ class Backend(Generic[LeafT]):
       reads_stacks: whether its operations read layers out of their stacks
         (:class:`~ptq4dit_jax.engine.stacks.OfLayer`, in ``x``, ``weight`` and ``act`` too). Others are given layers cut out.
       differentiable: whether JAX differentiates its operations. Derivatives through others are refused in a sentence.
+      packed_rows: how many rows of a weight lie packed by themselves where its kernels read packed ones; None for any number.
+        Models hold one form (:data:`~ptq4dit_jax.quantizers.PACKED_ROWS`); a backend that wants another unpacks or repacks
+        in :meth:`unpack_ahead`.
       scans_blocks: whether blocks run in a loop over their stacks. Otherwise they are calls of one function in line.
       attends_on_codes: whether :meth:`attention` multiplies integer codes. Otherwise it computes in floats.
       attention_library: whose kernel :meth:`attention` is, where it is not the backend's own.
@@ -81,6 +84,7 @@ class Backend(Generic[LeafT]):
     takes_float_models: ClassVar[bool] = False
     reads_stacks: ClassVar[bool] = False
     differentiable: ClassVar[bool] = False
+    packed_rows: ClassVar[int | None] = None
     scans_blocks: ClassVar[bool] = True
     attends_on_codes: ClassVar[bool] = False
     attention_library: ClassVar[str | None] = None
@@ -120,7 +124,7 @@ class Backend(Generic[LeafT]):
         _no_kernel("linear_parts")
 
     def linear_each(
-        self, x: Encoded, weight: QTensor, bias: Float[Array, "L rows N"], dtype: DTypeLike, parts: int
+        self, x: Encoded, weight: QTensor, bias: Float[Array, "L *rows N"], dtype: DTypeLike, parts: int
     ) -> list[Float[Array, "L B of_N"]]:
         """:meth:`linear_parts` for a stack of layers that do not follow one another: values (L, B, K) and weights (L, N, K) to
         ``parts`` arrays (L, B, N / parts)."""

@@ -81,10 +81,10 @@ class Ops(Protocol):
     def normed(self, feeds: str, x_BTD: Float[Array, "B T D"], shift: Any, scale: Any, norm: Norm) -> Any:
         """``norm(x) (1 + scale) + shift`` as input of a layer; ``shift`` may be None."""
 
-    def product(self, name: str, fed: Any) -> Float[Array, "B T N"]:
-        """The output of a layer, (B, T, N)."""
+    def product(self, name: str, fed: Any) -> Float[Array, "B *T N"]:
+        """The output of a layer, (B, [T,] N)."""
 
-    def split(self, name: str, fed: Any, parts: int) -> Sequence[Float[Array, "B T of_N"]]:
+    def split(self, name: str, fed: Any, parts: int) -> Sequence[Float[Array, "B *T of_N"]]:
         """:meth:`product`, its columns in ``parts`` arrays of equal width."""
 
     def head_normed(self, gain: str, x_BTD: Float[Array, "B T D"], heads: int, norm: Norm) -> Float[Array, "B T D"]:

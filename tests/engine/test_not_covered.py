@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from annotation_checks import unheld
 from einops import EinopsError
 from helpers import HOPPER, XLA
 
@@ -26,6 +27,13 @@ SHAPES = ((128,), (2, 128), (2, 64, 128), (2, 3, 64, 128), (0, 64, 128), (2, 0, 
 TYPES = ("bfloat16", "float32", "float16")
 STATIC = ActQuantizer(S((), "float32"), S((), "int32"))
 DYNAMIC = ActQuantizer(None, None, dynamic=True)
+
+
+@pytest.fixture(autouse=True)
+def any_rank() -> Iterator[None]:
+    """Calls of ranks that operations are not declared for."""
+    with unheld():
+        yield
 
 
 def weight(N: int, K: int, bits: int, dtype: str = "float32", lead: tuple[int, ...] = ()) -> QTensor:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hopper_helpers import HAS_INTERPRETER, interpreted_kernels
@@ -21,6 +22,7 @@ from ptq4dit_jax.devices import default_kind
 from ptq4dit_jax.engine import choice, xla
 from ptq4dit_jax.engine.backends import Backend, NotCovered
 from ptq4dit_jax.engine.dispatch import AnyBackend, Dispatch
+from ptq4dit_jax.quantizers import pack_nibbles
 
 CASES = list(cases())
 
@@ -130,6 +132,17 @@ def check(got: Any, case: Case, backend: AnyBackend, mode: Mode) -> None:
         ]
         return
     case.check(got, backend)
+
+
+@pytest.mark.parametrize("backend", choice.BACKENDS, ids=lambda backend: backend.name)
+def test_models_hold_weights_as_a_backend_reads_them(backend: AnyBackend) -> None:
+    """Rows that lie packed by themselves are whole ones of its own, so a cut between them cuts bytes of codes nowhere."""
+    rows = backend.packed_rows or 1
+    codes = np.random.default_rng(0).integers(0, 16, (4 * rows, 6))
+    whole = np.asarray(pack_nibbles(jnp.asarray(codes)))
+    pieces = [np.asarray(pack_nibbles(jnp.asarray(codes[start : start + rows]))) for start in range(0, len(codes), rows)]
+    if backend.packed_rows is not None:
+        np.testing.assert_array_equal(whole, np.concatenate(pieces))
 
 
 def test_every_operation_has_a_contract() -> None:

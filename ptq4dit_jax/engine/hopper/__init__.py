@@ -30,6 +30,7 @@ class Hopper(Backend[Leaf]):
     jax_versions = JaxVersions((0, 10, 2), (0, 11))  # those whose Pallas the kernels were written for and tested with
     dtypes = ("bfloat16",)
     reads_stacks = True
+    packed_rows = 64
     scans_blocks = False  # a loop's counter and the constants of a block would be launches of their own
     attention_library = "cudnn"
 
