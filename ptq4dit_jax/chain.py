@@ -1,4 +1,4 @@
-"""The chain from noise to images as one compiled program, and a checked request for samples, run batch by batch."""
+"""The chain from noise to images as one compiled program, and a checked request for samples that is run batch by batch."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from ptq4dit_jax.waiting import ready
 
 #: Called with (samples done, samples in all).
 Progress = Callable[[int, int], None]
-#: Images per device and call beyond which a batch is not faster: 8 x 8 pixels fill two cores long before, and 64 images of
-#: 256 x 256 pixels an H200.
+#: Images per device and call beyond which a batch is not faster: images of 8 x 8 pixels saturate two cores long before, and 64
+#: images of 256 x 256 pixels saturate an H200.
 _USEFUL_ROWS = 256
-#: Bytes that every machine has, so that nothing is asked of it.
+#: Bytes that every machine has, so that no check is needed.
 _SMALL = 2**30
 
 
 class Shared(struct.PyTreeNode):
-    """What every sample of a batch is made with, whole on each device.
+    """The inputs that all samples of a batch share, replicated to each device.
 
-    ``tables`` have S rows. ``keep_slots`` (S,) is that of :func:`~ptq4dit_jax.diffusion.denoise`, or None. With a decoder the
-    images are the pictures that it makes of the latents.
+    ``tables`` have S rows. ``keep_slots`` (S,) is as in :func:`~ptq4dit_jax.diffusion.denoise`, or None. With a decoder, the
+    images are the decoded latents.
     """
 
     model: Predictor
@@ -48,15 +48,15 @@ class Shared(struct.PyTreeNode):
     decoder: VAEDecoder | None = None
 
 
-#: An array of NumPy or of JAX, or where its rows lie.
+#: An array of NumPy or JAX, or its PartitionSpec.
 _Leaf = TypeVar("_Leaf")
 
 
 class Batch(struct.PyTreeNode, Generic[_Leaf]):
-    """What the samples of a batch have of their own.
+    """The inputs that each sample of a batch has for itself.
 
     ``indices`` (B,) int32 count over all samples of a request; ``labels`` (B,) int32. ``noise`` (B, H, W, C) and ``step_noise``
-    (S, B, H, W, C) are None where the key makes them.
+    (S, B, H, W, C) are None if they are drawn from the key.
     """
 
     indices: Int32[_Leaf, " B"]
@@ -67,8 +67,8 @@ class Batch(struct.PyTreeNode, Generic[_Leaf]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What decides the program of a batch besides shapes: whether steps add noise and by which variance, which channels are
-    guided (None: there is no guidance), how many step inputs are kept, and over which devices the batch is spread."""
+    """What determines the program of a batch besides shapes: whether steps add noise and with which variance, which channels
+    are guided (None: there is no guidance), how many step inputs are kept, and over which devices the batch is sharded."""
 
     stochastic: bool
     learned_variance: bool
@@ -78,7 +78,7 @@ class Program:
 
     @classmethod
     def of(cls, sampling: ResolvedSampling, config: DiTConfig, num_kept: int = 0, mesh: Mesh | None = None) -> Program:
-        """The program that samples a model of this shape so."""
+        """Returns the program for this sampling of a model of this shape."""
         return cls(
             stochastic=sampling.stochastic,
             learned_variance=config.learn_sigma and sampling.sampler.learned_variance,
@@ -90,12 +90,12 @@ class Program:
 
 @partial(jax.jit, static_argnames="program")
 def sample_batch(shared: Shared, batch: Batch[jax.Array], *, program: Program) -> tuple[jax.Array, jax.Array]:
-    """One compiled program from noise to images: (B, H, W, C) and the kept step inputs (num_kept, B, H, W, C).
+    """Runs one compiled program from noise to images (B, H, W, C) and kept step inputs (num_kept, B, H, W, C).
 
-    With a decoder the images are the pictures that it makes of the latents; the step inputs remain latents.
+    With a decoder, the images are the decoded latents; the step inputs remain latents.
 
-    With a mesh every device runs the program of a single device on its share of the batch (``shard_map``). Left to the
-    partitioner, the same chain is fused differently, rounds differently in the last bit, and a quantizer turns that into
+    With a mesh, every device runs the program of a single device on its share of the batch (``shard_map``). The partitioner
+    would fuse the same chain differently. It would then round differently in the last bit, and a quantizer turns that into
     another code.
     """
     chain = partial(_chain, program=program)
@@ -112,7 +112,7 @@ def sample_batch(shared: Shared, batch: Batch[jax.Array], *, program: Program) -
 
 
 def _chain(shared: Shared, batch: Batch[jax.Array], *, program: Program) -> tuple[jax.Array, jax.Array]:
-    """:func:`sample_batch` on one device."""
+    """Runs :func:`sample_batch` on one device."""
     model, shape = shared.model, shared.model.config.image_shape
     keys_B = sample_keys(shared.key, batch.indices)
     x_T = sample_noise(keys_B, 0, shape) if batch.noise is None else batch.noise
@@ -134,7 +134,8 @@ def _chain(shared: Shared, batch: Batch[jax.Array], *, program: Program) -> tupl
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to sample, checked: the model, decoder, tables and key where they run, everything per sample on the host."""
+    """What to sample, checked. Model and decoder (with a mesh, also tables and key) are where they run; the rest is on the
+    host."""
 
     model: Predictor
     labels_N: np.ndarray
@@ -153,15 +154,17 @@ class Request:
         return len(self.labels_N)
 
     def batch_size(self, wanted: int | None) -> int:
-        """Samples per call, a multiple of the mesh's parts: as wanted, or by default what is useful and fits into memory."""
+        """Returns the samples per call, a multiple of the mesh's parts: as wanted, or as many as are useful and fit into
+        memory."""
         batch = self._batch_size(wanted)
         self._check_attention(batch)
         return batch
 
     def _check_attention(self, batch: int) -> None:
-        """Raises where a batch cannot fit, since attention's logits alone do not: on a CPU all of them are held at once.
+        """Raises if a batch cannot fit because attention's logits alone do not: on a CPU, all of them are held at once.
 
-        One sample per device is never measured by compiling it, and a large input takes much more than any machine has.
+        A batch of one sample per device is never compiled to measure it, and with a large input it can need more memory than
+        any machine has.
         """
         config, devices = self.model.config, list(jax.tree.leaves(self.model)[0].devices())
         if devices[0].platform != "cpu":
@@ -192,7 +195,7 @@ class Request:
         if wanted is None:
             return memory.largest_batch(self.total, parts, _USEFUL_ROWS, free(), needed)
         batch = -(-min(wanted, self.total) // parts) * parts
-        if batch // parts > _USEFUL_ROWS:  # what a user has chosen is measured where it is larger than of use
+        if batch // parts > _USEFUL_ROWS:  # a user's choice is measured only if it is larger than useful
             remedy = "choose a smaller batch_size (--batch-size)"
             memory.check_fits(f"A batch of {batch:,} images", needed(batch), free(), remedy)
         return batch
@@ -200,7 +203,7 @@ class Request:
     def call(
         self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True
     ) -> tuple[tuple[Shared, Batch[jax.Array | np.ndarray]], Program]:
-        """The arguments of :func:`sample_batch` for the samples ``rows`` (B,)."""
+        """Returns the arguments of :func:`sample_batch` for the samples ``rows`` (B,)."""
         mesh = self.mesh
         keep = self.keep_steps if keep_steps is None else keep_steps
         num_kept = 0 if keep is None else len(keep)
@@ -233,8 +236,8 @@ class Request:
     def begin(
         self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True
     ) -> tuple[jax.Array, jax.Array]:
-        """What :meth:`run` returns, still on the device and perhaps not computed yet."""
-        # Those transfers are meant, should a caller forbid others.
+        """Returns the result of :meth:`run`, still on the device and perhaps not computed yet."""
+        # These transfers are intended, even if a caller forbids others.
         placing = partial(jax.transfer_guard_host_to_device, "allow") if self.mesh is None else nullcontext
         arguments, program = self.call(rows, keep_steps, decode=decode)
         with placing():
@@ -248,14 +251,14 @@ class Request:
         return np.asarray(images, np.float32), np.asarray(inputs, np.float32)
 
     def batches(self, batch: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """The first sample of each batch, its images and its kept inputs.
+        """Yields, for each batch, the index of its first sample, its images and its kept inputs.
 
-        The last batch repeats the last sample, so that every batch has one shape.
+        The last batch is padded with the last sample, so that all batches have one shape. The padding is not returned.
         """
         return self._checked(batch, map(self.run, self._cut(batch)))
 
     def _cut(self, batch: int) -> list[np.ndarray]:
-        """The samples of each batch (B,), all of one size."""
+        """Returns the samples of each batch (B,); all batches have one size."""
         return [np.minimum(np.arange(start, start + batch), self.total - 1) for start in range(0, self.total, batch)]
 
     def _checked(
@@ -270,13 +273,13 @@ class Request:
             yield start, images, kept
 
     def collect(self, batch: int, progress: Progress | None) -> tuple[np.ndarray, np.ndarray]:
-        """All images and kept inputs."""
+        """Returns all images and kept inputs."""
         return self._collected(self.batches(batch), progress)
 
     def collect_from_devices(
         self, batch: int, mesh: Mesh | None, ahead: int, progress: Progress | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The same by a request without a mesh, whose batches the devices of ``mesh`` share: see :func:`sharding.deal_out`."""
+        """Returns the same for a request without a mesh, with batches dealt out to ``mesh``: see :func:`sharding.deal_out`."""
         cuts = self._cut(batch)
         placed = {
             device: dataclasses.replace(
@@ -299,7 +302,7 @@ class Request:
         images, kept = np.zeros(0), np.zeros(0)
         for start, some, inputs in batches:
             stop = start + len(some)
-            if not start:  # allocated once, so that the peak is the result and a batch
+            if not start:  # allocated once, so that the peak is the result plus one batch
                 images = np.empty((self.total, *some.shape[1:]), np.float32)
                 kept = np.empty((len(inputs), self.total, *inputs.shape[2:]), np.float32)
             images[start:stop], kept[:, start:stop] = some, inputs
@@ -308,7 +311,7 @@ class Request:
         return images, kept
 
     def _check_results(self) -> None:
-        """Raises where all images and kept inputs together are more than the host's memory."""
+        """Raises if all images and kept inputs together exceed the host's free memory."""
         height, width, channels = self.model.config.image_shape
         inputs = 0 if self.keep_steps is None else len(self.keep_steps) * height * width * channels
         if self.decoder is not None:
@@ -322,7 +325,7 @@ class Request:
         )
 
     def fault(self, sample: int) -> Ptq4ditError:
-        """What to say of a sample that is not finite; its chain is run again, alone, with the inputs of all steps kept."""
+        """Returns the error for a sample that is not finite. Runs its chain again, alone, and keeps the inputs of all steps."""
         steps = self.tables.num_steps
         latents, inputs = self.run(np.full(sharding.data_size(self.mesh), sample), np.arange(steps), decode=False)
         states = np.isfinite(np.concatenate([inputs[:, 0], latents[:1]])).all((1, 2, 3))
@@ -353,8 +356,8 @@ class Request:
 
 
 def _signature(arguments: tuple[Shared, Batch[jax.Array | np.ndarray]]) -> tuple[PyTreeDef, tuple[Any, ...]]:
-    """What decides the program of such arguments, hashable: their structure, and of each leaf shape, type (and whether it is
-    weak) and place."""
+    """Returns what determines the program for these arguments, hashable: their structure, and the shape, type (and whether it
+    is weak) and sharding of each leaf."""
     leaves, structure = jax.tree.flatten(arguments)
     place = lambda leaf: leaf.sharding if getattr(leaf, "committed", False) else None
     return structure, tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), place(leaf)) for leaf in leaves)
@@ -362,7 +365,7 @@ def _signature(arguments: tuple[Shared, Batch[jax.Array | np.ndarray]]) -> tuple
 
 @lru_cache(maxsize=64)
 def _needed_bytes(structure: PyTreeDef, leaves: tuple[Any, ...], program: Program) -> int:
-    """Bytes per device of the program of :func:`sample_batch`, which calls with such arguments then use: it compiles once."""
+    """Returns the bytes per device of :func:`sample_batch`'s program. Calls with such arguments then reuse what it compiles."""
     shapes = [jax.ShapeDtypeStruct(shape, dtype, weak_type=weak, sharding=place) for shape, dtype, weak, place in leaves]
     lowered = sample_batch.lower(*jax.tree.unflatten(structure, shapes), program=program)
     return memory.program_bytes(lowered.compile())

@@ -1,4 +1,4 @@
-"""How a model is sampled as a value, and the chain from noise to image as one ``lax.scan`` over a sampler's tables."""
+"""The settings of sampling as a value, and the chain from noise to image as one ``lax.scan`` over a sampler's tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ptq4dit_jax.samplers import AUTO, AnyTables, Sampler, StepTables, check_nam
 from ptq4dit_jax.schedules import Schedule
 from ptq4dit_jax.settings import changed, section, setting
 
-#: Steps where neither the user nor the model says otherwise.
+#: The number of steps if neither the user nor the model sets one.
 DEFAULT_STEPS = 50
 
 
@@ -32,17 +32,18 @@ class Sampling:
     """How to get from noise to image: the sampler, its steps and its guidance.
 
     Attributes:
-      sampler: a name in :data:`ptq4dit_jax.samplers.SAMPLERS`; ``auto`` is ddpm for a model that predicts noise, euler for one
-        that predicts velocity.
+      sampler: a name in :data:`ptq4dit_jax.samplers.SAMPLERS`; ``auto`` is ddpm for a model that predicts noise, and euler for
+        one that predicts velocity.
       steps: a count or a respacing string (:func:`~ptq4dit_jax.schedules.respace`). A plain count N means Meta's even spacing
-        for ``ddpm``, linspace for ``dpm++2m``, and for ``ddim`` "ddimN" where N divides the number of timesteps, else even
-        spacing; ``euler`` and ``heun`` take N equal steps. None means the number that the model was imported for, or
-        :data:`DEFAULT_STEPS` where any will do.
+        for ``ddpm`` and linspace for ``dpm++2m``. For ``ddim`` it means "ddimN" if N divides the number of timesteps, else even
+        spacing. ``euler`` and ``heun`` take N equal steps. None means the number that the model was imported for, or
+        :data:`DEFAULT_STEPS` if it takes any number.
       eta: noise of DDIM, 0 (deterministic) to 1.
       guidance: its scale, channels and interval.
 
     Raises:
-      Ptq4ditError: an unknown sampler, steps that are neither a count nor a text, eta out of range, or no :class:`Guidance`.
+      Ptq4ditError: the sampler is unknown, steps are neither a count nor a text, eta is out of range, or ``guidance`` is not a
+        :class:`Guidance`.
     """
 
     sampler: str = setting(AUTO, samplers.help_on_names())
@@ -68,14 +69,14 @@ class Sampling:
 
     @classmethod
     def of(cls, **settings: object) -> Sampling:
-        """From single settings by their flat names, as :meth:`ResolvedSampling.to_dict` gives them and options have them."""
+        """Builds a sampling from single settings by their flat names, as in :meth:`ResolvedSampling.to_dict` and in options."""
         return changed(cls(), settings)
 
     def resolve(self, schedule: Schedule, network: DiTConfig) -> ResolvedSampling:
-        """How a model of this schedule and shape is sampled, with everything filled in that depends on it.
+        """Returns the sampling of a model of this schedule and shape, with everything that depends on the model filled in.
 
         Raises:
-          Ptq4ditError: the sampler follows something else than what the model predicts, or the model cannot be guided.
+          Ptq4ditError: the sampler does not fit what the model predicts, or the model cannot be guided.
         """
         return ResolvedSampling(
             sampler=sampler_for(self.sampler, schedule),
@@ -88,7 +89,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResolvedSampling:
-    """A :class:`Sampling` of one model: the sampler itself, the number of its steps and a scale of guidance."""
+    """A :class:`Sampling` of one model, with the sampler itself, its steps and the scale of guidance filled in."""
 
     sampler: Sampler
     steps: int | str
@@ -102,19 +103,19 @@ class ResolvedSampling:
         return self.sampler.stochastic(self.eta)
 
     def tables(self, *, dtype: DTypeLike = np.float32) -> StepTables[np.ndarray]:
-        """Coefficient tables with the scale of guidance at every call of the network.
+        """Returns coefficient tables with the scale of guidance at every call of the network.
 
         Raises:
-          Ptq4ditError: steps that the schedule does not have.
+          Ptq4ditError: the schedule does not have these steps.
         """
         tables = self.sampler.tables(self.schedule, self.steps, self.eta, dtype=dtype)
-        # All calls of a step are guided alike, by the time at which the step begins, as in REPA's code.
+        # All calls of a step are guided alike, depending on the time at which the step begins, as in REPA's code.
         calls = self.sampler.calls_per_step
         begins = self.schedule.relative_time(np.repeat(tables.t[::calls], calls))
         return dataclasses.replace(tables, guidance=self.guidance.scales(begins).astype(dtype))
 
     def to_dict(self) -> dict[str, Any]:
-        """Its settings by the names that options have; the interval is None where every step is guided."""
+        """Returns the settings by the names of their options; the interval is None if every step is guided."""
         return {
             "sampler": self.sampler.name,
             "steps": self.steps,
@@ -125,7 +126,7 @@ class ResolvedSampling:
         }
 
     def __str__(self) -> str:
-        """Such as "ddpm, 50 steps, guidance 1.5"."""
+        """Returns a text such as "ddpm, 50 steps, guidance 1.5"."""
         return f"{self.sampler.name}, {'1 step' if str(self.steps) == '1' else f'{self.steps} steps'}, {self.guidance}"
 
 
@@ -134,12 +135,12 @@ _Carry = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def sample_keys(key: AnyKey, indices_B: jax.Array) -> jax.Array:
-    """One key per sample, (B,), from the seed and the sample's global index."""
+    """Returns one key per sample, (B,), from the seed and the sample's global index."""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(indices_B)
 
 
 def sample_noise(keys_B: jax.Array, step: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise (B, *shape), float32, that depends on each sample's key and the step only.
+    """Draws standard normal noise (B, *shape), float32, that depends only on each sample's key and the step.
 
     Step 0 is the initial noise; step ``i + 1`` is what step ``i`` of the chain adds.
     """
@@ -164,7 +165,7 @@ def denoise(
       x_T: initial noise (B, H, W, C).
       step_noise: ``step () -> (B, H, W, C)``, or None for a deterministic sampler.
       learned_variance: whether the second half of the channels interpolates the log variance (DDPM only).
-      keep_slots: (S,) int32; where it is below ``num_kept``, the *input* of that step is stored in that slot.
+      keep_slots: (S,) int32, the slot in which the *input* of each step is stored; from ``num_kept`` on, it is not stored.
 
     Returns:
       The sample (B, H, W, C) and the kept inputs (num_kept, B, H, W, C).

@@ -1,4 +1,4 @@
-"""Classifier-free guidance as a value: how strong it is, on which channels, and at which times of the chain."""
+"""Classifier-free guidance as a value: its strength, its channels, and the times of the chain at which it applies."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ptq4dit_jax.schedules import Schedule
 from ptq4dit_jax.settings import numbers, setting
 
 GuidedChannels = Literal["first3", "all"]
-#: The scale for a model that can be guided and was not trained to be guided already.
+#: The scale for a model that can be guided and was not trained with guidance.
 DEFAULT_SCALE = 1.5
-#: Guidance beyond this is a slip: images are overdriven from 10 or 20 on, and float32 ends at 1e38.
+#: Guidance beyond this is a typing error: images are overdriven from 10 or 20 on, and float32 ends at 1e38.
 MAX_GUIDANCE = 1000
-#: A time this close to an end of the interval lies inside: the network's times are float32.
+#: A time this close to an end of the interval counts as inside, because the network's times are float32.
 _END = 1e-6
 
 
 class Predictor(Protocol):
-    """What a sampler needs of a model, float or quantized: a pytree with the raw network output as ``apply``."""
+    """What a sampler needs from a model, float or quantized: a pytree whose ``apply`` returns the raw network output."""
 
     @property
     def config(self) -> DiTConfig: ...
@@ -43,7 +43,7 @@ class Predictor(Protocol):
 
 
 def as_number(value: Any) -> float:
-    """A setting as a float; NaN for what is no number."""
+    """Returns a setting as a float; NaN if it is not a number."""
     try:
         return math.nan if isinstance(value, (str, bytes)) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -55,16 +55,17 @@ class Guidance:
     """Classifier-free guidance: the prediction is ``u + scale (c - u)`` of the conditional ``c`` and the unconditional ``u``.
 
     Attributes:
-      scale: 1 is no guidance and halves the work. None follows the model: :data:`DEFAULT_SCALE`, or 1 for a model without a
-        null class or one that was trained to be guided already.
-      channels: ``first3`` guides channels 0 to 2 only, as Meta's code does; ``all`` guides every channel but the variance.
-      interval: ``(low, high)``, both included: guides only the steps that begin at a time inside it, and the others take the
-        conditional prediction (Kynkaanniemi et al. 2024). Time runs from 1, noise, to 0, data
-        (:meth:`relative_time <ptq4dit_jax.schedules.NoiseSchedule.relative_time>`): in a flow it is the share of noise in x,
-        which SiT and REPA call t, in a noise schedule the timestep over their number. None guides every step.
+      scale: 1 means no guidance and halves the work. None follows the model: :data:`DEFAULT_SCALE`, or 1 for a model without a
+        null class or one that was trained with guidance.
+      channels: ``first3`` guides channels 0 to 2 only, as Meta's code does; ``all`` guides every channel except the variance.
+      interval: ``(low, high)``, both included. Only the steps that begin at a time inside it are guided; the others take the
+        conditional prediction (Kynkaanniemi et al. 2024). Time runs from 1 (noise) to 0 (data)
+        (:meth:`relative_time <ptq4dit_jax.schedules.NoiseSchedule.relative_time>`). In a flow it is the share of noise in x,
+        which SiT and REPA call t; in a noise schedule, the timestep over the number of timesteps. None guides every step.
 
     Raises:
-      Ptq4ditError: a scale that no sample survives, channels of another name, or an interval that lies not within 0 to 1.
+      Ptq4ditError: the scale is not a number of at most :data:`MAX_GUIDANCE` either way, the channels have another name, or the
+        interval does not lie within 0 to 1.
     """
 
     scale: float | None = setting(
@@ -104,16 +105,16 @@ class Guidance:
             object.__setattr__(self, "interval", _checked_interval(self.interval))
 
     def resolve(self, schedule: Schedule, network: DiTConfig) -> ResolvedGuidance:
-        """The guidance that a model of this schedule and shape is sampled with.
+        """Returns the guidance for sampling a model of this schedule and shape.
 
         Raises:
-          Ptq4ditError: guidance of a model without a null class.
+          Ptq4ditError: the model has no null class, so it cannot be guided.
         """
         scale = self.scale
         if scale is None:
             scale = DEFAULT_SCALE if network.null_class and not schedule.guided else 1.0
         if scale != 1.0:
-            _ = network.null_label  # raises where guidance is impossible
+            _ = network.null_label  # raises if guidance is impossible
         return ResolvedGuidance(scale, self.channels, self.interval)
 
 
@@ -138,11 +139,11 @@ class ResolvedGuidance:
 
     @property
     def guided(self) -> GuidedChannels | None:
-        """The guided channels; None where the network is shown conditional rows only."""
+        """The guided channels; None if the network receives conditional rows only."""
         return None if self.scale == 1.0 else self.channels
 
     def scales(self, times: np.ndarray) -> np.ndarray:
-        """The scale at each of the relative ``times`` (S,), float64 (S,): 1 outside the interval."""
+        """Returns the scale at each of the relative ``times`` (S,), float64 (S,): 1 outside the interval."""
         inside = np.ones(np.shape(times), bool)
         if self.interval is not None:
             low, high = self.interval
@@ -150,7 +151,7 @@ class ResolvedGuidance:
         return np.where(inside, self.scale, 1.0)
 
     def __str__(self) -> str:
-        """Such as "guidance 1.5 from time 0.7 to 0"."""
+        """Returns a text such as "guidance 1.5 from time 0.7 to 0"."""
         if self.guided is None:
             return "no guidance"
         where = "" if self.interval is None else f" from time {self.interval[1]:g} to {self.interval[0]:g}"
@@ -160,10 +161,10 @@ class ResolvedGuidance:
 def combine_guidance(
     conditional: jax.Array, unconditional: jax.Array, scale: ArrayLike, in_channels: int, channels: GuidedChannels
 ) -> jax.Array:
-    """Classifier-free guidance ``u + scale (c - u)`` on the noise channels of raw outputs (B, H, W, out_channels).
+    """Applies classifier-free guidance ``u + scale (c - u)`` to the predicted channels of raw outputs (B, H, W, out_channels).
 
     ``first3`` guides channels 0..2 only, as Meta's code does; every other channel is the conditional row's. ``all`` guides all
-    noise channels, as most other code does. Variance channels are never guided. The result is in float32 at least.
+    predicted channels, as most other code does. Variance channels are never guided. The result is in float32 at least.
     """
     guided = in_channels if channels == "all" else min(3, in_channels)
     dtype = at_least_float32(conditional.dtype)
@@ -180,15 +181,15 @@ def predict(
     scale: Float[ArrayLike, ""] = 1.0,
     guided: GuidedChannels | None = None,
 ) -> Float[Array, "B H W outputs"]:
-    """The raw output of a network (B, H, W, out_channels), guided on the channels ``guided``, or not at all where that is None.
+    """Returns the raw output of a network (B, H, W, out_channels), guided on the channels ``guided``; None means no guidance.
 
     Args:
       network: a float or quantized model.
       x: (B, H, W, C) inputs.
-      t: times (B,), or (1,) where all rows share one.
+      t: times (B,), or (1,) if all rows share one.
       y: (B,) labels.
-      scale: () of the guidance; without it nothing reads it.
-      guided: which channels are guided, by one call on the rows and their null twins.
+      scale: () scale of guidance; not used without guidance.
+      guided: the channels to guide, by one call on the rows and their twins without labels.
     """
     if guided is None:
         return network.apply(x, t, y)

@@ -1,4 +1,4 @@
-"""Memory: what a compiled program takes, what is free, and the largest batch that fits. Measured, not guessed."""
+"""Memory: what a compiled program needs, what is free, and the largest batch that fits. Measured, not estimated."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy as np
 from ptq4dit_jax.devices import default
 from ptq4dit_jax.errors import Ptq4ditError
 
-#: The share of the free memory that a batch may take. The rest is for what is not counted, such as the host's copies.
+#: The share of the free memory that a batch may take. The rest is for uncounted memory, such as the host's copies.
 SHARE = 0.8
-#: Address space of the threads of JAX, Orbax and TensorStore: with two cores 1,000 MB suffice, 750 MB end the process.
+#: Address space for the threads of JAX, Orbax and TensorStore: with two cores, 1,000 MB suffice, and 750 MB end the process.
 _START, _START_PER_CORE = 2**30, 2**26
 _CGROUP = Path("/sys/fs/cgroup")
-#: What to say where memory runs out, however that shows.
+#: The message when memory runs out, in whatever way that shows.
 SHORT = (
     "There is too little free memory; take a smaller batch (--batch-size of sample and evaluate, --row-batch and --calib-rows"
     " of quantize), or a machine with more"
@@ -26,21 +26,21 @@ SHORT = (
 
 
 def is_short(error: BaseException) -> bool:
-    """Whether an exception says that memory does not suffice: Python's own, or the error of a device."""
+    """Returns whether an exception means too little memory: Python's own, or the error of a device."""
     return isinstance(error, MemoryError) or (
         isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     )
 
 
 def device_limit() -> int | None:
-    """Bytes that this process may use on a device; None where the device does not tell, as a CPU."""
+    """Returns the bytes that this process may use on a device; None if the device does not report them, like a CPU."""
     limit = (default().memory_stats() or {}).get("bytes_limit")
     return None if limit is None else int(limit)
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a compiled program needs on each device for arguments, results and what lies between; 0 where XLA does not
-    tell."""
+    """Returns the bytes that a compiled program needs per device for arguments, results and temporaries; 0 if XLA does not
+    report them."""
     memory = compiled.memory_analysis()
     if memory is None:
         return 0
@@ -50,7 +50,7 @@ def program_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def free_bytes(devices: Sequence[jax.Device]) -> int | None:
-    """Free bytes on the fullest of the devices; None where nothing tells. CPU devices share the host's memory equally."""
+    """Returns the free bytes on the fullest device; None if unknown. CPU devices share the host's memory equally."""
     if devices[0].platform == "cpu":
         host = free_on_host()
         return None if host is None else host // len(devices)
@@ -61,14 +61,14 @@ def free_bytes(devices: Sequence[jax.Device]) -> int | None:
 
 
 def check_fits(what: str, needed: int, free: int | None, remedy: str) -> None:
-    """Raises where ``needed`` bytes for ``what`` are more than are free; None where that is not known."""
+    """Raises if ``what`` needs more bytes than are free; ``free`` is None if unknown."""
     if free is not None and needed > free:
         sizes = f"{what} takes {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free"
         raise Ptq4ditError(f"{sizes}; {remedy}.")
 
 
 def free_on_host() -> int | None:
-    """Memory that can be had without swapping, within the limit of a container; None where nothing tells."""
+    """Returns the bytes available without swapping, within the limit of a container; None if unknown."""
     found = [amount for amount in (_free_in_container(), _free_on_machine()) if amount is not None]
     return min(found, default=None)
 
@@ -86,7 +86,8 @@ def _free_on_machine() -> int | None:
 
 
 def _free_in_container() -> int | None:
-    """By the control group (version 2) at the root, which is a container's own; pages of files can be dropped."""
+    """Reads the control group (version 2) at the root, which in a container is its own. File pages count as free, because they
+    can be dropped."""
     try:
         limit, used = int((_CGROUP / "memory.max").read_text()), int((_CGROUP / "memory.current").read_text())
         stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
@@ -96,18 +97,18 @@ def _free_in_container() -> int | None:
 
 
 def ensure(needed: int) -> None:
-    """Raises ``MemoryError`` if this process cannot have ``needed`` bytes more, as within ``ulimit -v``.
+    """Raises ``MemoryError`` if this process cannot allocate ``needed`` more bytes, for example within ``ulimit -v``.
 
-    For what is about to run in threads of C++, where too little memory ends the process. Nothing stays allocated, and no page
-    is touched.
+    Call it before work in C++ threads, where too little memory ends the process. Nothing stays allocated, and no page is
+    touched.
     """
     np.empty(needed, np.uint8)
 
 
 def ensure_start(needed: int) -> None:
-    """As :func:`ensure`, for libraries that have yet to start their threads: JAX, Orbax, TensorStore.
+    """Does the same as :func:`ensure` before libraries start their threads: JAX, Orbax, TensorStore.
 
-    Where address space is limited (``ulimit -v``), that takes about a gigabyte, and one that does not suffice ends the process.
+    If address space is limited (``ulimit -v``), starting them takes about a gigabyte of it, and too little ends the process.
     """
     try:
         import resource
@@ -118,32 +119,32 @@ def ensure_start(needed: int) -> None:
 
 
 def largest_batch(total: int, parts: int, most: int, free: int | None, needed: Callable[[int], int]) -> int:
-    """The size of equal batches that ``total`` rows are cut into: as large as useful, as small as memory asks.
+    """Returns the size of the equal batches that ``total`` rows are cut into: the largest that is useful and fits into memory.
 
     Args:
-      total: rows in all.
-      parts: devices that share a batch; the result is a multiple.
+      total: the number of rows in all.
+      parts: the number of devices that share a batch; the result is a multiple of it.
       most: rows per device beyond which a batch is not faster.
-      free: free bytes per device; None where they are not known, and ``most`` alone decides.
-      needed: bytes per device for a batch of that size. It is called for the size returned, unless that is one row per device
-        or ``free`` is None.
+      free: free bytes per device; None if unknown, and then ``most`` alone determines the result.
+      needed: returns the bytes per device for a batch of that size. It is called for the size returned, unless that is one row
+        per device or ``free`` is None.
     """
     while True:
         batch = _equal_batches(total, parts, most)
         rows = batch // parts
         if free is None or rows == 1 or (need := needed(batch)) <= SHARE * free:
             return batch
-        # Memory grows at most in proportion to the rows, so this skips sizes that cannot fit; half of the rows at the most.
+        # Memory grows at most in proportion to the rows, so this skips sizes that cannot fit. The next size is always smaller.
         most = min(_power_of_two(rows * SHARE * free / need), _power_of_two(rows - 1))
 
 
 def _power_of_two(bound: float) -> int:
-    """The largest power of two up to ``bound``, at least 1."""
+    """Returns the largest power of two up to ``bound``, at least 1."""
     return 1 << max(0, math.floor(math.log2(max(bound, 1))))
 
 
 def _equal_batches(total: int, parts: int, most: int) -> int:
     count = -(-total // (most * parts))
     rows = -(-total // (count * parts))
-    # Shapes that are multiples of 8 suit matrix units; the last batch is padded by a few rows in any case.
+    # Multiples of 8 suit matrix units. The last batch is padded by a few rows in any case.
     return parts * (rows if count == 1 else min(most, -(-rows // 8) * 8))

@@ -1,4 +1,4 @@
-"""A float DiT with everything needed to sample from it: parameters, shape, and the schedule it was trained with."""
+"""A float DiT with everything needed to sample from it: parameters, shape, and the schedule of its training."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ptq4dit_jax.waiting import ready
 
 
 class ModelFace:
-    """What a float and a quantized model have in common besides :meth:`apply`: a pytree's size, its groups of steps, and
-    ``apply`` compiled."""
+    """What float and quantized models share besides :meth:`apply`: the size of the pytree, the groups of steps, and ``apply``
+    compiled."""
 
     group_edges: Num[Array, " edges"]
 
@@ -33,11 +33,11 @@ class ModelFace:
 
     @property
     def num_groups(self) -> int:
-        """Groups of steps that the model's quantizers tell apart; 1 of a plain float model."""
+        """The number of groups of steps that the model's quantizers distinguish; 1 for a plain float model."""
         return self.group_edges.shape[0] + 1
 
     def jitted(self) -> Callable[..., jax.Array]:
-        """``apply`` compiled, with the model as an argument so that models of one shape share the program."""
+        """Returns ``apply`` compiled, with the model as an argument, so that models of one shape share the program."""
         return jax.tree_util.Partial(_jitted_apply, self)
 
 
@@ -45,10 +45,10 @@ class FloatDiT(ModelFace, struct.PyTreeNode):
     """A float model; a pytree whose leaves are the parameters.
 
     ``params`` is the tree of :func:`ptq4dit_jax.networks.dit.init_params`; block parameters carry a leading depth axis.
-    ``quantizers`` (see :mod:`ptq4dit_jax.networks.float_network`) is empty for a plain model; where they hold tables over
-    groups of steps, ``group_edges`` (G - 1,) are the noise levels (timesteps, int32, of a noise schedule; float32 of a flow)
-    that part the groups. The model computes in the type of its kernels, or in float32 if that is float16, unless ``compute``
-    names another type (:meth:`astype` sets it). ``precision`` is that of float32 products.
+    ``quantizers`` (see :mod:`ptq4dit_jax.networks.float_network`) is empty for a plain model. If they hold tables over groups
+    of steps, ``group_edges`` (G - 1,) are the noise levels that separate the groups (int32 timesteps of a noise schedule, or
+    float32 for a flow). The model computes in the type of its kernels, or in float32 if that is float16, unless ``compute``
+    names another type (:meth:`astype` sets it). ``precision`` applies to float32 products.
     """
 
     params: Any
@@ -63,7 +63,8 @@ class FloatDiT(ModelFace, struct.PyTreeNode):
     def init(
         cls, config: DiTConfig, *, key: AnyKey, schedule: Schedule = NoiseSchedule(), adaln_zero: bool = False
     ) -> FloatDiT:
-        """A model with random parameters; with ``adaln_zero`` as one starts training, without it every path matters."""
+        """Returns a model with random parameters. ``adaln_zero`` initializes it as for training; without it every path is
+        active."""
         return cls(params=init_params(config, key, adaln_zero=adaln_zero), config=config, schedule=schedule)
 
     @property
@@ -91,8 +92,8 @@ class FloatDiT(ModelFace, struct.PyTreeNode):
     def apply(
         self, x_BHWC: Num[ArrayLike, "B H W C"], t_B: Num[ArrayLike, " #B"], y_B: Integer[ArrayLike, "#B"] | None = None
     ) -> Float[Array, "B H W outputs"]:
-        """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep, and the labels
-        ``y_B`` are left out where the model has no classes."""
+        """Returns the raw network output (B, H, W, out_channels). ``t_B`` may be (1,) if all rows share the timestep. The
+        labels ``y_B`` are left out if the model has no classes."""
         out = self._network.apply(self._variables(t_B), x_BHWC, t_B, y_B)
         return cast(jax.Array, out)
 
@@ -103,34 +104,34 @@ class FloatDiT(ModelFace, struct.PyTreeNode):
         t_B: Num[ArrayLike, " #B"],
         y_B: Integer[ArrayLike, "#B"] | None = None,
     ) -> tuple[Float[Array, "B H W outputs"], Any]:
-        """The output, and ``observers`` (a tree of objects by site) after they have seen this batch."""
+        """Returns the output, and ``observers`` (a tree of objects by site) after they have seen this batch."""
         variables = self._variables(t_B) | {"observers": observers}
         out, new = self._network.apply(variables, x_BHWC, t_B, y_B, mutable=["observers"])
         return out, new["observers"]
 
     def layer(self, name: str) -> Any:
-        """The kernel ([L,] K, N) and bias ([L,] N) of a linear layer, by its name in ``config.linear_shapes``."""
+        """Returns the kernel ([L,] K, N) and bias ([L,] N) of a linear layer, by its name in ``config.linear_shapes``."""
         return self.config.spec.linears[name].place.of(self.params)
 
     def astype(self, dtype: DTypeLike) -> FloatDiT:
-        """The same model stored and computing in ``dtype``, float16 included."""
+        """Returns the same model, stored and computing in ``dtype``, including float16."""
         params = jax.tree.map(lambda a: a.astype(dtype), self.params)
         return self.replace(params=params, compute=asked_dtype(dtype))
 
     @property
     def num_params(self) -> int:
-        """Weights, biases, and values of tables."""
+        """The number of weights, biases, table values and gains."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
 def step_group(edges: Num[Array, " edges"], level_B: Num[Array, " B"]) -> Int32[Array, " B"] | Int32[Array, ""]:
-    """The group of steps that noise levels fall in, noisiest group 0: the number of ``edges`` (G - 1,) above them.
+    """Returns the groups of steps that noise levels belong to: the number of ``edges`` (G - 1,) above them, 0 for the noisiest.
 
-    (B,) int32, or () for a shared level of shape (1,).
+    The result is (B,) int32, or () for a shared level of shape (1,).
     """
     group = jnp.zeros(level_B.shape, jnp.int32)
-    if edges.shape[0]:  # XLA of JAX 0.11.2 crashes where a shard_map reads an empty array
-        # Timesteps that a user gave as floats, say.
+    if edges.shape[0]:  # XLA of JAX 0.11.2 crashes if a shard_map reads an empty array
+        # The types differ if, for example, a user passes timesteps as floats.
         same = level_B.dtype == edges.dtype
         levels, edges = (level_B, edges) if same else (level_B.astype(jnp.float32), edges.astype(jnp.float32))
         group = (levels[:, None] < edges[None]).sum(-1, dtype=jnp.int32)
@@ -144,6 +145,6 @@ _nonfinite = jax.jit(lambda tree: jax.tree.map(lambda a: ~jnp.isfinite(a).all(),
 
 
 def has_nonfinite(tree: Any) -> list[str]:
-    """Paths of leaves that hold NaN or infinity."""
+    """Returns the paths of leaves that hold NaN or infinity."""
     flags = jax.tree_util.tree_leaves_with_path(jax.device_get(ready(_nonfinite(tree))))
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, flag in flags if bool(flag)]

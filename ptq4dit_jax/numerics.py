@@ -1,8 +1,9 @@
 """Types, precision and keys that do not depend on JAX's switches: the same numbers whatever a process has set.
 
-``JAX_ENABLE_X64`` makes float64 the default type, ``JAX_NUMPY_DTYPE_PROMOTION=strict`` and ``JAX_NUMPY_RANK_PROMOTION=raise``
-forbid implicit promotion, ``JAX_DEFAULT_MATMUL_PRECISION`` decides for products that do not say theirs, and
-``JAX_DEFAULT_PRNG_IMPL`` for keys. So types and ranks are made equal where two meet, and products and keys pass through here.
+``JAX_ENABLE_X64`` makes float64 the default type. ``JAX_NUMPY_DTYPE_PROMOTION=strict`` and ``JAX_NUMPY_RANK_PROMOTION=raise``
+forbid implicit promotion. ``JAX_DEFAULT_MATMUL_PRECISION`` determines the precision of products that do not state theirs, and
+``JAX_DEFAULT_PRNG_IMPL`` the kind of keys. So operands are given equal types and ranks, and products and keys pass through
+here.
 """
 
 from __future__ import annotations
@@ -16,49 +17,49 @@ from jaxtyping import Array, Key, UInt32
 
 from ptq4dit_jax.errors import Ptq4ditError
 
-#: A key of JAX's random numbers, typed or of raw words.
+#: A key of JAX's random numbers, typed or as raw words.
 AnyKey: TypeAlias = Key[Array, ""] | UInt32[Array, " words"]
-#: Of integer products, and of floats narrower than float32, whose products are exact as they are.
+#: For products of integers, and of floats narrower than float32, which are always exact.
 INTEGER = jax.lax.Precision.DEFAULT
-#: Of float32 products that are a reference or decide codes: float32 on every device.
+#: For float32 products that are a reference or determine codes: float32 on every device.
 EXACT = jax.lax.Precision.HIGHEST
-#: Of the float32 products that only gather statistics: TF32 where a GPU has it, three bfloat16 passes on a TPU. In float32
+#: For float32 products that only gather statistics: TF32 on GPUs that have it, three bfloat16 passes on a TPU. In float32,
 #: calibration of DiT-XL/2 takes twice as long on an H200.
 CALIBRATION = jax.lax.Precision.HIGH
 
 
 def at_least_float32(*dtypes: DTypeLike) -> Any:
-    """The type in which operands of these types meet, and to accumulate in: float64 if one is float64, else float32."""
+    """Returns the common type of operands of these types, and of their sums: float64 if one is float64, else float32."""
     return jnp.float64 if any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32
 
 
 def product_precision(dtype: DTypeLike, precision: jax.lax.Precision = EXACT) -> jax.lax.Precision:
-    """The precision that a product of this type takes: ``precision`` from float32 on; narrower floats are exact as they are."""
+    """Returns the precision for a product of this type: ``precision`` from float32 on; narrower floats are always exact."""
     return precision if jnp.dtype(dtype).itemsize >= 4 else INTEGER
 
 
 def unit_exponent(x: jax.Array, axis: int | tuple[int, ...] | None = -1) -> jax.Array:
-    """The power of two (int32) just above the largest magnitude along ``axis``, which is kept with size 1; 0 where that is 0.
+    """Returns the exponent (int32) of the power of two just above the largest magnitude along ``axis``, kept with size 1.
 
-    ``jnp.ldexp(x, -exponent)`` lies within +-1 and has the digits of ``x``: squares of values beyond 1.8e19, or of those below
-    1e-19, are none of float32's. An exponent of values that are not finite is 0.
+    ``jnp.ldexp(x, -exponent)`` lies within +-1 and has the digits of ``x``: float32 cannot hold the squares of values above
+    1.8e19 or below 1e-19. The exponent is 0 if the largest magnitude is 0 or not finite.
     """
     largest = jnp.abs(x).max(axis, keepdims=True)
     return jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0)
 
 
 def along_last(vector: jax.Array, ndim: int) -> jax.Array:
-    """An array with axes of size 1 in front, so that it lies along the last axes of one of ``ndim`` axes; scalars stay."""
+    """Adds axes of size 1 in front, so that the array lies along the last of ``ndim`` axes; scalars stay."""
     return jnp.expand_dims(vector, range(ndim - vector.ndim)) if vector.ndim else vector
 
 
 def threefry(key: AnyKey) -> jax.Array:
-    """The key as threefry, whatever generator it was made for; keys of one seed become one key.
+    """Returns the key as threefry, whatever generator it was made for; keys of one seed become one key.
 
     Under ``vmap``, XLA's own generators (rbg, unsafe_rbg) draw numbers that depend on the rest of the batch.
 
     Args:
-      key: () of ``jax.random.key``, or the raw uint32 of ``jax.random.PRNGKey``.
+      key: () from ``jax.random.key``, or the raw uint32 from ``jax.random.PRNGKey``.
 
     Raises:
       Ptq4ditError: anything else.
@@ -73,7 +74,7 @@ def threefry(key: AnyKey) -> jax.Array:
         words = jnp.asarray(key)
     else:
         raise Ptq4ditError(f"A key must be one key, such as jax.random.key(0), not {_described(key)}.")
-    # Of a seed, rbg holds threefry's two words twice.
+    # For a seed, an rbg key holds threefry's two words twice.
     return jax.random.wrap_key_data(words[:2], impl="threefry2x32")
 
 
@@ -83,10 +84,10 @@ def _described(key: object) -> str:
 
 
 def compute_dtype(stored: DTypeLike, asked: str | None = None) -> DTypeLike:
-    """The type to compute in: the one asked for, else the type of the stored parameters, for float16 however float32.
+    """Returns the type to compute in: the one asked for, else the type of the stored parameters, or float32 if that is float16.
 
-    Activations of a network that was trained in another type may exceed 65504, float16's largest number, and become
-    infinite. bfloat16 would not hold the weights: it has 8 significant bits, and float16 has 11.
+    Activations of a network that was trained in another type may exceed 65504, float16's largest number, and become infinite.
+    bfloat16 would not hold the weights exactly: it has 8 significant bits, and float16 has 11.
     """
     if asked is not None:
         return jnp.dtype(asked)
@@ -94,6 +95,6 @@ def compute_dtype(stored: DTypeLike, asked: str | None = None) -> DTypeLike:
 
 
 def asked_dtype(dtype: DTypeLike) -> str | None:
-    """What to remember of a type that is asked for: nothing where :func:`compute_dtype` gives it anyway."""
+    """Returns the name of a type that is asked for, or None if :func:`compute_dtype` returns that type anyway."""
     name = jnp.dtype(dtype).name
     return None if compute_dtype(dtype) == name else name

@@ -1,4 +1,4 @@
-"""How good a quantized model is on some of the rows that it was calibrated on, measured in seconds."""
+"""Measures, in seconds, how good a quantized model is on some of its calibration rows."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ptq4dit_jax.numerics import EXACT
 from ptq4dit_jax.quantizers import ActQuantizer
 from ptq4dit_jax.waiting import ready
 
-#: An SQNR of the prediction, mean over steps, in dB, below which a user is warned, and below which a model is refused.
+#: SQNR of the prediction in dB, mean over steps, below which a user is warned, and below which a model is refused.
 WARN_BELOW, REFUSE_BELOW = 15.0, 5.0
 _STEPS, _NAMED = 10, 3
-#: What stands for an error of whatever size where the float model gives nothing but zeros.
+#: Stands for an error of any size if the float model's output is all zeros.
 _FLOOR_DB = -999.0
 
 
@@ -35,8 +35,8 @@ class PoorQuality(UserWarning):
 
 @dataclasses.dataclass(frozen=True)
 class LayerQuality:
-    """SQNR in dB of a layer's output, or of an input of attention's products, fed by the float model: what this layer alone
-    costs. ``block`` is None outside the blocks."""
+    """SQNR in dB of a layer's output, or of an input of attention's products, with inputs from the float model: the cost of
+    quantizing this layer alone. ``block`` is None outside the blocks."""
 
     layer: str
     block: int | None
@@ -48,8 +48,8 @@ class LayerQuality:
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """SQNR in dB of the raw prediction, mean over steps (:class:`ptq4dit_jax.evaluation.metrics.StepsSQNR`), infinite where the
-    predictions are identical; on how many steps and rows; and, where that is poor, the worst layers."""
+    """SQNR in dB of the raw prediction, mean over steps (:class:`ptq4dit_jax.evaluation.metrics.StepsSQNR`), infinite if
+    predictions of a step are identical; the numbers of steps and rows; and, if the SQNR is poor, the worst layers."""
 
     sqnr_mean_db: float
     steps: int
@@ -61,13 +61,13 @@ class Quality:
         return self.sqnr_mean_db < WARN_BELOW
 
     def __str__(self) -> str:
-        """Such as "SQNR 31.4 dB"."""
+        """Returns a text such as "SQNR 31.4 dB"."""
         if self.sqnr_mean_db == np.inf:
             return "identical to the float model"
         return f"SQNR {self.sqnr_mean_db:.1f} dB" + (f", worst in {', '.join(map(str, self.worst))}" if self.worst else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which has no infinity."""
+        """Returns the quality for JSON, which has no infinity."""
         finite = lambda value: None if value == np.inf else value
         worst = [dataclasses.asdict(layer) | {"sqnr_db": finite(layer.sqnr_db)} for layer in self.worst]
         return {"sqnr_mean_db": finite(self.sqnr_mean_db), "steps": self.steps, "rows": self.rows} | (
@@ -76,23 +76,23 @@ class Quality:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Quality:
-        """The inverse of :meth:`to_dict`."""
+        """Inverts :meth:`to_dict`."""
         number = lambda value: float("inf") if value is None else value
         worst = tuple(LayerQuality(**layer | {"sqnr_db": number(layer["sqnr_db"])}) for layer in stored.get("worst_layers", ()))
         return cls(number(stored["sqnr_mean_db"]), stored["steps"], stored["rows"], worst)
 
     @classmethod
     def of(cls, model: QuantizedDiT) -> Quality | None:
-        """What was measured when a model was quantized; None for one that has no such record."""
+        """Returns what was measured when the model was quantized; None if it has no such record."""
         stored = model.provenance.facts.get("quality")
         return None if stored is None else cls.from_dict(stored)
 
 
 def some_rows(calibration: CalibrationData) -> CalibrationData:
-    """A few steps from all over the chain and a few of their rows, on the host.
+    """Returns a few steps spread over the chain and a few of their rows, on the host.
 
-    No more rows than calibration's micro-batches have: a GPU has tuned the float model's products of that size already. Tuning
-    those of 16 rows takes DiT-XL/2 17 seconds on an H200.
+    There are no more rows than in calibration's micro-batches, because a GPU has already tuned the float model's products for
+    that size. Tuning them for 16 rows takes DiT-XL/2 17 seconds on an H200.
     """
     return calibration.spread(_STEPS, MICRO_BATCH)
 
@@ -101,11 +101,11 @@ def measure(reference: FloatDiT, folded: FloatDiT, quantized: QuantizedDiT, some
     """Compares a quantized model with the float model.
 
     Args:
-      reference: the float model, in the precision that calibration ran in: that costs nothing here (TF32 is 68 dB from float32
-        where W8A8 is 44), and its products are tuned.
-      folded: the same after balancing, which the layers of ``quantized`` stand for.
-      quantized: runs on the backend that every device has.
-      some: what :func:`some_rows` returns; it goes where the models are.
+      reference: the float model, in the precision of calibration. That loses nothing here (TF32 has 68 dB against float32,
+        W8A8 has 44 dB), and its products are already tuned.
+      folded: the float model after balancing; the layers of ``quantized`` stand for its layers.
+      quantized: the quantized model; it runs on the backend that every device has.
+      some: rows from :func:`some_rows`; they are moved to where the models are.
 
     Raises:
       Ptq4ditError: a prediction holds NaN or infinity.
@@ -113,7 +113,7 @@ def measure(reference: FloatDiT, folded: FloatDiT, quantized: QuantizedDiT, some
     runs = dataclasses.replace(quantized, backend="xla")
     predictions = []
     for what, model in (("float", reference), ("quantized", runs)):
-        with jax.transfer_guard_host_to_device("allow"):  # a few rows, and meant
+        with jax.transfer_guard_host_to_device("allow"):  # a few rows, and intended
             prediction = np.asarray(ready(_predictions(model, some)))
         if not (finite := np.isfinite(prediction).all((1, 2, 3, 4))).all():
             raise Ptq4ditError(
@@ -128,7 +128,7 @@ def measure(reference: FloatDiT, folded: FloatDiT, quantized: QuantizedDiT, some
 
 @jax.jit
 def _predictions(model: FloatDiT | QuantizedDiT, rows: CalibrationData) -> jax.Array:
-    """(S, R, H, W, C) float32, without variance channels."""
+    """Returns predictions (S, R, H, W, C) float32, without variance channels."""
     channels = model.config.in_channels
     return jax.lax.map(lambda step: model.apply(step.x, step.t, step.y)[..., :channels].astype(jnp.float32), rows)
 
@@ -137,9 +137,10 @@ _steps_sqnr = jax.jit(metrics.steps_sqnr)
 
 
 class _Costs(struct.PyTreeNode):
-    """Observer of the float input of a layer, or of one of attention's products: what quantizing there alone costs.
+    """An observer of the float input of a layer, or of one of attention's products: measures the cost of quantizing it alone.
 
-    ``kernel`` ([L,] K, N) is the float one and ``layer`` stands for it; ``act`` is the quantizer of an input without weights.
+    ``kernel`` ([L,] K, N) is the float kernel and ``layer`` its quantized layer; ``act`` is the quantizer of an input of
+    attention's products.
     """
 
     kernel: Float[Array, "*lead K N"] | None = None
@@ -151,7 +152,7 @@ class _Costs(struct.PyTreeNode):
             assert self.act is not None
             return metrics.powers(x, self.act(x))
         act = self.layer.act
-        # The folded model has balanced its inputs already.
+        # The folded model has already balanced its inputs.
         fed = x if act is None else act.replace(balance=None)(x)
         product = lambda x, kernel: jnp.einsum("...k,kn->...n", x, kernel, precision=EXACT)
         return metrics.powers(product(x, self.kernel), product(fed, jnp.swapaxes(self.layer.weight.dequantize(), -1, -2)))
@@ -159,7 +160,7 @@ class _Costs(struct.PyTreeNode):
 
 @jax.jit
 def _costs(folded: FloatDiT, quantized: QuantizedDiT, step: CalibrationData) -> dict[str, metrics.Powers]:
-    """By site, leaves ([L])."""
+    """Returns powers by site, with leaves ([L])."""
     group = step_group(quantized.group_edges, quantized.schedule.noise_level(jnp.asarray(step.t)))
     observers = {name: _Costs(act=act.at_group(group)) for name, act in quantized.sites.items()}
     site_of = folded.config.spec.site_of
@@ -169,7 +170,7 @@ def _costs(folded: FloatDiT, quantized: QuantizedDiT, step: CalibrationData) -> 
 
 
 def _worst_layers(folded: FloatDiT, quantized: QuantizedDiT, rows: CalibrationData) -> tuple[LayerQuality, ...]:
-    """The layers that alone cost most, worst first."""
+    """Returns the layers whose quantization alone costs most, worst first."""
     at = lambda step: jax.tree.map(lambda leaf: leaf[step], rows)
     with jax.transfer_guard_host_to_device("allow"):
         batches = [jax.device_get(ready(_costs(folded, quantized, at(step)))) for step in range(rows.num_steps)]

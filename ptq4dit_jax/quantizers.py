@@ -1,9 +1,9 @@
-"""Integers for arrays: the quantized weight, the activation quantizer, and packing. Pure functions; imports no model.
+"""Integer codes of arrays: the quantized weight, the activation quantizer, and packing. Pure functions; imports no model.
 
 Arithmetic (docs/design.md): ``x = sx (xq - zx)`` and ``w = sw_n (wq - zw_n)``. Codes are rounded half to even and clipped.
-Activation codes use the signed range ``[-2^(b-1), 2^(b-1) - 1]`` so that they are int8 as they stand. Weights keep the
-*centered* code ``wq - zw_n``, which
-fits int8 at every width: 8-bit weights are symmetric, and narrower ones lie within ``[-(2^b - 1), 2^b - 1]``.
+Activation codes use the signed range ``[-2^(b-1), 2^(b-1) - 1]``, so that they are int8 without conversion. Weights keep the
+*centered* code ``wq - zw_n``, which fits int8 at every width: 8-bit weights are symmetric, and narrower ones lie within
+``[-(2^b - 1), 2^b - 1]``.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ EMPTY_RANGE = 1e-35
 
 
 def check_bits(name: str, bits: int) -> int:
-    """The width itself, or an error naming the setting."""
+    """Returns the width, or raises an error that names the setting."""
     if not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise Ptq4ditError(f"{name} must be an integer from {MIN_BITS} to {MAX_BITS}, not {bits!r}.")
     return bits
 
 
 def act_code_range(bits: int) -> tuple[int, int]:
-    """Lowest and highest activation code."""
+    """Returns the lowest and highest activation code."""
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def affine_parameters(low: jax.Array, high: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-    """Scale (float32) and zero point (int32) that map ``[low, high]``, widened to hold 0, onto all activation codes.
+    """Returns the scale (float32) and zero point (int32) that map ``[low, high]``, widened to include 0, onto all codes.
 
     An empty range (a constant zero) gets scale 1, so that nothing is divided by zero.
     """
@@ -57,15 +57,15 @@ class Encoded(NamedTuple):
 
 
 def broadcast_rows(per_row: jax.Array, ndim: int) -> jax.Array:
-    """() stays; (B,) becomes (B, 1, ..., 1)."""
+    """Reshapes (B,) to (B, 1, ..., 1); () stays."""
     return per_row.reshape(per_row.shape + (1,) * (ndim - 1)) if per_row.ndim else per_row
 
 
 @jax.custom_jvp
 def undifferentiable(tree: Any) -> Any:
-    """The tree itself, whose derivatives are an error: what follows rounds to integers, and JAX would take that for a constant.
+    """Returns the tree itself and refuses derivatives: integers follow, which JAX would differentiate as constants.
 
-    It costs nothing: the compiled program is the one without it.
+    It costs nothing: the compiled program is the same without it.
     """
     return tree
 
@@ -79,29 +79,29 @@ def _refuse_derivative(primals: Any, tangents: Any) -> Any:
 
 
 def reciprocal(scale: jax.Array) -> jax.Array:
-    """``1 / scale`` behind a barrier: XLA would keep vector / scalar in the program of one device and make it vector *
-    (1 / scalar) in that of several, a last bit that becomes another code."""
+    """Returns ``1 / scale`` behind a barrier. XLA would keep vector / scalar in the program of one device, but make it
+    vector * (1 / scalar) in the program of several. The last bit would differ, and so would codes."""
     return jax.lax.optimization_barrier(1.0 / scale)
 
 
 class StaticRange(NamedTuple):
-    """What maps codes to values, found beforehand: (), or a table over groups of steps."""
+    """A calibrated scale and zero point: (), or a table over groups of steps."""
 
     scale: Float[Array, "*lead"]
     zero_point: Int32[Array, "*lead"]
 
 
 class ActQuantizer(struct.PyTreeNode):
-    """An activation quantizer; calling it is fake quantization.
+    """An activation quantizer; calling it applies fake quantization.
 
-    Invariants: ``scale`` is positive float32 and ``zero_point`` int32 within the code range. As stored both are (..., G): a
-    table over groups of steps, behind the depth axis for block sites. :meth:`at_group` leaves () or, with a group per row,
-    (B,).
+    Invariants: ``scale`` is positive float32 and ``zero_point`` int32 within the code range. As stored, both are (..., G): a
+    table over groups of steps, after the depth axis for block sites. :meth:`at_group` reduces them to () or, with a group per
+    row, to (B,).
 
-    ``balance`` (..., K) multiplies the channels before quantization (a scale vector ``scale / balance``); the layer's
-    weights hold its inverse, so the result stays in the balanced domain. ``dynamic`` quantizers keep no table: each row
-    (all but the last axis) is scaled by its own largest magnitude, symmetrically, or over all codes where values are
-    ``nonnegative``; then ``scale`` and ``zero_point`` are None.
+    ``balance`` (..., K) multiplies the channels before quantization (a scale vector ``scale / balance``). The layer's weights
+    hold its inverse, so the result stays in the balanced domain. ``dynamic`` quantizers keep no table: ``scale`` and
+    ``zero_point`` are None. Each row (along the last axis) is scaled by its own largest magnitude, symmetrically, or over all
+    codes if values are ``nonnegative``.
 
     Codes have no derivative, and asking for one is an error (:class:`~ptq4dit_jax.straight_through.StraightThrough` has one).
     """
@@ -121,14 +121,14 @@ class ActQuantizer(struct.PyTreeNode):
         return StaticRange(self.scale, self.zero_point)
 
     def at_group(self, group: jax.Array) -> ActQuantizer:
-        """The quantizer for one group of steps, () int32, or for one group per row, (B,)."""
+        """Returns the quantizer for one group of steps, () int32, or for one group per row, (B,)."""
         if self.dynamic:
             return self
         scale, zero_point = (jnp.take(table, group, axis=-1) for table in self.static_range)
         return self.replace(scale=scale, zero_point=zero_point)
 
     def encode(self, x: jax.Array) -> Encoded:
-        """Integer codes (int8, shape of ``x``) with the scale and zero point that give ``balance * x`` back."""
+        """Returns integer codes (int8, shape of ``x``) with the scale and zero point that restore ``balance * x``."""
         qmin, qmax = act_code_range(self.bits)
         x = x.astype(at_least_float32(x.dtype))
         balance = None if self.balance is None else along_last(self.balance, x.ndim).astype(x.dtype)
@@ -150,7 +150,7 @@ class ActQuantizer(struct.PyTreeNode):
 
 
 def decode(encoded: Encoded) -> jax.Array:
-    """``scale * (values - zero_point)`` in the scale's type."""
+    """Returns ``scale * (values - zero_point)`` in the scale's type."""
     centered = encoded.values.astype(encoded.scale.dtype)
     if encoded.zero_point is not None:
         centered = centered - encoded.zero_point.astype(centered.dtype)
@@ -158,7 +158,7 @@ def decode(encoded: Encoded) -> jax.Array:
 
 
 class ChannelScale(struct.PyTreeNode):
-    """A site that only multiplies its channels: what balancing leaves in a float model where it cannot be folded away."""
+    """A site that only multiplies its channels: the residual factor of balancing in a float model."""
 
     factor: Float[Array, "*lead K"]
 
@@ -166,21 +166,21 @@ class ChannelScale(struct.PyTreeNode):
         return x * along_last(self.factor, x.ndim).astype(x.dtype)
 
 
-#: Rows of a weight that are packed by themselves, where they divide it. A kernel's tiles are made of whole ones.
+#: Rows per independently packed block of a weight, if they divide its rows. A kernel's tiles consist of whole blocks.
 PACKED_ROWS = 64
 
 
 def _packed_rows(N: int) -> int:
-    """Rows that are packed by themselves: of a weight that they do not divide all, and one more if they are odd."""
+    """Returns the rows per packed block: 64 if that divides N, otherwise N rounded up to an even number."""
     return PACKED_ROWS if N % PACKED_ROWS == 0 else N + N % 2
 
 
 def pack_nibbles(codes: jax.Array) -> jax.Array:
-    """Codes 0..15 (..., N, K) to bytes (..., ceil(N / 2), K), uint8.
+    """Packs codes 0..15 (..., N, K) into bytes (..., ceil(N / 2), K), uint8.
 
-    Of every 64 rows, or of all where 64 do not divide them, a byte of row ``i`` holds the code of row ``i`` in its low half and
-    that of row ``i + 32``, of the second half of them, in its high half. So whole rows are unpacked, each with one zero point,
-    and what is contiguous stays so.
+    Rows are packed in blocks of 64, or in one block of all if 64 does not divide N. Byte row ``i`` of a block holds the codes
+    of row ``i`` in the low halves, and those of row ``i`` of the block's second half (``i + 32`` of 64) in the high halves. So
+    whole rows are unpacked, each with one zero point, and contiguous values stay contiguous.
     """
     *lead, N, K = codes.shape
     rows = _packed_rows(N)
@@ -191,10 +191,11 @@ def pack_nibbles(codes: jax.Array) -> jax.Array:
 
 
 def unpack_nibbles(packed: jax.Array, N: int, *, fusible: bool = True) -> jax.Array:
-    """The inverse of :func:`pack_nibbles`: (..., N, K) int8 codes 0..15.
+    """Inverts :func:`pack_nibbles`: returns (..., N, K) int8 codes 0..15.
 
-    ``fusible`` are shifts, which XLA fuses with elementwise work around them. Where it unpacks many weights, each for a kernel
-    of ours, it fuses them with one another instead and holds all at once; a concatenation stays where it is.
+    With ``fusible`` it uses shifts, which XLA fuses with elementwise work around them. If many weights are unpacked, each for
+    a kernel of ours, XLA would fuse their shifts with one another and hold all weights at once. Without ``fusible`` it uses a
+    concatenation, which stays in place.
     """
     *lead, half, K = packed.shape
     blocks = packed.reshape(*lead, -1, 1, _packed_rows(N) // 2, K)
@@ -209,12 +210,12 @@ class QTensor(struct.PyTreeNode):
     """A quantized weight, output channels first: ``w_nk = scale_n (code_nk - zero_point_n)``.
 
     Invariants. ``bits > 4``: ``values`` is int8 (..., N, K) and holds centered codes; ``zero_point`` is None.
-    ``bits <= 4``: ``values`` is uint8 (..., ceil(N / 2), K), two codes ``0 .. 2^bits - 1`` to a byte
+    ``bits <= 4``: ``values`` is uint8 (..., ceil(N / 2), K), with two codes ``0 .. 2^bits - 1`` per byte
     (:func:`pack_nibbles`), and ``zero_point`` is int8 (..., N). ``scale`` is positive float32 (..., N). Leading axes
     (depth) are allowed everywhere.
 
-    The contraction axis K is last because integer matrix units want both operands so: on an H200, XLA's int8 product of
-    DiT-XL/2's fc1 takes 340 us this way and 878 us with (K, N).
+    The contraction axis K is last because integer matrix units need it last in both operands: on an H200, XLA's int8 product
+    of DiT-XL/2's fc1 takes 340 us this way and 878 us with (K, N).
     """
 
     values: Int8[Array, "*lead N K"] | UInt8[Array, "*lead bytes K"]
@@ -228,25 +229,25 @@ class QTensor(struct.PyTreeNode):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(..., N, K) of the weight that this stands for."""
+        """The shape (..., N, K) of the weight that this stands for."""
         return (*self.scale.shape, self.values.shape[-1])
 
     def codes(self, *, fusible: bool = True) -> jax.Array:
-        """Centered codes (..., N, K), int8; ``fusible`` as in :func:`unpack_nibbles`."""
+        """Returns centered codes (..., N, K), int8; ``fusible`` is as in :func:`unpack_nibbles`."""
         if not self.packed:
             return self.values
         assert self.zero_point is not None
         return unpack_nibbles(self.values, self.scale.shape[-1], fusible=fusible) - self.zero_point[..., None]
 
     def dequantize(self) -> jax.Array:
-        """The weight (..., N, K), in the scale's type."""
+        """Returns the weight (..., N, K), in the scale's type."""
         return self.codes().astype(self.scale.dtype) * self.scale[..., None]
 
     @property
     def code_range(self) -> tuple[jax.Array, jax.Array]:
         """The least and greatest centered code of each output channel, (..., N) int32.
 
-        Between 4 and 8 bits no zero point is kept; there the codes in use are the range.
+        With 5 to 7 bits no zero point is kept, so the range is that of the codes in use.
         """
         if 4 < self.bits < 8:
             codes = self.codes().astype(jnp.int32)
@@ -257,8 +258,8 @@ class QTensor(struct.PyTreeNode):
 
     @classmethod
     def from_codes(cls, codes: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> QTensor:
-        """From unsigned codes ``0 .. 2^bits - 1`` and zero points of the same range (8 bits: already centered, zero point
-        0)."""
+        """Builds a weight from unsigned codes ``0 .. 2^bits - 1`` and zero points of the same range. Codes of 8 bits are
+        already centered, with zero point 0."""
         if bits <= 4:
             return cls(pack_nibbles(codes), scale, zero_point.astype(jnp.int8), bits)
         centered = (codes.astype(jnp.int32) - zero_point[..., None].astype(jnp.int32)).astype(jnp.int8)
@@ -266,11 +267,11 @@ class QTensor(struct.PyTreeNode):
 
 
 def weight_code_range(bits: int) -> tuple[int, int]:
-    """Lowest and highest weight code: symmetric at 8 bits, ``0 .. 2^bits - 1`` below."""
+    """Returns the lowest and highest weight code: symmetric at 8 bits, ``0 .. 2^bits - 1`` below."""
     return (-127, 127) if bits == 8 else (0, 2**bits - 1)
 
 
 def encode_weight(w: jax.Array, scale: jax.Array, zero_point: jax.Array, bits: int) -> jax.Array:
-    """Weight codes (..., N, K) float32 for scales and zero points (..., N)."""
+    """Returns weight codes (..., N, K), as floats, for scales and zero points (..., N)."""
     qmin, qmax = weight_code_range(bits)
     return jnp.clip(jnp.round(w / scale[..., None]) + zero_point[..., None].astype(w.dtype), qmin, qmax)

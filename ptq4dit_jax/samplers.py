@@ -5,12 +5,12 @@ Every sampler here is, per step, a linear map of the current image, the predicte
     x0 = x0_from_x * x - x0_from_eps * eps
     x' = from_x * x + from_x0 * x0 + from_x0_prev * x0_prev + sigma * z
 
-so a sampler is a table of coefficients (:class:`StepTables`), made in float64 by :meth:`Sampler.tables` and scanned
+so a sampler is a table of coefficients (:class:`StepTables`), computed in float64 by :meth:`Sampler.tables` and scanned
 over. DDPM with a learned variance interpolates ``log sigma^2`` between two more table columns. Sources: Ho et al. 2020,
 Nichol & Dhariwal 2021 (learned range), Song et al. 2021 (DDIM, eta), Lu et al. 2022 (DPM-Solver++ 2M, midpoint).
 
-Of a flow model the network's output is the velocity ``v``. With ``x0_from_x = 0`` and ``x0_from_eps = -1`` the table's ``x0``
-is ``v`` itself, Euler's step is ``x + dt v``, and Heun's is two rows: Euler's, then at its end ``x' + dt / 2 (v' - v)``.
+In a flow model, the network's output is the velocity ``v``. With ``x0_from_x = 0`` and ``x0_from_eps = -1``, the table's ``x0``
+is ``v`` itself. Euler's step is ``x + dt v``, and Heun's is two rows: Euler's, then at its end ``x' + dt / 2 (v' - v)``.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule, Schedule, respace
 
 #: The times of a chain (S,) and the columns (S,) of its :class:`StepTables` that differ from their default.
 _Rows: TypeAlias = tuple[np.ndarray, dict[str, np.ndarray]]
-#: The name that stands for the first sampler that follows what a model predicts.
+#: The name that stands for the first sampler that fits what a model predicts.
 AUTO = "auto"
 
 
-#: An array of NumPy or of JAX.
+#: An array of NumPy or JAX.
 _Column = TypeVar("_Column", bound=np.ndarray | jax.Array)
 
 
 class StepTables(struct.PyTreeNode, Generic[_Column]):
-    """Coefficients of a sampler in the order they are used, noisiest step first; every array is (S,).
+    """Coefficients of a sampler in the order in which they are used, noisiest step first; every array is (S,).
 
     ``t`` is what the network sees: int32 timesteps of a noise schedule, float32 times of a flow. S is the number of calls of
-    the network, for Heun twice the steps. ``log_var_min`` and ``log_var_max`` matter only where the variance is learned,
-    ``sigma`` only where it is not. ``guidance`` is the scale of guidance, 1 where there is none.
+    the network, for Heun twice the number of steps. ``log_var_min`` and ``log_var_max`` matter only if the variance is learned,
+    ``sigma`` only if it is not. ``guidance`` is the scale of guidance, 1 where there is none.
     """
 
     t: Num[_Column, "*S"]
@@ -79,11 +79,11 @@ class Sampler:
     Attributes:
       name: what users call it.
       objective: what the model must predict, as its schedule says.
-      spacing: from a schedule and steps (a count or a respacing string) to the points of the chain, noisiest first.
-      rows: from a schedule, those points and eta to the network's times (S,) and the table columns (S,), float64.
-      stochastic: from eta to whether steps add noise, so that the chain needs a key or explicit step noise.
+      spacing: maps a schedule and steps (a count or a respacing string) to the points of the chain, noisiest first.
+      rows: maps a schedule, those points and eta to the network's times (S,) and the table columns (S,), float64.
+      stochastic: returns for an eta whether steps add noise, so that the chain needs a key or explicit step noise.
       learned_variance: whether it uses the variance that a model predicts.
-      calls_per_step: of the network, each a row of the tables.
+      calls_per_step: calls of the network per step; each is a row of the tables.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Sampler:
     calls_per_step: int = 1
 
     def check_fits(self, schedule: Schedule) -> None:
-        """Raises where it follows something else than what a model of this schedule predicts."""
+        """Raises if the sampler does not fit what a model of this schedule predicts."""
         fitting = _names(schedule.objective)
         if self.objective != schedule.objective:
             raise Ptq4ditError(
@@ -111,10 +111,10 @@ class Sampler:
     def tables(
         self, schedule: Schedule, steps: int | str, eta: float = 0.0, *, dtype: DTypeLike = np.float32
     ) -> StepTables[np.ndarray]:
-        """Coefficient tables without guidance, computed in float64 and cast to ``dtype`` at the end.
+        """Returns coefficient tables without guidance, computed in float64 and cast to ``dtype`` at the end.
 
         Raises:
-          Ptq4ditError: a schedule that it does not follow, or steps that this schedule does not have.
+          Ptq4ditError: the sampler does not fit the schedule, or the schedule does not have these steps.
         """
         self.check_fits(schedule)
         t, rows = self.rows(schedule, self.spacing(schedule, steps), eta)
@@ -127,12 +127,12 @@ class Sampler:
 
 
 def _even(schedule: NoiseSchedule, steps: int | str) -> np.ndarray:
-    """Meta's even spacing, or the respacing that ``steps`` names."""
+    """Returns Meta's even spacing, or the respacing that ``steps`` names."""
     return respace(schedule.num_timesteps, steps)[::-1]
 
 
 def _strided(schedule: NoiseSchedule, steps: int | str) -> np.ndarray:
-    """A plain count N as "ddimN" where N divides the number of timesteps, else as even spacing."""
+    """Treats a plain count N as "ddimN" if N divides the number of timesteps, else as even spacing."""
     kept = _even(schedule, steps)
     if not _names_spacing(steps) and len(kept) > 1 and schedule.num_timesteps % len(kept) == 0:
         return _even(schedule, f"ddim{len(kept)}")
@@ -140,7 +140,7 @@ def _strided(schedule: NoiseSchedule, steps: int | str) -> np.ndarray:
 
 
 def _linspace(schedule: NoiseSchedule, steps: int | str) -> np.ndarray:
-    """A plain count N as the first N of N + 1 points from the last timestep to 0, as dpm++2m takes them."""
+    """Maps a plain count N to the first N of N + 1 points from the last timestep to 0, as dpm++2m takes them."""
     kept, last = _even(schedule, steps), schedule.num_timesteps - 1
     if _names_spacing(steps):
         return kept
@@ -161,7 +161,8 @@ def _equal_steps(schedule: FlowSchedule, steps: int | str) -> np.ndarray:
 
 
 def _following_noise(columns: Callable[[np.ndarray, np.ndarray, float], dict[str, np.ndarray]]) -> Callable[..., _Rows]:
-    """Rows of a sampler whose ``columns`` are a function of the signal level ``abar`` at a step and the next, and of eta."""
+    """Returns the ``rows`` of a sampler whose ``columns`` depend on the signal level ``abar`` at a step and the next, and on
+    eta."""
 
     def rows(schedule: NoiseSchedule, t: np.ndarray, eta: float) -> _Rows:
         abar = schedule.alpha_bars[t]
@@ -175,7 +176,7 @@ def _ddpm_rows(abar: np.ndarray, abar_prev: np.ndarray, eta: float) -> dict[str,
     alpha = abar / abar_prev
     beta = 1 - alpha
     variance = beta * (1 - abar_prev) / (1 - abar)
-    # The last step's posterior variance is 0; its logarithm is replaced by that of the step before (Meta's clipping).
+    # The last step's posterior variance is 0, so the variance of the step before replaces it (Meta's clipping).
     clipped = np.append(variance[:-1], variance[-2] if len(variance) > 1 else beta[-1])
     return {
         "from_x": (1 - abar_prev) * np.sqrt(alpha) / (1 - abar),
@@ -212,13 +213,13 @@ def _dpmpp_rows(abar: np.ndarray, abar_prev: np.ndarray, eta: float) -> dict[str
 
 
 def _euler_rows(schedule: FlowSchedule, times: np.ndarray, eta: float) -> _Rows:
-    """A row for each of the N steps between ``times`` (N + 1,)."""
+    """Returns a row for each of the N steps between ``times`` (N + 1,)."""
     dt = np.diff(times)
     return times[:-1], _following_velocity(dt, np.zeros_like(dt))
 
 
 def _heun_rows(schedule: FlowSchedule, times: np.ndarray, eta: float) -> _Rows:
-    """Two rows for each step: Euler's, and its correction at the step's end."""
+    """Returns two rows for each step: Euler's, and its correction at the step's end."""
     dt = np.diff(times)
     by_turns = lambda first, second: np.stack([first, second], axis=1).ravel()
     return by_turns(times[:-1], times[1:]), _following_velocity(by_turns(dt, dt / 2), by_turns(np.zeros_like(dt), -dt / 2))
@@ -239,7 +240,7 @@ def _following_velocity(from_v: np.ndarray, from_v_prev: np.ndarray) -> dict[str
 
 
 _NOISE, _VELOCITY = NoiseSchedule.objective, FlowSchedule.objective
-#: All samplers by name. Of those that follow what a model predicts, ``auto`` is the first.
+#: All samplers by name. ``auto`` is the first that fits what a model predicts.
 SAMPLERS: dict[str, Sampler] = {
     sampler.name: sampler
     for sampler in (
@@ -257,17 +258,17 @@ def _names(objective: str) -> list[str]:
 
 
 def check_name(name: str) -> None:
-    """Raises where ``name`` is neither ``auto`` nor in the registry."""
+    """Raises if ``name`` is neither ``auto`` nor in the registry."""
     known = (AUTO, *SAMPLERS)
     if name not in known:
         raise Ptq4ditError(f"Unknown sampler {quoted(name)}; the samplers are {', '.join(known)}.")
 
 
 def sampler_for(name: str, schedule: Schedule) -> Sampler:
-    """The sampler of that name for a model of this schedule; ``auto`` is the first that fits.
+    """Returns the sampler of that name for a model of this schedule; ``auto`` is the first that fits.
 
     Raises:
-      Ptq4ditError: the sampler follows something else than what the model predicts.
+      Ptq4ditError: the sampler does not fit what the model predicts.
     """
     sampler = SAMPLERS[_names(schedule.objective)[0] if name == AUTO else name]
     sampler.check_fits(schedule)
@@ -280,19 +281,19 @@ def _either(names: Iterable[str]) -> str:
 
 
 def help_on_names() -> str:
-    """Which samplers there are, in words."""
+    """Returns help on the names of samplers."""
     objectives = dict.fromkeys(sampler.objective for sampler in SAMPLERS.values())
     kinds = [f"{_either(_names(objective))} for a model that predicts {objective}" for objective in objectives]
     return f"{', '.join(kinds)}; {AUTO} is the first of those."
 
 
 def help_on_steps() -> str:
-    """What steps may be, in words."""
+    """Returns help on the values of steps."""
     calls = [f"{s.name} calls the network {s.calls_per_step} times per step" for s in SAMPLERS.values() if s.calls_per_step > 1]
     return "; ".join(["Sampler steps: a count, or a respacing such as ddim50", *calls]) + "."
 
 
 def help_on_eta() -> str:
-    """Which samplers eta is for, in words."""
+    """Returns help on eta and the samplers that use it."""
     names = [sampler.name for sampler in SAMPLERS.values() if sampler.stochastic(0.0) != sampler.stochastic(1.0)]
     return f"Noise of the {_either(names)} sampler, 0 to 1."

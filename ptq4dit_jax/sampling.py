@@ -1,4 +1,4 @@
-"""Sampling images from a float or quantized model: all at once or as a stream of batches."""
+"""Samples images from a float or quantized model, all at once or as a stream of batches."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from ptq4dit_jax.numerics import AnyKey, threefry
 from ptq4dit_jax.samplers import AnyTables
 from ptq4dit_jax.vae import VAEDecoder
 
-#: Class labels (N,); of a model without classes the number of images.
+#: Class labels (N,); for a model without classes, the number of images.
 Labels: TypeAlias = ArrayLike | Sequence[int]
 
-#: Samples of one call, of which a label and some host memory each are kept; a figure of FID takes 50,000.
+#: The most samples per call. Each keeps a label and some host memory; FID takes 50,000.
 MAX_SAMPLES = 10**7
 
 
 def check_count(count: int) -> None:
-    """Raises where so many samples are more than one call makes."""
+    """Raises if one call cannot make this number of samples."""
     if count > MAX_SAMPLES:
         raise Ptq4ditError(f"One run makes at most {MAX_SAMPLES:,} images, not {count:,} images; ask for fewer.")
 
 
 def check_labels(labels: Labels | None, config: DiTConfig) -> np.ndarray:
-    """Labels as (N,) int32, or an error that names the first one out of range.
+    """Returns labels as (N,) int32, or raises an error that names the first label out of range.
 
-    A DiT without classes takes the number of images instead, or None for one; its labels are zeros (N,), and may also be given
-    as such.
+    For a DiT without classes, pass the number of images instead, or None for one. Its labels are zeros (N,), which may also be
+    passed.
     """
     if not config.num_labels:
         return _no_labels(labels)
@@ -100,26 +100,26 @@ def sample(
 
     Args:
       model: a :class:`FloatDiT` or :class:`QuantizedDiT`.
-      labels: (N,) class labels; of a model without classes the number N of images, or None for one.
-      key: the seed; sample ``i`` sees noise made of the key and ``i`` alone, whatever the batch size or the devices.
-      sampling: how to get from noise to image; what it leaves open follows the model.
-      batch_size: images per compiled call; the last batch is padded. By default up to 256 per device, fewer where the compiled
+      labels: (N,) class labels; for a model without classes, the number N of images, or None for one.
+      key: the seed. The noise of sample ``i`` depends only on the key and ``i``, not on the batch size or the devices.
+      sampling: how to get from noise to image; settings left open follow the model.
+      batch_size: images per compiled call; the last batch is padded. By default up to 256 per device, fewer if the compiled
         program would not fit into the free memory.
       noise: initial noise (N, H, W, C) instead of the key's.
       step_noise: per-step noise (S, N, H, W, C) for stochastic samplers instead of the key's.
-      decoder: makes pictures of the latents, within the same compiled program.
+      decoder: decodes the latents to pictures, within the same compiled program.
       mesh: shards each batch over the mesh's ``data`` axis.
       progress: called with (images done, images in all) after each batch.
-      **settings: the same setting by setting, for short, and not beside ``sampling``. ``sampler``, ``steps`` and ``eta`` are
-        fields of :class:`~ptq4dit_jax.diffusion.Sampling`; ``cfg_scale``, ``cfg_channels`` and ``guidance_interval`` are those
-        of its :class:`~ptq4dit_jax.guidance.Guidance`. ``cfg_scale=1`` turns guidance off and halves the work.
+      **settings: single settings, as a short form instead of ``sampling``. ``sampler``, ``steps`` and ``eta`` are fields of
+        :class:`~ptq4dit_jax.diffusion.Sampling`; ``cfg_scale``, ``cfg_channels`` and ``guidance_interval`` are fields of its
+        :class:`~ptq4dit_jax.guidance.Guidance`. ``cfg_scale=1`` turns guidance off and halves the work.
 
     Returns:
-      (N, H, W, C) float32, on the host, in the range that the model was trained on; with a decoder its pictures, in [-1, 1]
+      (N, H, W, C) float32, on the host, in the range that the model was trained on; with a decoder, its pictures, in [-1, 1]
       except for overshoots.
 
     Raises:
-      Ptq4ditError: an argument that makes no sense, or a sample that holds NaN or infinity; the sentence names the step.
+      Ptq4ditError: an argument makes no sense, or a sample holds NaN or infinity; the message names the step.
     """
     settings = {name: value for name, value in settings.items() if value is not None}
     if sampling is not None and settings:
@@ -141,15 +141,15 @@ def sample_batches(
     decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
 ) -> Iterator[tuple[int, Float32[np.ndarray, "B ..."]]]:
-    """:func:`sample` batch by batch, so that any number of images needs the memory of one batch.
+    """Runs :func:`sample` batch by batch, so that any number of images needs the memory of one batch.
 
-    Arguments are checked at once, before the first batch is asked for.
+    Arguments are checked at once, before the first batch is requested.
 
     Returns:
-      An iterator over pairs of the index of a batch's first image and the batch (B, H, W, C) float32, in order.
+      An iterator over pairs, in order: the index of a batch's first image, and the batch (B, H, W, C) float32.
 
     Raises:
-      Ptq4ditError: as :func:`sample`; a sample that is not finite is reported with its batch.
+      Ptq4ditError: as for :func:`sample`; a sample that is not finite is reported with its batch.
     """
     resolved = sampling.resolve(model.schedule, model.config)
     request = _prepare(model, labels, key, resolved, noise, step_noise, decoder, mesh)
@@ -172,8 +172,8 @@ def run_chain(
     keep_steps: np.ndarray | None = None,
     what: str = "Image",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`sample`, returning besides the images the inputs of the steps ``keep_steps`` (positions in the chain, noisiest 0):
-    (len(keep_steps), N, H, W, C). ``what`` is the word for a sample in an error."""
+    """Runs :func:`sample`. Besides the images, returns the inputs of the steps ``keep_steps`` (positions in the chain, 0 is the
+    noisiest), (len(keep_steps), N, H, W, C). ``what`` is the word for a sample in an error."""
     resolved = sampling.resolve(model.schedule, model.config)
     request = _prepare(model, labels, key, resolved, noise, step_noise, decoder, mesh, keep_steps, what)
     return request.collect(request.batch_size(batch_size), progress)
@@ -192,10 +192,10 @@ def kept_inputs(
     progress: Progress | None = None,
     what: str = "Image",
 ) -> np.ndarray:
-    """The inputs of the steps ``keep_steps`` that :func:`run_chain` returns, in bytes that do not depend on the devices.
+    """Returns the inputs of the steps ``keep_steps`` as :func:`run_chain` does, in bytes that do not depend on the devices.
 
-    Every batch has ``batch_size`` rows, the last padded, and is one device's; the devices of ``mesh`` share batches, each of
-    which has ``ahead`` at most begun.
+    Every batch has ``batch_size`` rows, the last one padded, and runs on one device. The devices of ``mesh`` share the batches;
+    each has begun at most ``ahead`` of them.
     """
     request = _prepare(model, labels, key, sampling, keep_steps=keep_steps, what=what)
     return request.collect_from_devices(batch_size, mesh, ahead, progress)[1]
@@ -213,7 +213,7 @@ def _prepare(
     keep_steps: np.ndarray | None = None,
     what: str = "Image",
 ) -> Request:
-    """The request of :func:`run_chain`, checked and placed."""
+    """Returns the request of :func:`run_chain`, checked and placed."""
     config = model.config
     labels_N = check_labels(labels, config)
     tables: AnyTables = sampling.tables()
@@ -226,8 +226,8 @@ def _prepare(
 
     model, decoder = sharding.replicate(mesh, (model, decoder))
     small = tables, threefry(key)
-    # Without a mesh the program itself takes what is small to its device, all at once; put there one by one, a dozen arrays
-    # took 1.5 ms of every call on an H200, about a step of DiT-XL/2 for one image.
+    # Without a mesh, the call itself transfers small arrays to its device, all at once. Placed one by one, a dozen arrays took
+    # 1.5 ms of every call on an H200, about as long as a step of DiT-XL/2 for one image.
     tables, key = small if mesh is None else sharding.replicate(mesh, small)
     return Request(
         model=model,
@@ -245,5 +245,5 @@ def _prepare(
 
 
 def to_uint8(images: Float[ArrayLike, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Images in [-1, 1] to uint8 by Meta's rule: ``clip(127.5 x + 128, 0, 255)``, truncated."""
+    """Converts images in [-1, 1] to uint8 by Meta's rule: ``clip(127.5 x + 128, 0, 255)``, truncated."""
     return np.asarray(jnp.clip(127.5 * jnp.asarray(images, jnp.float32) + 128, 0, 255)).astype(np.uint8)

@@ -1,6 +1,6 @@
 """What a network was trained to predict, and over which time: noise along a Gaussian schedule, or the velocity of a flow.
 
-A model carries one of the two as its ``schedule``; the samplers in :mod:`ptq4dit_jax.diffusion` follow it.
+A model holds one of the two as its ``schedule``; the samplers in :mod:`ptq4dit_jax.samplers` follow it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ptq4dit_jax.edges import quoted, shown, whole_number
 from ptq4dit_jax.errors import Ptq4ditError
 
 _Time = TypeVar("_Time", jax.Array, np.ndarray)
-#: A flow has no training steps to choose from; this bounds the tables that a mistyped count would allocate.
+#: A flow has no training timesteps to choose from. This bounds the tables that a mistyped count would allocate.
 _MAX_FLOW_STEPS = 10_000
-#: Noise schedules have a thousand timesteps, sometimes four.
+#: Noise schedules have a thousand timesteps, or sometimes four thousand.
 MAX_TIMESTEPS = 100_000
-#: What is left of the squared signal at the end of a schedule: float32 holds no coefficients of samplers beyond.
+#: The least squared signal at the end of a schedule. Below it, float32 cannot hold the coefficients of samplers.
 _LEAST_SIGNAL = 1e-60
 
 
@@ -30,7 +30,7 @@ class NoiseSchedule:
 
     objective: ClassVar[str] = "noise"
     time_dtype: ClassVar[Any] = np.int32
-    #: As of :class:`FlowSchedule`: any number of steps will do, and training has guided nothing.
+    #: As in :class:`FlowSchedule`: any number of steps is possible, and training included no guidance.
     steps: ClassVar[int] = 0
     guided: ClassVar[bool] = False
 
@@ -61,20 +61,20 @@ class NoiseSchedule:
         return np.cumprod(1.0 - self.betas)
 
     def add_noise(self, x0: jax.Array, t_B: jax.Array, noise: jax.Array) -> jax.Array:
-        """``sqrt(abar_t) x0 + sqrt(1 - abar_t) noise``: one draw of q(x_t | x_0)."""
+        """Returns ``sqrt(abar_t) x0 + sqrt(1 - abar_t) noise``, a draw from q(x_t | x_0)."""
         abar = jnp.asarray(self.alpha_bars, jnp.float32)[t_B].reshape(-1, *[1] * (x0.ndim - 1))
         return jnp.sqrt(abar) * x0 + jnp.sqrt(1 - abar) * noise
 
     def noise_level(self, t: _Time) -> _Time:
-        """What falls along a chain: the timestep itself."""
+        """Returns a level that falls along a chain: the timestep itself."""
         return t
 
     def relative_time(self, t: np.ndarray) -> np.ndarray:
-        """Times from 0, data, towards 1, noise, float64: the timestep over their number."""
+        """Returns times from 0 (data) towards 1 (noise), float64: the timestep over the number of timesteps."""
         return np.asarray(t, np.float64) / self.num_timesteps
 
     def check_times(self, t: np.ndarray) -> None:
-        """Raises where ``t`` are no timesteps of this schedule."""
+        """Raises unless ``t`` are timesteps of this schedule."""
         if not np.issubdtype(t.dtype, np.integer) or t.min() < 0 or t.max() >= self.num_timesteps:
             raise Ptq4ditError(
                 f"Calibration timesteps t must be integers from 0 to {self.num_timesteps - 1}, not {t.ravel()[:3]}..."
@@ -86,12 +86,12 @@ class NoiseSchedule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowSchedule:
-    """A straight flow between noise and data over time 0 to 1, of which the model predicts the velocity ``dx / dt``.
+    """A straight flow between noise and data over time 0 to 1. The model predicts its velocity ``dx / dt``.
 
     Attributes:
-      data_time: the time at which x is data, 0 or 1; at the other it is noise. The network sees t in these terms.
-      steps: the number of equal steps that a network made for a step size was imported for; 0 where any number will do.
-      guided: the network was trained to predict the guided velocity, so that guidance on top is off by default.
+      data_time: the time at which x is data, 0 or 1; at the other, x is noise. The network sees t on this axis.
+      steps: the number of equal steps for which a network with a fixed step size was imported; 0 if it takes any number.
+      guided: whether the network was trained to predict the guided velocity, so that further guidance is off by default.
     """
 
     objective: ClassVar[str] = "velocity"
@@ -108,7 +108,7 @@ class FlowSchedule:
             raise Ptq4ditError(f"The steps of a flow must be 0 (any number) to {_MAX_FLOW_STEPS}, not {shown(self.steps)}.")
 
     def times(self, steps: int | str) -> np.ndarray:
-        """The ends of ``steps`` equal steps from noise to data, (steps + 1,) float64."""
+        """Returns the ends of ``steps`` equal steps from noise to data, (steps + 1,) float64."""
         text = str(steps).strip()
         count = whole_number(text)
         if count is None or not 1 <= count <= _MAX_FLOW_STEPS:
@@ -122,20 +122,21 @@ class FlowSchedule:
         return np.abs(self.data_time - level)
 
     def add_noise(self, x0: jax.Array, t_B: jax.Array, noise: jax.Array) -> jax.Array:
-        """``(1 - s) x0 + s noise`` with the noise level s at time t: the flow's straight line between the two."""
+        """Returns ``(1 - s) x0 + s noise`` with the noise level s at time t: the flow's straight line between the two."""
         level = self.noise_level(t_B).reshape(-1, *[1] * (x0.ndim - 1))
         return (1 - level) * x0 + level * noise
 
     def noise_level(self, t: _Time) -> _Time:
-        """What falls along a chain, from 1 to 0: the share of noise in x."""
+        """Returns a level that falls along a chain, from 1 to 0: the share of noise in x."""
         return 1 - t if self.data_time else t
 
     def relative_time(self, t: np.ndarray) -> np.ndarray:
-        """Times from 0, data, to 1, noise, float64, whichever way the flow's own run: the share of noise in x."""
+        """Returns times from 0 (data) to 1 (noise), float64, whichever way the flow's own time runs: the share of noise in
+        x."""
         return self.noise_level(np.asarray(t, np.float64))
 
     def check_times(self, t: np.ndarray) -> None:
-        """Raises where ``t`` are no times of this flow."""
+        """Raises unless ``t`` are times of this flow."""
         if not np.issubdtype(t.dtype, np.number) or not ((t >= 0) & (t <= 1)).all():
             raise Ptq4ditError(f"Calibration times t of a flow model must lie between 0 and 1, not {t.ravel()[:3]}...")
 
@@ -148,10 +149,10 @@ Schedule: TypeAlias = NoiseSchedule | FlowSchedule
 
 
 def respace(num_timesteps: int, steps: int | str) -> np.ndarray:
-    """Timesteps that are kept, ascending.
+    """Returns the timesteps that are kept, ascending.
 
-    ``N`` (or ``"N"``) spreads N steps evenly from 0 to the last, rounding half to even; ``"ddimN"`` takes the first stride that
-    gives exactly N steps from 0. Both are Meta's rules.
+    ``N`` (or ``"N"``) spreads N steps evenly from 0 to the last timestep, rounding half to even. ``"ddimN"`` takes the first
+    stride that gives exactly N steps from 0. Both are Meta's rules.
     """
     spec = str(steps).strip()
     count = whole_number(spec.removeprefix("ddim"))
@@ -164,5 +165,5 @@ def respace(num_timesteps: int, steps: int | str) -> np.ndarray:
                 return kept
         raise Ptq4ditError(f"No stride over {num_timesteps} timesteps gives exactly {count} steps; use '{count}' instead.")
     stride = (num_timesteps - 1) / (count - 1) if count > 1 else 1.0
-    # Meta sums the stride up instead of multiplying it, which rounds differently for some N; the sum is what models saw.
+    # Meta sums up the stride instead of multiplying it. That rounds differently for some N, and it is what models saw.
     return np.cumsum([0.0] + [stride] * (count - 1)).round().astype(int)

@@ -1,5 +1,5 @@
-"""Placing batches and models on a mesh: batches over ``data``, parameters replicated; or work dealt out to its devices in
-pieces, each of which is a program of one device."""
+"""Places batches and models on a mesh, with batches over ``data`` and parameters replicated; or deals out work to its devices
+in pieces, each a program of one device."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _Result = TypeVar("_Result")
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A one-axis mesh named ``data`` over the given devices (default: all)."""
+    """Returns a mesh with one axis, ``data``, over the given devices (default: all)."""
     return Mesh(np.asarray(jax.devices() if devices is None else devices), ("data",))
 
 
 def data_size(mesh: Mesh | None) -> int:
-    """Into how many parts ``mesh`` cuts a batch."""
+    """Returns the number of parts into which ``mesh`` cuts a batch."""
     if mesh is None:
         return 1
     if "data" not in mesh.axis_names:
@@ -38,7 +38,7 @@ def replicate(mesh: Mesh | None, tree: np.ndarray) -> jax.Array: ...
 @overload
 def replicate(mesh: Mesh | None, tree: _Tree) -> _Tree: ...
 def replicate(mesh: Mesh | None, tree: _Tree) -> _Tree | jax.Array:
-    """The tree with every leaf whole on every device of the mesh, or without one on a device: where it is, or the default."""
+    """Replicates every leaf to every device of the mesh. Without a mesh, JAX arrays stay; others go to the default device."""
     if mesh is None:
         return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf), tree)
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
@@ -49,12 +49,12 @@ def shard(mesh: Mesh | None, tree: np.ndarray, axis: int = 0) -> jax.Array: ...
 @overload
 def shard(mesh: Mesh | None, tree: _Tree, axis: int = 0) -> _Tree: ...
 def shard(mesh: Mesh | None, tree: _Tree, axis: int = 0) -> _Tree | jax.Array:
-    """The tree with axis ``axis`` of every leaf cut over ``data``, or without a mesh on the default device."""
+    """Shards axis ``axis`` of every leaf over ``data``. Without a mesh, leaves go to the default device."""
     return jax.device_put(tree, None if mesh is None else NamedSharding(mesh, PartitionSpec(*[None] * axis, "data")))
 
 
 def devices_of(mesh: Mesh | None) -> list[jax.Device | None]:
-    """The devices that share a batch. Without a mesh it is one None, which leaves arrays where they are."""
+    """Returns the devices that share a batch. Without a mesh, this is a single None, which leaves arrays where they are."""
     data_size(mesh)  # raises on a mesh that cannot be used
     return [None] if mesh is None else list(mesh.devices.ravel())
 
@@ -62,20 +62,20 @@ def devices_of(mesh: Mesh | None) -> list[jax.Device | None]:
 def deal_out(
     run: Callable[[int, jax.Device | None], _Result], count: int, mesh: Mesh | None, *, ahead: int = 2
 ) -> Iterator[_Result]:
-    """``run(item, device)`` of the items 0 to ``count``, dealt out to the devices of the mesh in turn; results in order.
+    """Yields ``run(item, device)`` for ``count`` items, dealt out to the devices of the mesh in turn; results are in order.
 
-    What runs must be a program of one device. Then the device that an item falls to cannot change its result, whereas the
-    program of one partition of several is compiled otherwise, and its last bits differ.
+    ``run`` must run a program of one device. Then the result of an item does not depend on its device. The program of one
+    partition of several would be compiled differently, and its last bits would differ.
 
     Args:
       run: begins the work on an item, and returns arrays that need not be ready.
-      count: items.
-      mesh: whose devices share them.
-      ahead: items that each device may have begun before the first of them is taken.
+      count: the number of items.
+      mesh: the mesh whose devices share the items.
+      ahead: the number of items that each device may have begun before the first result is taken.
     """
     devices = devices_of(mesh)[:count]
     one = lambda item: run(item, devices[item % len(devices)])
-    # The first compiles alone, so that what XLA finds out by measuring is found out once; then all others at once.
+    # The first item compiles alone, so that XLA tunes by measuring only once; then all other devices compile at once.
     begun = deque([one(0)])
     if len(devices) > 1:
         with ThreadPoolExecutor(len(devices) - 1) as threads:

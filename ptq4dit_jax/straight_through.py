@@ -1,4 +1,4 @@
-"""Fake quantization with a derivative: values are rounded, and derivatives pass as if they were not."""
+"""Fake quantization with a derivative: values are rounded, and derivatives pass through as if they were not."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ptq4dit_jax.quantizers import ActQuantizer, act_code_range, broadcast_rows
 
 @jax.custom_jvp
 def straight_through(x: jax.Array, quantized: jax.Array) -> jax.Array:
-    """``quantized``, with the derivative of ``x``; both of one shape and type. Not ``x + (quantized - x)``, which rounds, and
-    not alike in every program."""
+    """Returns ``quantized``, with the derivative of ``x``; both have one shape and type. ``x + (quantized - x)`` would round,
+    and differently in different programs."""
     return quantized
 
 
@@ -25,16 +25,16 @@ def _straight_through_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -
 
 
 class StraightThrough(struct.PyTreeNode):
-    """An :class:`~ptq4dit_jax.quantizers.ActQuantizer` of the same values with a derivative in x, forward and reverse.
+    """An :class:`~ptq4dit_jax.quantizers.ActQuantizer` with the same values and a derivative in x, forward and reverse.
 
-    It is the balancing factor (or 1) inside the range and 0 where the value is clipped to its end. Dynamic ranges clip nothing,
-    and how their scale depends on x is left out. Scales and zero points are constants.
+    The derivative is the balancing factor (or 1) inside the range, and 0 where the value is clipped to an end of it. Dynamic
+    ranges clip nothing, and the dependence of their scale on x is ignored. Scales and zero points are constants.
     """
 
     act: ActQuantizer
 
     def at_group(self, group: jax.Array) -> StraightThrough:
-        """As :meth:`ActQuantizer.at_group`."""
+        """Does the same as :meth:`ActQuantizer.at_group`."""
         return StraightThrough(self.act.at_group(group))
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """The decoder of Stable Diffusion's VAE (Rombach et al., 2022; diffusers' ``AutoencoderKL``) in Flax: latents to RGB pictures.
 
-Letters as in :mod:`ptq4dit_jax.networks.parts`, T being the positions of the latent here. The parameters have the names and
-layouts of diffusers' former Flax tree, ``decoder/up_blocks_0/resnets_1/conv1/kernel``: (H, W, in, out) for convolutions,
-(in, out) for linear layers.
+Dimension letters are as in :mod:`ptq4dit_jax.networks.parts`; T counts the positions of the latent. The parameters have the
+names and layouts of diffusers' former Flax tree, such as ``decoder/up_blocks_0/resnets_1/conv1/kernel``: (H, W, in, out) for
+convolutions, (in, out) for linear layers.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ptq4dit_jax.numerics import AnyKey, along_last, asked_dtype, at_least_float
 
 _EPS = 1e-6
 _MAX_SIZE = 2**16
-#: Of what scales latents, either way; it is near 1 for every VAE.
+#: Bounds the scale of latents from above and, inverted, from below, and their shift. The scale is near 1 for every VAE.
 _MAX_SCALE = 1e6
-#: Queries attended to at once: 16 MiB of logits at 4096 positions, the latents of 512 px.
+#: Queries per chunk of attention: 16 MiB of logits at 4096 positions, the latents of 512 px.
 _QUERIES = 1024
 
 
@@ -35,8 +35,8 @@ class VAEConfig:
     """Shape of the decoder and scale of its latents; the defaults are Stable Diffusion's.
 
     The names are those of diffusers' ``config.json``. A diffusion model works on ``(z - mean) scaling_factor / std``, where z
-    is what the decoder takes; ``mean`` is ``latents_mean`` per channel or else ``shift_factor``, ``std`` is ``latents_std`` per
-    channel or else 1.
+    is the decoder's input. ``mean`` is ``latents_mean`` per channel, or else ``shift_factor``; ``std`` is ``latents_std`` per
+    channel, or else 1.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -99,15 +99,15 @@ def _finite(value: object) -> bool:
 
 
 class _Layer(nn.Module):
-    """What all parts of the decoder need to know, and their elementary layers."""
+    """Base of the decoder's parts: the settings that all need, and their elementary layers."""
 
     config: VAEConfig
     dtype: DTypeLike
 
     def norm(self, name: str, x: jax.Array) -> jax.Array:
-        """Flax computes its statistics and the normalized values in float32 at least, then rounds."""
+        """Applies GroupNorm. Flax computes statistics and normalized values in float32 at least, then rounds."""
         layer = nn.GroupNorm(self.config.norm_num_groups, epsilon=_EPS, dtype=self.dtype, use_fast_variance=False, name=name)
-        with jax.numpy_dtype_promotion("standard"):  # Flax lets the types of its statistics and of x meet
+        with jax.numpy_dtype_promotion("standard"):  # Flax mixes the types of its statistics and of x
             return layer(x)
 
     def conv(self, features: int, name: str, size: int = 3, dtype: DTypeLike | None = None) -> nn.Conv:
@@ -127,7 +127,7 @@ class _Resnet(_Layer):
 
 
 class _Attention(_Layer):
-    """One head over all positions, some queries at a time so that the logits are never whole."""
+    """One head over all positions, some queries at a time, so that the logits are never held as a whole."""
 
     queries: int = _QUERIES
 
@@ -188,7 +188,7 @@ class _Decoder(_Layer):
             last = index == len(widths) - 1
             x = _UpBlock(self.config, self.dtype, features, upsample=not last, name=f"up_blocks_{index}")(x)
         x = nn.silu(self.norm("conv_norm_out", x))
-        # A picture has 8 bits, which is all that bfloat16 would keep of it.
+        # A picture has 8 bits, and bfloat16 would keep no more.
         return self.conv(self.config.out_channels, "conv_out", dtype=at_least_float32(self.dtype))(x)
 
 
@@ -203,7 +203,7 @@ class _Network(_Layer):
 
 
 def init_params(config: VAEConfig, key: AnyKey) -> dict[str, Any]:
-    """Random float32 parameters; see the module docstring for names and layouts."""
+    """Returns random float32 parameters; see the module docstring for names and layouts."""
     variables = _Network(config, jnp.float32).init(threefry(key), jnp.zeros((1, 2, 2, config.latent_channels), jnp.float32))
     return variables["params"]
 
@@ -211,8 +211,8 @@ def init_params(config: VAEConfig, key: AnyKey) -> dict[str, Any]:
 class VAEDecoder(struct.PyTreeNode):
     """A decoder with its parameters; a pytree whose leaves are those of :func:`init_params`, all of one floating type. It
     computes in that type, or in float32 if that is float16, unless ``compute`` names another (:meth:`astype` sets it). Group
-    norms, the softmax and the last convolution are in float32 at least. Float32 products take the precision that
-    ``JAX_DEFAULT_MATMUL_PRECISION`` asks for: pictures are neither a reference nor codes.
+    norms, the softmax and the last convolution are in float32 at least. ``JAX_DEFAULT_MATMUL_PRECISION`` determines the
+    precision of float32 products, because pictures are neither a reference nor codes.
     """
 
     params: Mapping[str, Any]
@@ -221,7 +221,7 @@ class VAEDecoder(struct.PyTreeNode):
 
     @classmethod
     def init(cls, config: VAEConfig, *, key: AnyKey) -> VAEDecoder:
-        """A decoder with random parameters."""
+        """Returns a decoder with random parameters."""
         return cls(params=init_params(config, key), config=config)
 
     @property
@@ -230,12 +230,12 @@ class VAEDecoder(struct.PyTreeNode):
         return compute_dtype(self.params["decoder"]["conv_in"]["kernel"].dtype, self.compute)
 
     def astype(self, dtype: DTypeLike) -> VAEDecoder:
-        """The same decoder stored and computing in ``dtype``, float16 included."""
+        """Returns the same decoder, stored and computing in ``dtype``, including float16."""
         params = jax.tree.map(lambda a: a.astype(dtype), self.params)
         return self.replace(params=params, compute=asked_dtype(dtype))
 
     def check_channels(self, channels: int) -> None:
-        """Raises one sentence unless latents of so many channels are what this decoder takes."""
+        """Raises unless this decoder takes latents with this number of channels."""
         if channels != self.config.latent_channels:
             raise Ptq4ditError(
                 f"This VAE decodes latents of {self.config.latent_channels} channels, not of {channels}; use the VAE that the "
@@ -243,18 +243,18 @@ class VAEDecoder(struct.PyTreeNode):
             )
 
     def decode(self, latents_BHWC: ArrayLike, *, micro_batch: int = 1, queries: int = _QUERIES) -> jax.Array:
-        """Pictures of latents; pure, to be called under ``jit``.
+        """Decodes latents to pictures. Pure; call it under ``jit``.
 
         Args:
           latents_BHWC: (B, H, W, latent_channels), scaled as the diffusion model makes them.
-          micro_batch: pictures decoded at once; memory grows with this one and not with B.
-          queries: positions of the latent attended to at once.
+          micro_batch: pictures decoded at once; memory grows with it and not with B.
+          queries: queries per chunk of attention.
 
         Returns:
-          (B, factor H, factor W, out_channels), float32 (float64 where the parameters are), nominally in [-1, 1], not clipped.
+          (B, factor H, factor W, out_channels), float32 (or float64, if computed in it), nominally in [-1, 1], not clipped.
 
         Raises:
-          Ptq4ditError: latents of another shape.
+          Ptq4ditError: the latents have another shape.
         """
         latents = jnp.asarray(latents_BHWC)
         if latents.ndim != 4:

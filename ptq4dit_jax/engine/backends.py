@@ -1,7 +1,7 @@
-"""What a backend is: the integer operations, one method each, and what it wants of the code around them.
+"""Defines a backend: the integer operations, one method each, and what it requires of the code around them.
 
 :mod:`ptq4dit_jax.engine.xla` is the reference, which runs everywhere and covers everything. The others are faster where they
-run, and refuse what they have no kernel for. :class:`~ptq4dit_jax.engine.dispatch.Dispatch` asks several in turn.
+run, and refuse calls for which they have no kernel. :class:`~ptq4dit_jax.engine.dispatch.Dispatch` asks several in turn.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _no_kernel(operation: str) -> NoReturn:
 
 
 class JaxVersions(NamedTuple):
-    """A range of JAX versions. Both ends belong to it, and so does every version that begins like ``last``."""
+    """A range of JAX versions. It includes both ends, and every version that begins like ``last``."""
 
     first: tuple[int, ...]
     last: tuple[int, ...]
@@ -46,7 +46,7 @@ class JaxVersions(NamedTuple):
         return " to ".join(".".join(map(str, end)) for end in (self.first, self.last))
 
 
-#: What a backend is given for an array of a layer: a :data:`~ptq4dit_jax.engine.stacks.Leaf` if it ``reads_stacks``, else the
+#: What a backend receives for an array of a layer: a :data:`~ptq4dit_jax.engine.stacks.Leaf` if it ``reads_stacks``, else the
 #: array itself.
 LeafT = TypeVar("LeafT", bound=Leaf)
 
@@ -54,26 +54,26 @@ LeafT = TypeVar("LeafT", bound=Leaf)
 class Backend(Generic[LeafT]):
     """One implementation of the integer operations.
 
-    A subclass names itself, overrides the operations that it has and raises :class:`NotCovered` for arguments that it does not
-    cover. This class refuses every operation. Accumulators are exact int32 in every backend, so backends can be compared bit by
-    bit before the epilogue.
+    A subclass names itself, overrides the operations that it implements, and raises :class:`NotCovered` for arguments that it
+    does not cover. This class refuses every operation. Accumulators are exact int32 in every backend, so backends can be
+    compared bit by bit before the epilogue.
 
     Attributes:
       name: what users call it.
-      platform: the platform that it is made for, ``gpu`` or ``tpu``; None for every one.
+      platform: the platform that it is made for, ``gpu`` or ``tpu``; None for any.
       needs: a device that it runs on, in words.
-      jax_versions: versions that it was tested with; None for every one.
-      dtypes: types that a model can compute in between the products; None for every one.
-      takes_float_models: whether a float model may be asked to run by it.
-      reads_stacks: whether its operations read layers out of their stacks
-        (:class:`~ptq4dit_jax.engine.stacks.OfLayer`, in ``x``, ``weight`` and ``act`` too). Others are given layers cut out.
-      differentiable: whether JAX differentiates its operations. Derivatives through others are refused in a sentence.
-      packed_rows: how many rows of a weight lie packed by themselves where its kernels read packed ones; None for any number.
-        Models hold one form (:data:`~ptq4dit_jax.quantizers.PACKED_ROWS`); a backend that wants another unpacks or repacks
+      jax_versions: versions that it was tested with; None for any.
+      dtypes: types in which a model can compute between the products; None for any.
+      takes_float_models: whether a user may ask for a float model to be run by it.
+      reads_stacks: whether its operations read layers inside their stacks
+        (:class:`~ptq4dit_jax.engine.stacks.OfLayer`, in ``x``, ``weight`` and ``act`` too). Others receive layers cut out.
+      differentiable: whether JAX differentiates its operations. Derivatives through others are refused with a message.
+      packed_rows: rows per independently packed block of a weight, for kernels that read packed weights; None for any number.
+        Models hold one form (:data:`~ptq4dit_jax.quantizers.PACKED_ROWS`); a backend that needs another unpacks or repacks
         in :meth:`unpack_ahead`.
-      scans_blocks: whether blocks run in a loop over their stacks. Otherwise they are calls of one function in line.
-      attends_on_codes: whether :meth:`attention` multiplies integer codes. Otherwise it computes in floats.
-      attention_library: whose kernel :meth:`attention` is, where it is not the backend's own.
+      scans_blocks: whether blocks run in a loop over their stacks. If not, one function is called for each block in turn.
+      attends_on_codes: whether :meth:`attention` multiplies integer codes. If not, it computes in floats.
+      attention_library: the library whose kernel :meth:`attention` calls, if the kernel is not the backend's own.
     """
 
     name: ClassVar[str]
@@ -90,11 +90,11 @@ class Backend(Generic[LeafT]):
     attention_library: ClassVar[str | None] = None
 
     def unfit(self, device: DeviceKind) -> str:
-        """Why the backend does not run on a device; empty if it does."""
+        """Returns why the backend does not run on a device; empty if it does."""
         return ""
 
     def why_not(self, device: DeviceKind, dtype: str) -> str:
-        """Why the backend does not run models that compute in ``dtype`` on a device, with this JAX; empty if it does."""
+        """Returns why the backend does not run models computing in ``dtype`` on a device, with this JAX; empty if it does."""
         if reason := self.unfit(device):
             return reason
         if self.jax_versions is not None and jax.__version_info__ not in self.jax_versions:
@@ -104,54 +104,54 @@ class Backend(Generic[LeafT]):
         return ""
 
     def unpack_ahead(self, weights: Mapping[str, QTensor], after: Shaped[Array, "*shape"]) -> dict[str, QTensor]:
-        """Weights (N, K) of a block in the form that its products need, by name; their values stay the same.
+        """Returns weights (N, K) of a block in the form that its products need, by name; their values stay the same.
 
-        A backend may unpack all packed ones to int8 at once, but not before ``after`` (any array) has been computed.
+        A backend may unpack all packed weights to int8 at once, but not before ``after`` (any array) has been computed.
         """
         _no_kernel("unpack_ahead")
 
     def linear(self, x: Encoded, weight: QTensor, bias: LeafT, dtype: DTypeLike) -> Float[Array, "... N"]:
-        """``scale * (values @ codes.T) + bias``: int8 (..., K) times a weight (N, K), to (..., N) in ``dtype``.
+        """Computes ``scale * (values @ codes.T) + bias``: int8 (..., K) times a weight (N, K), to (..., N) in ``dtype``.
 
-        ``bias`` broadcasts against the result; the zero point of ``x`` is already in it. The epilogue is in float32 at least.
+        ``bias`` broadcasts against the result and includes the zero point of ``x``. The epilogue is in float32 at least.
         """
         _no_kernel("linear")
 
     def linear_parts(
         self, x: Encoded, weight: QTensor, bias: LeafT, dtype: DTypeLike, parts: int
     ) -> list[Float[Array, "... of_N"]]:
-        """:meth:`linear`, its columns in ``parts`` arrays of equal width."""
+        """Computes :meth:`linear`, with the columns split into ``parts`` arrays of equal width."""
         _no_kernel("linear_parts")
 
     def linear_each(
         self, x: Encoded, weight: QTensor, bias: Float[Array, "L *rows N"], dtype: DTypeLike, parts: int
     ) -> list[Float[Array, "L B of_N"]]:
-        """:meth:`linear_parts` for a stack of layers that do not follow one another: values (L, B, K) and weights (L, N, K) to
-        ``parts`` arrays (L, B, N / parts)."""
+        """Computes :meth:`linear_parts` for a stack of independent layers: values (L, B, K) and weights (L, N, K) to ``parts``
+        arrays (L, B, N / parts)."""
         _no_kernel("linear_each")
 
     def linear_gelu(self, x: Encoded, weight: QTensor, bias: LeafT, act: ActQuantizer) -> Encoded:
-        """:meth:`linear`, then GELU (by tanh), quantized by ``act`` for the next layer."""
+        """Computes :meth:`linear` and GELU (by tanh), and quantizes the result by ``act`` for the next layer."""
         _no_kernel("linear_gelu")
 
     def linear_residual(
         self, x: Encoded, weight: QTensor, bias: LeafT, gate_BD: LeafT, x_BTD: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
-        """``x + gate * linear``, (B, T, D) in the type of ``x_BTD``."""
+        """Computes ``x + gate * linear``, (B, T, D) in the type of ``x_BTD``."""
         _no_kernel("linear_residual")
 
     def batched(self, a: Int8[Array, "B A M K"], b: Int8[Array, "B A N K"]) -> Int32[Array, "B A M N"]:
-        """``a @ b^T`` over the last axes: int8 (B, A, M, K) and (B, A, N, K) to int32 (B, A, M, N)."""
+        """Computes ``a @ b^T`` over the last axes: int8 (B, A, M, K) and (B, A, N, K) to int32 (B, A, M, N)."""
         _no_kernel("batched")
 
     def encode(self, x: Float[Array, "... K"], act: ActQuantizer) -> Encoded:
-        """``act.encode(x)``: (..., K) int8."""
+        """Computes ``act.encode(x)``: (..., K) int8."""
         _no_kernel("encode")
 
     def modulate_encode(
         self, x_BTD: Float[Array, "B T D"], shift_BD: LeafT | None, scale_BD: LeafT, act: ActQuantizer, norm: Norm
     ) -> Encoded:
-        """``act`` of ``norm(x) * (1 + scale) + shift``, (B, T, D) int8; computed in float32 at least. None is no shift."""
+        """Quantizes ``norm(x) * (1 + scale) + shift`` by ``act``, (B, T, D) int8, in float32 at least. None means no shift."""
         _no_kernel("modulate_encode")
 
     def attention(
@@ -162,7 +162,7 @@ class Backend(Generic[LeafT]):
         num_heads: int,
         sites: dict[str, ActQuantizer],
     ) -> Float[Array, "B T D"]:
-        """Softmax attention, (B, T, D). A backend that ``attends_on_codes`` quantizes q, k, v and the probabilities by
+        """Computes softmax attention, (B, T, D). A backend that ``attends_on_codes`` quantizes q, k, v and the probabilities by
         ``sites``; another may compute in the type of q instead, where that is faster."""
         _no_kernel("attention")
 
@@ -174,6 +174,6 @@ class Backend(Generic[LeafT]):
         num_heads: int,
         act: ActQuantizer,
     ) -> Encoded:
-        """Softmax attention of floats, quantized by ``act`` for the next product. ``act`` is static, its scale is 1 and it
-        balances nothing: both lie in ``v_BTD`` (:func:`ptq4dit_jax.engine.layers.in_unit_steps`)."""
+        """Computes softmax attention of floats, and quantizes it by ``act`` for the next product. ``act`` is static, with scale
+        1 and no balancing: both are already in ``v_BTD`` (:func:`ptq4dit_jax.engine.layers.in_unit_steps`)."""
         _no_kernel("attention_codes")

@@ -1,4 +1,4 @@
-"""Which backends there are, which one a name means, and which one ``auto`` takes."""
+"""Lists the backends, and resolves names of them, including ``auto``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ptq4dit_jax.engine import hopper, xla
 from ptq4dit_jax.engine.dispatch import AnyBackend, Dispatch
 from ptq4dit_jax.errors import Ptq4ditError
 
-#: From the one that ``auto`` tries first to the reference, which runs everywhere and covers everything.
+#: In the order in which ``auto`` tries them. The last is the reference, which runs everywhere and covers everything.
 BACKENDS: tuple[AnyBackend, ...] = (hopper.BACKEND, xla.BACKEND)
 AUTO = "auto"
 #: Names that backends had in earlier versions.
@@ -17,7 +17,7 @@ _FORMER = {"mosaic_gpu": hopper.BACKEND.name}
 
 
 class Choice(NamedTuple):
-    """The backend that runs, and why it is not a faster one (empty where there is none for this device)."""
+    """The backend that runs, and why no faster one does (empty if there is none for this device)."""
 
     backend: AnyBackend
     why: str = ""
@@ -28,18 +28,18 @@ class Choice(NamedTuple):
 
     @property
     def dispatch(self) -> Dispatch:
-        """The backend with the reference behind it."""
+        """The backend, with the reference as the fallback."""
         reference = BACKENDS[-1]
         return Dispatch((self.backend,) if self.backend is reference else (self.backend, reference))
 
 
 def names() -> list[str]:
-    """What a user may ask for."""
+    """Returns the names that a user may ask for."""
     return [AUTO, *(backend.name for backend in reversed(BACKENDS))]
 
 
 def checked(name: str) -> str:
-    """The present name of what a user asked for.
+    """Returns the present name of the backend that a user asked for.
 
     Raises:
       Ptq4ditError: there is no such backend; lists those that exist.
@@ -51,15 +51,15 @@ def checked(name: str) -> str:
 
 
 def named(name: str) -> AnyBackend | None:
-    """The backend of that name; None for ``auto``. Raises as :func:`checked` does."""
+    """Returns the backend of that name, or None for ``auto``. Raises as :func:`checked` does."""
     present = checked(name)
     return next((backend for backend in BACKENDS if backend.name == present), None)
 
 
 def resolve(name: str, dtype: str) -> Choice:
-    """The backend for a model that computes in ``dtype`` on the default device.
+    """Returns the backend for a model that computes in ``dtype`` on the default device.
 
-    ``auto`` takes the first that runs there. Any other name is taken at its word about the device.
+    ``auto`` takes the first that runs there. For any other name, the device is not checked.
 
     Raises:
       Ptq4ditError: there is no such backend, or it does not compute in that type.

@@ -1,4 +1,4 @@
-"""What runs for each layer of a quantized model, as its forward decides it."""
+"""Reports what runs for each layer of a quantized model, as its forward decides."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ptq4dit_jax.quantizers import ActQuantizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActRanges:
-    """The ranges that activations are quantized to: found per row at run time (``dynamic``), or one per tensor for each of
-    ``groups`` groups of steps; and whether a channel's factor remains at run time (``balanced``)."""
+    """The ranges that activations are quantized to. They are found per row at run time (``dynamic``), or there is one per
+    tensor for each of ``groups`` groups of steps. ``balanced``: whether channel factors remain at run time."""
 
     dynamic: bool
     groups: int
@@ -33,7 +33,7 @@ class ActRanges:
         )
 
     def __str__(self) -> str:
-        """Such as "per tensor, 5 groups of steps, balanced"."""
+        """Returns a text such as "per tensor, 5 groups of steps, balanced"."""
         if self.dynamic:
             return "per row"
         groups = "" if self.groups == 1 else f", {self.groups} groups of steps"
@@ -45,15 +45,15 @@ class LayerReport:
     """What runs for a layer, or for a product of attention.
 
     Attributes:
-      layer: its full name, such as ``blocks.qkv``, or ``blocks.q @ k`` of a product.
-      lead: how often it is there, ``(depth,)`` in a stack and ``()`` outside.
-      size: inputs K and outputs N of a layer; None of a product of attention.
-      heads: of a product of attention; None of a layer.
-      weight_bits, act_bits: of both operands; those of what stays float are those of its type.
-      ranges: of the activations; None where they stay float.
-      dtype: in which the model computes between its integer products.
-      backend: what runs it, and whose codes it takes if not its own.
-      why: why that is not, or not all of it, the model's backend; empty where it is.
+      layer: its full name, such as ``blocks.qkv``, or ``blocks.q @ k`` for a product.
+      lead: ``(depth,)`` in a stack, ``()`` outside.
+      size: inputs K and outputs N of a layer; None for a product of attention.
+      heads: the number of heads of a product of attention; None for a layer.
+      weight_bits, act_bits: bits of the two operands; for an operand that stays float, the bits of its type.
+      ranges: of the activations; None if they stay float.
+      dtype: the type in which the model computes between its integer products.
+      backend: the backend that runs it, and the one that makes its codes if that is another.
+      why: why the model's backend does not run it, or not all of it; empty if it does.
     """
 
     layer: str
@@ -74,7 +74,7 @@ class LayerReport:
 
     @property
     def shape(self) -> str:
-        """Such as "28 x 1152 -> 3456", or "28 x 16 heads"."""
+        """The shape as text, such as "28 x 1152 -> 3456" or "28 x 16 heads"."""
         what = f"{self.heads} heads" if self.size is None else f"{self.size[0]} -> {self.size[1]}"
         return "".join(f"{depth} x " for depth in self.lead) + what
 
@@ -86,7 +86,7 @@ class LayerReport:
         return self.dtype if self.size is None else f"{self.dtype} on de-quantized weights"
 
     def words(self) -> dict[str, Any]:
-        """The report as a row of a table or of JSON."""
+        """Returns the report as a row of a table or of JSON."""
         return {
             "layer": self.layer,
             "shape": self.shape,
@@ -101,8 +101,8 @@ class LayerReport:
 
 
 def describe(model: QuantizedDiT) -> list[LayerReport]:
-    """What runs for each layer and each product of attention on the default device, as the forward decides it while it is
-    traced for rows of one timestep."""
+    """Returns what runs for each layer and each product of attention on the default device, as the forward decides when it is
+    traced for rows that share a timestep."""
     ran, attention, on_codes = _what_runs(model)
     bits = 8 * model.dtype.itemsize
     spec = model.config.spec
@@ -141,21 +141,21 @@ def describe(model: QuantizedDiT) -> list[LayerReport]:
 
 
 class _Runs(NamedTuple):
-    """The backend of a layer, and whose codes it takes if not its own; and why that is not the model's backend."""
+    """The backend of a layer, with the one that makes its codes if that is another; and why it is not the model's backend."""
 
     backend: str
     why: str
 
 
 def _what_runs(model: QuantizedDiT) -> tuple[dict[str, _Runs], _Runs, bool]:
-    """What runs each integer layer, what runs attention, and whether that multiplies integer codes."""
+    """Returns what runs each integer layer, what runs attention, and whether attention multiplies integer codes."""
     rows, shape = 2, jax.ShapeDtypeStruct
     x = shape((rows, *model.config.image_shape), model.dtype)
     t, y = shape((1,), model.schedule.time_dtype), shape((rows,), jnp.int32)
     with watched() as ran:
-        # A function of its own: one that JAX has traced for these shapes it would not trace again.
+        # A new function: JAX would not trace again what it has already traced for these shapes.
         jax.eval_shape(lambda model, *inputs: model.apply(*inputs), model, x, t, y)
-    # Layers run in the order of this table, each once: that of a block is traced once for all of them.
+    # Layers run in the order of this table, and each appears once: one trace of a block serves all blocks of its stack.
     integer = [name for name in model.config.spec.linears if model.linears[name].integer]
     products = [index for index, call in enumerate(ran) if call.kind is Kind.LINEAR]
     by_layer, before = {}, 0
@@ -166,7 +166,7 @@ def _what_runs(model: QuantizedDiT) -> tuple[dict[str, _Runs], _Runs, bool]:
         by_layer[name] = _Runs(backend, "; ".join(dict.fromkeys(call.why for call in (*codes, product) if call.why)))
         before = index + 1
     attention = next((call for call in ran if call.kind is Kind.ATTENTION), None)
-    if attention is None:  # a float model's, which is no operation of a backend
+    if attention is None:  # it is a float model's, which is not an operation of a backend
         _, width = model.config.spec.sites[str(Place("q", model.config.spec.attending[0]))].features
         fused = can_fuse_attention(model.dtype, width)
         return by_layer, _Runs("cudnn" if fused else xla.BACKEND.name, ""), False

@@ -1,4 +1,4 @@
-"""Backends asked in turn: the first that covers a call runs it, and what the others said is kept."""
+"""Asks backends in turn: the first that covers a call runs it, and the reasons of those before it are kept."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 
 class Kind(enum.Enum):
-    """What an operation is for."""
+    """The purpose of an operation."""
 
     WEIGHTS = enum.auto()  # prepares them
     LINEAR = enum.auto()  # multiplies by them
@@ -43,7 +43,7 @@ class Refusal(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """One call of an operation: what it is, the backend that ran it, and the earlier ones that did not."""
+    """One call of an operation: its kind and name, the backend that ran it, and the earlier backends that refused."""
 
     kind: Kind
     operation: str
@@ -52,12 +52,12 @@ class Ran(NamedTuple):
 
     @property
     def why(self) -> str:
-        """Why it is not the first backend; empty where it is."""
+        """Why the first backend did not run it; empty if it did."""
         return "; ".join(refusal.reason for refusal in self.refusals)
 
     @property
     def runs_on(self) -> str:
-        """The name of what computes: the backend, or the library that it calls."""
+        """The name of the backend that computes, or of the library that it calls."""
         library = self.backend.attention_library if self.operation == "attention" else None
         return library or self.backend.name
 
@@ -67,7 +67,7 @@ _RAN: ContextVar[list[Ran] | None] = ContextVar("ran", default=None)
 
 @contextlib.contextmanager
 def watched() -> Iterator[list[Ran]]:
-    """Records the operations that are traced inside the block, in order: what a program will run, by the code that decides."""
+    """Records the operations that are traced inside the block, in order: they are what the program will run."""
     ran: list[Ran] = []
     token = _RAN.set(ran)
     try:
@@ -77,7 +77,7 @@ def watched() -> Iterator[list[Ran]]:
 
 
 def _in_turn(method: Callable[Concatenate[Backend[Leaf], _P], _R], kind: Kind) -> Callable[Concatenate[Dispatch, _P], _R]:
-    """The method of :class:`Dispatch` that asks its backends for an operation of :class:`Backend`."""
+    """Returns the method of :class:`Dispatch` that asks its backends for an operation of :class:`Backend`."""
 
     def run(self: Dispatch, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         refusals: list[Refusal] = []
@@ -102,11 +102,11 @@ def _in_turn(method: Callable[Concatenate[Backend[Leaf], _P], _R], kind: Kind) -
 class Dispatch:
     """The operations of :class:`~ptq4dit_jax.engine.backends.Backend`, each run by the first backend that covers the call.
 
-    A backend that does not read stacks is given layers cut out of theirs. Derivatives through one that JAX cannot differentiate
-    are refused.
+    A backend that does not read stacks receives layers cut out of them. Derivatives through a backend that JAX cannot
+    differentiate are refused.
 
     Attributes:
-      chain: backends from the fastest to the reference. The first also decides how blocks are run.
+      chain: backends from the fastest to the reference. The first also determines how blocks are run.
 
     Raises:
       NotCovered: none of them covers the call; the message says why for each.
@@ -128,13 +128,13 @@ class Dispatch:
 
     @property
     def scans_blocks(self) -> bool:
-        """Whether blocks run in a loop over their stacks; otherwise they are calls of one function in line."""
+        """Whether blocks run in a loop over their stacks. If not, one function is called for each block in turn."""
         return self.chain[0].scans_blocks
 
     def covers(self, operation: Callable[..., object], *args: object) -> bool:
-        """Whether the first backend runs an ``operation`` of this object for arguments like these.
+        """Returns whether the first backend runs an ``operation`` of this object for arguments like these.
 
-        Arrays may be ``jax.ShapeDtypeStruct``. The call is traced, so what a backend covers is said in one place.
+        Arrays may be ``jax.ShapeDtypeStruct``. The call is traced, so that only one place says what a backend covers.
         """
         leaves, tree = jax.tree.flatten(args)
         is_array = [isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)) for leaf in leaves]
@@ -150,15 +150,15 @@ class Dispatch:
 
 
 def _fitted(backend: AnyBackend, args: _T) -> _T:
-    """A tree of arguments as the backend takes them."""
+    """Returns a tree of arguments in the form that the backend takes."""
     if not backend.reads_stacks:
         args = materialize(args)
     return args if backend.differentiable else _without_derivatives(args)
 
 
 def _without_derivatives(args: _T) -> _T:
-    """The arguments as kernels take them: JAX knows no derivative of those, and would say so in other words than the
-    reference."""
+    """Returns the arguments with derivatives refused. JAX has none for kernels, and its message would differ from the
+    reference's."""
     leaves, tree = jax.tree.flatten(args)
     floats = [isinstance(leaf, (jax.Array, np.ndarray)) and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
     guarded = iter(undifferentiable([leaf for leaf, is_float in zip(leaves, floats, strict=True) if is_float]))

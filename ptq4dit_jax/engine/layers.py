@@ -1,4 +1,4 @@
-"""The integer linear layer, a packed weight with its input quantizer, and what happens between layers in a block."""
+"""The integer linear layer (a packed weight with its input quantizer), and what happens between layers in a block."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ptq4dit_jax.networks.parts import float_attention, modulate, normalize
 from ptq4dit_jax.numerics import along_last, product_precision
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
-#: What a layer is fed: codes, or floats where its product is not an integer one.
+#: The input of a layer's product: codes, or floats if the product is not an integer one.
 Fed: TypeAlias = Encoded | jax.Array
 
 
 class QLinear(struct.PyTreeNode):
-    """A linear layer of integers, ``y_n = (sum_k xq_k w'_nk) (sx sw_n) + bias_n``.
+    """An integer linear layer, ``y_n = (sum_k xq_k w'_nk) (sx sw_n) + bias_n``.
 
-    ``weight`` (..., N, K); ``act`` quantizes the input, or is None where the layer is fed by floats and multiplies de-quantized
-    weights; ``bias`` (..., G, N) float32 holds, per group of steps, the float bias with the input's zero point folded in:
-    ``b_n - sx sw_n zx sum_k w'_nk``. G is 1 where there is no table of ranges. Inside a block leaves may be
+    ``weight`` (..., N, K). ``act`` quantizes the input; it is None if the layer multiplies floats by dequantized weights.
+    ``bias`` (..., G, N) float32 holds, per group of steps, the float bias with the input's zero point folded in:
+    ``b_n - sx sw_n zx sum_k w'_nk``. G is 1 if there is no table of ranges. Inside a block, leaves may be
     :class:`~ptq4dit_jax.engine.stacks.OfLayer`.
     """
 
@@ -37,7 +37,7 @@ class QLinear(struct.PyTreeNode):
 
     @classmethod
     def pack(cls, weight: QTensor, bias: jax.Array, act: ActQuantizer | None) -> QLinear:
-        """Folds the zero point into the float bias (..., N)."""
+        """Returns a layer with the input's zero point folded into the float bias (..., N)."""
         table = bias[..., None, :]
         if act is not None and not act.dynamic:
             table = table - _zero_point_term(weight, act)
@@ -56,57 +56,57 @@ class QLinear(struct.PyTreeNode):
         return self.bias[..., 0, :] + _zero_point_term(self.weight, self.act)[..., 0, :]
 
     def at_group(self, group: jax.Array) -> QLinear:
-        """The layer for one group of steps (), or for one group per row (B,): then ``bias`` is (..., B, N)."""
+        """Returns the layer for one group of steps (), or for one group per row (B,), in which case ``bias`` is (..., B, N)."""
         act = self.act if self.act is None else self.act.at_group(group)
         return self.replace(act=act, bias=jnp.take(self.bias, group, axis=-2, mode="clip"))
 
     def feed(self, x: jax.Array, dispatch: Dispatch) -> Fed:
-        """The input as this layer wants it: codes, or the floats themselves."""
+        """Returns the input in the form that this layer takes: codes, or the floats themselves."""
         return x if self.act is None else dispatch.encode(x, self.act)
 
     def feed_modulated(self, x_BTD: jax.Array, shift_BD: Leaf | None, scale_BD: Leaf, norm: Norm, dispatch: Dispatch) -> Fed:
-        """:meth:`feed` of ``norm(x) * (1 + scale) + shift``."""
+        """Returns :meth:`feed` of ``norm(x) * (1 + scale) + shift``."""
         if self.act is None:
             return modulate(normalize(x_BTD, norm), materialize(shift_BD), materialize(scale_BD))
         return dispatch.modulate_encode(x_BTD, shift_BD, scale_BD, self.act, norm)
 
     def __call__(self, x: jax.Array, dispatch: Dispatch) -> jax.Array:
-        """(B, [T,] K) float to (B, [T,] N), the same type; the epilogue is in float32 at least."""
+        """Maps (B, [T,] K) floats to (B, [T,] N) of the same type; the epilogue is in float32 at least."""
         return self.product(self.feed(x, dispatch), x.dtype, dispatch)
 
     def product(self, fed: Fed, dtype: DTypeLike, dispatch: Dispatch) -> jax.Array:
-        """The layer's output for what :meth:`feed` made of its input."""
+        """Returns the layer's output for an input from :meth:`feed`."""
         if not isinstance(fed, Encoded):
             return self._float_product(fed)
         return dispatch.linear(fed, self.weight, self._bias_for(fed.values), dtype)
 
     def product_parts(self, fed: Fed, parts: int, dtype: DTypeLike, dispatch: Dispatch) -> list[jax.Array]:
-        """:meth:`product`, its columns in ``parts`` arrays."""
+        """Returns :meth:`product`, with the columns split into ``parts`` arrays."""
         if not isinstance(fed, Encoded):
             return jnp.split(self._float_product(fed), parts, axis=-1)
         return dispatch.linear_parts(fed, self.weight, self._bias_for(fed.values), dtype, parts)
 
     def product_each(self, x: jax.Array, parts: int, dispatch: Dispatch) -> list[jax.Array]:
-        """The outputs of a stack of layers, all fed by ``x`` (B, K): ``parts`` stacks (L, B, N / parts)."""
+        """Returns the outputs of a stack of layers with the same input ``x`` (B, K): ``parts`` stacks (L, B, N / parts)."""
         if not self.integer:
             return jnp.split(map_in_chunks(lambda layer: layer(x, dispatch), self), parts, axis=-1)
         fed = jax.vmap(lambda layer: layer.feed(x, dispatch))(self)
         return dispatch.linear_each(fed, self.weight, self.bias, x.dtype, parts)
 
     def product_gelu(self, fed: Fed, following: QLinear, dtype: DTypeLike, dispatch: Dispatch) -> Fed:
-        """GELU of the output, fed to the ``following`` layer."""
+        """Returns GELU of the output, as input of the ``following`` layer."""
         if not isinstance(fed, Encoded) or following.act is None:
             return following.feed(jax.nn.gelu(self.product(fed, dtype, dispatch), approximate=True), dispatch)
         return dispatch.linear_gelu(fed, self.weight, self._bias_for(fed.values), following.act)
 
     def product_residual(self, fed: Fed, gate_BD: Leaf, x_BTD: jax.Array, dispatch: Dispatch) -> jax.Array:
-        """``x + gate * output``."""
+        """Returns ``x + gate * output``."""
         if not isinstance(fed, Encoded):
             return x_BTD + materialize(gate_BD)[:, None] * self._float_product(fed)
         return dispatch.linear_residual(fed, self.weight, self._bias_for(fed.values), gate_BD, x_BTD)
 
     def _bias_for(self, x: jax.Array) -> Any:
-        """The bias as it broadcasts against the output for ``x``: one for each row's group lies along the batch."""
+        """Returns the bias so that it broadcasts against the output for ``x``: with one group per row, along the batch."""
         return materialize(self.bias)[:, None] if self.bias.ndim == 2 and x.ndim == 3 else self.bias
 
     def _float_product(self, x: jax.Array) -> jax.Array:
@@ -118,7 +118,7 @@ class QLinear(struct.PyTreeNode):
 def attention(
     q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, sites: dict[str, ActQuantizer], dispatch: Dispatch
 ) -> jax.Array:
-    """Softmax attention between the linears, (B, T, D): that of a float model where there are no ``sites``."""
+    """Computes softmax attention between the linears, (B, T, D); without ``sites``, as a float model does."""
     if sites:
         return dispatch.attention(q_BTD, k_BTD, v_BTD, num_heads, sites)
     q, k, v = (einops.rearrange(x, "b t (a d) -> b t a d", a=num_heads) for x in (q_BTD, k_BTD, v_BTD))
@@ -126,10 +126,10 @@ def attention(
 
 
 def in_unit_steps(qkv: QLinear, proj: QLinear) -> tuple[QLinear, QLinear]:
-    """The same function with the input of ``proj``, whose ranges are static, in steps of 1.
+    """Returns layers of the same function with the input of ``proj``, whose ranges are static, in steps of 1.
 
-    Attention's output is linear in v, so scale and balance of that input can go into v's columns of ``qkv``: what is then
-    summed up is what is to be rounded. Both layers are for one group of steps, bias (..., N); leading axes (depth) are allowed.
+    Attention's output is linear in v, so scale and balance of that input can move into v's columns of ``qkv``: the sums are
+    then what is rounded. Both layers are for one group of steps, bias (..., N); leading axes (depth) are allowed.
     """
     act = proj.act
     assert act is not None
@@ -146,7 +146,7 @@ def in_unit_steps(qkv: QLinear, proj: QLinear) -> tuple[QLinear, QLinear]:
 
 
 def _zero_point_term(weight: QTensor, act: ActQuantizer) -> jax.Array:
-    """``sx zx sw_n sum_k w'_nk`` for every group, (..., G, N)."""
+    """Returns ``sx zx sw_n sum_k w'_nk`` for every group, (..., G, N)."""
     sums = weight.codes().sum(-1, dtype=jnp.int32).astype(weight.scale.dtype) * weight.scale
     scale, zero_point = act.static_range
     shift = (scale * zero_point.astype(scale.dtype))[..., None]

@@ -21,10 +21,10 @@ from ptq4dit_jax.quantizers import ActQuantizer
 
 
 class Layers(struct.PyTreeNode):
-    """What a stack of blocks, or one block of it, computes with; names are those inside a block.
+    """The layers of a stack of blocks, or of one block of it; names are those inside a block.
 
-    ``sites`` are the quantizers of attention's inputs, or None where a kernel ends attention in codes. ``modulation`` is what
-    the layers that see the condition alone have made of it, by layer. ``gains`` are those of norms that are in no layer.
+    ``sites`` are the quantizers of attention's inputs, or None if a kernel ends attention in codes. ``modulation`` holds, by
+    layer, the outputs of the layers that see the condition alone. ``gains`` are those of norms that are in no layer.
     """
 
     linears: dict[str, QLinear]
@@ -35,12 +35,12 @@ class Layers(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class IntegerOps:
-    """The verbs (:class:`ptq4dit_jax.networks.ops.Ops`) on packed layers: of the network outside its stacks, or of one block.
+    """The verbs (:class:`ptq4dit_jax.networks.ops.Ops`) on packed layers, of the network outside its stacks or of one block.
 
     Attributes:
-      network: whose forward is run.
-      layers: those that the forward names.
-      stacks: the layers of each stack, outside of them; empty inside a block.
+      network: the network whose forward is run.
+      layers: the layers that the forward names.
+      stacks: the layers of each stack if this is the network outside its stacks; empty inside a block.
       tables: parameters that are looked up or added.
       dispatch: runs the operations.
       dtype: type of everything between the products.
@@ -64,7 +64,7 @@ class IntegerOps:
         dispatch: Dispatch,
         dtype: DTypeLike,
     ) -> IntegerOps:
-        """For layers and quantizers by their full names, of one group of steps."""
+        """Returns the interpreter for layers and quantizers of one group of steps, given by their full names."""
         spec = network.spec
 
         def within(stack: Stack | None) -> Layers:
@@ -95,7 +95,7 @@ class IntegerOps:
 
     def normed(self, feeds: str, x_BTD: jax.Array, shift: Leaf | None, scale: Leaf, norm: Norm) -> Fed:
         layer = self.layers.linears[feeds]
-        if self.stacks:  # outside of blocks rounded to the compute type first, as saved models always were
+        if self.stacks:  # outside blocks, rounded to the compute type first, as saved models always were
             return layer.feed(modulate(normalize(x_BTD, norm), materialize(shift), materialize(scale)), self.dispatch)
         return layer.feed_modulated(x_BTD, shift, scale, norm, self.dispatch)
 
@@ -130,8 +130,8 @@ class IntegerOps:
         return self.layers.linears[name].product_residual(fed, gate, x_BTD, self.dispatch)
 
     def blocks(self, stack: Stack, x_BTD: jax.Array, c_BD: jax.Array) -> jax.Array:
-        """All blocks in turn. In a scan each block's arrays are cut out of their stacks; in line, backends are given the stacks
-        and an index."""
+        """Runs all blocks in turn. In a scan, each block's arrays are cut out of their stacks; otherwise backends receive the
+        stacks and an index."""
         layers, spec = self.stacks[stack.name], self.network.spec
         linears, modulation = dict(layers.linears), dict[str, Sequence[Leaf]]()
         for name in layers.linears:
@@ -150,13 +150,13 @@ class IntegerOps:
         def block(layers: Layers, index: jax.Array, x_BTD: jax.Array) -> jax.Array:
             return run(lazy_layer(layers, index), x_BTD)
 
-        # One function called for each: in a loop its counter and the constants of a block would be launches of their own.
+        # One function is called per block: in a loop, the counter and the constants of a block would be separate launches.
         for index in range(stack.depth):
             x_BTD = block(layers, jnp.int32(index), x_BTD)
         return x_BTD
 
     def _inside(self, block: Layers, x_BTD: jax.Array) -> IntegerOps:
-        """The interpreter of one block, whose input is ``x_BTD``."""
+        """Returns the interpreter of one block, whose input is ``x_BTD``."""
         weights = {name: layer.weight for name, layer in block.linears.items() if layer.integer}
         weights = self.dispatch.unpack_ahead(weights, x_BTD)
         linears = {
@@ -165,7 +165,8 @@ class IntegerOps:
         return dataclasses.replace(self, layers=block.replace(linears=linears), stacks={})
 
     def _ending_attention_in_codes(self, layers: Layers, stack: Stack, x_BTD: jax.Array) -> Layers:
-        """The same function where the backend has a kernel that ends attention in codes: that has no sites, and steps of 1."""
+        """Returns layers of the same function, without sites and in steps of 1 if a kernel of the backend ends attention in
+        codes."""
         spec = self.network.spec
         for site in spec.sites.values():
             home = site.home

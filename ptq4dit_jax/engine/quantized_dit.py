@@ -1,4 +1,4 @@
-"""The integer DiT: one forward over a pytree of stacked integer layers. What users run."""
+"""The integer DiT, which users run: one forward over a pytree of stacked integer layers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ptq4dit_jax.straight_through import StraightThrough
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where a quantized model came from: settings, source hash, versions. Equal to any other, so that models of one shape share
-    compiled programs; and therefore left out of models inside of them, see :class:`QuantizedDiT`."""
+    """Where a quantized model came from: settings, source hash, versions. All are equal, so that models of one shape share
+    compiled programs. Models inside those programs therefore carry none; see :class:`QuantizedDiT`."""
 
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
@@ -36,18 +36,16 @@ class QuantizedDiT(ModelFace, struct.PyTreeNode):
     """A quantized DiT, self-contained; a pytree.
 
     ``linears`` holds every linear layer by the names of ``config.linear_shapes``; layers of blocks carry a leading depth axis.
-    ``sites`` holds the quantizers of ``blocks.q``, ``blocks.k``, ``blocks.v`` and ``blocks.probs``, or none, where attention is
-    computed in float. ``label_embed``
-    (num_classes [+ 1], D) stays float32: it is looked up, not multiplied; it is None where the model has no classes.
-    ``position_embed`` (T, D), float32, is the model's own table of positions, None for the fixed one.
-    ``gains`` holds those of norms that are in no layer, by their full names, float32; most networks have none.
-    ``group_edges`` (G - 1,), of the schedule's
-    ``time_dtype``, are the noise levels that part the groups of steps. ``dtype`` is the type of everything between the integer
-    products. ``backend`` runs them: ``auto`` takes the fastest that the default device has for that type
-    (:func:`ptq4dit_jax.engine.choice.resolve`). A name that no backend has is refused.
+    ``sites`` holds the quantizers of ``blocks.q``, ``blocks.k``, ``blocks.v`` and ``blocks.probs``, or is empty if attention
+    runs in float. ``label_embed`` (num_classes [+ 1], D) stays float32, because it is looked up, not multiplied; it is None if
+    the model has no classes. ``position_embed`` (T, D), float32, is the model's own table of positions, or None for the fixed
+    one. ``gains`` holds the gains of norms that are in no layer, by their full names, float32; most networks have none.
+    ``group_edges`` (G - 1,), of the schedule's ``time_dtype``, are the noise levels that separate the groups of steps.
+    ``dtype`` is the type of everything between the integer products. ``backend`` runs the products: ``auto`` takes the fastest
+    that the default device has for that type (:func:`ptq4dit_jax.engine.choice.resolve`). Unknown names are refused.
 
-    Inside a function that JAX traces, and so in what ``jit`` returns, ``provenance`` is empty: the program would give every
-    model that of the first. Set it with ``replace`` outside.
+    Inside a function that JAX traces, and so in what ``jit`` returns, ``provenance`` is empty: the compiled program would give
+    every model the provenance of the first. Set it with ``replace`` outside.
     """
 
     linears: dict[str, QLinear]
@@ -63,29 +61,29 @@ class QuantizedDiT(ModelFace, struct.PyTreeNode):
     provenance: Provenance = struct.field(pytree_node=False, default=Provenance())
 
     def __post_init__(self) -> None:
-        # A pytree is put together by its constructor, so this is where a model enters a traced function.
+        # JAX rebuilds a pytree through its constructor, so this is where a model enters a traced function.
         if self.provenance.facts:
             tables = self.label_embed, self.position_embed, self.gains
             leaves = jax.tree.leaves((self.linears, self.sites, self.group_edges, tables))
             if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
                 object.__setattr__(self, "provenance", Provenance())
         object.__setattr__(self, "backend", choice.checked(self.backend))
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # also given by name
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))  # may be given by name
 
     def apply(
         self, x_BHWC: Num[ArrayLike, "B H W C"], t_B: Num[ArrayLike, " #B"], y_B: Integer[ArrayLike, " #B"] | None = None
     ) -> Float[Array, "B H W outputs"]:
-        """Raw network output (B, H, W, out_channels); ``t_B`` may be (1,) where all rows share the timestep, and the labels
-        ``y_B`` are left out where the model has no classes."""
+        """Returns the raw network output (B, H, W, out_channels). ``t_B`` may be (1,) if all rows share the timestep. The
+        labels ``y_B`` are left out if the model has no classes."""
         return _forward(self, x_BHWC, jnp.asarray(t_B), y_B)
 
     def astype(self, dtype: DTypeLike) -> QuantizedDiT:
-        """The same model computing in ``dtype`` between the integer products: float32, bfloat16 or float16."""
+        """Returns the same model, computing in ``dtype`` between the integer products: float32, bfloat16 or float16."""
         return self.replace(dtype=jnp.dtype(dtype))
 
     @property
     def backend_choice(self) -> choice.Choice:
-        """The backend that runs on the default device, and why it is not a faster one."""
+        """The backend that runs on the default device, and why no faster one does."""
         return choice.resolve(self.backend, self.dtype.name)
 
     @property
@@ -96,7 +94,7 @@ class QuantizedDiT(ModelFace, struct.PyTreeNode):
 
     @property
     def num_params(self) -> int:
-        """Weights, biases and values of tables that the model stands for, as many as the float model has."""
+        """The number of weights, biases, table values and gains that the model stands for, as in the float model."""
         return self.config.num_parameters
 
 
@@ -110,7 +108,7 @@ def _forward(model: QuantizedDiT, x_BHWC: ArrayLike, t_B: jax.Array, y_B: ArrayL
 
 
 def site_quantizers(model: QuantizedDiT) -> dict[str, Any]:
-    """All quantizers by site, those of the products without weights and those at the inputs of layers."""
+    """Returns all quantizers by site: those of the products without weights, and those at the inputs of layers."""
     site_of = model.config.spec.site_of
     fed = {site_of[name]: layer.act for name, layer in model.linears.items() if layer.act is not None}
     return {**model.sites, **fed}
@@ -118,15 +116,15 @@ def site_quantizers(model: QuantizedDiT) -> dict[str, Any]:
 
 @jax.jit
 def _float_layer(layer: QLinear) -> dict[str, jax.Array]:
-    """De-quantized kernel (..., K, N) and bias (..., N)."""
+    """Returns the dequantized kernel (..., K, N) and the bias (..., N)."""
     return {"kernel": jnp.swapaxes(layer.weight.dequantize(), -1, -2), "bias": layer.float_bias}
 
 
 def reference(model: QuantizedDiT, *, straight_through: bool = False) -> FloatDiT:
-    """The fake-quant twin: the float forward with de-quantized weights and quantizers at the sites.
+    """Returns the fake-quant twin: the float forward with dequantized weights and quantizers at the sites.
 
-    It is what the engine is tested against, and what reconstruction and layer-by-layer reports look into. Like the model itself
-    it has no derivatives through a quantizer and refuses them, unless ``straight_through`` lets them pass the rounding
+    The engine is tested against it, and reconstruction and layer-by-layer reports look into it. Like the model itself, it
+    refuses derivatives through a quantizer, unless ``straight_through`` lets them pass the rounding
     (:class:`ptq4dit_jax.straight_through.StraightThrough`); its values stay the same.
     """
     params: dict[str, Any] = {name: {"embedding": table} for name, table in model.tables.items()}

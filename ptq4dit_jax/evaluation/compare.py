@@ -1,7 +1,7 @@
-"""A float model against approximations of it: predicted noise, layer outputs, and images on the same noise.
+"""Compares a float model with approximations of it: predictions, layer outputs, and images on the same noise.
 
-Every figure is paired: both models see the same inputs, labels and noise. Beside the models of interest stands a noise floor,
-the reference computing in bfloat16: an approximation that comes near it has lost nothing that anyone keeps.
+Every figure is paired: both models see the same inputs, labels and noise. The noise floor, which is the reference computing in
+bfloat16, is measured beside them: an approximation close to it has lost nothing that matters in practice.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from ptq4dit_jax.waiting import ready
 REFERENCE, NOISE_FLOOR = "float32", "bfloat16"
 _LAYER_STEPS, _LAYER_ROWS = 5, 16
 _TRAJECTORIES = "sample trajectories of the reference"
-#: Values of images that a metric is computed of at once: 170 pictures of 256 px, 42 of 512 px.
+#: Image values for which a metric is computed at once: 170 pictures of 256 px, 42 of 512 px.
 _VALUES_PER_CALL = 2**25
 
 
 class _Placed(TypedDict, total=False):
-    """Where samples are made, and what makes pictures of them."""
+    """Where samples are made, and what decodes them to pictures."""
 
     decoder: VAEDecoder | None
     mesh: Mesh | None
 
 
 class _ChainSettings(_Placed, total=False):
-    """What a chain may be given besides."""
+    """Further optional arguments of a chain."""
 
     batch_size: int | None
     noise: ArrayLike | None
@@ -65,9 +65,9 @@ def same_noise_images(
     progress: Progress | None = None,
     **settings: Unpack[_ChainSettings],
 ) -> dict[str, np.ndarray]:
-    """Images (N, H, W, C) of every model on the same noise; ``settings`` go to :func:`ptq4dit_jax.sampling.run_chain`.
+    """Samples images (N, H, W, C) of every model on the same noise; ``settings`` go to :func:`ptq4dit_jax.sampling.run_chain`.
 
-    ``progress`` is called with (images done, images in all) over all models together.
+    ``progress`` is called with (images done, images in all), counted over all models.
     """
     images = {}
     for index, (name, model) in enumerate(models.items()):
@@ -78,23 +78,22 @@ def same_noise_images(
 
 
 def _within(progress: Progress | None, index: int, count: int) -> Progress | None:
-    """``progress`` of part ``index`` of ``count`` parts of equal size, in terms of the whole."""
+    """Returns a callback that reports progress of part ``index`` of ``count`` equal parts as progress of the whole."""
     return None if progress is None else lambda done, total: progress(index * total + done, count * total)
 
 
 def num_bytes(model: object) -> int:
-    """Bytes of all arrays of a model as they lie in memory; packed integers count as they are packed."""
+    """Returns the bytes of all arrays of a model as they are in memory; packed integers count as packed."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFigures:
-    """One model against the reference.
+    """Figures of one model against the reference.
 
-    ``sqnr_mean_db``, ``sqnr_pooled_db`` and ``step_sqnr_db`` (S,) are of the guided prediction, noise or velocity, as
+    ``sqnr_mean_db``, ``sqnr_pooled_db`` and ``step_sqnr_db`` (S,) are those of the guided prediction, noise or velocity, as
     :class:`ptq4dit_jax.evaluation.metrics.StepsSQNR` defines them. ``layer_sqnr_db`` (L,) is by site, with powers pooled over
-    steps. ``psnr_db`` and ``ssim`` (N,) are of the sampled images, with bootstrap
-    intervals of their means.
+    steps. ``psnr_db`` and ``ssim`` (N,) are those of the sampled images, with bootstrap intervals of their means.
     """
 
     num_bytes: int
@@ -111,7 +110,7 @@ class ModelFigures:
     def of(
         cls, model: object, sqnr: StepsSQNR, layers: dict[str, np.ndarray], psnr: np.ndarray, ssim: np.ndarray, seed: int
     ) -> ModelFigures:
-        """From what was measured of a model; ``seed`` is the bootstrap's."""
+        """Builds the figures from the measurements of a model; ``seed`` is for the bootstrap."""
         return cls(
             num_bytes=num_bytes(model),
             sqnr_mean_db=float(sqnr.mean_db),
@@ -129,9 +128,9 @@ class ModelFigures:
 class Comparison:
     """All figures of :func:`compare`.
 
-    ``figures`` holds the noise floor (:data:`NOISE_FLOOR`) first, then the other models; ``images`` (N, H, W, C) also the
+    ``figures`` holds the noise floor (:data:`NOISE_FLOOR`) first, then the other models. ``images`` (N, H, W, C) also holds the
     reference (:data:`REFERENCE`), first. ``timesteps`` (S,) are those of ``step_sqnr_db``, noisiest first. ``data_range`` is
-    what PSNR and SSIM count as full scale: 2 for images, the span of the reference's samples for latents.
+    the full scale of PSNR and SSIM: 2 for images, the span of the reference's samples for latents.
     """
 
     figures: dict[str, ModelFigures]
@@ -143,7 +142,7 @@ class Comparison:
     settings: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the images as plain dicts, lists, strings and finite numbers; what is not finite becomes None."""
+        """Returns everything except the images as plain dicts, lists, strings and finite numbers; other numbers become None."""
         return {
             "reference": {"name": REFERENCE, "num_bytes": self.reference_bytes},
             "noise_floor": NOISE_FLOOR,
@@ -156,7 +155,7 @@ class Comparison:
 
 
 def plain(value: object) -> Any:
-    """``value`` in JSON's types: arrays become lists, named tuples dicts, non-finite numbers None, the unknown its text."""
+    """Converts to JSON's types: arrays become lists, named tuples dicts, non-finite numbers None, unknown objects text."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
@@ -198,12 +197,12 @@ def _settings(part: DiTConfig | Schedule) -> dict[str, Any]:
 
 
 def _evenly(count: int, wanted: int) -> np.ndarray:
-    """At most ``wanted`` positions spread over ``count``, both ends among them."""
+    """Returns at most ``wanted`` positions spread evenly over ``count``, including both ends."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int))
 
 
 def _full_scale(images: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
-    """Images clipped to what would be written, and their range; latents as they are, and the span of the reference's."""
+    """Returns images, clipped as they would be written, and their range; or latents, unchanged, and the reference's span."""
     if images[REFERENCE].shape[-1] in (1, 3):
         return {name: array.clip(-1, 1) for name, array in images.items()}, metrics.DATA_RANGE
     return images, float(np.ptp(images[REFERENCE]))
@@ -225,7 +224,7 @@ _psnr_db, _ssim = jax.jit(metrics.psnr_db), jax.jit(metrics.ssim)
 
 
 def _per_image(metric: Callable[..., jax.Array], reference: np.ndarray, images: np.ndarray, data_range: float) -> np.ndarray:
-    """A metric (N,) some images at a time."""
+    """Computes a metric (N,), some images at a time."""
     rows = max(1, _VALUES_PER_CALL // math.prod(images.shape[1:]))
     starts = range(0, len(images), rows)
     pairs = ((array[start : start + rows] for array in (reference, images)) for start in starts)
@@ -251,21 +250,21 @@ def compare(
 
     Args:
       reference: the float model.
-      others: models by the name they get in the report.
-      labels: (N,) classes to sample for the image figures; of models without classes the number N of images.
+      others: models by their names in the report.
+      labels: (N,) classes to sample for the image figures; for models without classes, the number N of images.
       key: of the noise, shared by all models.
       sampling, batch_size: as for :func:`ptq4dit_jax.sampling.sample`.
-      sqnr_steps: at how many evenly spaced steps of the reference's own trajectories predictions are compared.
-      sqnr_rows: on how many of the labels, evenly spaced; at most ``batch_size``.
+      sqnr_steps: the number of steps, evenly spaced on the reference's own trajectories, at which predictions are compared.
+      sqnr_rows: the number of labels, evenly spaced, on which they are compared; at most ``batch_size``.
       seed: of the bootstrap.
-      decoder: makes pictures of latents, which are then what the image figures compare.
+      decoder: decodes latents to pictures, which the image figures then compare.
       mesh: shards the sampling over ``data``; the rest runs on one device.
-      progress: called as stages advance: the reference's trajectories and all models' samples (of images), and the figures (of
+      progress: called as stages advance: the reference's trajectories and all models' samples (in images), and the figures (in
         models).
 
     Raises:
-      Ptq4ditError: models or settings that cannot be compared, or NaN or infinity in the samples or predictions of a model,
-        which the sentence names.
+      Ptq4ditError: models or settings cannot be compared, or samples or predictions of a model, which the message names, hold
+        NaN or infinity.
     """
     _check_models(reference, others)
     _check_counts(sqnr_steps, sqnr_rows, batch_size)
@@ -279,7 +278,7 @@ def compare(
     chain = partial(run_chain, key=key, sampling=sampling, progress=partial(progress, _TRAJECTORIES), **placed)
     progress(_TRAJECTORIES, 0, len(rows))
     seen, sampled = _trajectories(chain, reference, sampling.guidance, resolved.tables().t, labels_N[rows], sqnr_steps)
-    # Where the trajectories are those of all labels, their ends are the reference's images.
+    # If the trajectories are those of all labels, their ends are the reference's images.
     pending = models if len(rows) == len(labels_N) else {REFERENCE: reference, **models}
     sampling_all = partial(progress, "sample on the same noise")
     others_images = same_noise_images(pending, labels_N, key, sampling, progress=sampling_all, batch_size=batch_size, **placed)
@@ -316,7 +315,7 @@ def compare(
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """What predictions are compared on: inputs (S, N, H, W, C) of the reference's trajectories, times (S,) and labels (N,)."""
+    """The inputs (S, N, H, W, C) of the reference's trajectories, times (S,) and labels (N,), for comparing predictions."""
 
     inputs: np.ndarray
     t: np.ndarray
@@ -324,13 +323,13 @@ class _Seen:
     guidance: Guidance
 
     def predicted_by(self, name: str, model: Predictor) -> np.ndarray:
-        """The guided prediction of a model (S, N, H, W, C), which must be finite."""
+        """Returns the guided prediction of a model (S, N, H, W, C), which must be finite."""
         prediction = predicted_noise(model, self.inputs, self.t, self.y, self.guidance)
         _check_prediction(name, prediction, self.t)
         return prediction
 
     def for_layers(self, reference: FloatDiT, *, guided: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs, times and labels of a few rows of a few steps: there the activations of layers are held whole."""
+        """Returns inputs, times and labels of a few rows of a few steps, because comparing layers holds whole activations."""
         few = _evenly(len(self.t), _LAYER_STEPS)
         inputs, labels = self.inputs[few, :_LAYER_ROWS], self.y[:_LAYER_ROWS]
         if guided:
@@ -347,7 +346,7 @@ def _trajectories(
     labels: np.ndarray,
     steps: int,
 ) -> tuple[_Seen, np.ndarray]:
-    """What the reference is fed on its own trajectories, at ``steps`` of all ``timesteps``, and its images."""
+    """Returns the reference's inputs on its own trajectories, at ``steps`` of all ``timesteps``, and its images."""
     kept = _evenly(len(timesteps), steps)
     images, inputs = chain(reference, labels, keep_steps=kept, what="The reference's image")
     return _Seen(inputs, timesteps[kept], labels, guidance), images

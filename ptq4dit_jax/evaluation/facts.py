@@ -1,5 +1,5 @@
-"""What a quantized model says of its making, as far as it can be shown: its file may say anything, and no comparison depends
-on it."""
+"""Facts that a quantized model records about its making, as far as they can be shown: its file may hold anything, and no
+comparison depends on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _has_errors(unit: object) -> TypeGuard[Mapping[Any, Any]]:
 
 
 def learned_units(facts: object) -> dict[str, Mapping[str, Any]]:
-    """By unit ``before``, ``after`` and the ``curve`` of learning."""
+    """Returns ``before``, ``after`` and the ``curve`` of learning, by unit."""
 
     def whole(unit: object) -> TypeGuard[Mapping[str, Any]]:
         curve = unit.get("curve") if _has_errors(unit) else None
@@ -30,7 +30,7 @@ def learned_units(facts: object) -> dict[str, Mapping[str, Any]]:
 
 
 def rounded_units(facts: object) -> dict[str, Mapping[str, Any]]:
-    """By unit ``before``, ``after`` and by ``layers`` their errors relative to rounding to the nearest."""
+    """Returns, by unit, ``before``, ``after`` and ``layers``: the layers' errors relative to rounding to the nearest."""
 
     def whole(unit: object) -> TypeGuard[Mapping[str, Any]]:
         layers = unit.get("layers") if _has_errors(unit) else None
@@ -40,8 +40,8 @@ def rounded_units(facts: object) -> dict[str, Mapping[str, Any]]:
 
 
 def balanced_sites(facts: object) -> dict[str, Mapping[str, Any]]:
-    """By site what was ``chosen`` for each block, and its error relative to no balancing, ``to_none``, and to the paper's,
-    ``to_paper``; of one depth all."""
+    """Returns, by site, what was ``chosen`` for each block, and its error relative to no balancing, ``to_none``, and to the
+    paper's, ``to_paper``. Returns nothing if the sites differ in depth."""
 
     def whole(site: object) -> TypeGuard[Mapping[str, Any]]:
         if not isinstance(site, Mapping) or not isinstance(site.get("chosen"), (list, tuple)):

@@ -14,14 +14,14 @@ from ptq4dit_jax.sampling import to_uint8
 
 
 def caption(name: str) -> str:
-    """How a model is called in figures and grids."""
+    """Returns the name of a model for figures and grids."""
     return f"{name} (noise floor)" if name == NOISE_FLOOR else name
 
 
 def grid_size(
     count: int, height: int, width: int, columns: int | None = None, *, cell: int = 64, gap: int = 2
 ) -> tuple[int, int]:
-    """Width and height in pixels of the grid that :func:`image_grid` makes of ``count`` images of ``height`` x ``width``."""
+    """Returns the width and height in pixels of :func:`image_grid`'s grid of ``count`` images of ``height`` x ``width``."""
     factor = _enlargement(height, width, cell)
     across, down = _layout(count, height, width, columns)
     return across * (factor * width + gap) - gap, down * (factor * height + gap) - gap
@@ -32,7 +32,7 @@ def _enlargement(height: int, width: int, cell: int) -> int:
 
 
 def _layout(count: int, height: int, width: int, columns: int | None) -> tuple[int, int]:
-    """Columns and rows."""
+    """Returns the numbers of columns and rows."""
     if columns is not None and columns < 1:
         raise Ptq4ditError(f"A grid needs at least one column, not {columns}.")
     across = min(count, columns or int(np.ceil(np.sqrt(count * height / width))))
@@ -40,12 +40,12 @@ def _layout(count: int, height: int, width: int, columns: int | None) -> tuple[i
 
 
 def image_grid(images: ArrayLike, *, columns: int | None = None, cell: int = 64, gap: int = 2) -> Image.Image:
-    """Images side by side on white, in reading order.
+    """Draws images side by side on white, in reading order.
 
     Args:
       images: (N, H, W, C) in [-1, 1] or uint8, C 1 or 3.
-      columns: how many per row; near-square by default.
-      cell: images with a shorter side are enlarged by a whole factor to at least this many pixels, without smoothing.
+      columns: images per row; by default the grid is nearly square.
+      cell: images with a shorter side are enlarged by a whole factor to at least this number of pixels, without smoothing.
       gap: pixels between images.
     """
     pixels = _pixels(images)
@@ -64,12 +64,12 @@ def image_grid(images: ArrayLike, *, columns: int | None = None, cell: int = 64,
 def sample_grid(
     images: Mapping[str, ArrayLike], labels: Sequence[int] | ArrayLike, *, columns: int = 10, cell: int = 64
 ) -> Image.Image:
-    """Samples of several models on the same noise: a row per model with its name, a column per sample with its class.
+    """Draws samples of several models on the same noise: a row per model with its name, a column per sample with its class.
 
     Args:
       images: (N, H, W, C) of each model, in [-1, 1], C 1 or 3.
       labels: (N,) the classes.
-      columns: shows the first so many samples.
+      columns: the number of samples shown, from the first.
       cell: as for :func:`image_grid`.
     """
     classes = np.asarray(labels)[:columns]
@@ -93,7 +93,7 @@ def sample_grid(
 
 
 def _pixels(images: ArrayLike) -> np.ndarray:
-    """Images to be shown, (N, H, W, 1 or 3) uint8."""
+    """Returns images to show, (N, H, W, 1 or 3) uint8."""
     array = np.asarray(images)
     if array.ndim != 4 or array.shape[0] == 0:
         raise Ptq4ditError(f"A grid needs images of shape (N, H, W, C) with N at least 1, not {array.shape}.")

@@ -1,6 +1,6 @@
 """Paired metrics: how far an approximation is from a reference that saw the same noise.
 
-Scores of distributions (FID and friends) cannot rank nearly lossless quantizers: their own sampling error is larger than the
+Distribution scores, such as FID, cannot rank nearly lossless quantizers: their own sampling error is larger than the
 differences. Signal-to-noise ratios and image similarities of pairs can. Everything here is a pure function of arrays. The three
 metrics run under ``jit``; the bootstrap runs on the host.
 """
@@ -20,7 +20,7 @@ from ptq4dit_jax.numerics import EXACT, at_least_float32, unit_exponent
 
 #: Images in [-1, 1] span this range.
 DATA_RANGE = 2.0
-#: What tables call the two figures of :class:`StepsSQNR`. They differ by 10 dB and more, so neither goes without its name.
+#: Names of the two figures of :class:`StepsSQNR` in tables. They differ by 10 dB or more, so each is shown with its name.
 SQNR_MEAN, SQNR_POOLED = "SQNR, mean over steps (dB)", "SQNR, pooled over steps (dB)"
 _SSIM_WINDOW, _SSIM_SIGMA = 11, 1.5
 _SSIM_K1, _SSIM_K2 = 0.01, 0.03
@@ -36,17 +36,17 @@ class Interval(NamedTuple):
 
 
 def power_ratio_db(signal: ArrayLike, error: ArrayLike) -> jax.Array:
-    """``10 log10(signal / error)``; no error is +inf whatever the signal, an error without a signal is -inf, NaN stays NaN."""
+    """Returns ``10 log10(signal / error)``: +inf without an error, -inf for an error without a signal; NaN stays NaN."""
     signal, error = jnp.asarray(signal), jnp.asarray(error)
     exact = error == 0
-    # 1 in place of 0, whose logarithm would make NaN of two zeros on the way.
+    # 1 replaces 0, because the logarithms of two zeros would give NaN in between.
     ratio_db = 10 * (jnp.log10(jnp.where(exact & (signal == 0), 1.0, signal)) - jnp.log10(jnp.where(exact, 1.0, error)))
     return jnp.where(exact & ~jnp.isnan(signal), jnp.inf, ratio_db)
 
 
 class Powers(NamedTuple):
-    """Sums of squares of a reference and of an error, in units of ``4**exponent``: where values are beyond 1.8e19 or below
-    1e-19, their squares are none of float32's."""
+    """Sums of squares of a reference and of an error, in units of ``4**exponent``: float32 cannot hold the squares of values
+    above 1.8e19 or below 1e-19."""
 
     signal: jax.Array
     error: jax.Array
@@ -54,7 +54,7 @@ class Powers(NamedTuple):
 
 
 def powers(reference: ArrayLike, approximation: ArrayLike, axis: int | Sequence[int] | None = None) -> Powers:
-    """Powers of ``reference`` and of what ``approximation`` misses of it, reduced over ``axis``, in float32 at least."""
+    """Returns the powers of ``reference`` and of the error of ``approximation``, reduced over ``axis``, in float32 at least."""
     reference, approximation = _pair(reference, approximation)
     axes = axis if axis is None or isinstance(axis, int) else tuple(axis)
     exponent = jnp.maximum(unit_exponent(reference, axes), unit_exponent(approximation, axes))
@@ -64,7 +64,7 @@ def powers(reference: ArrayLike, approximation: ArrayLike, axis: int | Sequence[
 
 
 def pooled_db(parts: Sequence[Powers]) -> np.ndarray:
-    """SQNR in dB of powers summed over ``parts``, on the host: the shape of their leaves."""
+    """Returns the SQNR in dB of powers summed over ``parts``, in the shape of their leaves; runs on the host."""
     exponents = np.stack([part.exponent for part in parts])
     scale = np.ldexp(np.float64(1), 2 * (exponents - exponents.max(0)))
     signal, error = ((scale * np.stack(leaves)).sum(0) for leaves in zip(*(part[:2] for part in parts), strict=True))
@@ -72,15 +72,15 @@ def pooled_db(parts: Sequence[Powers]) -> np.ndarray:
 
 
 def sqnr_db(reference: ArrayLike, approximation: ArrayLike, axis: int | Sequence[int] | None = None) -> jax.Array:
-    """Signal-to-quantization-noise ratio in dB: power of ``reference`` over power of the error, reduced over ``axis``.
+    """Returns the signal-to-quantization-noise ratio in dB: power of ``reference`` over power of the error.
 
     Args:
       reference: any shape; computed in float32 at least.
       approximation: the same shape.
-      axis: what to reduce over; everything by default.
+      axis: the axes to reduce over; all by default.
 
     Returns:
-      Float array of the axes that are left. Identical inputs give +inf.
+      A float array of the remaining axes. Identical inputs give +inf.
     """
     found = powers(reference, approximation, axis)
     return power_ratio_db(found.signal, found.error)
@@ -89,9 +89,9 @@ def sqnr_db(reference: ArrayLike, approximation: ArrayLike, axis: int | Sequence
 class StepsSQNR(NamedTuple):
     """SQNR of predictions at S steps, in dB.
 
-    With P_s the power of the reference at step s and E_s that of the error, ``step_db`` (S,) is ``10 log10(P_s / E_s)``,
-    ``mean_db`` () is its mean ``1/S sum_s 10 log10(P_s / E_s)``, to which every step counts alike, and ``pooled_db`` () is
-    ``10 log10(sum_s P_s / sum_s E_s)``, which the steps of the largest error decide.
+    Let P_s be the power of the reference at step s, and E_s the power of the error. ``step_db`` (S,) is
+    ``10 log10(P_s / E_s)``. ``mean_db`` () is its mean ``1/S sum_s 10 log10(P_s / E_s)``, in which every step counts equally.
+    ``pooled_db`` () is ``10 log10(sum_s P_s / sum_s E_s)``, which is dominated by the steps of the largest error.
     """
 
     step_db: jax.Array
@@ -100,14 +100,14 @@ class StepsSQNR(NamedTuple):
 
 
 def steps_sqnr(reference: ArrayLike, approximation: ArrayLike) -> StepsSQNR:
-    """SQNR of predictions (S, ...) at S steps: of each step, its mean over the steps, and with powers pooled over them."""
+    """Returns the SQNR of predictions (S, ...) at S steps: of each step, its mean over steps, and with powers pooled."""
     reference, approximation = _pair(reference, approximation)
     step_db = sqnr_db(reference, approximation, axis=range(1, reference.ndim))
     return StepsSQNR(step_db, step_db.mean(), sqnr_db(reference, approximation))
 
 
 def psnr_db(reference: ArrayLike, images: ArrayLike, data_range: float = DATA_RANGE) -> jax.Array:
-    """Peak signal-to-noise ratio in dB of each image, (N,): ``10 log10(data_range^2 / MSE)``, +inf where identical.
+    """Returns the peak signal-to-noise ratio in dB of each image, (N,): ``10 log10(data_range^2 / MSE)``, +inf if identical.
 
     Args:
       reference: (N, H, W, C).
@@ -120,12 +120,12 @@ def psnr_db(reference: ArrayLike, images: ArrayLike, data_range: float = DATA_RA
 
 
 def ssim(reference: ArrayLike, images: ArrayLike, data_range: float = DATA_RANGE) -> jax.Array:
-    """Structural similarity of each image, (N,), at most 1 (Wang et al., 2004).
+    """Returns the structural similarity of each image, (N,), at most 1 (Wang et al., 2004).
 
-    Gaussian window of 11 pixels with sigma 1.5, K1 = 0.01, K2 = 0.03, weighted population moments; the map is averaged over the
-    windows that lie wholly inside the image and over the channels. Where a side is shorter than 11 pixels the window is the
-    largest odd number that fits and sigma shrinks in proportion (7 pixels and 0.95 for 8x8). SSIM is defined for intensities
-    that start at zero, so ``data_range / 2`` is added first and the figures are those of the same images in 8 bits.
+    The window is Gaussian, of 11 pixels with sigma 1.5; K1 = 0.01, K2 = 0.03; moments are weighted population moments. The map
+    is averaged over channels and over the windows that lie wholly inside the image. On a side shorter than 11 pixels, the
+    window is the largest odd number that fits, and sigma shrinks in proportion (7 pixels and 0.95 for 8x8). SSIM is defined for
+    intensities from zero on, so ``data_range / 2`` is added first, and the figures are those of the same images in 8 bits.
 
     Args:
       reference: (N, H, W, C), centered on zero.
@@ -153,17 +153,17 @@ def ssim(reference: ArrayLike, images: ArrayLike, data_range: float = DATA_RANGE
 
 
 def bootstrap_interval(values: ArrayLike, seed: int = 0, *, level: float = 0.95, resamples: int = 2000) -> Interval:
-    """Mean of ``values`` (N,) with its percentile-bootstrap interval; the same seed gives the same interval.
+    """Returns the mean of ``values`` (N,) with its percentile-bootstrap interval. The same seed gives the same interval.
 
-    An infinite value, which is what a pair of identical images scores in dB, counts as the largest finite one (the smallest for
-    -inf), so that a few perfect pairs neither hide the others nor vanish; where no value is finite the interval is that
-    infinity. NaN anywhere gives NaN.
+    Identical images score infinity in dB. An infinite value counts as the largest finite one (the smallest for -inf), so that a
+    few perfect pairs neither hide the others nor vanish. If no value is finite, the interval is that infinity, or NaN if both
+    infinities occur. NaN anywhere gives NaN.
 
     Args:
       values: (N,), one figure per sample.
       seed: of the resampling.
       level: coverage, between 0 and 1.
-      resamples: how many.
+      resamples: the number of resamples.
     """
     array = np.asarray(values, np.float64).ravel()
     if array.size == 0:
@@ -205,7 +205,7 @@ def _images(reference: ArrayLike, images: ArrayLike) -> tuple[jax.Array, jax.Arr
 
 
 def _window_means(size: int) -> np.ndarray:
-    """Matrix (P, size) whose rows are the Gaussian window at each of its P positions inside ``size`` pixels."""
+    """Returns a matrix (P, size) whose rows are the Gaussian window at each of its P positions inside ``size`` pixels."""
     window = min(_SSIM_WINDOW, size - 1 + size % 2)
     offsets = np.arange(window) - window // 2
     weights = np.exp(-0.5 * (offsets / (_SSIM_SIGMA * window / _SSIM_WINDOW)) ** 2)

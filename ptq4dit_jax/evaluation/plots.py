@@ -1,8 +1,8 @@
 """Figures of the report.
 
-They use matplotlib's object-oriented interface only: no ``pyplot``, so no global state and no display. Colors are Okabe and
-Ito's, which the color-blind can tell apart; every line also has a marker of its own. This module is imported when the first
-figure is drawn, because loading matplotlib takes as long as a fifth of the whole library.
+They use only matplotlib's object-oriented interface: no ``pyplot``, so no global state and no display. Colors are Okabe and
+Ito's, which color-blind readers can tell apart; every line also has its own marker. This module is imported when the first
+figure is drawn, because loading matplotlib takes a fifth as long as loading the whole library.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ _SITE_TITLES = {
 
 
 def step_sqnr_figure(comparison: Comparison) -> Figure:
-    """SQNR of the guided prediction at each step, one line per model, sampling from left to right."""
+    """Plots the SQNR of the guided prediction at each step, one line per model, sampling from left to right."""
     figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
     axes = _style(figure.add_subplot())
     for name, figures in comparison.figures.items():
         axes.plot(comparison.timesteps, _finite(figures.step_sqnr_db), label=caption(name), **_line(comparison, name))
     axes.set(xlabel="timestep (noise on the left, image on the right)", ylabel="SQNR of each step (dB)")
     axes.set_title(f"Predicted {comparison.settings.get('objective', 'noise')} against float32", loc="left")
-    if comparison.timesteps[0] >= comparison.timesteps[-1]:  # of some flows, time runs from noise to image as it is
+    if comparison.timesteps[0] >= comparison.timesteps[-1]:  # in some flows, time already runs from noise to image
         axes.invert_xaxis()
     _legend(figure, axes)
     return figure
 
 
 def layer_sqnr_figure(comparison: Comparison) -> Figure:
-    """SQNR of each site's output along the depth, a panel per site on one scale."""
+    """Plots the SQNR at each site along the depth, one panel per site, all on one scale."""
     sites = list(next(iter(comparison.figures.values())).layer_sqnr_db)
     figure = Figure(figsize=(_WIDTH, 4.8), layout="constrained")
     grid = figure.subplots(2, -(-len(sites) // 2), sharex=True, sharey=True, squeeze=False)
@@ -72,7 +72,7 @@ def layer_sqnr_figure(comparison: Comparison) -> Figure:
 
 
 def psnr_figure(comparison: Comparison) -> Figure:
-    """PSNR of every image against the reference's on the same noise, with the mean and its interval."""
+    """Plots the PSNR of every image against the reference's on the same noise, with the mean and its interval."""
     names = list(comparison.figures)
     figure = Figure(figsize=(_WIDTH, 1.2 + 0.6 * len(names)), layout="constrained")
     axes = _style(figure.add_subplot())
@@ -98,7 +98,7 @@ def psnr_figure(comparison: Comparison) -> Figure:
 
 
 def _relative_error_axes(title: str) -> tuple[Figure, Axes]:
-    """Axes for errors relative to rounding to the nearest, with a line at 1."""
+    """Returns axes for errors relative to rounding to the nearest, with a line at 1."""
     figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
     axes = _style(figure.add_subplot())
     axes.axhline(1, color="black", linewidth=0.8, zorder=2.5)
@@ -108,16 +108,16 @@ def _relative_error_axes(title: str) -> tuple[Figure, Axes]:
 
 
 def _shades(count: int) -> Any:
-    """Colors from dark to light, (count, 4)."""
+    """Returns colors from dark to light, (count, 4)."""
     return colormaps["viridis"](np.linspace(0, 0.9, count))
 
 
 def reconstruction_figure(units: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Error of every unit while its roundings were learned, relative to rounding to the nearest; blocks from dark to light.
+    """Plots each unit's error while its rounding was learned, relative to rounding to the nearest; blocks from dark to light.
 
     Args:
-      units: the facts of each unit by its name, as :func:`ptq4dit_jax.reconstruction.reconstruct` gives them: ``before``,
-        ``after`` and ``curve``.
+      units: the facts of each unit by its name, from :func:`ptq4dit_jax.reconstruction.reconstruct`: ``before``, ``after`` and
+        ``curve``.
     """
     figure, axes = _relative_error_axes("Reconstruction, unit by unit")
     blocks = [name for name in units if name.startswith("block ")]
@@ -146,10 +146,10 @@ def reconstruction_figure(units: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def rounding_figure(units: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Error of every block and of its layers rounded in closed form, relative to rounding to the nearest, along the depth.
+    """Plots the errors of blocks and their layers rounded in closed form, relative to rounding to the nearest, along the depth.
 
     Args:
-      units: the facts of each unit by its name, as :func:`ptq4dit_jax.reconstruction.round_closed_form` gives them: ``before``,
+      units: the facts of each unit by its name, from :func:`ptq4dit_jax.reconstruction.round_closed_form`: ``before``,
         ``after`` and ``layers``.
     """
     figure, axes = _relative_error_axes("Rounding in closed form, layer by layer")
@@ -169,11 +169,11 @@ def rounding_figure(units: Mapping[str, Mapping[str, Any]]) -> Figure:
 def salience_figure(
     before: tuple[ArrayLike, ArrayLike], after: tuple[ArrayLike, ArrayLike], *, title: str = "Salience of the input channels"
 ) -> Figure:
-    """Salience of one layer's input channels before and after balancing, as in the paper's figures but on logarithmic scales.
+    """Plots the salience of a layer's input channels before and after balancing, like the paper but on logarithmic scales.
 
     Args:
-      before: ``(max |X_j|, max |W_j|)``, each (K,): the largest activation of each input channel and its largest weight.
-      after: the same of the balanced layer.
+      before: ``(max |X_j|, max |W_j|)``, each (K,): the largest activation and the largest weight of each input channel.
+      after: the same for the balanced layer.
       title: what is shown, e.g. the layer's name.
     """
     figure = Figure(figsize=(_WIDTH, 4.4), layout="constrained")
@@ -188,7 +188,8 @@ def salience_figure(
         for axes, salience, when in zip(grid[row], pair, ("before balancing", "after balancing"), strict=True):
             _style(axes)
             axes.set_yscale("log")
-            # Filled steps with an outline: a bar among thousands would be too thin to see. Dead channels lie on the floor.
+            # Filled steps with an outline, because one bar among thousands would be too thin to see. Dead channels are at the
+            # floor.
             axes.fill_between(
                 np.arange(len(salience) + 1) - 0.5,
                 floor / 2,
@@ -207,7 +208,7 @@ def salience_figure(
                 axes.set_title(when, loc="left", fontsize=10)
             else:
                 axes.set_xlabel("input channel")
-        # Room above for the text.
+        # Leave room above for the text.
         grid[row, 0].set_ylim(floor / 2, top * (top / floor) ** 0.2 * 1.2)
         grid[row, 0].set_ylabel(what, fontsize=9)
     figure.suptitle(title, x=0.01, ha="left")
@@ -215,7 +216,7 @@ def salience_figure(
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
-    """Infinities as NaN, which leaves a gap in a line."""
+    """Replaces infinities by NaN, which leaves a gap in a line."""
     return np.where(np.isfinite(values), values, np.nan)
 
 

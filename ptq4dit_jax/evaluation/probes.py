@@ -1,4 +1,4 @@
-"""Where two models of one shape part: in the noise they predict, step by step, and in what each layer of each block gives."""
+"""Measures where two models of one shape differ: in their predictions, step by step, and in the output of each layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ptq4dit_jax.waiting import ready
 
 
 class _Capture(struct.PyTreeNode):
-    """Observer that keeps what it sees."""
+    """An observer that keeps what it sees."""
 
     value: Float[Array, "*shape"]
 
@@ -31,7 +31,7 @@ class _Capture(struct.PyTreeNode):
 
 
 class _Against(struct.PyTreeNode):
-    """Observer that reduces the deviation from a captured reference, so that one model's activations are held, not both."""
+    """An observer that reduces the deviation from a captured reference, so that only one model's activations are held."""
 
     reference: Float[Array, "*shape"]
 
@@ -57,28 +57,28 @@ def _deviation(
 def _layer_powers(
     reference: FloatDiT, other: FloatDiT, x: ArrayLike, t: ArrayLike, y: ArrayLike | None
 ) -> dict[str, metrics.Powers]:
-    # Two programs, so that the reference's is compiled once whatever it is compared with.
+    # Two programs, so that the reference's is compiled once, whatever it is compared with.
     batch = jnp.asarray(x), jnp.asarray(t), None if y is None else jnp.asarray(y)
     return ready(_deviation(other, _captured(reference, *batch), *batch))
 
 
 def _with_sites(model: Predictor) -> FloatDiT:
-    """The model itself if it has sites, else the fake-quant twin of a quantized model."""
+    """Returns the model itself if it is a float model, otherwise the fake-quant twin of the quantized model."""
     if isinstance(model, FloatDiT):
         return model
-    return reference(cast(QuantizedDiT, model))  # there is no other
+    return reference(cast(QuantizedDiT, model))  # there is no other kind
 
 
 def layer_sqnr(
     reference_model: FloatDiT, other: Predictor, x: ArrayLike, t: ArrayLike, y: ArrayLike | None
 ) -> dict[str, np.ndarray]:
-    """SQNR in dB of the network's ``spec.outputs``, each model fed by its own earlier layers: full name of a site -> (L,).
+    """Returns the SQNR in dB of the network's ``spec.outputs``, (L,) by full name of the site. Errors of earlier layers count.
 
     Args:
       reference_model: the float model.
       other: a float model or a quantized one, which is observed through its fake-quant twin.
       x: (B, H, W, C) network inputs.
-      t: (B,) timesteps, or (1,) where all rows share it.
+      t: (B,) timesteps, or (1,) if all rows share it.
       y: (B,) labels; None for models without classes.
     """
     return _layer_decibels(reference_model, [_layer_powers(reference_model, _with_sites(other), x, t, y)])
@@ -87,7 +87,7 @@ def layer_sqnr(
 def layer_sqnr_along(
     reference_model: FloatDiT, other: Predictor, inputs: np.ndarray, t: np.ndarray, labels: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """:func:`layer_sqnr` with powers summed over steps, one step a batch as a sampler runs it.
+    """Returns :func:`layer_sqnr` with powers summed over steps. Each batch is one step, as in a sampler.
 
     Args:
       inputs: (S, N, H, W, C) network inputs.
@@ -102,7 +102,7 @@ def layer_sqnr_along(
 
 
 def _layer_decibels(model: FloatDiT, batches: list[dict[str, metrics.Powers]]) -> dict[str, np.ndarray]:
-    """In the order of the network's tables; JAX sorts the names of a tree."""
+    """Returns the SQNR in the order of the network's tables, because JAX sorts the names of a tree."""
     names = map(str, model.config.spec.outputs)
     return {name: metrics.pooled_db([batch[name] for batch in batches]) for name in names}
 
@@ -125,14 +125,14 @@ def predicted_noise(
     labels: ArrayLike,
     guidance: Guidance = Guidance(),
 ) -> np.ndarray:
-    """Guided noise prediction at fixed inputs, without variance channels: (S, N, H, W, C) float32.
+    """Returns the guided prediction at fixed inputs, without variance channels: (S, N, H, W, C) float32.
 
     Args:
       model: a float or quantized model.
       inputs: (S, N, H, W, C) inputs of S steps.
-      t: (S,) timestep of each.
+      t: (S,) timesteps of the steps.
       labels: (N,) class labels.
-      guidance: what it leaves open follows the model; its interval goes by each input's own time.
+      guidance: settings left open follow the model. Whether a step is in the interval depends on its own time ``t``.
     """
     resolved = guidance.resolve(model.schedule, model.config)
     scale_S = jnp.asarray(resolved.scales(model.schedule.relative_time(np.asarray(t))), jnp.float32)
@@ -149,9 +149,9 @@ def step_sqnr(
     labels: ArrayLike,
     guidance: Guidance = Guidance(),
 ) -> np.ndarray:
-    """SQNR in dB of the guided noise prediction at each step, (S,); arguments as for :func:`predicted_noise`.
+    """Returns the SQNR in dB of the guided prediction at each step, (S,). Arguments are as for :func:`predicted_noise`.
 
-    :func:`ptq4dit_jax.evaluation.metrics.steps_sqnr` of two predictions also has the figures over all steps.
+    :func:`ptq4dit_jax.evaluation.metrics.steps_sqnr` of two predictions also returns the figures over all steps.
     """
     first, second = (predicted_noise(m, inputs, t, labels, guidance) for m in (reference_model, other))
     return np.asarray(metrics.steps_sqnr(first, second).step_db)

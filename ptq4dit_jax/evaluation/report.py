@@ -1,4 +1,4 @@
-"""The report folder: a Markdown page with tables and pictures, the same figures as JSON, and nothing half-written."""
+"""Writes the report folder as a whole: a Markdown page with tables and pictures, and the same figures as JSON."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def write_report(
     balancing: Mapping[str, Mapping[str, Any]] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes ``report.md``, ``report.json`` and the pictures they show into ``folder``, all or nothing.
+    """Writes ``report.md``, ``report.json`` and the pictures that they show into ``folder``, all or nothing.
 
     Args:
-      folder: created with its parents; written beside itself first and renamed when complete.
+      folder: created with its parents; written under another name beside it, and renamed when complete.
       comparison: from :func:`ptq4dit_jax.evaluation.compare.compare`.
       title: heading of the page.
-      describe_rows: what runs for each layer, as :func:`ptq4dit_jax.describe` gives it, or mappings; their keys become columns.
-      settings: whatever else made the figures (paths, bit widths); shown beside the comparison's own settings.
+      describe_rows: what runs for each layer, from :func:`ptq4dit_jax.describe`, or mappings; their keys become columns.
+      settings: other settings behind the figures (paths, bit widths); shown beside the comparison's own settings.
       reconstruction: facts of each reconstructed unit by its name, as the provenance of a quantized model holds them.
-      rounding: the same of each unit rounded in closed form.
-      balancing: the same of each site whose balancing was chosen by measurement.
+      rounding: the same for each unit rounded in closed form.
+      balancing: the same for each site whose balancing was chosen by measurement.
       overwrite: replaces a report that is already there. A folder that holds anything else is never replaced.
 
     Returns:
@@ -110,7 +110,7 @@ def _write_pictures(
     reconstruction: Mapping[str, Mapping[str, Any]],
     rounding: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, str]:
-    """Writes the PNGs and returns file name -> alternative text."""
+    """Writes the PNGs and returns their alternative texts by file name."""
     from ptq4dit_jax.evaluation import plots  # loads matplotlib
 
     pictures = {}
@@ -262,7 +262,7 @@ def _decibels(value: float) -> str:
 
 
 def _mean_decibels(figures: ModelFigures) -> str:
-    """One step that is identical makes the mean infinite; the models are identical only where all steps are."""
+    """Formats the mean. One identical step makes it infinite, but the models are identical only if all steps are."""
     mean = figures.sqnr_mean_db
     return "infinite" if np.isposinf(mean) and not np.isposinf(figures.step_sqnr_db).all() else _decibels(mean)
 
@@ -273,7 +273,7 @@ def _interval(interval: Interval, digits: int) -> str:
 
 
 def _worst(figures: ModelFigures) -> str:
-    """The PSNR that one image in a hundred stays below."""
+    """Formats the PSNR that one image in a hundred does not exceed."""
     return _decibels(float(np.quantile(figures.psnr_db, 0.01, method="lower")))
 
 

@@ -1,1 +1,1 @@
-"""Networks: what one is made of (:mod:`~ptq4dit_jax.networks.spec`), and the verbs that its forward is written in."""
+"""Networks: tables of their parts (:mod:`~ptq4dit_jax.networks.spec`), and the verbs in which a forward is written."""

@@ -37,8 +37,8 @@ from ptq4dit_jax.numerics import AnyKey, threefry
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PRESETS = tuple(f"DiT-{size}/{patch}" for size in _SIZES for patch in (2, 4, 8))
 
-#: The largest sizes, far above those of any DiT: a size comes from a file or is typed, and tables are made of it. The published
-#: one at 1024 px has an input of 128 positions a side, 4,096 tokens of width 1,152 and 675 million parameters.
+#: The largest sizes, far above those of any DiT: sizes are read from files or typed, and tables are allocated from them. The
+#: published DiT at 1024 px has an input of 128 positions per side, 4,096 tokens of width 1,152 and 675 million parameters.
 LARGEST = {
     "input_size": 2**14,
     "patch_size": 2**10,
@@ -51,7 +51,7 @@ LARGEST = {
     "mlp_ratio": 2**10,
 }
 MAX_TOKENS, MAX_POSITION_VALUES, MAX_PARAMETERS = 2**16, 2**27, 2**40
-#: A float32 tells no phase of a turn from there on.
+#: Above this, float32 no longer resolves the phase of an angle.
 MAX_FREQUENCY = 2**20
 
 
@@ -62,11 +62,11 @@ class DiTConfig(Network):
     ``num_classes`` 0 (with ``null_class`` False) is an unconditional DiT: it has no table of labels, and its condition is the
     time alone. With ``position_table`` the table of positions is a parameter instead of the fixed sine-cosine one.
     ``freq_shift`` and ``mlp_norm_eps`` exist because diffusers computes another function from the same weights (1 and 1e-5);
-    the defaults are Meta's, with which the published weights were trained. ``frequencies``, half of ``frequency_size`` many, in
-    radians, take the place of powers of 10,000 where a network has its own for the time (random Fourier features).
+    the defaults are Meta's, with which the published weights were trained. ``frequencies``, ``frequency_size / 2`` of them in
+    radians, replace the powers of 10,000 if a network has its own time frequencies (random Fourier features).
     """
 
-    #: What other networks of this shape have instead.
+    #: Other networks of this shape override these.
     _NORM: ClassVar[NormKind] = NormKind.LAYER
     _ACTIVATION: ClassVar[Activation] = Activation.GELU
 
@@ -113,7 +113,7 @@ class DiTConfig(Network):
         self._check_frequencies()
         for name, least, below in (
             ("mlp_ratio", 0, LARGEST["mlp_ratio"] + 1),
-            ("freq_shift", 0, self.frequency_size // 2),  # there frequencies would be divided by zero
+            ("freq_shift", 0, self.frequency_size // 2),  # at the upper end, frequencies would be divided by zero
             ("mlp_norm_eps", 0, 1),
         ):
             if not isinstance(value := getattr(self, name), (int, float)) or not least <= value < below:
@@ -124,7 +124,7 @@ class DiTConfig(Network):
 
     @classmethod
     def preset(cls, name: str, *, input_size: int = 32, in_channels: int = 4, **overrides: Any) -> DiTConfig:
-        """A published size by name, e.g. ``DiT-XL/2``; ``input_size`` 32 is 256 px, 64 is 512 px through the SD VAE."""
+        """Returns a published size by name, e.g. ``DiT-XL/2``. With SD's VAE, ``input_size`` 32 is 256 px and 64 is 512 px."""
         if name not in PRESETS:
             raise Ptq4ditError(f"Unknown DiT preset {name!r}; the presets are {', '.join(PRESETS)}.")
         size, patch = name.removeprefix("DiT-").split("/")
@@ -143,7 +143,7 @@ class DiTConfig(Network):
                 raise Ptq4ditError(f"DiT frequencies must be numbers of at most {MAX_FREQUENCY:,}, not {quoted(value)}.")
 
     def _check_products(self) -> None:
-        """Raises where sizes that may be large each make too large a network together."""
+        """Raises if sizes that are each acceptable make too large a network together."""
         T, D = self.num_tokens, self.hidden_size
         if T > MAX_TOKENS:
             raise Ptq4ditError(
@@ -163,13 +163,13 @@ class DiTConfig(Network):
 
     @classmethod
     def mlp_ratio_of(cls, hidden_size: int, fc1_features: int) -> float:
-        """The ``mlp_ratio`` with which fc1 has so many output features."""
+        """Returns the ``mlp_ratio`` with which fc1 has this number of output features."""
         ratio = fc1_features / hidden_size
         return ratio if int(hidden_size * ratio) == fc1_features else (fc1_features + 0.5) / hidden_size
 
     @classmethod
     def traits(cls, sizes: Mapping[str, int]) -> dict[str, Any]:
-        """Settings besides sizes that shapes tell, by the ``sizes`` that a foreign layout reads: here none."""
+        """Returns settings other than sizes that follow from the ``sizes`` that a foreign layout reads; a DiT has none."""
         return {}
 
     @property
@@ -194,7 +194,7 @@ class DiTConfig(Network):
 
     @property
     def num_labels(self) -> int:
-        """Rows of the table of labels, the null class among them; 0 where there is no table."""
+        """Rows of the table of labels, including the null class; 0 if there is no table."""
         return self.num_classes + self.null_class
 
     @property
@@ -266,8 +266,8 @@ class DiTConfig(Network):
 
     @property
     def modulations(self) -> tuple[Modulation, Modulation]:
-        """Which chunks of adaLN shift and scale a block's norms, before attention and before the MLP. The chunk behind that of
-        a scale is the gate."""
+        """The chunks of adaLN that shift and scale a block's norms, before attention and before the MLP. The chunk after each
+        scale is the gate."""
         return Modulation("adaLN", shift=0, scale=1, of=6), Modulation("adaLN", shift=3, scale=4, of=6)
 
     @property
@@ -277,12 +277,12 @@ class DiTConfig(Network):
 
     @property
     def _norms_heads(self) -> bool:
-        """Whether queries and keys are normed head by head; a DiT's are not."""
+        """Whether queries and keys are normalized head by head; in a DiT they are not."""
         return False
 
     @property
     def _mlp(self) -> tuple[int, Home]:
-        """What fc1 makes, and where a factor on the channels of fc2's input can live: GELU lets none pass."""
+        """Output features of fc1, and the home of a factor on the channels of fc2's input; no factor passes through GELU."""
         return self.mlp_size, Residual()
 
     def embed_image(self, ops: Ops, x_BHWC: ArrayLike) -> jax.Array:
@@ -292,7 +292,7 @@ class DiTConfig(Network):
         return ops.linear("patch_embed", tokens) + jnp.asarray(table, ops.dtype)[None]
 
     def time_features(self, t_B: jax.Array) -> jax.Array:
-        """What the embedder of time is fed, (B, frequency_size), cosines first."""
+        """Returns the input of the time embedder, (B, frequency_size), cosines first."""
         if self.frequencies:
             return time_waves(t_B, np.array(self.frequencies))
         return timestep_frequencies(self.frequency_size, t_B, self.freq_shift)
@@ -327,15 +327,15 @@ class DiTConfig(Network):
 
 
 def position_embedding(config: DiTConfig) -> np.ndarray:
-    """The fixed table of positions (T, D)."""
+    """Returns the fixed table of positions (T, D)."""
     return sine_cosine_positions(config.tokens_per_side, config.hidden_size)
 
 
 def required_labels(config: DiTConfig, y_B: ArrayLike | None) -> jax.Array:
-    """Labels as an array, of a DiT that has classes.
+    """Returns the labels for a DiT that has classes, as an array.
 
     Raises:
-      Ptq4ditError: there are none.
+      Ptq4ditError: there are no labels.
     """
     if y_B is None:
         raise Ptq4ditError(f"This DiT has {config.num_classes} classes, so it needs labels y, and got None.")
@@ -347,9 +347,9 @@ class DiT(FloatNetwork):
 
 
 def init_params(config: DiTConfig, key: AnyKey, *, adaln_zero: bool = True) -> dict[str, Any]:
-    """Random parameters. ``adaln_zero`` zeroes the modulation and the final layer as for training; False keeps every path
-    alive, which is what tests and benchmarks want."""
-    if not config.position_table:  # no parameter depends on the number of tokens, so one will do
+    """Returns random parameters. ``adaln_zero`` zeroes the modulation and the final layer as for training; False keeps every
+    path active, as tests and benchmarks need."""
+    if not config.position_table:  # no parameter depends on the number of tokens, so one token suffices
         config = dataclasses.replace(config, input_size=config.patch_size)
     image, t_B = jnp.zeros((1, *config.image_shape), jnp.float32), jnp.zeros((1,), jnp.float32)
     params = jax.jit(FloatNetwork(config).init)(threefry(key), image, t_B, jnp.zeros((1,), jnp.int32))["params"]

@@ -38,8 +38,8 @@ def site(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
 class FloatOps:
     """The verbs (:class:`ptq4dit_jax.networks.ops.Ops`) in floats, inside a Flax module whose variables hold the layers.
 
-    ``dense`` gives a layer's module by its name, ``sites`` the site that feeds it. Outputs of layers are sites, too, by the
-    layer's name and ``_out``.
+    ``dense`` returns a layer's module by its name; ``sites`` holds the site that feeds each layer. Outputs of layers are sites,
+    too, named by the layer's name plus ``_out``.
     """
 
     module: nn.Module
@@ -112,7 +112,7 @@ def _dense(features: int, dtype: DTypeLike, precision: jax.lax.Precision, name: 
 
 
 class Block(nn.Module):
-    """One block of a stack: (B, T, D) and the embedded condition (B, D) to (B, T, D)."""
+    """One block of a stack: maps (B, T, D) and the embedded condition (B, D) to (B, T, D)."""
 
     config: Network
     stack: Stack
@@ -129,8 +129,8 @@ class Block(nn.Module):
 
 
 class FloatNetwork(nn.Module):
-    """A network. ``dtype`` is the compute type; norms and softmax always reduce in float32. ``precision`` is that of float32
-    products.
+    """A network. ``dtype`` is the compute type; norms and softmax always reduce in float32 at least. ``precision`` applies to
+    float32 products.
 
     Variables: ``params``, with the parameters of a stack's blocks on a leading depth axis, and optionally ``quantizers`` and
     ``observers`` (module docstring). Kernels are (K, N), Flax's order.
@@ -164,11 +164,11 @@ class FloatNetwork(nn.Module):
         return FloatOps(self, lambda name: getattr(self, name), sites, self.dtype, self.precision)
 
     def __call__(self, x_BHWC: ArrayLike, t_B: ArrayLike, y_B: ArrayLike | None) -> jax.Array:
-        """Raw network output (B, H, W, out_channels): the prediction, then the variance channels if sigma is learned.
+        """Returns the raw network output (B, H, W, out_channels): the prediction, then variance channels if sigma is learned.
 
         Args:
           x_BHWC: noised images or latents, (B, input_size, input_size, in_channels).
-          t_B: timesteps of the training schedule (0 is the cleanest), (B,), integer or float; (1,) where all rows share it.
+          t_B: timesteps of a noise schedule (0 is the cleanest) or times of a flow, (B,), or (1,) if all rows share it.
           y_B: class labels, (B,) int32; ``config.null_label`` for "no class". Ignored, and may be None, without classes.
         """
         return self.config.forward(self._ops, x_BHWC, t_B, y_B)

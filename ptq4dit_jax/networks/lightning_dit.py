@@ -1,7 +1,7 @@
 """LightningDiT (Yao et al., CVPR 2025): a DiT with RMSNorm, rotary positions and SwiGLU, on latents of many channels.
 
-A learned gain g of an RMSNorm is no parameter of its own here: it is folded into the linear that modulates the norm,
-``g (1 + scale)`` for ``1 + scale``.
+A learned gain g of an RMSNorm is not a separate parameter here: it is folded into the linear layer that modulates the norm, so
+that ``g (1 + scale)`` replaces ``1 + scale``.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ptq4dit_jax.networks.spec import Columns, Home, Modulation
 class LightningDiTConfig(DiTConfig):
     """Shape of a LightningDiT. The defaults are those of the published LightningDiT-XL/1, on 16 x 16 latents of 32 channels.
 
-    The fixed table of positions of a DiT is added besides the rotation. SwiGLU is two thirds as wide as a DiT's MLP, so that it
-    has as many parameters. Without ``shifts`` the norms of blocks are scaled alone, and adaLN has four chunks.
-    With ``qk_norm`` queries and keys are normed head by head, with learned gains.
+    A DiT's fixed table of positions is added, besides the rotation. SwiGLU is two thirds as wide as a DiT's MLP, so that it has
+    the same number of parameters. Without ``shifts``, the norms of blocks are only scaled, and adaLN has four chunks. With
+    ``qk_norm``, queries and keys are normalized head by head, with learned gains.
     """
 
     _NORM: ClassVar[NormKind] = NormKind.RMS

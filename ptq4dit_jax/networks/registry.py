@@ -1,4 +1,4 @@
-"""The networks that this package knows: what a model folder calls them, and their settings."""
+"""The networks that this package knows: their names in model folders, and their settings."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ptq4dit_jax.networks.lightning_dit import LightningDiTConfig
 from ptq4dit_jax.networks.ops import Network
 from ptq4dit_jax.networks.spec import NetworkSpec
 
-#: By the name in a model folder, which says nothing for a DiT.
+#: By the name in a model folder. A folder without a name holds a DiT.
 NETWORKS: dict[str, type[DiTConfig]] = {"dit": DiTConfig, "lightning_dit": LightningDiTConfig}
 
 
 def known_specs() -> list[NetworkSpec]:
-    """The tables of an example of every network, for the names in them."""
+    """Returns the tables of an example of every network, for the names in them."""
     return [_example(network).spec for network in NETWORKS.values()]
 
 
@@ -25,10 +25,10 @@ def _example(network: type[DiTConfig]) -> DiTConfig:
 
 
 def name_of(network: Network) -> str:
-    """What a model folder calls a network.
+    """Returns the name of a network in model folders.
 
     Raises:
-      Ptq4ditError: it is none of those that this package knows.
+      Ptq4ditError: this package does not know the network.
     """
     for name, settings in NETWORKS.items():
         if type(network) is settings:

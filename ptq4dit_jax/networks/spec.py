@@ -1,7 +1,7 @@
-"""What a network is made of: its layers, the sites between them, and where a factor on a site's channels finds a home.
+"""The parts of a network: its layers, the sites between them, and the homes of factors on a site's channels.
 
 Everything outside a network's own file reads these tables: folding, policies, the skeleton of a checkpoint, parameter counts,
-``describe``, and the units of reconstruction. They name no framework and no network.
+``describe``, and the units of reconstruction. The tables depend on no framework and no network.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Stack:
 
     @property
     def block(self) -> str:
-        """What one of its blocks is called: "block" of "blocks"."""
+        """The name of one of its blocks: "block" for "blocks"."""
         return self.name.removesuffix("s").replace("_", " ")
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a layer or a site is: by its ``name`` in every block of ``stack``, or outside all stacks.
+    """Where a layer or a site is: under ``name`` in every block of ``stack``, or outside all stacks.
 
     Its full name, ``str(place)``, is ``blocks.qkv`` or ``final``.
     """
@@ -41,21 +41,21 @@ class Place:
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """The leading axes of what belongs to it: (depth,) in a stack, else ()."""
+        """The leading axes of its arrays: (depth,) in a stack, otherwise ()."""
         return () if self.stack is None else (self.stack.depth,)
 
     def of(self, tree: Mapping[str, Any]) -> Any:
-        """What a tree, such as a network's parameters, holds for this place."""
+        """Returns what a tree, such as a network's parameters, holds for this place."""
         return tree[self.name] if self.stack is None else tree[self.stack.name][self.name]
 
     def put(self, tree: Mapping[str, Any], value: Any) -> dict[str, Any]:
-        """The tree with another value at this place."""
+        """Returns the tree with another value at this place."""
         if self.stack is None:
             return {**tree, self.name: value}
         return {**tree, self.stack.name: {**tree[self.stack.name], self.name: value}}
 
     def beside(self, name: str) -> Place:
-        """The place of that name in the same blocks."""
+        """Returns the place of that name in the same blocks."""
         return Place(name, self.stack)
 
 
@@ -63,8 +63,9 @@ class Place:
 class Linear:
     """A linear layer (K, N).
 
-    ``edge``: it is at an end of the network, small and sensitive, which policies give more bits. ``modulates``: its input is
-    the embedded condition alone, and its output is that many vectors, such as shift and scale of a norm; 0 for other layers.
+    ``edge``: the layer is at an end of the network, small and sensitive, so policies give it more bits. ``modulates``: its
+    input is the embedded condition alone, and its output is this number of vectors, such as shift and scale of a norm; 0 for
+    other layers.
     """
 
     place: Place
@@ -77,7 +78,7 @@ class Linear:
 @dataclasses.dataclass(frozen=True)
 class Table:
     """A parameter (rows, features) that is looked up or added. ``deviation`` is the standard deviation of random initial
-    values; None is ``features ** -0.5``, as Flax has it."""
+    values; None means ``features ** -0.5``, as in Flax."""
 
     rows: int
     features: int
@@ -86,7 +87,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """A learned factor (features,) on the output of a norm that is in no layer, such as that of queries and keys."""
+    """A learned factor (features,) on the output of a norm that is in no layer, such as the norms of queries and keys."""
 
     place: Place
     features: int
@@ -94,8 +95,8 @@ class Gain:
 
 @dataclasses.dataclass(frozen=True)
 class Modulation:
-    """A factor's home in the linear that makes shift and scale of a norm: chunks ``shift`` (None: there is no shift) and
-    ``scale`` of its ``of`` chunks of columns. The factor b makes them ``b shift`` and ``b (1 + scale) - 1``."""
+    """A factor's home in the linear layer that makes shift and scale of a norm: chunks ``shift`` (None: there is no shift) and
+    ``scale`` of its ``of`` chunks of columns. A factor b turns them into ``b shift`` and ``b (1 + scale) - 1``."""
 
     linear: str
     shift: int | None
@@ -105,9 +106,9 @@ class Modulation:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """A factor's home in chunk ``part`` of ``of`` of the columns of a linear, in which the site is linear.
+    """A factor's home in chunk ``part`` of the ``of`` chunks of columns of a linear layer; the site is linear in that chunk.
 
-    ``undone`` names the site of the same block that takes the factor's inverse; None where the layer fed by the site does.
+    ``undone`` names the site of the same block that takes the factor's inverse; None if the layer fed by the site takes it.
     """
 
     linear: str
@@ -118,7 +119,7 @@ class Columns:
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """No home in any layer: the factor stays at the site, as a vector at its quantizer."""
+    """No home in any layer: the factor stays at the site, as a vector in its quantizer."""
 
 
 Home: TypeAlias = Modulation | Columns | Residual
@@ -132,10 +133,10 @@ class Site:
       place: where it is.
       features: its trailing shape: channels, or (heads, width).
       feeds: the linear layer whose input it is; None for an input of one of attention's products.
-      home: where a factor on its channels can live; None if it is not balanced.
+      home: where a factor on its channels can be folded; None if it is not balanced.
       in_paper: whether PTQ4DiT balances it, if it is balanced at all.
-      nonnegative: its values are, as probabilities.
-      reduced: its rows are reduced anyway, by a norm or the softmax, so ranges per row cost little.
+      nonnegative: whether its values are nonnegative, like probabilities.
+      reduced: whether its rows are reduced anyway, by a norm or the softmax, so that ranges per row cost little.
     """
 
     place: Place
@@ -148,10 +149,10 @@ class Site:
 
 
 class Role(enum.Enum):
-    """What a unit is fed, and the method of the network that computes it.
+    """The inputs of a unit, and the method of the network that computes it.
 
-    ``embed_image`` is fed the image, ``embed_condition`` time and labels, ``block`` and ``head`` the hidden state and the
-    embedded condition.
+    ``embed_image`` takes the image, ``embed_condition`` takes time and labels, ``block`` and ``head`` take the hidden state and
+    the embedded condition.
     """
 
     IMAGE = "embed_image"
@@ -162,9 +163,9 @@ class Role(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class UnitKind:
-    """A piece of the network that is rounded and reconstructed by itself; each block of a stack is one unit of this kind.
+    """A piece of the network that is rounded and reconstructed on its own. For a stack, each block is one unit of this kind.
 
-    ``tables`` are its parameters that are looked up or added; a network may lack them. ``gains`` are those of its norms.
+    ``tables`` names its parameters that are looked up or added; a network may lack them. ``gains`` are those of its norms.
     """
 
     role: Role
@@ -176,7 +177,7 @@ class UnitKind:
 
     @property
     def site_of(self) -> dict[str, str]:
-        """The site that feeds each linear layer, both by their names inside the unit."""
+        """The site that feeds each linear layer; both are given by their names inside the unit."""
         return {site.feeds.place.name: site.place.name for site in self.sites if site.feeds is not None}
 
 
@@ -187,10 +188,10 @@ class NetworkSpec:
     Attributes:
       linears: every linear layer by its full name, in the order in which they run.
       sites: every site that can be quantized, by its full name.
-      kinds: of units, in the order in which a hidden state passes them; that of a stack stands for all its blocks.
-      tables: by name.
+      kinds: the kinds of units, in the order in which a hidden state passes them; one kind stands for all blocks of a stack.
+      tables: every table by name.
       gains: every gain of a norm that is in no layer, by its full name.
-      outputs: sites whose values balancing leaves unchanged, observed where two models are compared.
+      outputs: sites whose values balancing leaves unchanged; they are observed when two models are compared.
     """
 
     linears: Mapping[str, Linear]
@@ -202,7 +203,7 @@ class NetworkSpec:
 
     @classmethod
     def of(cls, kinds: Iterable[UnitKind], tables: Mapping[str, Table], outputs: Iterable[Place] = ()) -> NetworkSpec:
-        """The tables that the kinds of units add up to."""
+        """Returns the tables of a network with these kinds of units."""
         kinds = tuple(kinds)
         linears = {str(linear.place): linear for kind in kinds for linear in kind.linears}
         sites = {str(site.place): site for kind in kinds for site in kind.sites}
@@ -215,7 +216,7 @@ class NetworkSpec:
 
     @property
     def site_of(self) -> dict[str, str]:
-        """The site that feeds each linear layer, both by their full names."""
+        """The site that feeds each linear layer; both are given by their full names."""
         return {str(site.feeds.place): name for name, site in self.sites.items() if site.feeds is not None}
 
     @property
@@ -230,7 +231,7 @@ class NetworkSpec:
 
     @property
     def num_parameters(self) -> int:
-        """Weights and biases of the linear layers, the tables, and the gains."""
+        """The number of weights and biases of the linear layers, of table values, and of gains."""
         layers = ((linear.K + 1) * linear.N * math.prod(linear.place.lead) for linear in self.linears.values())
         gains = (gain.features * math.prod(gain.place.lead) for gain in self.gains.values())
         return sum(table.rows * table.features for table in self.tables.values()) + sum(layers) + sum(gains)
@@ -248,7 +249,7 @@ def nest_sites(by_name: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten_sites(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`nest_sites`."""
+    """Inverts :func:`nest_sites`."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         found |= {f"{name}.{inner}": leaf for inner, leaf in value.items()} if isinstance(value, Mapping) else {name: value}

@@ -1,7 +1,7 @@
-"""Kernels for Hopper GPUs, in Pallas' Mosaic GPU. Only this folder touches that moving interface.
+"""Kernels for Hopper GPUs, in Pallas's Mosaic GPU. Only this folder touches that changing interface.
 
-The modules with kernels are imported when an operation is first asked for: Pallas takes long to import, and most machines have
-no use for it.
+The modules with kernels are imported when an operation is first called: Pallas takes long to import, and most machines do not
+need it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _CAPABILITY = (9, 0)
 
 
 class Hopper(Backend[Leaf]):
-    """Products, norms and attention as kernels that read layers in their stacks. Between the products it computes in bfloat16,
-    and so does attention."""
+    """Products, norms and attention as kernels that read layers in their stacks. Attention, and everything between the
+    products, is in bfloat16."""
 
     name = "hopper"
     platform = "gpu"
     needs = "a GPU of compute capability 9.0 (Hopper)"
-    jax_versions = JaxVersions((0, 10, 2), (0, 11))  # those whose Pallas the kernels were written for and tested with
+    jax_versions = JaxVersions((0, 10, 2), (0, 11))  # the kernels were written for and tested with their Pallas
     dtypes = ("bfloat16",)
     reads_stacks = True
     packed_rows = 64
-    scans_blocks = False  # a loop's counter and the constants of a block would be launches of their own
+    scans_blocks = False  # a loop's counter and the constants of a block would be separate launches
     attention_library = "cudnn"
 
     def unfit(self, device: DeviceKind) -> str:

@@ -1,4 +1,4 @@
-"""Attention on Hopper, in bfloat16: our kernel where the next product takes codes, cuDNN's for other shapes."""
+"""Attention on Hopper, in bfloat16: our kernel if it covers the shape and ends in static codes, otherwise cuDNN's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range
 
 
 def _require_alike(*parts: jax.Array) -> None:
-    """q, k and v are of one shape (B, T, D), none of it 0, and of one type."""
+    """Requires q, k and v to have the same type and the same shape (B, T, D), with no axis of size 0."""
     alike = len({(part.shape, part.dtype) for part in parts}) == 1
     require(alike, "q, k and v differ in shape or type")
     require_axes(parts[0].shape, "(B, T, D)")

@@ -1,12 +1,12 @@
 """Softmax attention in one kernel, with the quantization of its output for the next product.
 
-Products are bfloat16 with float32 sums; probabilities never leave registers. One persistent block per multiprocessor: a
-warpgroup copies keys and values into shared memory, two multiply, each for 64 queries of the same head, or for the same queries
-of two heads. While one takes the softmax, the other has the tensor cores.
+Products are bfloat16 with float32 sums; probabilities never leave registers. There is one persistent block per multiprocessor.
+One warpgroup copies keys and values into shared memory. Two multiply, each for 64 queries of the same head, or for the same
+queries of two heads. While one computes the softmax, the other has the tensor cores.
 
 Heads lie side by side, ``d`` columns each, and tiles in shared memory start at whole swizzles. So a head of 72 columns is
-fetched as 80, from the multiple of 16 at or before its first: the neighbours' columns among them meet zeros in the queries and
-are dropped from the output.
+fetched as 80, from the multiple of 16 at or before its first column. The neighbours' columns among them are multiplied by zeros
+in the queries and dropped from the output.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from ptq4dit_jax.engine.hopper.common import (
     wgmma,
 )
 
-#: Queries of a warpgroup.
+#: Queries per warpgroup.
 _QUERIES = 64
-#: Keys whose scores a warpgroup holds at a time. Twice as many leave too few registers.
+#: Keys whose scores a warpgroup holds at a time. Twice as many would leave too few registers.
 _KEYS = 128
 #: Stages of each ring: four hold both heads' keys of 256 tokens.
 _STAGES = 4
-#: Registers a thread of the copying and of the multiplying warpgroups: 128 * (24 + 2 * 240) fit the register file.
+#: Registers per thread of the copying and the multiplying warpgroups: 128 * (24 + 2 * 240) fit the register file.
 _COPY_REGISTERS, _MATH_REGISTERS = 24, 240
 
 
 class Round(NamedTuple):
-    """``clip(round(out) + zero_point, low, high)`` as int8: ``zero_point`` int32 is a stack (S,) and ``layer`` (1,) int32
-    the index of the one that counts, as in :mod:`ptq4dit_jax.engine.hopper.gemm`."""
+    """``clip(round(out) + zero_point, low, high)`` as int8. ``zero_point`` int32 is a stack (S,), and ``layer`` (1,) int32 is
+    the index of the layer in it, as in :mod:`ptq4dit_jax.engine.hopper.gemm`."""
 
     zero_point: jax.Array
     layer: jax.Array
@@ -59,7 +59,7 @@ class Round(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What the kernel's body has to know; all static."""
+    """What the kernel's body needs to know; all static."""
 
     images: int
     tokens: int
@@ -70,7 +70,7 @@ class _Plan:
 
     @property
     def steps(self) -> int:
-        """Stages of keys that a query meets."""
+        """Stages of keys per query."""
         return self.tokens // _KEYS
 
     @property
@@ -80,13 +80,13 @@ class _Plan:
 
     @property
     def by_head(self) -> bool:
-        """Whether each warpgroup takes one head of the pair, instead of half of a tile: where there are multiprocessors for
-        tiles of half the size, it is done in half the time."""
+        """Whether each warpgroup takes one head of the pair instead of half of a tile. If there are enough multiprocessors for
+        tiles of half the size, that takes half the time."""
         return self.resident and self.images * self.heads // 2 * (self.tokens // _QUERIES) <= self.cores
 
     @property
     def tile(self) -> int:
-        """Queries of a tile."""
+        """Queries per tile."""
         return _QUERIES if self.by_head else 2 * _QUERIES
 
     @property
@@ -95,20 +95,20 @@ class _Plan:
 
     @property
     def tiles_at_once(self) -> int:
-        """Tiles of a unit of work, which share keys and values in shared memory: all where they fit, and there is work for all
-        multiprocessors without cutting images."""
+        """Tiles per unit of work, which share keys and values in shared memory: all tiles, if the keys and values fit and there
+        is work for all multiprocessors without cutting images; otherwise one."""
         whole = self.images * self.heads // 2 >= 0.75 * self.cores
         return self.tiles if self.resident and whole else 1
 
     @property
     def in_turns(self) -> bool:
-        """Whether the warpgroups are made to take turns: one's softmax under the other's products. Where many stages of keys
-        follow one another it gains a tenth; where few do, as much is lost by waiting."""
+        """Whether the warpgroups are made to take turns, so that one's softmax runs during the other's products. With many
+        stages of keys in a row, that gains a tenth; with few, waiting costs as much."""
         return not self.resident
 
     @property
     def units(self) -> int:
-        """Units of work: two neighbouring heads of an image, for one tile or all."""
+        """Number of units of work: two neighbouring heads of an image, for one tile or all."""
         return self.images * (self.heads // 2) * (self.tiles // self.tiles_at_once)
 
     @property
@@ -121,13 +121,13 @@ class _Plan:
         return -(-self.d // 16) * 16
 
     def lead(self, head: int) -> int:
-        """Strangers before the first column of the first or second head of a pair."""
+        """Returns the number of foreign columns fetched before the first column of the first or second head of a pair."""
         return head * self.d % 16
 
     @property
     def aligned(self) -> int:
-        """What divides the first column and the width of every fetch, in columns: a tile of a swizzle must do so, too, for bulk
-        copies find their place by whole tiles."""
+        """The greatest number of columns that divides the first column and the width of every fetch. A tile of a swizzle must
+        divide them, too, because bulk copies are addressed by whole tiles."""
         return math.gcd(self.width, 2 * self.d, self.d - self.lead(1))
 
     @property
@@ -136,18 +136,18 @@ class _Plan:
 
 
 def covers(tokens: int, heads: int, d: int) -> bool:
-    """Whether the kernel runs for that many tokens and heads of width ``d``."""
+    """Returns whether the kernel runs for these numbers of tokens and heads, and heads of width ``d``."""
     return tokens % _KEYS == 0 and heads % 2 == 0 and d % 8 == 0 and 32 <= d <= 80
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, tokens: int, heads: int, finish: Round | None = None) -> jax.Array:
-    """``softmax(q k^T / sqrt(d)) v`` for every head.
+    """Computes ``softmax(q k^T / sqrt(d)) v`` for every head.
 
     Args:
-      q, k, v: (M, D) bfloat16, images of ``tokens`` rows below one another and heads of ``D / heads`` columns side by side.
+      q, k, v: (M, D) bfloat16. Images of ``tokens`` rows are stacked, and heads of ``D / heads`` columns lie side by side.
       tokens: a multiple of 128.
-      heads: an even number; their width is a multiple of 8, 32 to 80.
-      finish: makes codes of the output, in steps of 1: whatever scale and balance there is lies in ``v``.
+      heads: an even number; their width is a multiple of 8, from 32 to 80.
+      finish: quantizes the output, in steps of 1: scale and balance, if any, are already in ``v``.
 
     Returns:
       (M, D), int8 with ``finish`` and bfloat16 without.
@@ -176,7 +176,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, tokens: int, heads: i
 
 class _Scratch(NamedTuple):
     """Shared memory: rings of keys and values, queries and output of each warpgroup, the barriers of the first three, and the
-    one at which the warpgroups take turns."""
+    barrier at which the warpgroups take turns."""
 
     k_ring: Ref
     v_ring: Ref
@@ -188,23 +188,23 @@ class _Scratch(NamedTuple):
     turns: Ref
 
     def take_turns(self) -> None:
-        """Waits for the other warpgroup to come here, too."""
+        """Waits until the other warpgroup arrives here, too."""
         plgpu.barrier_arrive(self.turns)
         plgpu.barrier_wait(self.turns)
 
     def keys_at(self, stage: jax.Array) -> tuple[Ref, Ref, Ref]:
-        """Keys of a stage, the barrier that says that they are there, and the one that says that they are done with."""
+        """Returns the keys of a stage, the barrier that signals their arrival, and the barrier that signals their release."""
         slot = lax.rem(stage, _STAGES)
         return self.k_ring.at[slot], self.full.at[slot], self.empty.at[slot]
 
     def values_at(self, stage: jax.Array) -> tuple[Ref, Ref, Ref]:
-        """The same of values."""
+        """Returns the same for values."""
         slot = lax.rem(stage, _STAGES)
         return self.v_ring.at[slot], self.full.at[_STAGES + slot], self.empty.at[_STAGES + slot]
 
 
 class _Unit(NamedTuple):
-    """First row of the image, its first tile, and first column of the pair of heads."""
+    """The first row of the image, the unit's first tile in it, and the first column of the pair of heads."""
 
     row: jax.Array
     tile: jax.Array
@@ -221,16 +221,16 @@ class _Unit(NamedTuple):
         )
 
     def columns(self, plan: _Plan, head: int) -> At:
-        """Those that are fetched for a head of the pair."""
+        """Returns the columns that are fetched for a head of the pair."""
         return pl.ds(pl.multiple_of(self.column + head * plan.d - plan.lead(head), 16), plan.width)
 
 
-#: The unit of work of a turn.
+#: Returns the unit of work of a turn.
 _UnitAt: TypeAlias = Callable[[jax.Array], _Unit]
 
 
 def _body(plan: _Plan, q: Ref, k: Ref, v: Ref, *rest: Ref) -> None:
-    """The kernel: references in device memory, in the order of the call, the output last."""
+    """The body of the kernel: references in device memory, in the order of the call, the output last."""
     zero_point, out = rest[:-1], rest[-1]
     fetched = partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=swizzled(plan.aligned, jnp.bfloat16))
 
@@ -264,7 +264,7 @@ def _body(plan: _Plan, q: Ref, k: Ref, v: Ref, *rest: Ref) -> None:
 
 
 def _copy(plan: _Plan, k: Ref, v: Ref, scratch: _Scratch, unit_at: _UnitAt, count: jax.Array) -> None:
-    """Fills the rings: for every unit the keys and values of its two heads."""
+    """Fills the rings with the keys and values of both heads of every unit."""
 
     @pl.loop(0, count)
     def fetch_unit(turn: jax.Array) -> None:
@@ -286,7 +286,7 @@ def _copy(plan: _Plan, k: Ref, v: Ref, scratch: _Scratch, unit_at: _UnitAt, coun
     stages = 2 * count * plan.steps
 
     @pl.loop(lax.max(stages - _STAGES, 0), stages)
-    def drain(stage: jax.Array) -> None:  # a barrier may not go away while an arrival at it has not been seen
+    def drain(stage: jax.Array) -> None:  # a barrier must not be freed before all arrivals at it have been waited for
         for _, _, empty in (scratch.keys_at(stage), scratch.values_at(stage)):
             plgpu.barrier_wait(empty)
 
@@ -301,7 +301,7 @@ def _multiply(
     count: jax.Array,
     warpgroup: jax.Array,
 ) -> None:
-    """One warpgroup's part of every unit."""
+    """Computes one warpgroup's part of every unit."""
     queries, full = scratch.queries.at[warpgroup], scratch.queries_full.at[warpgroup]
     staging = scratch.staging.at[0 if plan.by_head else warpgroup]
     zero = load_of_layer(zero_point[0], load_vector(zero_point[1], 0)) if plan.codes else None
@@ -310,7 +310,7 @@ def _multiply(
     place = lambda index: (index // plan.tiles_at_once, lax.rem(index, plan.tiles_at_once))
 
     def rows(index: jax.Array) -> tuple[_Unit, At]:
-        """The unit of a tile, and this warpgroup's rows of it."""
+        """Returns the unit of a tile, and this warpgroup's rows of the tile."""
         turn, tile = place(index)
         unit = unit_at(turn)
         first = unit.row + (unit.tile + tile) * plan.tile
@@ -321,10 +321,10 @@ def _multiply(
         plgpu.copy_gmem_to_smem(q.at[own, unit.columns(plan, head)], queries, full)
 
     def one_head(index: jax.Array, head: int, fetch_next: Callable[[], None]) -> None:
-        """Attends and leaves the result in ``staging``."""
+        """Computes attention and leaves the result in ``staging``."""
         plgpu.barrier_wait(full)
         x = _without_strangers(plan, queries[...], head)
-        plgpu.commit_smem()  # all have read before the next queries come
+        plgpu.commit_smem()  # all threads have read before the next queries arrive
         fetch_next()
         turn, tile = place(index)
         y = _attend(plan, x, scratch, (2 * turn + head) * plan.steps, tile)
@@ -349,7 +349,7 @@ def _multiply(
         store(index)
 
     first = jnp.int32(0)
-    if plan.by_head:  # there is one unit for each block
+    if plan.by_head:  # there is one unit per block
 
         def own(head: int) -> None:
             fetch_queries(first, head)
@@ -371,7 +371,7 @@ def _multiply(
 
 
 def _without_strangers(plan: _Plan, x: jax.Array, head: int) -> jax.Array:
-    """Queries (64, width) with zeros where the columns are another head's."""
+    """Returns queries (64, width) with zeros in the columns of other heads."""
     if plan.width == plan.d:
         return x
     column, lead = lax.broadcasted_iota(jnp.int32, x.shape, 1), plan.lead(head)
@@ -379,13 +379,13 @@ def _without_strangers(plan: _Plan, x: jax.Array, head: int) -> jax.Array:
 
 
 def _attend(plan: _Plan, queries: jax.Array, scratch: _Scratch, first: jax.Array, tile: jax.Array) -> jax.Array:
-    """The attention of 64 queries to the keys of the stages from ``first``, (64, width) float32."""
+    """Returns the attention of 64 queries to the keys of the stages from ``first`` on, (64, width) float32."""
     to_log2 = math.log2(math.e) / math.sqrt(plan.d)
     over_columns = lambda x, like: lax.broadcast_in_dim(x, like.shape, (0,))
     take_turns = scratch.take_turns if plan.in_turns else lambda: None
 
     def used(part: tuple[Ref, Ref, Ref], multiply: Callable[[Ref], jax.Array]) -> jax.Array:
-        """The product with keys or values: waited for by the first tile, given back by the last."""
+        """Returns the product with keys or values. The first tile waits for their arrival, the last releases them."""
         reference, full, empty = part
         pl.when(tile == 0)(lambda: plgpu.barrier_wait(full))
         result = multiply(reference)
@@ -393,7 +393,7 @@ def _attend(plan: _Plan, queries: jax.Array, scratch: _Scratch, first: jax.Array
         return result
 
     def weights(step: jax.Array | int, before: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """``exp(scores - largest)`` in bfloat16, its sums, and the logarithm (base 2) of the largest so far."""
+        """Returns ``exp(scores - largest)`` in bfloat16, its sums, and the logarithm (base 2) of the largest so far."""
         scores = used(scratch.keys_at(first + step), lambda keys: product(queries, transposed(keys), then=take_turns))
         largest = scores.max(1) * to_log2
         largest = largest if before is None else jnp.maximum(before, largest)
@@ -420,8 +420,8 @@ def _attend(plan: _Plan, queries: jax.Array, scratch: _Scratch, first: jax.Array
 
 
 def product(a: jax.Array, b: Ref, init: jax.Array | None = None, then: Callable[[], None] = lambda: None) -> jax.Array:
-    """``init + a @ b`` in float32, of bfloat16 in registers and in shared memory. Without ``init``, ``then`` is called once it
-    has started."""
+    """Returns ``init + a @ b`` in float32, with bfloat16 ``a`` in registers and ``b`` in shared memory. Without ``init``,
+    ``then`` is called once the product has started."""
 
     def multiply(acc: Ref) -> None:
         wgmma(acc, a, b)

@@ -1,6 +1,6 @@
-"""One pass on Hopper by :mod:`ptq4dit_jax.engine.hopper.rows`.
+"""Quantization in one pass on Hopper, by :mod:`ptq4dit_jax.engine.hopper.row_wise`.
 
-Covers bfloat16 with ranges per tensor or, behind adaLN, per token.
+Covers bfloat16 with ranges per tensor or, after adaLN, per token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The epilogue of a product on Hopper: scales and bias, then what follows the layer, piece by piece through shared memory."""
+"""The epilogue of a product on Hopper: scales, bias and what follows the layer, piece by piece through shared memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, Plan
 def fetch_residual(
     plan: Plan, residual: Ref, staging: Ref, fetched: Ref, warpgroup: jax.Array, m0: jax.Array, n0: jax.Array
 ) -> None:
-    """Starts copying the residual to where the result will lie, once what lay there has been stored."""
+    """Starts copying the residual to where the result will be, once the previous result has been stored from there."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for slot, (i, j, width) in enumerate(plan.pieces):
         piece = residual.at[pl.ds(m0 + i, EPILOGUE_M), pl.ds(n0 + j, width)]
@@ -34,9 +34,9 @@ def finish_tile(
     m0: jax.Array,
     n0: jax.Array,
 ) -> None:
-    """The epilogue of a warpgroup's tile, piece by piece through shared memory to the outputs.
+    """Runs the epilogue of a warpgroup's tile, piece by piece through shared memory to the outputs.
 
-    A residual is read by the warps that write the result in its place, so they need not wait for one another.
+    The warps that read a residual also write the result in its place, so they need not wait for one another.
     """
     of_layer = lambda name, *index: load_of_layer(vectors[name], layer, *index)
     for piece, (i, j, width) in enumerate(plan.pieces):
@@ -57,7 +57,7 @@ def finish_tile(
             plgpu.barrier_wait(fetched.at[warpgroup * plan.slots + slot])
             y = staging[slot].astype(jnp.float32) + gate * y
         else:
-            # Pieces take turns with the slots, but a tile begins with slot 0 even where the last one ended there.
+            # Pieces alternate between the slots, but a tile begins with slot 0 even if the last one ended there.
             again = piece == 0 and len(plan.pieces) % plan.slots
             plgpu.wait_smem_to_gmem(0 if again else plan.slots - 1, wait_read_only=True)
         if plan.requantized is None:
@@ -84,5 +84,5 @@ def _store(plan: Plan, piece: Ref, outs: tuple[Ref, ...], rows: At, column: jax.
 
 
 def _gelu(x: jax.Array) -> jax.Array:
-    """GELU by tanh; two products less than as it is usually written."""
+    """Computes GELU by tanh, with two products fewer than the usual form."""
     return x * (0.5 + 0.5 * jnp.tanh(x * (0.7978845608028654 + 0.035677408136300125 * (x * x))))

@@ -1,7 +1,7 @@
-"""The warpgroups that feed a product on Hopper: one copies, and of packed weights another unpacks what came.
+"""The warpgroups that feed a product on Hopper: one copies, and for packed weights another unpacks what was copied.
 
-Every stage of a ring goes round: copied when the multiplying warpgroups have left it (``empty``), unpacked when it has arrived
-(``arrived``), multiplied when both operands are there (``full``).
+Every stage of a ring is reused in a cycle: filled when the multiplying warpgroups have left it (``empty``), unpacked when the
+copy has arrived (``arrived``), multiplied when both operands are there (``full``).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _Held = TypeVar("_Held")
 
 
 class Rings(NamedTuple, Generic[_Held]):
-    """References in shared memory, or what allocates it: operands by ring and stage, and the barriers of each stage. Where
-    weights are packed, ``packed`` holds what is copied and ``b`` what it unpacks to, both as bytes and as words of the same
+    """References in shared memory, or what allocates it: operands by ring and stage, and the barriers of each stage. If
+    weights are packed, ``packed`` holds the copied bytes and ``b`` the unpacked ones, both as bytes and as words of the same
     memory."""
 
     a: _Held
@@ -37,7 +37,7 @@ class Rings(NamedTuple, Generic[_Held]):
 
 
 def rings(plan: Plan) -> Rings[pl.MemoryRef | plgpu.Barrier]:
-    """What to allocate."""
+    """Returns what to allocate."""
     (block_m, block_n), lead = plan.tiles.block, (plan.rings, plan.tiles.stages)
     as_bytes = lambda shape, dtype: plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
     barriers = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.rings * plan.tiles.stages)
@@ -53,7 +53,7 @@ def rings(plan: Plan) -> Rings[pl.MemoryRef | plgpu.Barrier]:
 
 
 class Place(NamedTuple):
-    """Where a step goes: its ring, its stage there, the barrier of that stage, and how many steps the ring has seen."""
+    """Where a step goes: its ring, its stage in the ring, the barrier of that stage, and the steps of the ring before it."""
 
     ring: jax.Array
     stage: jax.Array
@@ -62,14 +62,14 @@ class Place(NamedTuple):
 
 
 def place(plan: Plan, turn: jax.Array, k: jax.Array) -> Place:
-    """Where step ``k`` of an output tile goes."""
+    """Returns where step ``k`` of an output tile goes."""
     ring, before = lax.rem(turn, plan.rings), lax.div(turn, plan.rings) * plan.steps + k
     stage = lax.rem(before, plan.tiles.stages)
     return Place(ring, stage, ring * plan.tiles.stages + stage, before)
 
 
 def each_step(plan: Plan, turn: jax.Array, body: Callable[[jax.Array, Place], None]) -> None:
-    """Does ``body`` for every step of an output tile."""
+    """Runs ``body`` for every step of an output tile."""
 
     @pl.loop(0, plan.steps)
     def step(k: jax.Array) -> None:
@@ -77,20 +77,20 @@ def each_step(plan: Plan, turn: jax.Array, body: Callable[[jax.Array, Place], No
 
 
 def copy(plan: Plan, a: Ref, b: Ref, to: Rings[Ref], count: jax.Array, at_turn: Callable[[jax.Array], OutputTile]) -> None:
-    """Copies what ``count`` output tiles are made of, tile after tile."""
+    """Copies the operands of ``count`` output tiles, tile by tile."""
     (block_m, block_n), stages = plan.tiles.block, plan.tiles.stages
-    rows_of = lambda columns: columns // 2 if plan.packed else columns  # of the weight; two share the bytes of one
+    rows_of = lambda columns: columns // 2 if plan.packed else columns  # of the weight; two packed rows share one row of bytes
 
     @pl.loop(0, count)
     def tile(turn: jax.Array) -> None:
         layer, row, column = at_turn(turn)
-        above = layer * rows_of(plan.N) if b.shape[0] > rows_of(plan.N) else 0  # weights of the layers before
+        above = layer * rows_of(plan.N) if b.shape[0] > rows_of(plan.N) else 0  # rows of the layers before
         weight_row = above + pl.multiple_of(rows_of(column), rows_of(block_n))
         rows, weight_rows = pl.ds(row, block_m), pl.ds(weight_row, rows_of(block_n))
         activations = plan.of_group(a, layer)
 
         def step(k: jax.Array, at: Place) -> None:
-            # Room for the operands is room for packed weights, too: what lay there has been unpacked for what was multiplied.
+            # Room for the operands means room for packed weights, too: what was multiplied had been unpacked before.
             @pl.when(at.before >= stages)
             def wait_for_room() -> None:
                 plgpu.barrier_wait(to.empty.at[at.barrier])
@@ -105,7 +105,7 @@ def copy(plan: Plan, a: Ref, b: Ref, to: Rings[Ref], count: jax.Array, at_turn: 
 
         each_step(plan, turn, step)
 
-    for ring in range(plan.rings):  # a barrier may not go away while an arrival at it has not been seen
+    for ring in range(plan.rings):  # a barrier must not be freed before all arrivals at it have been waited for
         done = (count - ring + plan.rings - 1) // plan.rings * plan.steps
 
         @pl.loop(lax.max(done - stages, 0), done)
@@ -114,9 +114,9 @@ def copy(plan: Plan, a: Ref, b: Ref, to: Rings[Ref], count: jax.Array, at_turn: 
 
 
 def unpack(plan: Plan, zero_point: Ref, to: Rings[Ref], count: jax.Array, at_turn: Callable[[jax.Array], OutputTile]) -> None:
-    """Unpacks what :func:`copy` brings of packed weights, and takes their zero points from them.
+    """Unpacks the packed weights that :func:`copy` brings, and subtracts their zero points.
 
-    Several stages at a time where the ring has them: most of the time from an arrival to the fence behind it is waiting.
+    It takes several stages at a time if the ring has them: most of the time from an arrival to the fence after it is waiting.
     """
     block_n = plan.tiles.block[1]
     together = max(1, min(3, plan.tiles.stages // 2))

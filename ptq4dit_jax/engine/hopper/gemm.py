@@ -1,15 +1,15 @@
 """int8 x int8 -> int32 on Hopper's tensor cores, with the epilogue fused.
 
-One persistent block per multiprocessor, three warpgroups: one copies tiles of both operands into rings in shared memory (TMA),
-two multiply (``wgmma``) and finish. The two either share an output tile, or take turns ("ping-pong"): then each has its own
-tile and its own ring, and one's epilogue runs while the other multiplies. Weights are (N, K): for 8-bit types ``wgmma`` wants
-the contraction axis last in both operands. 4-bit weights are copied packed, and a fourth warpgroup unpacks them.
+There is one persistent block per multiprocessor, with three warpgroups: one copies tiles of both operands into rings in shared
+memory (TMA), two multiply (``wgmma``) and finish. The two either share an output tile or take turns ("ping-pong"): then each
+has its own tile and its own ring, and the epilogue of one runs while the other multiplies. Weights are (N, K): for 8-bit types
+``wgmma`` requires the contraction axis last in both operands. 4-bit weights are copied packed; a fourth warpgroup unpacks them.
 
-Warpgroups meet at the barriers of the rings' stages, and the threads of one where it commits what it wrote to shared memory or
-waits for its copies out of it; the compiler inserts no others.
+Warpgroups synchronize at the barriers of the rings' stages. The threads of one synchronize when it commits writes to shared
+memory or waits for its copies out of it. The compiler inserts no other barriers.
 
-What belongs to a layer comes as a stack (S, ...): of all layers, S = L, of which the kernel reads layer ``layer``, or of one,
-S = 1, which serves any. Or all layers are multiplied, each with rows of its own.
+Arrays of a layer come as a stack (S, ...). Either S = L, and the kernel reads layer ``layer``; or S = 1, and the one layer
+serves any index. Or all layers are multiplied, each with its own rows.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ptq4dit_jax.engine.hopper.epilogue import fetch_residual, finish_tile
 from ptq4dit_jax.engine.hopper.feed import Place, Rings, copy, each_step, place, rings, unpack
 from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, GatedResidual, GeluRequantize, OutputTile, Plan, Tiles
 
-#: Bulk copies want arrays of no more rows than this, or of a multiple.
+#: Bulk copies require at most this number of rows, or a multiple of it.
 ROWS = 8
-#: Registers a thread of the multiplying, the copying and, of packed weights, the unpacking warpgroups: all four have 512.
+#: Registers per thread of the multiplying, the copying and, for packed weights, the unpacking warpgroups. All four share 512.
 _REGISTERS, _REGISTERS_PACKED = (232, 40, 0), (184, 40, 104)
 
 
@@ -47,19 +47,19 @@ def int8_matmul(
     finish: GeluRequantize | GatedResidual | None = None,
     outputs: int = 1,
 ) -> list[jax.Array]:
-    """``y = (a @ b.T) * scale * column_scale + bias``, finished, in one kernel.
+    """Computes ``y = (a @ b.T) * scale * column_scale + bias`` and applies ``finish``, in one kernel.
 
     Args:
       a: (M, K) int8, any M; or (S, M, K), for all layers.
-      b: (S, N, K) int8, or packed, (S, N / 2, K) uint8 (:func:`ptq4dit_jax.quantizers.pack_nibbles`); N and K are multiples of
-        128, and N / outputs one of the width of a piece of the epilogue.
-      scale: float32, one for each row, (M, 1), or one for all, (S,).
+      b: (S, N, K) int8, or packed, (S, N / 2, K) uint8 (:func:`ptq4dit_jax.quantizers.pack_nibbles`). N and K are multiples of
+        128, and N / outputs is a multiple of the width of a piece of the epilogue.
+      scale: float32, one per row, (M, 1), or one for all, (S,).
       column_scale, bias: (S, N) float32.
-      layer: (1,) int32; None for all layers, which takes one scale a layer, no ``finish``, and tiles that divide N.
+      layer: (1,) int32; None for all layers, which requires one scale per layer, no ``finish``, and tiles that divide N.
       tiles: how to cut the work.
       weight_zero: (S, N) int8, the zero points of packed weights; None for 8-bit weights.
       finish: what is done with ``y``; None stores it.
-      outputs: into how many arrays of equal width the columns go.
+      outputs: the number of arrays of equal width that the columns are split into.
 
     Returns:
       ``outputs`` arrays ([S,] M, N / outputs), int8 after :class:`GeluRequantize` and bfloat16 otherwise.
@@ -68,7 +68,7 @@ def int8_matmul(
     M = given if given <= ROWS else pl.cdiv(given, ROWS) * ROWS
     a = widened(a, M, axis=-2)
     N, groups = column_scale.shape[-1], of_all[0] if layer is None else None
-    # Bulk copies stop at the end of an array; vectors are read without them, so they reach to the end of the last tile.
+    # Bulk copies stop at the end of an array. Vectors are read without them, so they are padded to the end of the last tile.
     rows, columns = (pl.cdiv(size, tile) * tile for size, tile in zip((M, N), tiles.block, strict=True))
     vectors = {"column_scale": widened(column_scale, columns), "bias": widened(bias, columns)}
     if layer is not None:
@@ -107,7 +107,7 @@ def int8_matmul(
 
 
 def _body(plan: Plan, a: Ref, b: Ref, *rest: Ref) -> None:
-    """The kernel: references in device memory, in the order of the call, outputs last."""
+    """The body of the kernel: references in device memory, in the order of the call, outputs last."""
     vectors = dict(zip(plan.vectors, rest, strict=False))
     residual, outs = (rest[len(vectors)] if plan.tokens else None), rest[-plan.outputs :]
     block_m, block_n = plan.tiles.block
@@ -169,7 +169,7 @@ def _body(plan: Plan, a: Ref, b: Ref, *rest: Ref) -> None:
 
 
 def _accumulate(plan: Plan, rings: Rings[Ref], turn: jax.Array, row: jax.Array | int, column: jax.Array | int) -> jax.Array:
-    """The int32 product of a warpgroup's tile, which begins at ``row`` and ``column`` of the block's."""
+    """Returns the int32 product of a warpgroup's tile, which begins at ``row`` and ``column`` of the block's tile."""
     rows, columns = pl.ds(row, plan.tiles.m), pl.ds(column, plan.tiles.n)
     b = bytes_of(rings.b) if plan.packed else rings.b
 

@@ -1,8 +1,9 @@
 """Products on Hopper's tensor cores by :mod:`ptq4dit_jax.engine.hopper.gemm`: fits operands to the kernel and picks tiles.
 
-Covers activations (B, T, K) that become bfloat16 or int8, with one group of steps for all rows. Kernels read what they can out
-of the stacks of layers. Widths that are no multiple of 128 are padded with zeros, which change no sum. 4-bit weights of
-a block are unpacked by one kernel before its products, those of all blocks' modulation in their product, others by XLA.
+Covers activations (B, T, K) and results in bfloat16 or int8, with one group of steps for all rows. Kernels read what they can
+directly from the stacks of layers. Widths that are not multiples of 128 are padded with zeros, which change no sum. One kernel
+unpacks 4-bit weights of a block before its products. Weights of all blocks' modulation are unpacked in their product, others
+by XLA.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ptq4dit_jax.quantizers import PACKED_ROWS, ActQuantizer, Encoded, QTensor, 
 
 
 class _Operands(NamedTuple):
-    """Arguments of the kernel, and the shape (B, T, N) of the result."""
+    """The kernel's arguments, and the shape (B, T, N) of the result."""
 
     arrays: tuple[jax.Array, ...]
     shape: tuple[int, int, int]
@@ -35,25 +36,25 @@ class _Operands(NamedTuple):
         return self.arrays[3].shape[-1]
 
     def columns(self, leaf: Leaf) -> jax.Array:
-        """The stack of a leaf (..., N), as wide as the padded product."""
+        """Returns the stack of a leaf (..., N), as wide as the padded product."""
         return _stack_widened(leaf, self.width)
 
     def padded(self, array: jax.Array) -> jax.Array:
-        """An array (M, N) as wide as the padded product."""
+        """Pads an array (M, N) to the width of the padded product."""
         return widened(array, self.width)
 
     def rows(self, array: jax.Array) -> jax.Array:
-        """A result (M, padded N) as (B, T, N)."""
+        """Returns a result (M, padded N) as (B, T, N)."""
         return array[:, : self.shape[-1]].reshape(self.shape)
 
 
 def _stack_widened(leaf: Leaf, size: int) -> jax.Array:
-    """The stack of a leaf (..., N) with N = ``size``; of the layer alone where it has to be padded."""
+    """Returns the stack of a leaf (..., N) with N = ``size``; if it must be padded, a stack of the layer alone."""
     return stack_of(leaf if leaf.shape[-1] == size else widened(materialize(leaf), size))
 
 
 def _operands(x: Encoded, weight: QTensor, bias: Leaf, *finish: Leaf | ActQuantizer) -> _Operands:
-    """``finish`` is what else of the layer the kernel reads."""
+    """Returns the kernel's operands. ``finish``: other arrays of the layer that the kernel reads."""
     require_axes(x.values.shape)
     require(len(weight.shape) == 2, "the weight is a stack")
     require(bias.ndim == 1, "the bias differs by image")
@@ -83,7 +84,7 @@ def _run(
 
 
 def unpack_ahead(weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
-    """See :meth:`~ptq4dit_jax.engine.backends.Backend.unpack_ahead`. Leaves packed what the kernel does not cover."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.unpack_ahead`. Weights that the kernel does not cover stay packed."""
     covered = lambda N, K: N % PACKED_ROWS == K % TILE_K == 0 and min(N, K) > 0
     chosen = {
         name: weight for name, weight in weights.items() if weight.packed and len(weight.shape) == 2 and covered(*weight.shape)
@@ -103,9 +104,9 @@ def linear(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike) -> jax.Arr
 
 
 def linear_parts(x: Encoded, weight: QTensor, bias: Leaf, dtype: DTypeLike, parts: int) -> list[jax.Array]:
-    """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear_parts`. Attention reads arrays of their own without a copy."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear_parts`. Attention reads separate arrays without a copy."""
     each = weight.shape[-2] // parts
-    if each % TILE_K:  # a piece of the epilogue would lie in two parts
+    if each % TILE_K:  # a piece of the epilogue would span two parts
         return jnp.split(linear(x, weight, bias, dtype), parts, axis=-1)
     require_bfloat16(dtype)
     operands = _operands(x, weight, bias)

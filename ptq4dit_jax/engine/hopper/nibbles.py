@@ -1,6 +1,6 @@
-"""4-bit weights in shared memory, and the kernel that unpacks those of a layer.
+"""4-bit weights in shared memory, and the kernel that unpacks the weights of a layer.
 
-Words of four bytes are unpacked at a time: of every 64 rows of a weight the first 32 are the low halves of 32 rows of bytes,
+They are unpacked in words of four bytes. Of every 64 rows of a weight, the first 32 are the low halves of 32 rows of bytes, and
 the others the high halves (:func:`ptq4dit_jax.quantizers.pack_nibbles`).
 """
 
@@ -24,32 +24,32 @@ from ptq4dit_jax.engine.hopper.plan import TILE_K
 from ptq4dit_jax.quantizers import PACKED_ROWS
 
 _HALF = PACKED_ROWS // 2
-#: In each byte of a word: the low half, and the sign.
+#: Masks of the low half, and of the sign, of each byte of a word.
 _LOW, _SIGN = np.int32(0x0F0F0F0F), np.int32(-0x7F7F7F80)
 
 
 def bytes_and_words(shape: tuple[int, ...], dtype: DTypeLike) -> plgpu.RefUnion:
-    """Shared memory to be read and written as bytes and as words."""
+    """Returns shared memory that can be accessed as bytes and as words."""
     views = (shape, dtype), ((*shape[:-1], shape[-1] // 4), jnp.int32)
     return plgpu.RefUnion(*(plgpu.SMEM(view, kind, transforms=swizzled(view[-1], kind)) for view, kind in views))
 
 
 def load(ref: Ref, rows: int, *at: At) -> list[jax.Array]:
-    """The packed words of ``rows`` rows of a weight, in blocks; 16 bytes to a thread, so that every access is as wide as can
-    be."""
+    """Loads the packed words of ``rows`` rows of a weight, in blocks; 16 bytes per thread, so that every access is as wide as
+    possible."""
     words = (load_words(ref, *at, pl.ds(row, _HALF)) for row in range(0, rows // 2, _HALF))
     return [plgpu.layout_cast(w, plgpu.Layout.SMEM_GMEM_COPY(w.shape, w.dtype, 4 * w.shape[1])) for w in words]
 
 
 def offsets(zero_point: Ref, layer: jax.Array, first: jax.Array, rows: int) -> list[jax.Array]:
-    """128 less the zero points of rows from ``first`` of a layer, in each byte of a word, in blocks."""
+    """Returns 128 minus the zero points of a layer's rows from ``first`` on, in each byte of a word, in blocks."""
     blocks = (load_of_layer(zero_point, layer, pl.ds(first + row, _HALF)) for row in range(0, rows, _HALF))
     return [_SIGN - block.astype(jnp.int32) * np.int32(0x01010101) for block in blocks]
 
 
 def store(ref: Ref, packed: list[jax.Array], of_rows: list[jax.Array], *at: At) -> None:
-    """Writes the codes of what :func:`load` gave, less the zero points of their rows by :func:`offsets`: sums with those stay
-    above 0, so that no byte borrows from the next."""
+    """Writes the codes from :func:`load` minus the zero points of their rows, given by :func:`offsets`. Sums with the offsets
+    stay above 0, so that no byte borrows from the next."""
     halves = [codes for words in packed for codes in (words, lax.shift_right_logical(words, 4))]
     for index, (words, offset) in enumerate(zip(halves, of_rows, strict=True)):
         centered = ((words & _LOW) + lax.broadcast_in_dim(offset, words.shape, (0,))) ^ _SIGN
@@ -59,14 +59,14 @@ def store(ref: Ref, packed: list[jax.Array], of_rows: list[jax.Array], *at: At) 
 def unpacked(
     packed: Sequence[jax.Array], zero_points: Sequence[jax.Array], layer: jax.Array, after: jax.Array
 ) -> list[jax.Array]:
-    """Several packed weights of one layer as centered codes, by one kernel.
+    """Unpacks several packed weights of one layer to centered codes, in one kernel.
 
     Args:
       packed: (S, N / 2, K) uint8 each, stacks as in :mod:`ptq4dit_jax.engine.hopper.gemm`; N a multiple of 64, K of 128.
       zero_points: (S, N) int8 each.
       layer: (1,) int32.
-      after: an array that has to be computed first. The kernel does not read it; without it XLA would unpack all layers of a
-        model at once, before its loop over steps, and hold them.
+      after: an array that must be computed first. The kernel does not read it. Without it, XLA would unpack all layers of a
+        model at once, before its loop over steps, and keep them.
 
     Returns:
       (N, K) int8 each.
@@ -94,7 +94,7 @@ def unpacked(
 
         for index, ends in enumerate(itertools.pairwise(itertools.accumulate(counts, initial=0))):
             mine = (tile >= ends[0]) & (tile < ends[1])
-            of_weight = refs[index : 3 * count : count]  # what it reads, its zero points, what it writes
+            of_weight = refs[index : 3 * count : count]  # packed codes, zero points, and output
             pl.when(mine)(partial(unpack, ends[0], *of_weight))
 
     kernel = common.kernel(

@@ -1,5 +1,5 @@
-"""How a product is cut into tiles, and what becomes of it: what the parts of the kernel in
-:mod:`ptq4dit_jax.engine.hopper.gemm` have to agree on."""
+"""How a product is cut into tiles and how it is finished: what the parts of the kernel in
+:mod:`ptq4dit_jax.engine.hopper.gemm` must agree on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.hopper.common import Ref
 
-#: Elements of the contraction axis in a stage of a ring, a full swizzle of 128 bytes; the axis is a multiple of it.
+#: Elements of the contraction axis in a stage of a ring: a full swizzle of 128 bytes. The axis is a multiple of it.
 TILE_K = 128
 #: Rows that an epilogue handles at a time.
 EPILOGUE_M = 64
@@ -24,9 +24,9 @@ class Tiles:
     """How the work is cut.
 
     Attributes:
-      m, n: a warpgroup's output tile, multiples of 64.
-      stages: of each ring.
-      sharing: the axis along which the two warpgroups lie in one output tile, or ``ping-pong``.
+      m, n: size of a warpgroup's output tile, multiples of 64.
+      stages: number of stages of each ring.
+      sharing: the axis along which the two warpgroups split one output tile, or ``ping-pong``.
       band: width, in tiles, of the bands in which tiles are visited, so that both operands stay in the L2 cache.
     """
 
@@ -38,7 +38,7 @@ class Tiles:
 
     @property
     def block(self) -> tuple[int, int]:
-        """Rows and columns of a tile of the block."""
+        """Rows and columns of the block's tile."""
         return self.m * (2 if self.sharing == "m" else 1), self.n * (2 if self.sharing == "n" else 1)
 
 
@@ -62,7 +62,7 @@ class GatedResidual(NamedTuple):
 
 
 class OutputTile(NamedTuple):
-    """Which layer a tile of a block is of, and its first row and column."""
+    """The layer that a block's tile belongs to, and its first row and column."""
 
     layer: jax.Array
     row: jax.Array
@@ -71,9 +71,9 @@ class OutputTile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the kernel's body has to know; all static.
+    """What the kernel's body needs to know; all static.
 
-    ``groups`` is the number of layers that are multiplied at once, each with rows of its own; None for one layer.
+    ``groups`` is the number of layers that are multiplied at once, each with its own rows; None for one layer.
     """
 
     M: int
@@ -98,7 +98,7 @@ class Plan:
         return pl.cdiv(self.M, self.tiles.block[0]), pl.cdiv(self.N, self.tiles.block[1])
 
     def of_group(self, ref: Ref, layer: jax.Array) -> Ref:
-        """The rows (M, ...) of a layer, out of those of all layers where all are multiplied."""
+        """Returns the rows (M, ...) of a layer; if all layers are multiplied, ``ref`` holds the rows of all."""
         return ref if self.groups is None else ref.at[layer]
 
     @property
@@ -111,17 +111,17 @@ class Plan:
 
     @property
     def in_flight(self) -> bool:
-        """Whether a step's product goes on while the next is issued. That pays where it is short; larger ones, which fill the
-        tensor cores longer than it takes to give a stage back, become slower by it (docs/journal/kernels.md)."""
+        """Whether a step's product is still running while the next is issued. That pays off for short products. Larger ones,
+        which keep the tensor cores busy longer than it takes to release a stage, become slower (docs/journal/kernels.md)."""
         return self.tiles.m * self.tiles.n <= 64 * 64
 
     @property
     def pieces(self) -> list[tuple[int, int, int]]:
-        """Pieces of a warpgroup's tile that the epilogue handles at a time: first row, first column, columns."""
+        """Pieces of a warpgroup's tile that the epilogue handles one at a time: first row, first column, columns."""
         width = 128 if self.requantized and self.tiles.n % 128 == 0 else 64
         return [(i, j, width) for i in range(0, self.tiles.m, EPILOGUE_M) for j in range(0, self.tiles.n, width)]
 
     @property
     def slots(self) -> int:
-        """Pieces in shared memory at a time: all where a residual is fetched ahead, else two."""
+        """Pieces in shared memory at a time: all if a residual is fetched ahead, otherwise two."""
         return len(self.pieces) if self.tokens else min(2, len(self.pieces))

@@ -1,4 +1,4 @@
-"""What several of the kernels ask of their arguments."""
+"""Requirements on arguments that several kernels share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ptq4dit_jax.quantizers import ActQuantizer
 
 
 def require_axes(shape: tuple[int, ...], axes: str = "(B, T, K)") -> None:
-    """Three axes, none of size 0."""
+    """Requires three axes, none of size 0."""
     require(len(shape) == 3 and 0 not in shape, f"the input has shape {shape}, not {axes}")
 
 
@@ -20,5 +20,5 @@ def require_bfloat16(dtype: DTypeLike) -> None:
 
 
 def require_one_group(act: ActQuantizer) -> None:
-    """Ranges that are fixed beforehand are those of one group of steps for all rows."""
+    """Requires static ranges, if any, to be of one group of steps for all rows."""
     require(act.dynamic or np.ndim(act.static_range.scale) == 0, "its rows are of several groups of steps")

@@ -1,8 +1,8 @@
 """Row-wise kernels for Hopper: adaLN to int8 in one pass over the hidden state, and plain quantization.
 
-A warp holds whole rows in registers, so that norm, modulation, the row's largest magnitude and the codes come out of one read.
-XLA takes several passes for the same: 101 to 164 us against 39 for 32,768 rows of 1152 on an H200. What belongs to a layer
-comes as a stack (S, ...), as in :mod:`ptq4dit_jax.engine.hopper.gemm`.
+A warp holds whole rows in registers, so one read serves norm, modulation, the row's largest magnitude and the codes. XLA takes
+several passes for the same: 101 to 164 us against 39 us, for 32,768 rows of 1152 on an H200. Arrays of a layer come as a stack
+(S, ...), as in :mod:`ptq4dit_jax.engine.hopper.gemm`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ptq4dit_jax.engine.hopper import common
 from ptq4dit_jax.engine.hopper.common import At, Ref, load_of_layer, load_vector, to_codes
 from ptq4dit_jax.quantizers import EMPTY_RANGE
 
-#: Rows of a block: two to each of four warps.
+#: Rows per block: two for each of four warps.
 ROWS = 8
-#: Columns come in multiples of what the 32 lanes of a warp hold.
+#: The number of columns is a multiple of what the 32 lanes of a warp hold.
 COLUMNS = 64
-#: Rows over warps, columns over lanes, two neighbouring columns to a lane.
+#: Rows over warps, columns over lanes, two neighbouring columns per lane.
 _LAYOUT = plgpu.Layout.TILED(fragmented_array.Tiling(((4, COLUMNS), (COLUMNS // 32,))), (-3,), (-2,), -1)
 
 
@@ -40,21 +40,21 @@ def modulate_quantize(
     low: int,
     high: int,
 ) -> list[jax.Array]:
-    """``layer_norm(x) * (1 + scale) + shift`` as int8 codes.
+    """Quantizes ``layer_norm(x) * (1 + scale) + shift`` to int8 codes.
 
     Args:
       x: (M, D) bfloat16; M a multiple of 8, D of 64.
       shift, scale: (S, M / tokens, D).
-      ranges: scale (S,) float32 and zero point (S,) int32; or None for a symmetric scale of each row's own.
+      ranges: scale (S,) float32 and zero point (S,) int32; or None for a symmetric scale per row.
       layer: (1,) int32.
-      tokens: rows to an image, a multiple of 8.
+      tokens: rows per image, a multiple of 8.
       eps: of the norm.
       low, high: code range.
 
     Returns:
-      (M, D) int8, and without ``ranges`` the scales (M,) float32.
+      (M, D) int8 and, without ``ranges``, the scales (M,) float32.
     """
-    (M, D), of_rows = x.shape, ranges is None  # the body must hold no array: JAX keeps it
+    (M, D), of_rows = x.shape, ranges is None  # the body must hold no array, because JAX keeps the body
 
     def body(layer_ref: Ref, x_ref: Ref, shift_ref: Ref, scale_ref: Ref, *rest: Ref) -> None:
         at, layer = _rows(), load_vector(layer_ref, 0)
@@ -86,9 +86,9 @@ def modulate_quantize(
 def quantize(
     x: jax.Array, scale: jax.Array, zero_point: jax.Array, balance: jax.Array | None, layer: jax.Array, *, low: int, high: int
 ) -> jax.Array:
-    """``clip(round(x * balance / scale) + zero_point)``, (M, K) bfloat16 to int8.
+    """Computes ``clip(round(x * balance / scale) + zero_point)``, (M, K) bfloat16 to int8.
 
-    ``scale`` (S,) and ``balance`` (S, K), or None for ones, are float32, ``zero_point`` (S,) and ``layer`` (1,) int32.
+    ``scale`` (S,) and ``balance`` (S, K), or None for ones, are float32; ``zero_point`` (S,) and ``layer`` (1,) are int32.
     """
     shape, balanced = x.shape, balance is not None
 
@@ -109,17 +109,17 @@ def quantize(
 
 
 def _rows() -> At:
-    """The rows of this block."""
+    """Returns the rows of this block."""
     return pl.ds(lax.axis_index("rows") * ROWS, ROWS)
 
 
 def _held(ref: Ref, at: At) -> jax.Array:
-    """Rows as float32, whole rows to a warp."""
+    """Loads rows as float32, whole rows per warp."""
     return plgpu.layout_cast(load_vector(ref, at, slice(None)), _LAYOUT).astype(jnp.float32)
 
 
 def _over_rows(name: str, body: Callable[..., None], outs: list[jax.ShapeDtypeStruct]) -> Callable[..., list[jax.Array]]:
-    """The kernel that runs ``body`` for every eight rows."""
+    """Returns the kernel that runs ``body`` once per eight rows."""
     return common.kernel(
         body,
         out_type=outs,

@@ -1,4 +1,4 @@
-"""Which tiles for which product: what measured best on an H200, and a rule for the rest (docs/journal/kernels.md)."""
+"""Chooses tiles for a product: the candidates that measured best on an H200, and a rule (docs/journal/kernels.md)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 from ptq4dit_jax.engine.hopper.common import core_count
 from ptq4dit_jax.engine.hopper.plan import Tiles
 
-#: What the epilogue does: stores bfloat16; GELU and int8; gate and residual.
+#: What the epilogue does: stores bfloat16; applies GELU and stores int8; applies gate and residual.
 Kind = Literal["store", "gelu", "residual"]
 
 #: From the largest tiles to the smallest. Large ones read each operand less often; small ones keep all multiprocessors busy.
@@ -19,10 +19,9 @@ _CANDIDATES: dict[Kind, tuple[Tiles, ...]] = {
 
 
 def choose(kind: Kind, M: int, N: int) -> Tiles:
-    """The largest tiles that keep the multiprocessors busy for 70 % of the rounds that they take; if none do, those that are
-    through first.
+    """Returns the largest tiles that keep the multiprocessors busy for 70 % of their rounds; if none do, the fastest.
 
-    A tile has to divide N.
+    A tile must divide N.
     """
     fitting = [tiles for tiles in _CANDIDATES[kind] if N % tiles.block[1] == 0]
     for tiles in fitting:
@@ -32,7 +31,7 @@ def choose(kind: Kind, M: int, N: int) -> Tiles:
 
 
 def choose_for_few_rows(N: int) -> Tiles:
-    """For all layers at once, which is bound by reading packed weights: few rows, many columns, and N a multiple of 128."""
+    """Returns tiles for all layers at once, bound by reading packed weights: few rows, many columns, N a multiple of 128."""
     return next(tiles for tiles in (Tiles(64, 128, 3, "n"), Tiles(64, 64, 6, "n")) if N % tiles.block[1] == 0)
 
 
@@ -45,7 +44,8 @@ def _rounds(tiles: Tiles, M: int, N: int) -> int:
 
 
 def _cost(tiles: Tiles) -> int:
-    """Time of a tile in units of a product of its area: fetching a row or column takes as long as 71 elements. Fitted to six
-    choices of tiles for qkv of DiT-XL/2 with 512 rows on an H200, 7.2 to 8.7 us of which 3.5 depend on no tile."""
+    """Returns the time of a tile in units of one element of its product: fetching a row or column takes as long as 71 elements.
+    Fitted to six choices of tiles for qkv of DiT-XL/2 with 512 rows on an H200: 7.2 to 8.7 us, of which 3.5 us depend on no
+    tile."""
     m, n = tiles.block
     return m * n + 71 * (m + n)

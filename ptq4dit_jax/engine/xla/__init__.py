@@ -11,11 +11,11 @@ from ptq4dit_jax.engine.xla import linear as products
 
 
 class Xla(Backend[jax.Array]):
-    """The reference. What it does is defined where its operations are."""
+    """The reference. Its operations are defined in the modules beside this one."""
 
     name = "xla"
     takes_float_models = True
-    differentiable = True  # it refuses derivatives by itself, where it rounds
+    differentiable = True  # where it rounds, it refuses derivatives itself
     attends_on_codes = True
 
     unpack_ahead = staticmethod(products.unpack_ahead)

@@ -33,9 +33,9 @@ def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_he
 
 
 def centered_product(a: Encoded, b: Encoded) -> jax.Array:
-    """``sum_k (a - za)(b - zb)`` over the last axes, exact: values int8 (B, A, M, K) and (B, A, N, K) to int32 (B, A, M, N).
+    """Computes ``sum_k (a - za)(b - zb)`` exactly: values int8 (B, A, M, K) and (B, A, N, K) to int32 (B, A, M, N).
 
-    The product itself is int8 x int8; zero points, (), (B, 1, 1, 1) or None, enter by sums over K.
+    The product itself is int8 x int8. Zero points, (), (B, 1, 1, 1) or None, enter through sums over K.
     """
     out = batched(a.values, b.values)
     if b.zero_point is not None:
@@ -48,7 +48,7 @@ def centered_product(a: Encoded, b: Encoded) -> jax.Array:
 
 
 def attention_of_heads(q_BATd: jax.Array, k_BATd: jax.Array, v_BATd: jax.Array, sites: dict[str, ActQuantizer]) -> jax.Array:
-    """Softmax attention whose two products run on integers, (B, A, T, d)."""
+    """Computes softmax attention, (B, A, T, d), with both products on integers."""
     dtype = q_BATd.dtype
     q, k = sites["q"].encode(q_BATd), sites["k"].encode(k_BATd)
     logits_BATT = centered_product(q, k).astype(q.scale.dtype) * (q.scale * k.scale * q_BATd.shape[-1] ** -0.5)

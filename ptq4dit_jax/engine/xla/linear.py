@@ -12,27 +12,27 @@ from ptq4dit_jax.engine.stacks import map_in_chunks
 from ptq4dit_jax.numerics import INTEGER, along_last, at_least_float32
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
-#: What K is padded to a multiple of where it is no multiple of 4. On GPUs XLA's Triton kernels (JAX 0.11.2, H200) give wrong
-#: sums of int8 for most such K: for all from 2 to 18 that were tried, and for 25, 49 and 81, which are numbers of tokens.
+#: A K that is not a multiple of 4 is padded to a multiple of this. On GPUs XLA's Triton kernels (JAX 0.11.2, H200) give wrong
+#: int8 sums for most such K: for all from 2 to 18 that were tried, and for 25, 49 and 81, which are numbers of tokens.
 _WHOLE = 8
 
 
 def accumulate(x: jax.Array, codes: jax.Array) -> jax.Array:
-    """int8 (..., K) times int8 (N, K) to int32 (..., N). Never asks for an int8 result, which XLA runs as a slow loop."""
+    """Multiplies int8 (..., K) by int8 (N, K) to int32 (..., N). Never asks for int8 results, which XLA runs as a slow loop."""
     dims = (((x.ndim - 1,), (1,)), ((), ()))
     return _integer_product(x, codes, dims)
 
 
 def _integer_product(a: jax.Array, b: jax.Array, dims: jax.lax.DotDimensionNumbers) -> jax.Array:
-    """A product over the last axis of int8 arrays, to int32; padding adds nothing to a sum."""
+    """Multiplies int8 arrays over their last axes, to int32. Padding adds nothing to a sum."""
     if a.shape[-1] % 4:
         a, b = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % _WHOLE)]) for x in (a, b))
     return jax.lax.dot_general(a, b, dims, precision=INTEGER, preferred_element_type=jnp.int32)
 
 
 def _exact(x: Encoded, weight: QTensor, bias: jax.Array) -> jax.Array:
-    """The result in float32 at least. 4-bit codes are unpacked to int8 here, just before the product: XLA would widen
-    an int8 x int4 product to int32 on both sides."""
+    """Returns the result in float32 at least. 4-bit codes are unpacked to int8 here, just before the product: XLA would widen
+    both sides of an int8 x int4 product to int32."""
     out = accumulate(x.values, weight.codes())
     dtype = at_least_float32(x.scale.dtype, weight.scale.dtype, bias.dtype)
     scale = x.scale.astype(dtype) * along_last(weight.scale, out.ndim).astype(dtype)
