@@ -1,8 +1,8 @@
-"""The start of a program: what is heeded and shown before the library is imported, which takes a second or more.
+"""The start of a program: what it handles and shows before it imports the library, which takes a second or more.
 
-A module of its own, because importing anything of ``ptq4dit_jax`` imports all of it. It takes signals, and ends the process as
-:func:`ptq4dit_jax.ending.run` does, which takes over; and it shows the help of the whole program, for which it reads
-``ptq4dit_jax/cli/overview.py`` alone. This is the console script ``ptq4dit``.
+A separate module, because importing anything from ``ptq4dit_jax`` imports all of it. It handles signals, and ends the process
+as :func:`ptq4dit_jax.ending.run` does, which later takes over. It shows the help of the whole program, for which it reads only
+``ptq4dit_jax/cli/overview.py``. This is the console script ``ptq4dit``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def take_signals() -> None:
 
 
 def _overview(arguments: list[str]) -> None:
-    """Shows help and ends the process; returns where the package is not found as files."""
+    """Shows help and ends the process; returns if the package is not found as files."""
     package = importlib.util.find_spec("ptq4dit_jax")  # does not import it
     if package is None or package.origin is None:
         return

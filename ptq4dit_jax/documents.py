@@ -1,6 +1,6 @@
-"""Reading JSON and YAML that others wrote: one reader, within limits, so that a file can take neither memory nor time.
+"""Reads JSON and YAML that others wrote: one reader with limits, so that a file cannot exhaust memory or time.
 
-What a document may hold is stated here; :func:`read_json` and :func:`read_yaml` refuse anything else in one sentence.
+The limits are stated here; :func:`read_json` and :func:`read_yaml` refuse anything beyond them in one sentence.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import yaml
 from ptq4dit_jax.edges import edge, quoted, shown
 from ptq4dit_jax.errors import Ptq4ditError
 
-#: Bytes of a JSON document. What is made of it takes up to 31 times as many (``{"a":{}},...``): 0.3 GB. The index of a language
-#: model of 671 billion parameters has 9 MB, and the config.json of a DiT some 20 kB.
+#: The most bytes of a JSON document. Its objects take up to 31 times as many (``{"a":{}},...``): 0.3 GB. The index of a
+#: language model with 671 billion parameters has 9 MB, and the config.json of a DiT some 20 kB.
 MAX_JSON = 10_000_000
-#: Bytes of settings beside weights, which people read and write.
+#: The most bytes of settings beside weights, which people read and write.
 MAX_SETTINGS = 2**22
-#: Bytes of a YAML document: PyYAML, written in Python, takes 5 s for a megabyte.
+#: The most bytes of a YAML document: PyYAML, written in Python, takes 5 s per megabyte.
 MAX_YAML = 2**18
-#: Containers in containers.
+#: The most levels of nested containers.
 MAX_DEPTH = 64
-#: Values in all, those that aliases of YAML repeat among them.
+#: The most values in all, including those that YAML aliases repeat.
 MAX_VALUES = 2**20
-#: Mappings that one of YAML may merge, and entries that it then may have.
+#: The most mappings that a YAML mapping may merge, and the most entries that it may then have.
 _MAX_MERGED, _MAX_ENTRIES = 100, 10_000
-#: Digits of a whole number; a seed of NumPy has 39. Python takes a number of thousands for an error of its own.
+#: The most digits of a whole number; a NumPy seed has 39. Python itself raises an error at thousands of digits.
 MAX_DIGITS = 100
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -38,18 +38,18 @@ _TOO_DEEP = f"it nests more than {MAX_DEPTH} deep"
 
 
 class _Refused(Exception):
-    """What is wrong with a document, in words that follow "is not valid JSON:"."""
+    """What is wrong with a document, in words that follow a colon."""
 
 
 def read_json(path: Path, remedy: str, *, what: str = "configuration", limit: int = MAX_JSON, finite: bool = True) -> Any:
-    """The value in a JSON file.
+    """Reads the value in a JSON file.
 
     Args:
       path: the file.
       remedy: what a user can do about a file that is refused.
-      what: the kind of file, for the sentence on one that is larger than any.
-      limit: bytes that it may have.
-      finite: refuse NaN and infinity, which are no JSON, although Python writes them.
+      what: the kind of file, for the message about one that is too large.
+      limit: the most bytes that the file may have.
+      finite: refuse NaN and infinity, which are not JSON although Python writes them.
 
     Raises:
       Ptq4ditError: it cannot be read, is larger than ``limit``, or is no JSON within the limits of this module.
@@ -58,7 +58,7 @@ def read_json(path: Path, remedy: str, *, what: str = "configuration", limit: in
 
 
 def parse_json(text: str | bytes, subject: str, remedy: str, *, finite: bool = True) -> Any:
-    """The value of a JSON document in memory; ``subject`` names it, and starts the sentence of an error. Raises as above."""
+    """Reads the value of a JSON document in memory. ``subject`` names it, and starts an error's sentence. Raises as above."""
     constant = _no_constant if finite else float
     number = _finite_number if finite else float
     return _parsed(
@@ -71,7 +71,7 @@ def parse_json(text: str | bytes, subject: str, remedy: str, *, finite: bool = T
 
 
 def read_yaml(path: Path, remedy: str) -> Any:
-    """The value in a YAML file; tags of Python's objects are read as the plain values that they are written with.
+    """Reads the value in a YAML file; tagged Python objects are read as the plain values that they are written with.
 
     Raises:
       Ptq4ditError: it cannot be read, is larger than :data:`MAX_YAML`, or is no YAML of plain values within the limits.
@@ -96,14 +96,14 @@ def _parsed(parse: Callable[[], object], problem: str, remedy: str) -> Any:
         raise
     except RecursionError as error:
         raise Ptq4ditError(f"{problem}: {_TOO_DEEP}; {remedy}.") from error
-    except Exception as error:  # the parsers raise whatever they like
+    except Exception as error:  # the parsers may raise anything
         reason = f": {error}" if isinstance(error, _Refused) else ""
         raise Ptq4ditError(f"{problem}{reason}; {remedy}.") from error
     return value
 
 
 def _check_size(value: object) -> None:
-    """Refuses what nests too deeply or has too many values, those that aliases of YAML repeat among them."""
+    """Refuses values that nest too deeply or are too many, including those that YAML aliases repeat."""
     left = MAX_VALUES
     waiting: list[tuple[object, int]] = [(value, 0)]
     while waiting:
@@ -145,7 +145,7 @@ def _short_integer(text: str) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader without duplicate keys and long numbers, to which objects of Python are plain values."""
+    """YAML's safe loader, which refuses duplicate keys and long numbers, and reads Python objects as plain values."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         if isinstance(node, yaml.MappingNode):
@@ -157,7 +157,7 @@ class _Loader(yaml.SafeLoader):
         if any(key.tag == _MERGE and len(value.value) > _MAX_MERGED for key, value in node.value):
             raise _Refused(f"it merges more than {_MAX_MERGED} mappings into one")
         super().flatten_mapping(node)
-        # Merging the same mapping over and over lists its keys as often; some versions of PyYAML keep them all.
+        # Merging a mapping repeatedly repeats its keys, and some versions of PyYAML keep them all.
         name = lambda key: (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
         node.value = list({name(key): (key, value) for key, value in node.value}.values())
         if len(node.value) > _MAX_ENTRIES:

@@ -1,4 +1,4 @@
-"""The edges of the program, where what others wrote is read: whatever a reader raises ends in one sentence."""
+"""The edges of the program, where it reads what others wrote: whatever a reader raises becomes one sentence."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import PurePath
 
 from ptq4dit_jax.errors import Ptq4ditError, printable
 
-#: The remedy where nothing better is known.
+#: The remedy if no better one is known.
 DAMAGED = "it is damaged; copy, download or make it again"
-#: Those of 2^63. Python refuses to read thousands of them, with an error of its own.
+#: The digits of 2^63. Python refuses to read thousands of digits, with an error of its own.
 _MOST_DIGITS = 19
 
 
@@ -19,11 +19,11 @@ _MOST_DIGITS = 19
 def edge(what: object, remedy: str = DAMAGED) -> Iterator[None]:
     """Runs a reader of ``what`` (a path, or words for it) and turns every exception into a sentence with its remedy.
 
-    There is no list of types: the libraries behind readers raise whatever they like on input that nobody foresaw.
+    There is no list of types: the libraries behind readers may raise anything on input that nobody foresaw.
 
     Raises:
-      Ptq4ditError: the reader's own one as it is; for any other exception ``Cannot read WHAT: REMEDY.`` Memory that does not
-        suffice and what the system says of the file are called by their names.
+      Ptq4ditError: the reader's own one unchanged; for any other exception ``Cannot read WHAT: REMEDY.`` A lack of memory and
+        the system's errors are named as such.
     """
     try:
         yield
@@ -34,7 +34,7 @@ def edge(what: object, remedy: str = DAMAGED) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str | None:
-    """What the system, and not the input, is to blame for; None for anything else."""
+    """Returns the reason if the system, and not the input, is to blame; None otherwise."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return "there is too little free memory; close other programs or use a machine with more"
     if isinstance(error, OSError) and error.strerror:
@@ -43,9 +43,9 @@ def _reason(error: Exception) -> str | None:
 
 
 def shown(value: object, limit: int = 120) -> str:
-    """A string as a message may hold it: on one line, without control characters, no longer than about ``limit``.
+    """Formats a string for a message: on one line, without control characters, no longer than about ``limit``.
 
-    What is no string or number is shown by the name of its type: formatting it could take any time.
+    For anything but strings, paths and numbers the name of the type is shown, since formatting could take any time.
     """
     plain = isinstance(value, (str, float, PurePath)) or (isinstance(value, int) and value.bit_length() < 256)
     text = str(value) if plain else f"a {type(value).__name__}"
@@ -54,10 +54,10 @@ def shown(value: object, limit: int = 120) -> str:
 
 
 def quoted(value: object, limit: int = 120) -> str:
-    """As :func:`shown`, with quotation marks around strings."""
+    """Formats as :func:`shown` does, with quotation marks around strings."""
     return repr(shown(value, limit)) if isinstance(value, str) else shown(value, limit)
 
 
 def whole_number(text: str) -> int | None:
-    """The number that a user has typed as ASCII digits; None for any other text, and for more digits than any count has."""
+    """Returns the number that a user typed as ASCII digits; None for any other text, or for more digits than any count has."""
     return int(text) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else None

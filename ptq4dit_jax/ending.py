@@ -1,9 +1,9 @@
-"""How a program ends: by a signal within two seconds, quietly where nobody reads its output, and with a sentence otherwise.
+"""How a program ends: by a signal within two seconds, quietly if nobody reads its output, and otherwise with a sentence.
 
 Importing this installs nothing. :func:`run` is for a program's entry, which owns the process.
 
-The exit statuses are those of shells: 128 + N for the signal N (130 for Ctrl-C, 143 for SIGTERM), and 141 (SIGPIPE) where the
-reader of the output has gone.
+Exit statuses are as in shells: 128 + N for the signal N (130 for Ctrl-C, 143 for SIGTERM), and 141 (SIGPIPE) if the reader of
+the output is gone.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from ptq4dit_jax import memory, unfinished
 from ptq4dit_jax.errors import Ptq4ditError
 
 _SAID = {"SIGINT": "Interrupted", "SIGTERM": "Terminated", "SIGHUP": "Hung up"}
-#: By number. Windows has no SIGHUP.
+#: Words by signal number. Windows has no SIGHUP.
 _SIGNALS = {int(getattr(signal, name)): word for name, word in _SAID.items() if hasattr(signal, name)}
-#: Seconds that the program has to end by itself once a signal came; then the process is left as it is.
+#: Seconds that the program has to end by itself after a signal; then the process is ended as it is.
 _GRACE = 1.2
-#: A byte that is no signal's number, and the seconds that a callback of the garbage collector takes at most.
+#: A byte that is no signal's number, and the most seconds that a garbage collector callback takes.
 _AGAIN, _SHORT = 0, 0.02
 _CLOSED = 128 + 13  # SIGPIPE, which Windows does not name
 
 
 def status_of(program: Callable[[], object]) -> int:
-    """Runs a program and returns its exit status; a user's mistake, or too little memory, is one sentence on stderr and 1."""
+    """Runs a program and returns its exit status; a user's mistake or too little memory gives one sentence on stderr and 1."""
     try:
         program()
     except Ptq4ditError as error:
@@ -54,10 +54,10 @@ def status_of(program: Callable[[], object]) -> int:
 def run(program: Callable[[], object]) -> NoReturn:
     """Runs a program in the main thread and ends the process.
 
-    SIGINT, SIGTERM and SIGHUP raise ``SystemExit`` in the program, which so has the time to clean up. Where that does not
-    happen within 1.2 s, because the main thread waits in a library, or when a second signal comes, a thread removes what is
-    staged and ends the process. Either way stderr gets one sentence on what was written and what the same command would do. A
-    signal that the process was told to ignore stays ignored.
+    SIGINT, SIGTERM and SIGHUP raise ``SystemExit`` in the program, which gives it time to clean up. If it does not end within
+    1.2 s, because the main thread waits in a library, or if a second signal comes, a thread removes what is staged and ends the
+    process. Either way stderr gets one sentence on what was written and what the same command would do. A signal that the
+    process was told to ignore stays ignored.
     """
     with unfinished.work() as work, _outputs() as outputs:
         ending = _Ending(work)
@@ -73,7 +73,7 @@ def run(program: Callable[[], object]) -> NoReturn:
 
 
 class _Ending:
-    """What happens once a signal came: the program has its grace, and one thread says how things stand and leaves."""
+    """What happens after a signal: the program has a grace period, then one thread reports the state and ends the process."""
 
     def __init__(self, work: unfinished.Work) -> None:
         self.work = work
@@ -85,8 +85,8 @@ class _Ending:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Takes the signals for the block. The bytes that Python's own handler sends reach the thread at once, whatever the
-        main thread is doing. After the block all is done and said, and signals are ignored while Python shuts down."""
+        """Handles the signals during the block. The bytes that Python's own handler sends reach the thread at once, whatever
+        the main thread is doing. After the block everything is done, and signals are ignored while Python shuts down."""
         taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         for number in taken:
             signal.signal(number, self._raise)
@@ -107,7 +107,7 @@ class _Ending:
             raise SystemExit(128 + self.number)
 
     def _unraisable(self, lost: sys.UnraisableHookArgs) -> None:
-        """Where a signal comes in a destructor or a weak reference's callback, Python drops what is raised there."""
+        """Has a signal sent again if it came in a destructor or a weak reference's callback, where Python drops exceptions."""
         if self.number is not None and isinstance(lost.exc_value, SystemExit):
             self._lost = True
             self._writer.send(bytes([_AGAIN]))
@@ -135,11 +135,11 @@ class _Ending:
         self.leave(number)
 
     def leave(self, number: int) -> NoReturn:
-        """Says how things stand, unless the other thread is at it, and ends the process."""
+        """Reports the state, unless the other thread is doing so, and ends the process."""
         if self._leaving.acquire(blocking=False):
             self.work.clean()
             if sys.stdout is not None and sys.stdout.isatty():
-                _write(1, "\x1b[?25h")  # the cursor, which a progress bar may have hidden
+                _write(1, "\x1b[?25h")  # shows the cursor, which a progress bar may have hidden
             _write(2, f"{_SIGNALS[number]}: {self.work.standing()}.\n")
         else:
             time.sleep(0.3)
@@ -147,7 +147,7 @@ class _Ending:
 
 
 def _send_again(number: signal.Signals) -> None:
-    """Sends the main thread a signal, which also ends what it waits for, if the system can."""
+    """Sends the main thread a signal, which also ends what it waits for, if the system supports this."""
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident or 0, number)
     else:
@@ -155,7 +155,7 @@ def _send_again(number: signal.Signals) -> None:
 
 
 def _received(reader: socket.socket) -> int | None:
-    """The next signal's number; None once the other end is closed."""
+    """Returns the next signal's number; None once the other end is closed."""
     byte = reader.recv(1)
     return byte[0] if byte else None
 
@@ -166,7 +166,7 @@ def _write(descriptor: int, text: str) -> None:
 
 
 class _Outputs:
-    """The standard output and error, whose failures end the program at once."""
+    """Standard output and standard error, whose failures end the program at once."""
 
     def __init__(self) -> None:
         self.failed: tuple[str, OSError] | None = None
@@ -185,7 +185,7 @@ class _Outputs:
                 stream.flush()
 
     def leave(self) -> NoReturn:
-        """Ends the process without a further attempt to write what is left: 141 where the reader has gone, else a sentence."""
+        """Ends the process without trying again to write what is left: status 141 if the reader is gone, else a sentence."""
         assert self.failed is not None
         name, error = self.failed
         if isinstance(error, BrokenPipeError):
@@ -195,7 +195,7 @@ class _Outputs:
 
 
 class _Stream:
-    """A text stream that ends the program where it cannot be written to; all else is the stream's own."""
+    """A text stream that ends the program if it cannot be written to; everything else is passed to the stream."""
 
     def __init__(self, stream: TextIO, name: str, outputs: _Outputs) -> None:
         self._stream, self._name, self._outputs = stream, name, outputs
@@ -215,7 +215,7 @@ class _Stream:
 
 @contextlib.contextmanager
 def _outputs() -> Iterator[_Outputs]:
-    """Watches the standard streams for the block."""
+    """Watches the standard streams during the block."""
     outputs, before = _Outputs(), (sys.stdout, sys.stderr)
     for attribute, name in (("stdout", "standard output"), ("stderr", "standard error")):
         if getattr(sys, attribute) is not None:

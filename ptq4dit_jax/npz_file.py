@@ -1,7 +1,7 @@
-"""Reading arrays out of an .npz that others wrote.
+"""Reads arrays from an .npz that others wrote.
 
-What a header declares is compared with the bytes that are there, and with the free memory, before anything is allocated.
-Nothing is ever unpickled.
+Before anything is allocated, what a header declares is compared with the bytes in the file and with the free memory. Nothing is
+ever unpickled.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ptq4dit_jax import memory
 from ptq4dit_jax.edges import edge, shown
 from ptq4dit_jax.errors import Ptq4ditError
 
-#: Members of an archive: a list of them takes ten times the bytes of its part of the file.
+#: The most members of an archive: in memory, their list takes ten times its bytes in the file.
 MAX_MEMBERS = 10_000
-_METHODS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}  # and how many bytes one byte can become
+_METHODS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}  # and how many bytes one byte can expand to
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _ENDING = ".npy"
 
@@ -29,7 +29,7 @@ _ENDING = ".npy"
 def read_npz(
     path: str | os.PathLike[str], names: Iterable[str], remedy: str = "write it again with numpy.savez"
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Those of the named arrays that an .npz holds, and in words all that it holds.
+    """Reads those of the named arrays that an .npz holds; also returns, in words, everything that it holds.
 
     Args:
       path: the file.
@@ -38,7 +38,7 @@ def read_npz(
 
     Raises:
       Ptq4ditError: it cannot be read, is no .npz or a damaged one (checksums are compared); an array holds anything but plain
-        values, declares another size than its bytes have, or does not fit into the free memory.
+        values, declares a size that differs from its bytes, or does not fit into the free memory.
     """
     where = Path(path).expanduser()
     with edge(f"{os.fspath(path)} as an .npz file of plain arrays", f"it is none, or damaged; {remedy}"):
@@ -52,7 +52,7 @@ def read_npz(
                 if len(present) < len(members):
                     raise Ptq4ditError(f"The file {where} holds two arrays of one name; {remedy}.")
                 arrays = {name: _read(archive, present[name], where, remedy) for name in names if name in present}
-                # The list of names has no checksum, so each is compared with the one that the member itself has.
+                # The list of names has no checksum, so each name is compared with that in the member itself.
                 for info in members:
                     if info.filename.removesuffix(_ENDING) not in arrays:
                         archive.open(info).close()
@@ -61,7 +61,7 @@ def read_npz(
 
 
 def _check_members(file: IO[bytes], remedy: str) -> int:
-    """How many members an archive says it has; refuses one with more than any before their list is made."""
+    """Returns how many members an archive says it has; refuses one with too long a list of members before it is read."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 2**16 - 22))
     tail = file.read()
@@ -112,6 +112,6 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, remedy: s
                 raise Ptq4ditError(f"{name} ends after {done:,} of {declared:,} bytes; {remedy}.")
             view[done : done + len(part)] = np.frombuffer(part, np.uint8)
             done += len(part)
-        if member.read(1):  # the last read compares the checksum
+        if member.read(1):  # the last read checks the checksum
             raise Ptq4ditError(f"{name} goes on behind its {declared:,} bytes; {remedy}.")
     return array.reshape(shape, order="F" if fortran else "C")

@@ -1,4 +1,4 @@
-"""Files of samples, written while they are made: an .npz as a stream, a .png as one picture of small integers."""
+"""Writes files of samples while these are made: an .npz as a stream, a .png as one picture of small integers."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation.grids import grid_size, image_grid
 from ptq4dit_jax.sampling import to_uint8
 
-#: The largest picture; Pillow and many viewers take a larger one for an attack.
+#: The most pixels of a picture; Pillow and many viewers treat a larger one as an attack.
 MAX_PIXELS = 2**26
 
 
 def stream_npz(
     file: BinaryIO, name: str, shape: tuple[int, ...], dtype: DTypeLike, parts: Iterable[np.ndarray], **others: np.ndarray
 ) -> None:
-    """Writes an .npz as ``numpy.savez(file, **{name: whole}, **others)`` does, byte for byte, without holding the whole.
+    """Writes an .npz as ``numpy.savez(file, **{name: whole}, **others)`` does, byte for byte, without holding ``whole``.
 
     Args:
       file: a seekable binary file.
       name: the array that is streamed.
       shape: its shape.
       dtype: its type.
-      parts: what it consists of along the first axis, in order.
-      others: arrays that are there already; they follow.
+      parts: its consecutive parts along the first axis.
+      others: arrays that are complete already; they follow.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -42,8 +42,8 @@ def stream_npz(
 
 
 def write_samples(file: BinaryIO, batches: Iterable[np.ndarray], count: int, labels: np.ndarray | None) -> None:
-    """``count`` samples (B, H, W, C) float32, batch by batch, as an .npz: ``arr_0`` (N, H, W, C) uint8 of images, as ADM's
-    evaluation takes them, or ``latents`` float32 where C is neither 1 nor 3; then ``labels`` (N,), if there are any."""
+    """Writes ``count`` samples (B, H, W, C) float32, batch by batch, as an .npz: images as ``arr_0`` (N, H, W, C) uint8, as
+    ADM's evaluation takes them, or ``latents`` float32 if C is neither 1 nor 3; then ``labels`` (N,), if there are any."""
     parts = iter(batches)
     first = next(parts)
     shape, others = (count, *first.shape[1:]), {} if labels is None else {"labels": labels}
@@ -59,7 +59,7 @@ def write_samples(file: BinaryIO, batches: Iterable[np.ndarray], count: int, lab
 
 
 def check_picture(count: int, height: int, width: int, columns: int | None) -> None:
-    """Raises where a grid of that many images would be too large for one picture."""
+    """Raises if a grid of ``count`` images would be too large for one picture."""
     across, down = grid_size(count, height, width, columns)
     if across * down > MAX_PIXELS:
         raise Ptq4ditError(
@@ -69,5 +69,5 @@ def check_picture(count: int, height: int, width: int, columns: int | None) -> N
 
 
 def write_picture(file: BinaryIO, batches: Iterable[np.ndarray], columns: int | None) -> None:
-    """Images (B, H, W, C) float32, batch by batch, as one .png grid."""
+    """Writes images (B, H, W, C) float32, batch by batch, as one .png grid."""
     image_grid(np.concatenate([to_uint8(images) for images in batches]), columns=columns).save(file, "PNG")

@@ -1,4 +1,4 @@
-"""The policy that gives each layer its width, and says what stays float."""
+"""The policy, which decides each layer's width, and what stays float."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ptq4dit_jax.quantizers import check_bits
 
 @dataclasses.dataclass(frozen=True)
 class LayerRule:
-    """Width of a layer's weights, and whether its input is quantized (then the product runs on integers)."""
+    """Width of a layer's weights, and whether its input is quantized, so that the product is computed on integers."""
 
     weight_bits: int
     integer: bool = True
@@ -22,7 +22,7 @@ class LayerRule:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What a policy decides for a network: each layer's rule, and whether attention's two products run on integers."""
+    """What a policy decides for a network: each layer's rule, and whether attention's two products use integers."""
 
     layers: dict[str, LayerRule]
     integer_attention: bool
@@ -43,14 +43,14 @@ def _edges(rule: LayerRule) -> Callable[[NetworkSpec, Linear], LayerRule | None]
 
 
 def _small(spec: NetworkSpec, linear: Linear) -> LayerRule | None:
-    """The edges, and the layers that make shift and scale of the norms."""
+    """Gives 8 bits to the edges, and to the layers that make the norms' shift and scale."""
     return LayerRule(8) if linear.edge or linear.modulates else None
 
 
-#: The policy that leaves all activations in float, within the blocks as well.
+#: The policy that leaves all activations float, in the blocks too.
 _WEIGHTS_ONLY = "weights-only"
-#: What each named policy changes of a layer against "uniform", where every layer has ``weight_bits`` and integer inputs (the
-#: paper).
+#: How each named policy changes a layer's rule from "uniform" (the paper's), where every layer has ``weight_bits`` and integer
+#: inputs.
 POLICIES: dict[str, Callable[[NetworkSpec, Linear], LayerRule | None]] = {
     "uniform": lambda spec, linear: None,
     "edges8": _edges(LayerRule(8)),
@@ -61,14 +61,14 @@ POLICIES: dict[str, Callable[[NetworkSpec, Linear], LayerRule | None]] = {
 
 
 def attention_of(spec: NetworkSpec) -> str:
-    """What a policy calls attention's two products, which have no weights: ``blocks.attention``."""
+    """Returns a policy's name for attention's two products, which have no weights: ``blocks.attention``."""
     return f"{spec.attending[0].name}.attention"
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A named policy with exceptions: widths and inputs of single layers, by their full names; and whether attention's
-    products run on integers, None if nothing is said of them."""
+    """A named policy with exceptions: widths and inputs of single layers, by their full names, and whether attention's products
+    use integers (None if not given)."""
 
     name: str
     layers: tuple[tuple[str, LayerRule], ...] = ()
@@ -82,13 +82,13 @@ class Policy:
 
     @staticmethod
     def help() -> str:
-        """What a policy may be, in words."""
+        """Describes in words what a policy may be."""
         spec = known_specs()[0]
         layers = ", ".join(spec.linears)
         return f"{', '.join(POLICIES)}; then layer=bits or layer=bits:float, or {attention_of(spec)}=float. Layers: {layers}."
 
     def __str__(self) -> str:
-        """The text that :meth:`parse` reads it from."""
+        """Returns the text from which :meth:`parse` reads the policy."""
         exceptions = [f"{layer}={rule.weight_bits}{'' if rule.integer else ':float'}" for layer, rule in self.layers]
         if self.attention is not None:
             exceptions.append(f"{attention_of(known_specs()[0])}={'integer' if self.attention else 'float'}")
@@ -103,7 +103,7 @@ class Policy:
         everywhere.
 
         Raises:
-          Ptq4ditError: a name that there is not, or words that cannot be read. A layer must be one of some known network.
+          Ptq4ditError: an unknown name, or text that cannot be read. A layer must belong to some known network.
         """
         name, *overrides = [part.strip() for part in text.split(",")]
         policy, layers = cls(name), dict[str, LayerRule]()
@@ -125,10 +125,10 @@ class Policy:
         return dataclasses.replace(policy, layers=tuple(layers.items()))
 
     def rules(self, spec: NetworkSpec, weight_bits: int) -> Rules:
-        """What it decides for a network.
+        """Returns what the policy decides for a network.
 
         Raises:
-          Ptq4ditError: the network lacks a layer that is excepted.
+          Ptq4ditError: the network lacks a layer that has an exception.
         """
         if unknown := [layer for layer, _ in self.layers if layer not in spec.linears]:
             raise _unknown(unknown[0], spec)

@@ -1,7 +1,7 @@
 """Settings as dataclasses in sections, and the flat names by which stored models and the command line know them.
 
-Code holds sections: ``config.balancing.exponent``. What is written down is flat: ``{"exponent": 0.5}``, ``--exponent 0.5``. A
-field says both at once, so that neither side keeps a list of its own:
+Code uses sections: ``config.balancing.exponent``. Stored settings and options are flat: ``{"exponent": 0.5}``,
+``--exponent 0.5``. A field declares both at once, so that neither side needs its own list:
 
     exponent: float = setting(0.5, "Of the balancing factors; 0.5 is CSB, 0 no balancing.")
     balancing: Balancing = section(Balancing())
@@ -27,17 +27,17 @@ _KEY, _SECTION = "setting", "section"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is said of a field outside the code.
+    """What is said about a field outside the code.
 
     Attributes:
       help: a sentence for the command line.
-      name: the flat name; empty for the field's own.
-      shown: what stands for the default in help; None for the default itself.
-      metavar: what stands for the value in help; None for the type's.
-      read: makes the value from the text of an option, where text is not the value.
-      flag: the option's spelling where it is not the flat name's.
-      of: the dataclass of settings that the value is, where it may also be None.
-      former: the flat name that earlier versions stored it by.
+      name: the flat name; empty if it is the field's.
+      shown: the default as help shows it; None for the default itself.
+      metavar: the value as help shows it; None for the type's name.
+      read: makes the value from an option's text, if the text is not the value.
+      flag: the option's name, if it differs from the flat name.
+      of: the dataclass of settings that the value is, if it may also be None.
+      former: the flat name under which earlier versions stored it.
     """
 
     help: str
@@ -51,12 +51,12 @@ class Setting:
 
 
 def setting(default: _Value, help: str, **more: Any) -> _Value:
-    """A field of a section; ``more`` are attributes of its :class:`Setting`."""
+    """Declares a field of a section; ``more`` are attributes of its :class:`Setting`."""
     return dataclasses.field(default=default, metadata={_KEY: Setting(help, **more)})
 
 
 def section(default: _Value) -> _Value:
-    """A field that is a dataclass of settings itself, and has no flat name."""
+    """Declares a field that is itself a dataclass of settings, and has no flat name."""
     return dataclasses.field(default=default, metadata={_SECTION: True})
 
 
@@ -66,13 +66,13 @@ def is_section(field: dataclasses.Field[Any]) -> bool:
 
 
 def title_of(kind: type) -> str:
-    """What a section is called in help: its ``TITLE``, or else its name."""
+    """Returns a section's heading in help: its ``TITLE``, or else its name."""
     return str(getattr(kind, "TITLE", kind.__name__))
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A setting by its flat ``name``: its ``field`` of the dataclass ``owner``, and what is ``said`` of it."""
+    """A setting by its flat ``name``: its ``field`` of the dataclass ``owner``, and what is ``said`` about it."""
 
     name: str
     owner: type
@@ -81,12 +81,12 @@ class Leaf:
 
     @property
     def option(self) -> str:
-        """The option of the command line, such as ``--calib-rows``; of a flag that has two names both."""
+        """The command-line option, such as ``--calib-rows``; both names of a flag that has two."""
         return f"--{(self.said.flag or self.name).replace('_', '-')}"
 
 
 def leaves(kind: type) -> Iterator[Leaf]:
-    """All settings of a dataclass and its sections, in order."""
+    """Yields all settings of a dataclass and its sections, in order."""
     for field in dataclasses.fields(kind):
         if is_section(field):
             yield from leaves(type(field.default))
@@ -95,12 +95,12 @@ def leaves(kind: type) -> Iterator[Leaf]:
 
 
 def options_given(kind: type, given: Mapping[str, object]) -> list[str]:
-    """The options of the settings that are ``given`` by their flat names, in order."""
+    """Returns the options of the settings ``given`` by their flat names, in order."""
     return [leaf.option for leaf in leaves(kind) if leaf.name in given]
 
 
 def numbers(option: str, example: str) -> Callable[[str], tuple[float, ...]]:
-    """Reads an option's numbers, separated by commas, as in the example. Whether they may be is for the settings to say."""
+    """Returns a reader of an option's numbers, separated by commas as in the example. The settings check the values."""
 
     def read(text: str) -> tuple[float, ...]:
         try:
@@ -112,10 +112,10 @@ def numbers(option: str, example: str) -> Callable[[str], tuple[float, ...]]:
 
 
 def changed(value: _S, settings: Mapping[str, Any]) -> _S:
-    """A dataclass of settings with some of them set, by their flat names. Every section that changes validates itself.
+    """Returns a dataclass of settings with some of them changed, by their flat names. Every section that changes checks itself.
 
     Raises:
-      TypeError: a name that no setting has.
+      TypeError: no setting has that name.
     """
     names = [leaf.name for leaf in leaves(type(value))]
     if unknown := [name for name in settings if name not in names]:
@@ -138,7 +138,7 @@ def _changed(value: _S, settings: Mapping[str, Any]) -> _S:
 
 
 def flat(value: DataclassInstance) -> dict[str, Any]:
-    """All settings of a dataclass and its sections by their flat names."""
+    """Returns all settings of a dataclass and its sections by their flat names."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(value):
         if is_section(field):

@@ -1,10 +1,10 @@
 """Output that is whole or absent: claimed by one run, made beside its place, flushed to the disk, then renamed.
 
-What a killed run leaves beside ``NAME``, and the next run that claims it removes:
+What a killed run leaves beside ``NAME``, and the next run that claims ``NAME`` removes:
 
-    .NAME.ptq4dit.lock      the claim; locked by the system, which lets go when its process ends
+    .NAME.ptq4dit.lock      the claim; locked by the system, which releases it when the process ends
     .NAME.<12 hex>.tmp      the output in the making
-    .NAME.<12 hex>.old      a folder that an exchange had moved aside; it goes back to ``NAME`` if nothing is there
+    .NAME.<12 hex>.old      a folder that an exchange moved aside; it goes back to ``NAME`` if nothing is there
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from ptq4dit_jax.errors import Ptq4ditError
 
 _STAGED, _ASIDE = "tmp", "old"
 _ADDED = len(f"..{'0' * 12}.{_STAGED}")
-#: What a path needs beyond that of the output: files inside a staged folder.
+#: Bytes that paths of files inside a staged folder need beyond the output's path.
 _INSIDE = 128
-#: Systems of files without locks, as some of clusters are.
+#: Errors of file systems without locks, such as some on clusters.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def place(path: str | os.PathLike[str]) -> Path:
-    """The absolute path of an output, links followed as far as they lead to folders.
+    """Returns the absolute path of an output, with links to folders followed.
 
     Raises:
       Ptq4ditError: nothing can be written under that name: it is too long for what is added while it is made, holds a NUL or
@@ -75,8 +75,8 @@ def place(path: str | os.PathLike[str]) -> Path:
 def claim(path: str | os.PathLike[str]) -> Iterator[None]:
     """Keeps other processes from writing an output until the block ends, and removes what killed ones left beside it.
 
-    Parents are made, and removed afterwards where they stay empty. Claims of one process may lie inside each other; a path in a
-    folder that this process has claimed is claimed with it. Where the system of files has no locks, nothing is kept or removed.
+    Parents are made, and removed afterwards if they are still empty. Claims of one process may nest: a path in a folder that
+    this process has claimed is claimed with it. On a file system without locks there are no claims, and nothing is removed.
 
     Raises:
       Ptq4ditError: another process has claimed the output, or nothing can be written there.
@@ -109,13 +109,13 @@ def claim(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """A path beside ``target`` for the block to make a file or a folder at, and to bring to ``target`` when it is complete.
+    """Yields a path beside ``target``, where the block makes a file or a folder and moves it to ``target`` when complete.
 
-    The output is claimed meanwhile. Parents of ``target`` are made. What still stands at the path afterwards is removed; if the
+    The output is claimed meanwhile. Parents of ``target`` are made. Anything left at the path afterwards is removed; if the
     block fails, so are those parents.
 
     Raises:
-      Ptq4ditError: as :func:`claim`; or the operating system refused something inside the block, and the sentence names
+      Ptq4ditError: as :func:`claim` does; or the operating system refused something inside the block, and the sentence names
         ``target`` and the reason.
     """
     with claim(target), _parents(target):
@@ -131,7 +131,7 @@ def staging(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _parents(target: Path) -> Iterator[None]:
-    """The folders that lead to ``target``; those that were made for it and are still empty go again."""
+    """Makes the folders that lead to ``target``; afterwards removes those that it made and that are still empty."""
     made: list[Path] = []
     try:
         try:
@@ -147,14 +147,14 @@ def _parents(target: Path) -> Iterator[None]:
 
 
 def publish(staged: Path, target: Path) -> None:
-    """Flushes a staged file and puts it in its place in one step, whatever file is there."""
+    """Flushes a staged file and moves it into place in one step, replacing any file there."""
     flush(staged)
     staged.replace(target)
     flush_entries(target.parent)
 
 
 def exchange(staged: Path, target: Path) -> None:
-    """Flushes a staged folder and puts it in its place; a folder that is there moves aside first, and is removed at last."""
+    """Flushes a staged folder and moves it into place. A folder that is there first moves aside, and is removed at the end."""
     flush(staged)
     aside = beside(target, _ASIDE)
     try:
@@ -170,7 +170,7 @@ def exchange(staged: Path, target: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or a folder with all that is in it, is on the disk."""
+    """Waits until a file, or a folder with everything in it, is on disk."""
     if path.is_dir():
         for entry in path.iterdir():
             flush(entry)
@@ -180,7 +180,7 @@ def flush(path: Path) -> None:
 
 
 def flush_entries(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk, where the system can tell: what has its name keeps it anyway."""
+    """Waits until the names in a folder are on disk, if the system supports this. Errors do not matter: renaming succeeded."""
     if os.name == "posix":
         with contextlib.suppress(OSError):
             _fsync(folder, os.O_RDONLY)
@@ -194,18 +194,18 @@ def remove_staged(folder: Path) -> None:
 
 
 def is_staged(name: str, of: str | None = None) -> bool:
-    """Whether a name in a folder is one of ours for something in the making: the output named ``of``, or any."""
+    """Whether a name is ours for something in the making: for the output named ``of``, or for any."""
     output = ".+" if of is None else re.escape(of)
     return re.fullmatch(rf"\.{output}\.[0-9a-f]{{12}}\.({_STAGED}|{_ASIDE})", name, re.DOTALL) is not None
 
 
 def beside(target: Path, kind: str = _STAGED) -> Path:
-    """A new name beside an output, for something that the next claim of the output removes if this run cannot."""
+    """Returns a new name beside an output, for something that the next claim of the output removes if this run cannot."""
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.{kind}")
 
 
 def _lock(target: Path) -> filelock.BaseFileLock:
-    """The lock of an output, one object in a process, whatever its threads."""
+    """Returns the lock of an output, one object per process, whatever its threads."""
     name = str(target.with_name(f".{target.name}.ptq4dit.lock")) if target.name else f"{target}.ptq4dit.lock"
     return filelock.FileLock(name, thread_local=False, is_singleton=True)
 
@@ -213,7 +213,7 @@ def _lock(target: Path) -> filelock.BaseFileLock:
 def _acquired(lock: filelock.BaseFileLock, target: Path) -> bool:
     try:
         lock.acquire(timeout=0)
-        while not os.path.exists(lock.lock_file):  # its last holder removed it in between: it locks nothing
+        while not os.path.exists(lock.lock_file):  # its last holder just removed it, so it locks nothing
             lock.release()
             lock.acquire(timeout=0)
     except NotImplementedError:
@@ -230,7 +230,7 @@ def _acquired(lock: filelock.BaseFileLock, target: Path) -> bool:
 
 
 def _tidy(target: Path) -> None:
-    """Removes or puts back what dead runs left beside an output: a live one would hold its claim."""
+    """Removes or puts back what dead runs left beside an output; a live one would hold the claim."""
     for name in sorted(os.listdir(target.parent)):
         if is_staged(name, target.name):
             left = target.with_name(name)
@@ -251,7 +251,7 @@ def _fsync(path: Path, flags: int) -> None:
     try:
         os.fsync(opened)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # a system of files that has no such call
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # a file system without this call
             raise
     finally:
         os.close(opened)
@@ -263,8 +263,8 @@ def _cannot_write(target: Path, error: OSError) -> Ptq4ditError:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder, as far as the system lets it."""
-    # After a failed save, writes that Orbax had under way may still add files.
+    """Removes a file or a folder, as far as the system allows."""
+    # After a failed save, pending writes of Orbax may still add files.
     for _ in range(20):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

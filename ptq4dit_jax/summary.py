@@ -11,7 +11,7 @@ from ptq4dit_jax.terminal import megabytes
 
 
 def summary_of(model: checkpoints.Model) -> dict[str, Any]:
-    """What a model is, for people and for JSON."""
+    """Summarizes a model for people and for JSON."""
     c = model.config
     return {
         "kind": "quantized" if isinstance(model, QuantizedDiT) else "float",
@@ -28,6 +28,6 @@ def summary_of(model: checkpoints.Model) -> dict[str, Any]:
 
 
 def in_words(summary: dict[str, Any]) -> dict[str, str]:
-    """A summary in words, by the names that people read."""
+    """Puts a summary into words, under readable names."""
     words: dict[str, Any] = {"bytes": megabytes, "classes": lambda count: str(count or "none")}
     return {key.replace("_", " "): words.get(key, str)(value) for key, value in summary.items()}

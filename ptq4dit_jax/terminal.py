@@ -47,13 +47,13 @@ from ptq4dit_jax.vae import VAEDecoder
 
 
 class _Console(Console):
-    """A console on which text that a file has chosen cannot act: control characters are shown as escapes."""
+    """A console that shows control characters as escapes, so that text from a file cannot act on the terminal."""
 
-    def render_str(self, text: str, **options: Any) -> Text:  # any, as in rich
+    def render_str(self, text: str, **options: Any) -> Text:  # Any, as in rich
         return super().render_str(printable(text), **options)
 
 
-# Without markup and emoji: paths are printed as they are, whatever brackets and colons they hold.
+# Without markup and emoji, paths are printed as they are, whatever brackets and colons they contain.
 console = _Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 _Model = TypeVar("_Model", bound=checkpoints.Model)
@@ -61,7 +61,7 @@ _Model = TypeVar("_Model", bound=checkpoints.Model)
 
 @contextlib.contextmanager
 def stages(console: Console = console) -> Iterator[StageProgress]:
-    """A live list of stages, each with a bar and times past and left; yields ``report(stage, done, total)``."""
+    """Shows a live list of stages, each with a bar and the times elapsed and left; yields ``report(stage, done, total)``."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -84,17 +84,18 @@ def stages(console: Console = console) -> Iterator[StageProgress]:
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
-    """A sign of life while something runs that has no parts to count."""
+    """Shows activity while something runs that has no parts to count."""
     with console.status(Text(printable(what))):
         yield
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of one shape as a table; the keys of the first are the headings. A column that is empty in every row is left out."""
+    """Prints rows with equal keys as a table; the first row's keys are the headings. Columns that are empty in every row are
+    left out."""
     rows = [{key: value for key, value in row.items() if any(other[key] != "" for other in rows)} for row in rows]
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
     for key, value in rows[0].items():
-        # The first column names the row: it is never cut off.
+        # The first column names the row, so it is never cut off.
         table.add_column(
             key.replace("_", " "), justify="right" if isinstance(value, (int, float)) else "left", no_wrap=not table.columns
         )
@@ -104,19 +105,19 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_layers(rows: Sequence[Mapping[str, Any]]) -> None:
-    """What :func:`ptq4dit_jax.describe` says."""
+    """Prints what :func:`ptq4dit_jax.describe` returns."""
     print_table("Layers", [{key: value for key, value in row.items() if key != "integer"} for row in rows])
 
 
 def devices_line() -> str:
-    """The devices that will be used, in words."""
+    """Describes the devices that will be used."""
     devices = in_use()
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
 
 
 def to_run(model: _Model, dtype: str, backend: str) -> _Model:
-    """The model as it is sampled from, in the type and by the backend asked for. The type ``auto`` is bfloat16 for a quantized
-    model on an accelerator, and otherwise the model's own: of a float model the stored one, or float32 for float16."""
+    """Returns the model to sample from, with the requested type and backend. The type ``auto`` means bfloat16 for a quantized
+    model on an accelerator, and otherwise the model's own: for a float model the stored one, or float32 for float16."""
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise Ptq4ditError(f"The type to compute in must be auto, float32, bfloat16 or float16, not {dtype!r}.")
     device = default_kind()
@@ -130,12 +131,12 @@ def to_run(model: _Model, dtype: str, backend: str) -> _Model:
         return model if dtype == "auto" else cast(_Model, model.astype(dtype))
     if dtype == "auto":
         dtype = model.dtype.name if device.platform == "cpu" else "bfloat16"
-    choice.resolve(backend, dtype)  # refuses a pair that cannot be
+    choice.resolve(backend, dtype)  # refuses an impossible pair
     return cast(_Model, dataclasses.replace(cast(Any, model), dtype=dtype, backend=backend))
 
 
 def runs_line(model: checkpoints.Model) -> str:
-    """In which type the model computes and, if quantized, what runs its integer products."""
+    """Says in which type the model computes and, if quantized, what runs its integer products."""
     if not isinstance(model, QuantizedDiT):
         computed, stored = model.dtype.name, model.param_dtype.name
         return f"in {computed}" + (f" (stored in {stored})" if stored != computed else "")
@@ -146,7 +147,7 @@ def runs_line(model: checkpoints.Model) -> str:
 
 
 def calibration_line(data: CalibrationData, given: int) -> str:
-    """What is calibrated on, of so many ``given`` rows."""
+    """Says which rows calibration uses, out of ``given`` ones."""
     line = f"Calibrating on {data.num_steps} steps of {data.num_rows} rows"
     if data.t.ndim > 1:
         line += " that are neighbours in time, each at its own timestep, as the timesteps have unequal or small numbers of rows"
@@ -155,7 +156,7 @@ def calibration_line(data: CalibrationData, given: int) -> str:
 
 
 def all_devices_mesh() -> jax.sharding.Mesh | None:
-    """A mesh over all devices, or over those that ``jax_default_device`` names; None where that is one."""
+    """Returns a mesh over all devices, or over those that ``jax_default_device`` names; None if that is one device."""
     devices = in_use()
     return sharding.data_mesh(devices) if len(devices) > 1 else None
 
@@ -166,7 +167,7 @@ def megabytes(count: int) -> str:
 
 @contextlib.contextmanager
 def copied(path: str, part: str = "transformer") -> Iterator[Path]:
-    """What is at an address as a path of this machine, until the block ends, with a bar in megabytes; or the path as it is."""
+    """Yields a local copy of what is at an address, until the block ends, with a bar in megabytes; or the path as it is."""
     with contextlib.ExitStack() as stack:
         with stages() if address_of(path) is not None else contextlib.nullcontext() as report:
             progress = None if report is None else lambda done, total: report("copy (MB)", done, total)
@@ -175,7 +176,7 @@ def copied(path: str, part: str = "transformer") -> Iterator[Path]:
 
 
 def load_vae(path: str, scale: float | None) -> VAEDecoder:
-    """The VAE of ``--vae`` and ``--vae-scale``; prints what was decided and guessed."""
+    """Loads the VAE of ``--vae`` and ``--vae-scale``; prints what was decided and guessed."""
     with copied(path, "vae") as where, working(f"Reading {path}"):
         vae, found = foreign.import_vae(where, scaling_factor=scale)
     for note in found.notes:
@@ -186,8 +187,8 @@ def load_vae(path: str, scale: float | None) -> VAEDecoder:
 
 
 def load_model(name: str) -> checkpoints.Model:
-    """A model folder, a checkpoint of others, the address of either, or ``random:PRESET[@SIZE]``: a published size with random
-    weights, for trying things out."""
+    """Loads a model folder, a foreign checkpoint, or what is at the address of either; or makes ``random:PRESET[@SIZE]``, a
+    published size with random weights, for trying things out."""
     if not name.startswith("random:"):
         with copied(name) as where, working(f"Reading {name}"):
             model, notes = checkpoints.load_noted(where)
@@ -208,7 +209,7 @@ def load_model(name: str) -> checkpoints.Model:
 
 
 def parse_labels(text: str, repeat: int = 1) -> np.ndarray:
-    """``0-9``, ``3`` or ``0-4,7,7`` to (N,) int32, the whole list ``repeat`` times."""
+    """Parses ``0-9``, ``3`` or ``0-4,7,7`` to (N,) int32, the whole list ``repeat`` times."""
     if repeat < 1:
         raise Ptq4ditError(f"--repeat must be positive, not {repeat}.")
     ranges, count = [], 0
@@ -228,7 +229,7 @@ def parse_labels(text: str, repeat: int = 1) -> np.ndarray:
 
 
 def wanted_labels(text: str | None, default: str, repeat: int, config: DiTConfig) -> np.ndarray:
-    """The labels (N,) int32 that ``--labels`` and ``--repeat`` ask for; zeros (repeat,) where the model has no classes."""
+    """Returns the labels (N,) int32 for ``--labels`` and ``--repeat``; zeros (repeat,) if the model has no classes."""
     if config.num_labels:
         return parse_labels(default if text is None else text, repeat)
     if text is not None:
@@ -239,14 +240,14 @@ def wanted_labels(text: str | None, default: str, repeat: int, config: DiTConfig
 
 
 def read_key(seed: int) -> jax.Array:
-    """The key of a seed; JAX would take any other seed modulo 2^32, so that two seeds gave the same noise."""
+    """Returns the key of a seed. JAX would reduce other seeds modulo 2^32, so that two seeds would give the same noise."""
     if not 0 <= seed < 2**32:
         raise Ptq4ditError(f"--seed must be 0 to {2**32 - 1}, not {seed}.")
     return jax.random.key(seed)
 
 
 def read_arrays(path: str | os.PathLike[str], required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """The named arrays of an npz file, which hold numbers, without ever unpickling; absent optional ones are left out."""
+    """Reads the named numeric arrays of an npz file, without ever unpickling; absent optional ones are left out."""
     _check_here(path)
     arrays, present = read_npz(path, (*required, *optional))
     return _checked_arrays(path, arrays, required, present)
@@ -257,15 +258,15 @@ def _check_here(path: str | os.PathLike[str]) -> None:
         raise Ptq4ditError(f"{address} is an address, where no arrays are read; copy them here with {copy_command(address)}.")
 
 
-#: The names under which calibration rows are stored, by ours.
+#: The names under which calibration rows may be stored, by our names.
 _ROW_NAMES = {"x": ("x", "xs"), "t": ("t", "ts"), "y": ("y", "ys")}
 
 
 def read_calibration(path: str | os.PathLike[str], *, labelled: bool = True) -> dict[str, np.ndarray]:
-    """The arrays x, t and, for a ``labelled`` model, y of stored calibration rows, also under the names xs, ts and ys.
+    """Reads x, t and, for a ``labelled`` model, y of stored calibration rows, which may also be named xs, ts and ys.
 
-    The file is an npz, one of torch.save, or what else :func:`ptq4dit_jax.checkpoints.foreign.open_tensors` reads. No code in
-    it is run.
+    The file is an npz, one of torch.save, or anything else that :func:`ptq4dit_jax.checkpoints.foreign.open_tensors` reads. No
+    code in it is run.
     """
     _check_here(path)
     names = [name for both in _ROW_NAMES.values() for name in both]
@@ -291,7 +292,7 @@ def read_calibration(path: str | os.PathLike[str], *, labelled: bool = True) -> 
 
 
 def _is_npz(path: str | os.PathLike[str]) -> bool:
-    """Whether the file is a zip whose first member is an array of NumPy."""
+    """Whether the file is a zip whose first member is a NumPy array."""
     try:
         with Path(path).expanduser().open("rb") as file:
             head = file.read(512)
@@ -312,15 +313,15 @@ def _checked_arrays(
 
 
 def check_target(path: Path | None, overwrite: bool, folder_with: str | None = None) -> None:
-    """Refuses an output that exists (unless ``overwrite``) or cannot be made: before any long work, and after it once more.
+    """Refuses an output that exists (unless ``overwrite``) or cannot be made. Called before any long work, and again after it.
 
-    An output is a file, or a folder known by the file ``folder_with`` in it; a folder of anything else is never replaced.
+    An output is a file, or a folder recognized by the file ``folder_with`` in it; any other folder is never replaced.
     """
     if path is None:
         return
     if (address := address_of(path)) is not None:
         raise Ptq4ditError(f"{address} is an address, where nothing is written; write to this machine and copy it there.")
-    if path.name in ("", ".."):  # what is made beside an output, and then renamed, is named after it
+    if path.name in ("", ".."):  # what is made beside an output, then renamed, needs its name
         raise Ptq4ditError(f"The output {path} has no name of its own; pass the name of a file or folder to make.")
     target = place(path)
     if folder_with == "config.json":
@@ -347,11 +348,11 @@ def check_target(path: Path | None, overwrite: bool, folder_with: str | None = N
 
 
 def claim_target(context: typer.Context, path: Path | None, overwrite: bool, folder_with: str | None = None) -> None:
-    """:func:`check_target`, and no other process writes the output until the command, whose ``context`` it is, has ended."""
+    """Checks with :func:`check_target`, and keeps other processes from writing the output until ``context``'s command ends."""
     check_target(path, overwrite, folder_with)
     if path is not None:
         context.with_resource(claim(path))
-        check_target(path, overwrite, folder_with)  # another run may have written it, or this one put an old report back
+        check_target(path, overwrite, folder_with)  # another run may have written it, or the claim put an old report back
         expect(path)
 
 
@@ -359,7 +360,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, overwrite: bo
     """Writes a file beside its place and moves it there when complete; returns the absolute path.
 
     Raises:
-      Ptq4ditError: it cannot be written, or there is a file (without ``overwrite``) or a folder when it is complete.
+      Ptq4ditError: it cannot be written, or when it is complete there is a file (without ``overwrite``) or a folder.
     """
     target = path.expanduser().absolute()
     with staging(target) as staged:

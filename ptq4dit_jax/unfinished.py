@@ -1,7 +1,7 @@
-"""What a command has in hand: the outputs it owes, what it has staged, and what to say of them if it is ended early.
+"""What a command has not finished: the outputs it owes, what it has staged, and what to say about them if it ends early.
 
-A program's entry (:mod:`ptq4dit_jax.ending`) opens a :class:`Work` for its run. Without one, as in a notebook, nothing here
-remembers anything. Standard library only, so that whatever writes files may say so.
+A program's entry (:mod:`ptq4dit_jax.ending`) opens a :class:`Work` for its run. Without one, as in a notebook, nothing is
+remembered here. Uses the standard library only, so that any code that writes files can report it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from contextvars import ContextVar
 from pathlib import Path
 
 _work: ContextVar[Work | None] = ContextVar("ptq4dit_work", default=None)
-#: What tells one state of an output from another: its inode and when it was changed; None where nothing is there.
+#: Tells states of an output apart: its inode and modification time; None if nothing is there.
 _State = tuple[int, int] | None
 
 
 @dataclasses.dataclass
 class Work:
-    """``outputs`` with what was there before, ``staged`` files and folders that have no name of their own yet, and the
-    ``journal`` that the same command goes on from, unless it is told to begin afresh."""
+    """``outputs`` with their states before, ``staged`` files and folders that do not have their final names yet, and the
+    ``journal`` that the same command resumes from, unless it is told to start over."""
 
     outputs: dict[Path, _State] = dataclasses.field(default_factory=dict)
     staged: set[Path] = dataclasses.field(default_factory=set)
@@ -30,14 +30,14 @@ class Work:
     fresh: bool = False
 
     def clean(self) -> None:
-        """Removes what is staged. It may be called while another thread is still writing, so it may leave something."""
+        """Removes what is staged. Another thread may still be writing, so something may be left."""
         for path in tuple(self.staged):
             with contextlib.suppress(OSError):
                 path.unlink()
             shutil.rmtree(path, ignore_errors=True)
 
     def standing(self) -> str:
-        """What was written so far, and what the same command would do; the rest of a sentence."""
+        """Says what was written so far, and what the same command would do; the rest of a sentence."""
         written = [str(path) for path, before in self.outputs.items() if _state(path) not in (None, before)]
         owed = [str(path) for path in self.outputs if str(path) not in written]
         if written and not owed:
@@ -52,7 +52,7 @@ class Work:
 
 @contextlib.contextmanager
 def work() -> Iterator[Work]:
-    """Opens a :class:`Work` for what the block does."""
+    """Opens a :class:`Work` for the block."""
     opened = Work()
     token = _work.set(opened)
     try:
@@ -62,20 +62,20 @@ def work() -> Iterator[Work]:
 
 
 def expect(*outputs: str | os.PathLike[str]) -> None:
-    """Says what a command is going to write."""
+    """Announces what a command is going to write."""
     if (current := _work.get()) is not None:
         current.outputs |= {Path(path): _state(Path(path)) for path in outputs}
 
 
 def expect_journal(journal: Path, *, fresh: bool) -> None:
-    """Says what a command goes on from, unless it is to begin ``fresh``."""
+    """Announces the journal that a command resumes from, unless it starts ``fresh``."""
     if (current := _work.get()) is not None:
         current.journal, current.fresh = journal, fresh
 
 
 @contextlib.contextmanager
 def staged(path: Path) -> Iterator[None]:
-    """What is at ``path`` during the block is of no use if the block does not end."""
+    """Marks what is at ``path`` as useless if the block does not end."""
     current = _work.get()
     if current is None:
         yield

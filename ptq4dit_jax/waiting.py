@@ -1,4 +1,4 @@
-"""Waiting in a way that lets the process handle signals: for devices by asking whether results are ready, and for threads."""
+"""Waits such that the process can handle signals: for devices, by polling whether results are ready, and for threads."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import jax
 
 _Tree = TypeVar("_Tree")
 _Result = TypeVar("_Result")
-#: The pause between two questions in seconds: a share of the time that was waited, so that little is added to any wait.
+#: Seconds between two polls: a share of the time waited so far, so that little is added to any wait.
 _SHORTEST, _LONGEST, _SHARE = 5e-5, 0.05, 0.005
 
 
 def ready(tree: _Tree) -> _Tree:
     """Waits until all arrays of a tree are computed, and returns the tree.
 
-    Python handles a signal between two of its own instructions, and ``device_get`` or ``np.asarray`` is one, however long it
-    waits. Here a ``KeyboardInterrupt`` comes within 50 ms. What has failed counts as ready: reading it raises.
+    Python handles signals only between its own instructions, and ``device_get`` or ``np.asarray`` is a single one, however long
+    it waits. Here a ``KeyboardInterrupt`` comes within 50 ms. A failed result counts as ready: reading it raises.
     """
     for leaf in jax.tree.leaves(tree):
-        if not hasattr(leaf, "is_ready"):  # an array of NumPy, or one that JAX traces
+        if not hasattr(leaf, "is_ready"):  # a NumPy array, or a tracer
             continue
         started = time.perf_counter()
         while not leaf.is_ready():
@@ -33,9 +33,9 @@ def ready(tree: _Tree) -> _Tree:
 
 
 def in_background(function: Callable[[], _Result]) -> Callable[[], _Result]:
-    """Starts ``function`` in a thread, beside what a device computes; what is returned gives its result, or raises its error.
+    """Starts ``function`` in a thread, while a device computes; the returned function gives its result or raises its error.
 
-    A process that ends does not wait for the thread, as it would for that of an executor.
+    Unlike with an executor, a process that ends does not wait for the thread.
     """
     future: Future[_Result] = Future()
 
@@ -46,7 +46,7 @@ def in_background(function: Callable[[], _Result]) -> Callable[[], _Result]:
             future.set_exception(error)
 
     def result() -> _Result:
-        while not future.done():  # in turns: a wait without end is none that a signal interrupts everywhere
+        while not future.done():  # in short waits: signals do not interrupt an unlimited one everywhere
             with contextlib.suppress(TimeoutError):
                 future.result(timeout=_LONGEST)
         return future.result()

@@ -1,4 +1,4 @@
-"""Loading and saving models of every kind: a table from the ``kind`` in a folder to the code that knows it, and importers."""
+"""Loads and saves models of every kind: a table from the ``kind`` in a folder to the code for it, and importers."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ _KINDS = {
 
 
 def load(path: str | os.PathLike[str]) -> Model:
-    """The model in a folder, float or quantized, on the default device; or a float one from a checkpoint of another code base,
-    with the defaults of :func:`ptq4dit_jax.checkpoints.foreign.import_checkpoint`. What that had to guess is a warning.
+    """Loads the float or quantized model in a folder, or imports a float one from a checkpoint of another code base, with the
+    defaults of :func:`ptq4dit_jax.checkpoints.foreign.import_checkpoint`. The model is on the default device. What the import
+    had to guess is a warning.
 
     Args:
-      path: a path of this machine, or an address such as ``gs://bucket/run``, of which what is needed is copied to a temporary
-        folder that is removed afterwards.
+      path: a path of this machine, or an address such as ``gs://bucket/run``, from which what is needed is copied to a
+        temporary folder that is removed afterwards.
 
     Raises:
       Ptq4ditError: ``path`` is no model, is damaged or incomplete, or was written by a newer version; an address cannot be read
@@ -51,7 +52,7 @@ def load(path: str | os.PathLike[str]) -> Model:
 
 
 def load_noted(path: str | os.PathLike[str]) -> tuple[Model, tuple[str, ...]]:
-    """:func:`load` of a path of this machine, and the import's guesses and whatever else a user should hear of it."""
+    """Loads from a local path as :func:`load` does; also returns the import's guesses and other notes for the user."""
     if foreign.is_foreign(path):
         try:
             model, found = foreign.import_checkpoint(path)
@@ -75,11 +76,11 @@ def save(
 
     Args:
       model: float or quantized.
-      path: must not exist, unless ``overwrite``, which replaces the model in a folder and leaves other files there alone.
-      provenance: where the model comes from, as JSON can hold it; versions of the software are added.
+      path: must not exist unless ``overwrite`` is set, which replaces the model in a folder and keeps other files there.
+      provenance: where the model comes from, as values that JSON can hold; software versions are added.
 
     Raises:
-      Ptq4ditError: ``path`` exists, holds something else than a model, or cannot be written; the model is inconsistent.
+      Ptq4ditError: ``path`` exists, holds something other than a model, or cannot be written; the model is inconsistent.
     """
     for kind in _KINDS.values():
         if isinstance(model, kind.type):

@@ -1,4 +1,4 @@
-"""Addresses such as ``gs://bucket/run``: told apart from paths, kept in their form, and how to copy what is there by hand."""
+"""Addresses such as ``gs://bucket/run``: telling them from paths, keeping their form, and how to copy from them by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from ptq4dit_jax.errors import Ptq4ditError
 
-#: pathlib makes one slash of two, so that one counts where no such file exists.
+#: pathlib merges two slashes into one, so one slash counts too where no such file exists.
 _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<second>/?)(?P<rest>[^/].*)", re.DOTALL)
 #: Pages of the Hugging Face Hub, whose files have addresses of their own.
 _HUB_FILE = re.compile(
@@ -22,7 +22,7 @@ _HUB_PAGE = re.compile(
 
 
 class AddressPath(PosixPath):
-    """An address where a path is expected: it keeps both slashes, and no file of this machine is at it."""
+    """An address where a path is expected. It keeps both slashes, and refers to no file of this machine."""
 
     def __str__(self) -> str:
         return re.sub(r"^([A-Za-z][A-Za-z0-9+.-]+):/(?!/)", r"\1://", super().__str__())
@@ -32,9 +32,9 @@ class AddressPath(PosixPath):
 
 
 def address_of(path: str | os.PathLike[str]) -> str | None:
-    """The address that a user has passed, with both slashes, or None where it is a path of this machine.
+    """Returns the address that a user passed, with both slashes, or None if it is a path of this machine.
 
-    Pages of the Hugging Face Hub become the addresses of what they show.
+    A page of the Hugging Face Hub becomes the address of what it shows.
     """
     text = os.fspath(path)
     if not isinstance(text, str) or (match := _ADDRESS.fullmatch(text)) is None or match["scheme"].lower() == "file":
@@ -51,8 +51,8 @@ def address_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """The path with ``~`` replaced, its links kept: caches of downloads link to files whose neighbours matter. An address keeps
-    its form."""
+    """Returns the path with ``~`` expanded. Links are kept, because download caches link to files whose neighbours matter. An
+    address keeps its form."""
     if (address := address_of(path)) is not None:
         return AddressPath(address)
     try:
@@ -62,7 +62,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 
 def copy_command(address: str) -> str:
-    """The command that copies what is at an address into the current folder, or words for it."""
+    """Returns the command that copies from an address into the current folder, or a description of it."""
     scheme, _, rest = address.partition("://")
     quoted, name = shlex.quote(address), shlex.quote(rest.rstrip("/").rpartition("/")[2])
     match scheme:

@@ -34,9 +34,9 @@ def save_float(
     """Writes the model to a folder and returns its absolute path; ``provenance`` is anything that JSON can hold.
 
     Raises:
-      Ptq4ditError: before anything is written, whatever :func:`load_float` would refuse: parameters that are not those of
-        ``model.config``, a type or setting that it does not know; also fake quantizers, or as
-        :func:`ptq4dit_jax.checkpoints.store.write`.
+      Ptq4ditError: before anything is written, for whatever :func:`load_float` would refuse: parameters that do not fit
+        ``model.config``, an unknown type or setting. Also for fake quantizers, and as
+        :func:`ptq4dit_jax.checkpoints.store.write` does.
     """
     if jax.tree.leaves(model.quantizers):
         raise Ptq4ditError("This float model carries fake quantizers, which cannot be saved; save the quantized model instead.")
@@ -48,11 +48,11 @@ def save_float(
 
 
 def load_float(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> FloatDiT:
-    """The model that :func:`ptq4dit_jax.checkpoints.store.read` has read, with its parameters on the default device.
+    """Makes the model from what :func:`ptq4dit_jax.checkpoints.store.read` returned, with its parameters on the default device.
 
     Raises:
-      Ptq4ditError: an unknown, missing or invalid setting in ``meta``; arrays that are missing, too many, or of another shape
-        or dtype than the settings ask for, all named at once.
+      Ptq4ditError: an unknown, missing or invalid setting in ``meta``; arrays that are missing, unexpected, or of another shape
+        or dtype than the settings require, all named at once.
     """
     config, schedule = _check(arrays, meta, "This is no complete float model")
     params = traverse_util.unflatten_dict({name: jnp.asarray(array) for name, array in arrays.items()}, sep="/")
@@ -60,7 +60,7 @@ def load_float(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Flo
 
 
 def _check(arrays: Mapping[str, Any], meta: Mapping[str, Any], lead: str) -> tuple[DiTConfig, Schedule]:
-    """Raises one sentence where a model of these arrays and settings cannot be loaded; its shape and schedule."""
+    """Returns a model's shape and schedule; raises one sentence if these arrays and settings cannot be loaded."""
     config, schedule = read_model_meta(meta)
     dtype = meta.get("dtype")
     if dtype not in FLOATS:
@@ -70,19 +70,19 @@ def _check(arrays: Mapping[str, Any], meta: Mapping[str, Any], lead: str) -> tup
 
 
 def model_meta(config: DiTConfig, schedule: Schedule) -> dict[str, Any]:
-    """The part of ``meta`` that describes the network, float or quantized; a schedule without ``objective`` is of noise."""
+    """Returns the part of ``meta`` that describes a float or quantized network; without ``objective`` it predicts noise."""
     objective = {} if isinstance(schedule, NoiseSchedule) else {"objective": schedule.objective}
     settings = config.to_dict()
-    # An older reader refuses a setting that it does not know, and without these it knows all of them.
+    # An older reader refuses settings that it does not know; without these it knows all.
     for name in ("position_table", "frequencies"):
         if not settings[name]:
             del settings[name]
-    network = {} if type(config) is DiTConfig else {"network": name_of(config)}  # which an older reader has not heard of
+    network = {} if type(config) is DiTConfig else {"network": name_of(config)}  # unknown to older readers
     return {**network, "config": settings, "schedule": objective | dataclasses.asdict(schedule)}
 
 
 def read_model_meta(meta: Mapping[str, Any]) -> tuple[DiTConfig, Schedule]:
-    """The inverse of :func:`model_meta`."""
+    """Inverts :func:`model_meta`."""
     network = meta.get("network", "dit")
     if not isinstance(network, str) or network not in NETWORKS:
         raise Ptq4ditError(
@@ -101,8 +101,8 @@ def read_model_meta(meta: Mapping[str, Any]) -> tuple[DiTConfig, Schedule]:
 
 
 def settings_from_json(cls: type[_Settings], values: object) -> _Settings:
-    """A dataclass of plain fields (bool, int, float, str, tuple of floats) from its JSON form; those with a default may be left
-    out."""
+    """Makes a dataclass of plain fields (bool, int, float, str, tuple of floats) from its JSON form. Fields with a default may
+    be missing."""
     if not isinstance(values, dict):
         raise Ptq4ditError(f"The model's {cls.__name__} is missing or is no JSON object, but {shown(values)}.")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -120,14 +120,14 @@ def settings_from_json(cls: type[_Settings], values: object) -> _Settings:
 def _setting(lead: str, kind: Any, value: object) -> Any:
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         return tuple(_setting(lead, typing.get_args(kind)[0], item) for item in value)
-    # To Python, bool is an int; JSON writes a whole float as an int where people edit it.
+    # In Python a bool is an int. People who edit JSON write a whole float as an int.
     if type(value) not in ((int, float) if kind is float else (kind,)):
         raise Ptq4ditError(f"{lead} = {quoted(value)}, which is no {kind.__name__}.")
     return kind(value)
 
 
 def expected_arrays(config: DiTConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every parameter of a float model, by its flat name."""
+    """Returns the shape and dtype of every parameter of a float model, by flat name."""
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return {name: jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype)) for name, leaf in flatten(abstract).items()}
 

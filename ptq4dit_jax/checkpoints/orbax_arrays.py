@@ -1,8 +1,8 @@
-"""The edge to Orbax: a flat dict of NumPy arrays into a folder and out of it, quietly, without a copy, with one type of error.
+"""The edge to Orbax: writes a flat dict of NumPy arrays to a folder and reads it, quietly, uncopied, with one type of error.
 
-Orbax's handler is used without its checkpointer, whose commit protocol would write a marker with the absolute path of the
-machine into the folder; atomicity is the caller's (:mod:`ptq4dit_jax.checkpoints.store`). This API is the one that Orbax 0.11
-and 0.12 share. Names may contain slashes. Each array is one uncompressed chunk, so that a write needs no buffer of its own.
+Orbax's handler is used without its checkpointer, whose commit protocol would write a marker with an absolute path of the
+machine into the folder. Atomicity is left to the caller (:mod:`ptq4dit_jax.checkpoints.store`). Orbax 0.11 and 0.12 share this
+API. Names may contain slashes. Each array is one uncompressed chunk, so that a write needs no buffer of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 
 
 class _Borrowed(np.ndarray):
-    """An array that Orbax does not deep-copy before it writes, as it does with any other, at twice the memory."""
+    """An array that Orbax does not deep-copy before it writes. It copies any other array, which takes twice the memory."""
 
     def __deepcopy__(self, memo: dict[int, Any] | None, /) -> _Borrowed:
         return self
@@ -28,7 +28,7 @@ class _Borrowed(np.ndarray):
 
 @contextlib.contextmanager
 def _handler() -> Iterator[ocp.PyTreeCheckpointHandler]:
-    """A handler whose failures, which are of any type, are ``OSError``; what its threads print about them is muted."""
+    """Yields a handler. Its failures, of whatever type, become ``OSError``, and what its threads print about them is muted."""
     hook = sys.unraisablehook
 
     def unraisable(info: sys.UnraisableHookArgs) -> None:
@@ -46,7 +46,7 @@ def _handler() -> Iterator[ocp.PyTreeCheckpointHandler]:
             with contextlib.closing(ocp.PyTreeCheckpointHandler(use_compression=False)) as handler:
                 yield handler
         except Exception as error:
-            time.sleep(0.1)  # what was under way beside the operation that failed still reports to its event loop, now closed
+            time.sleep(0.1)  # operations beside the failed one still report to its event loop, now closed
             # TensorStore appends its source lines and context in brackets.
             raise OSError(str(error).partition(" [")[0].partition("\n")[0][:200] or type(error).__name__) from error
 
@@ -55,7 +55,7 @@ def save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a flat dict of arrays, each with elements, to a new folder; the arrays must not change meanwhile.
 
     Raises:
-      OSError: for whatever reason it did not succeed; the folder may then hold anything.
+      OSError: on any failure; the folder may then hold anything.
     """
     folder.mkdir()
     with _handler() as handler:
@@ -64,10 +64,10 @@ def save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def restore(folder: Path) -> dict[str, np.ndarray]:
-    """All arrays of a folder, in host memory, whatever they are. The content is not verified.
+    """Reads all arrays of a folder into host memory, whatever they are. The content is not verified.
 
     Raises:
-      OSError: for whatever reason they cannot be read.
+      OSError: they cannot be read, for whatever reason.
     """
     with _handler() as handler:
         tree = handler.restore(folder, args=ocp.args.PyTreeRestore())
@@ -75,10 +75,10 @@ def restore(folder: Path) -> dict[str, np.ndarray]:
 
 
 def describe(folder: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Shape and dtype of every array of a folder, by its name, as :func:`restore` will find them; nothing else is read.
+    """Returns the shape and dtype of every array of a folder, by name, as :func:`restore` will find them; reads nothing else.
 
     Raises:
-      OSError: for whatever reason they cannot be told.
+      OSError: they cannot be determined, for whatever reason.
     """
     with _handler() as handler:
         found = handler.metadata(folder)

@@ -1,4 +1,4 @@
-"""Quantized models in a model folder: packed integers, scales and biases, and as JSON what each layer is."""
+"""Quantized models in a model folder: packed integers, scales and biases, and a description of each layer as JSON."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ptq4dit_jax.quantizers import ActQuantizer, QTensor, check_bits, pack_nibbl
 from ptq4dit_jax.schedules import Schedule
 
 KIND = "quantized_dit"
-#: Whose codes share a byte where they have 4 bits or fewer: now those of two rows (:func:`pack_nibbles`); in models that do not
-#: say, byte j of a row holds its codes j and j + ceil(K / 2).
+#: Which codes of 4 bits or fewer share a byte: now those of two rows (:func:`pack_nibbles`). In models that do not say, byte j
+#: of a row holds its codes j and j + ceil(K / 2).
 _ROWS, _COLUMNS = "rows", "columns"
 
 
@@ -33,13 +33,13 @@ def save_quantized(
     """Writes the model to a folder and returns its absolute path; ``provenance`` is added to what the model carries.
 
     Raises:
-      Ptq4ditError: before anything is written, whatever :func:`load_quantized` would refuse, layers or sites that are missing
-        among it; or as :func:`ptq4dit_jax.checkpoints.store.write`.
+      Ptq4ditError: before anything is written, for whatever :func:`load_quantized` would refuse, such as missing layers or
+        sites. Also as :func:`ptq4dit_jax.checkpoints.store.write` does.
     """
     cannot = "This quantized model cannot be saved"
     if missing := [name for name in model.config.linear_shapes if name not in model.linears]:
         raise Ptq4ditError(f"{cannot}; it lacks the layer {', '.join(missing)}.")
-    # All of them or none: without sites attention is computed in float.
+    # All sites or none: without sites, attention is computed in float.
     if model.sites and (missing := [name for name in model.config.spec.attention if name not in model.sites]):
         raise Ptq4ditError(f"{cannot}; it lacks the site {', '.join(missing)}.")
     if np.ndim(model.group_edges) != 1:
@@ -60,11 +60,11 @@ def save_quantized(
 
 
 def load_quantized(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> QuantizedDiT:
-    """The model that :func:`ptq4dit_jax.checkpoints.store.read` has read, on the default device.
+    """Makes the model from what :func:`ptq4dit_jax.checkpoints.store.read` returned, on the default device.
 
     Raises:
-      Ptq4ditError: settings that are missing or invalid; arrays that are missing, too many, or of another shape or dtype than
-        the settings ask for, all named at once.
+      Ptq4ditError: settings that are missing or invalid; arrays that are missing, unexpected, or of another shape or dtype than
+        the settings require, all named at once.
     """
     skeleton = _expected(meta)
     if (packed := meta.get("packed", _COLUMNS)) not in (_ROWS, _COLUMNS):
@@ -81,7 +81,7 @@ def load_quantized(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) ->
 
 
 def _expected(meta: Mapping[str, Any]) -> QuantizedDiT:
-    """The model that ``meta`` describes, with shapes and dtypes for leaves; raises as :func:`load_quantized` does."""
+    """Returns the model that ``meta`` describes, with shapes and dtypes as leaves; raises as :func:`load_quantized` does."""
     config, schedule = read_model_meta(meta)
     if (dtype := meta.get("dtype", "float32")) not in FLOATS:
         raise Ptq4ditError(f"The model's dtype is {dtype!r}; a quantized model computes in {', '.join(FLOATS)}.")
@@ -94,14 +94,14 @@ def _expected(meta: Mapping[str, Any]) -> QuantizedDiT:
 
 
 def _entry(values: object, key: str) -> Any:
-    """An entry of a description in JSON, which a damaged file may lack."""
+    """Returns an entry of a description in JSON; a damaged file may lack it."""
     if not isinstance(values, Mapping) or key not in values:
         raise Ptq4ditError(f"This quantized model's config.json lacks or garbles {key!r}; the folder is damaged.")
     return values[key]
 
 
 def _packed_by_rows(arrays: Mapping[str, np.ndarray], skeleton: QuantizedDiT) -> dict[str, Any]:
-    """The arrays with weights that were packed along K packed as they are now; what is of another shape stays as it is."""
+    """Repacks by rows the weights that were packed along K; arrays of another shape stay as they are."""
     repacked: dict[str, Any] = dict(arrays)
     for linear, layer in skeleton.linears.items():
         name = f"linears/{linear}/weight/values"
@@ -113,7 +113,7 @@ def _packed_by_rows(arrays: Mapping[str, np.ndarray], skeleton: QuantizedDiT) ->
 
 
 def _flatten(model: QuantizedDiT) -> dict[str, Any]:
-    """Leaves by path, such as ``linears/blocks.qkv/weight/values``, in the order of the pytree."""
+    """Returns the leaves by path, such as ``linears/blocks.qkv/weight/values``, in the order of the pytree."""
     leaves = jax.tree_util.tree_leaves_with_path(model)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -130,7 +130,7 @@ def _linear_spec(layer: QLinear) -> dict[str, Any]:
 def _skeleton(
     config: DiTConfig, schedule: Schedule, linears: Mapping[str, Any], sites: Mapping[str, Any], num_groups: int
 ) -> QuantizedDiT:
-    """The model with shapes and dtypes for leaves."""
+    """Builds the model with shapes and dtypes as leaves."""
 
     def leaf(dtype: DTypeLike, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype))

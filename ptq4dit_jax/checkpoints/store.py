@@ -1,16 +1,16 @@
-"""The folder that holds a model: JSON to read beside an Orbax checkpoint, written whole or not at all. Knows no model.
+"""The folder that holds a model: readable JSON beside an Orbax checkpoint, written whole or not at all. Knows no model.
 
     config.json   {"format": "ptq4dit_jax", "version": 2, "kind": ..., <meta>, "provenance": {...},
                    "arrays": {name: {"shape": [...], "dtype": ...}}, "files": {path: bytes}, "content_sha256": ...,
                    "config_sha256": ...}
     arrays/       an Orbax PyTree checkpoint of the flat dict name -> array, uncompressed, one chunk per array
 
-Orbax checks no content, hence the sizes and the hash in ``config.json``, whose own fields have a second hash (since version 2).
-Arrays without elements, which Orbax refuses, live in ``config.json`` alone.
+Orbax does not check content, hence the sizes and the hash in ``config.json``; its own fields have a second hash (since version
+2). Orbax refuses arrays without elements, so these live in ``config.json`` alone.
 
-The whole folder is staged beside its target and then renamed. Inside a folder that is there, the new arrays come as
-``arrays-<first digits of config_sha256>/``, one renaming of ``config.json`` decides, and then they get their usual name. A
-reader looks for that folder first, so that it finds the old model or the new one at every moment.
+The whole folder is staged beside its target and then renamed. In a folder that exists, the new arrays first get the name
+``arrays-<first digits of config_sha256>/``. Renaming the new ``config.json`` into place makes the exchange; then the arrays get
+their usual name. A reader looks for that folder first, so that it finds the old model or the new one at every moment.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from ptq4dit_jax.staging import flush, flush_entries, remove, staging
 FORMAT, VERSION = "ptq4dit_jax", 2
 _CONFIG, _ARRAYS = "config.json", "arrays"
 _OWN_KEYS = ("format", "version", "arrays", "files", "content_sha256", "config_sha256")
-#: How often a folder is read again that was exchanged meanwhile.
+#: How many times a folder is read at most if it is exchanged meanwhile.
 _ATTEMPTS = 10
 #: The first version with ``config_sha256``.
 _HASHED = 2
 
-#: What every supported Orbax stores bit by bit; narrower integers are packed into uint8 by whoever has them.
+#: Types that every supported Orbax stores exactly. Callers pack narrower integers into uint8.
 _DTYPES = frozenset(
     ["bool", "bfloat16", *(f"float{n}" for n in (16, 32, 64)), *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64))]
 )
@@ -56,13 +56,13 @@ Arrays: TypeAlias = Mapping[str, "np.ndarray | jax.Array"]
 
 
 def write(path: str | os.PathLike[str], arrays: Arrays, meta: Mapping[str, Any], *, overwrite: bool = False) -> Path:
-    """Writes a model folder; on any failure nothing of it stays behind and what was there before is untouched.
+    """Writes a model folder. On any failure nothing of it stays behind, and what was there before is untouched.
 
     Args:
       path: the folder to make; its parents are made too.
-      arrays: at least one, flat, of any shape; bool, integers of 8 to 64 bits, floats of 16 to 64 bits, bfloat16. Arrays of JAX
-        may be sharded or replicated over the devices of this process. The save holds no second host copy of them.
-      meta: what JSON can hold, with a string ``kind``. Versions of the software are added under ``provenance``.
+      arrays: at least one, flat, of any shape; bool, integers of 8 to 64 bits, floats of 16 to 64 bits, bfloat16. JAX arrays
+        may be sharded or replicated over the devices of this process. Saving makes no second host copy of them.
+      meta: what JSON can hold, with a string ``kind``. Software versions are added under ``provenance``.
       overwrite: replace the model in an existing folder, or fill an empty one. Other files in that folder stay.
 
     Returns:
@@ -101,17 +101,17 @@ def write(path: str | os.PathLike[str], arrays: Arrays, meta: Mapping[str, Any],
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 (hexadecimal) over all fields of a ``config.json`` but the hash itself, as the shortest JSON with sorted keys.
+    """Returns the SHA-256 (hexadecimal) of a ``config.json`` without this hash, as the shortest JSON with sorted keys.
 
     Raises:
-      ValueError: a number is NaN or infinite, which JSON has not.
+      ValueError: a number is NaN or infinite, which JSON cannot hold.
     """
     fields = {key: value for key, value in config.items() if key != "config_sha256"}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
 
 def as_read(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`read` will return of ``meta`` once it has been written.
+    """Returns ``meta`` as :func:`read` will return it after it was written.
 
     Raises:
       Ptq4ditError: JSON cannot hold it, or a reader would refuse it.
@@ -121,12 +121,12 @@ def as_read(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays of a model folder, in host memory, and its ``meta``, both as :func:`write` was given them.
+    """Reads the arrays of a model folder into host memory, and its ``meta``, both as they were passed to :func:`write`.
 
-    A model that is exchanged at this moment is read as it was before or as it is afterwards.
+    A model that is being replaced is read as it was before or as it is afterwards.
 
     Raises:
-      Ptq4ditError: ``path`` is missing, is no model, was written in a newer format, or is incomplete or damaged in any byte
+      Ptq4ditError: ``path`` is missing, is no model, was written in a newer format, is incomplete, or is damaged in any byte
         of its arrays or any field of its ``config.json``.
     """
     source = resolve(path)
@@ -145,7 +145,7 @@ def _read(source: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     damaged = _damaged(source)
     listed, folder = _listed(source, config), _arrays_of(source, config)
     try:
-        with edge(source):  # where memory fails later, it is in threads of C++
+        with edge(source):  # a later failure of memory would be in C++ threads
             memory.ensure_start(2 * sum(map(int, config["files"].values())))
         arrays = orbax_arrays.restore(folder) if any(0 not in shape for shape, _ in listed.values()) else {}
     except OSError as error:
@@ -163,7 +163,7 @@ def _damaged(source: Path) -> str:
 
 
 def _listed(source: Path, config: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Shape and dtype of each array, by its name, as ``config`` lists them; raises where a file is not as it says."""
+    """Returns the shape and dtype of each array, by name, as ``config`` lists them; raises if a file differs from its entry."""
     damaged = _damaged(source)
     try:
         listed = {str(name): (tuple(map(int, a["shape"])), np.dtype(a["dtype"])) for name, a in config["arrays"].items()}
@@ -185,7 +185,7 @@ def _listed(source: Path, config: Mapping[str, Any]) -> dict[str, tuple[tuple[in
 
 
 def _arrays_of(source: Path, config: Mapping[str, Any]) -> Path:
-    """Where the arrays are; during an exchange, and after a kill in it, the new ones have the name that says whose they are."""
+    """Returns where the arrays are. During an exchange, and after a kill during one, the new ones have a name of their own."""
     moved = source / _incoming(str(config.get("config_sha256")))
     return moved if moved.is_dir() else source / _ARRAYS
 
@@ -195,7 +195,7 @@ def _incoming(config_sha256: str) -> str:
 
 
 def _state(source: Path) -> object:
-    """What differs if a model was exchanged between two looks at its folder."""
+    """Returns a value that changes when the model in a folder is exchanged."""
     try:
         config = (source / _CONFIG).stat()
         folders = sorted((entry.name, entry.inode()) for entry in os.scandir(source) if entry.name.startswith(_ARRAYS))
@@ -205,13 +205,13 @@ def _state(source: Path) -> object:
 
 
 def is_model(path: Path) -> bool:
-    """Whether a path is a model folder, whole or not; what else is there nobody calls one."""
+    """Whether a path is a model folder, complete or not; a file or any other folder is none."""
     folder = path.expanduser()
     if not folder.is_dir():
         return False
     if _names_format(folder):
         return True
-    # Steps of Orbax may have an item of that name.
+    # A step of an Orbax checkpoint may have an item of that name.
     return (folder / _ARRAYS).is_dir() and not (folder / "_CHECKPOINT_METADATA").is_file()
 
 
@@ -224,7 +224,7 @@ def _names_format(folder: Path) -> bool:
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """All of ``config.json``, without reading the arrays; raises as :func:`read` does."""
+    """Reads all of ``config.json``, but not the arrays; raises as :func:`read` does."""
     source = resolve(path)
     expected = f"a model is a folder with {_CONFIG} and {_ARRAYS}/"
     try:
@@ -261,15 +261,15 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _is_unchanged(config: Mapping[str, Any]) -> bool:
     try:
         return config_hash(config) == config.get("config_sha256")
-    except (ValueError, RecursionError):  # NaN, for one, is no JSON
+    except (ValueError, RecursionError):  # such as NaN, which is not JSON
         return False
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """The absolute path of a model folder, links followed.
+    """Returns the absolute path of a model folder, with links followed.
 
     Raises:
-      Ptq4ditError: it is an address, no path at all, or one that Orbax's arrays cannot be read from.
+      Ptq4ditError: it is an address, no path at all, or a path from which Orbax cannot read arrays.
     """
     if (address := address_of(path)) is not None:
         raise Ptq4ditError(
@@ -280,7 +280,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         str(target).encode()
     except (OSError, RuntimeError, ValueError) as error:
         raise Ptq4ditError(f"{os.fspath(path)!r} is not a usable path: {shown(str(error))}.") from error
-    # TensorStore writes to one folder and reads from another where a name holds a backslash.
+    # If a name holds a backslash, TensorStore writes to one folder and reads from another.
     if os.sep == "/" and "\\" in str(target):
         raise Ptq4ditError(
             f"{shown(target, 1000)} is not a usable path: no model can be read from below a backslash; choose another one."
@@ -308,7 +308,7 @@ def _software_versions() -> dict[str, str]:
 
 
 def _to_json(config: Mapping[str, Any]) -> str:
-    """One line per entry of a field, so that an array's shape stays on one line."""
+    """Writes one line per entry of a field, so that an array's shape stays on one line."""
 
     def entry(key: object, value: object) -> str:
         return json.dumps({key: value}, allow_nan=False)[1:-1]
@@ -336,7 +336,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
 
 
 def _check_readable(staged: Path) -> None:
-    """Raises where :func:`read` would refuse what was just written; the bytes of the arrays are not read again."""
+    """Raises if :func:`read` would refuse what was just written; the bytes of the arrays are not read again."""
     try:
         listed = _listed(staged, read_config(staged))
         wanted = {name: spec for name, spec in listed.items() if 0 not in spec[0]}
@@ -353,7 +353,7 @@ def _publish(staged: Path, target: Path, config_sha256: str) -> None:
         staged.rename(target)
         flush_entries(target.parent)
         return
-    # Inside an existing folder only the model is exchanged: a card or a recipe beside it belongs to the user.
+    # In an existing folder only the model is exchanged: a card or a recipe beside it belongs to the user.
     _settle(target)
     replaced, incoming = staged / "replaced", target / _incoming(config_sha256)
     replaced.mkdir()
@@ -387,7 +387,7 @@ def _publish(staged: Path, target: Path, config_sha256: str) -> None:
 
 
 def _settle(target: Path) -> None:
-    """Ends an exchange that a kill has broken off: arrays that the model there does not use are removed."""
+    """Completes an exchange that was killed: removes arrays that the model there does not use."""
     try:
         config = read_json(target / _CONFIG, "")
     except Ptq4ditError:

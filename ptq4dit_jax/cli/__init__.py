@@ -15,7 +15,7 @@ for _command in (info.info, convert.convert, quantize.quantize, sample.sample, e
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the program and returns its exit status; a user's mistake becomes one sentence on stderr and 1."""
+    """Runs the program and returns its exit status; a user's mistake becomes one sentence on stderr and status 1."""
     return ending.status_of(lambda: app(args=arguments, prog_name="ptq4dit", standalone_mode=True))
 
 

@@ -1,4 +1,4 @@
-"""``ptq4dit convert``: checkpoints of others into model folders, and models into Meta's layout."""
+"""``ptq4dit convert``: converts checkpoints of other code bases to model folders, and models to Meta's layout."""
 
 from __future__ import annotations
 

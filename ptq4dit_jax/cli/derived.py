@@ -1,7 +1,7 @@
-"""Options made from dataclasses: of settings, whose fields say what they are for, and of options that commands share.
+"""Makes options from dataclasses: from settings, whose fields say what they are for, and from options that commands share.
 
-A command names them as one parameter each. :func:`with_options` gives typer the options instead, and hands the command what was
-given of them: so that no setting is out of reach of the command line, and none is listed twice.
+A command has one parameter for each dataclass. :func:`with_options` shows typer the options instead, and passes the command
+those that were given. So every setting can be reached from the command line, and none is listed twice.
 
     @with_options
     def sample(model: ModelArgument, sampling: Annotated[Given, Settings(Sampling)], pictures: Annotated[Pictures, Group()]):
@@ -19,32 +19,32 @@ import typer
 
 from ptq4dit_jax.settings import Leaf, leaves, title_of
 
-#: Settings that were given, by their flat names; those of a dataclass in a field (``Setting.of``) as a dictionary of theirs.
+#: Settings that were given, by their flat names; those of a dataclass in a field (``Setting.of``) are a nested dictionary.
 Given = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Marks a parameter as the settings of a dataclass that were given."""
+    """Marks a parameter as the given settings of a dataclass."""
 
     kind: type
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Marks a parameter as a dataclass whose fields are options, each annotated as a command's parameter would be."""
+    """Marks a parameter as a dataclass whose fields are options, annotated like a command's parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Option:
-    """An option of a setting: where its value goes, by flat names, and how that is made of what typer read."""
+    """An option for a setting: where its value goes, by flat names, and how to make that from what typer read."""
 
     path: tuple[str, ...]
     leaf: Leaf
 
     @property
     def name(self) -> str:
-        """Of the parameter that typer fills."""
+        """The name of the parameter that typer fills."""
         return "_".join(self.path)
 
     @property
@@ -67,12 +67,12 @@ class _Option:
 
     def value(self, given: object) -> object:
         if self.leaf.said.read is not None:
-            return self.leaf.said.read(cast(str, given))  # as typer reads what is not a value yet
+            return self.leaf.said.read(cast(str, given))  # typer reads text where it is not the value
         return tuple(given) if isinstance(given, list) else given
 
 
 def _value_type(leaf: Leaf) -> Any:
-    """What typer reads for a setting: a number, a flag, texts, or one text that ``read`` or the dataclass understands."""
+    """Returns the type that typer reads for a setting: a number, a flag, texts, or one text for ``read`` or the dataclass."""
     hint = get_type_hints(leaf.owner)[leaf.field.name]
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     wanted = [kind for kind in kinds if kind is not type(None)]
@@ -106,7 +106,7 @@ class _Settings:
     def take(self, values: dict[str, object]) -> Given:
         found: Given = {}
         for option in self.options:
-            if (given := values.pop(option.name)) not in (None, []):  # as what may be repeated is, if left out
+            if (given := values.pop(option.name)) not in (None, []):  # a repeatable option is [] if left out
                 *sections, name = option.path
                 inner = found
                 for section in sections:
@@ -141,7 +141,7 @@ def _expansion(annotation: object) -> _Settings | _Group | None:
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with the options of its marked parameters instead of these."""
+    """Returns a command that has options in place of its marked parameters."""
     hints = get_type_hints(command, include_extras=True)
     expanded, parameters = dict[str, _Settings | _Group](), list[inspect.Parameter]()
     for name, parameter in inspect.signature(command).parameters.items():

@@ -1,4 +1,4 @@
-"""``ptq4dit evaluate``: a model against the float model that it was made from."""
+"""``ptq4dit evaluate``: compares a model with the float model that it was made from."""
 
 from __future__ import annotations
 

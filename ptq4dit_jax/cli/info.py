@@ -40,7 +40,7 @@ def info(context: typer.Context, model: ModelArgument, json: Json = None) -> Non
 
 
 def _provenance(path: str | Path) -> dict[str, Any]:
-    """What a model folder says of its origin; nothing for a checkpoint of others, and for random weights."""
+    """Returns what a model folder says about its origin; empty for foreign checkpoints and for random weights."""
     if isinstance(path, str) or foreign.is_foreign(path):
         return {}
     return store.read_config(path).get("provenance", {})

@@ -36,18 +36,18 @@ class Written:
     json: Json = None
 
     def claim(self, context: typer.Context, out: Path, folder_with: str | None = None) -> None:
-        """Makes sure that both outputs can be written, and that no other process writes them until the command has ended."""
+        """Ensures that both outputs can be written, and that no other process writes them until the command ends."""
         claim_target(context, out, self.overwrite, folder_with)
         claim_target(context, self.json, overwrite=True)
 
     def figures(self, figures: Mapping[str, Any]) -> None:
-        """Writes the command's figures, if that was asked for."""
+        """Writes the command's figures, if requested."""
         write_json(self.json, figures)
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """What makes pictures of latents."""
+    """How latents become pictures."""
 
     vae: Annotated[
         str | None,
@@ -61,7 +61,7 @@ class Decoding:
     ] = None
 
     def load(self) -> VAEDecoder | None:
-        """The decoder, if there is one; prints what was decided and guessed."""
+        """Loads the decoder, if one was given; prints what was decided and guessed."""
         if self.vae is None and self.vae_scale is not None:
             raise Ptq4ditError("--vae-scale is of a VAE; pass that with --vae, or leave it out.")
         return None if self.vae is None else load_vae(self.vae, self.vae_scale)

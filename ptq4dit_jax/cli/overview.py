@@ -1,4 +1,4 @@
-"""The program as its help shows it: imports nothing of ours, since :mod:`ptq4dit_start` runs it without the library."""
+"""The program as its help shows it. Imports nothing of ours, since :mod:`ptq4dit_start` runs it without the library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMMANDS = {
 
 
 def program() -> typer.Typer:
-    """The program without its commands."""
+    """Makes the program without its commands."""
     return typer.Typer(
         name="ptq4dit",
         help="Post-training quantization of Diffusion Transformers: W8A8 and W4A8 with real integers, in JAX.",

@@ -1,4 +1,4 @@
-"""``ptq4dit quantize``: from a float model to a model of integers."""
+"""``ptq4dit quantize``: makes an integer model from a float model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Stored:
     ] = "auto"
 
     def check(self, given: Given) -> None:
-        """Raises where an option says something of rows that are not there."""
+        """Raises if an option is for rows of the other kind, stored or sampled."""
         if self.calibration is None and self.calibration_layout != "auto":
             raise Ptq4ditError("--calibration-layout is of stored rows; pass those with --calibration, or leave it out.")
         if self.calibration is not None and (unused := options_given(Calibration, given)):
@@ -66,7 +66,7 @@ class Stored:
             )
 
     def read(self, model: FloatDiT) -> tuple[CalibrationData | None, str]:
-        """The rows for a model, and what they are in words; None and nothing where there is no file."""
+        """Reads the rows for a model, and describes them in words; returns None and nothing if there is no file."""
         if self.calibration is None:
             return None, ""
         with working(f"Reading {self.calibration}"):
@@ -84,7 +84,7 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What settings start from."""
+    """The settings to start from."""
 
     paper: Annotated[
         bool, typer.Option("--paper", help="Start from exactly the paper's settings; other options change single ones.")
@@ -94,7 +94,7 @@ class Preset:
     ] = False
 
     def config(self, given: Given) -> QuantConfig:
-        """The settings that were asked for.
+        """Returns the requested settings.
 
         Raises:
           Ptq4ditError: options of learning without learning.
@@ -112,7 +112,7 @@ class Preset:
 
 @dataclasses.dataclass(frozen=True)
 class Conduct:
-    """How a run goes about it; none of it changes a number."""
+    """How a run is carried out; none of this affects its numbers."""
 
     row_batch: Annotated[int | None, typer.Option(help="Rows per calibration pass, to bound memory.")] = None
     fresh: Annotated[
@@ -161,7 +161,7 @@ def quantize(
     console.print(on_rows)
     started = time.perf_counter()
     with stages() as report, warnings.catch_warnings():
-        warnings.simplefilter("ignore", PoorQuality)  # it is said below
+        warnings.simplefilter("ignore", PoorQuality)  # reported below
         quantized = quantization.quantize(
             dit,
             config,

@@ -37,7 +37,7 @@ from ptq4dit_jax.terminal import (
 
 @dataclasses.dataclass(frozen=True)
 class Computing:
-    """What samples are computed in, and by what."""
+    """The type in which samples are computed, and the backend."""
 
     dtype: Annotated[
         str,
@@ -75,7 +75,7 @@ def sample(
         raise Ptq4ditError(f"--out must end in .png or .npz, not {out.name!r}.")
     key = read_key(seed)
     written.claim(context, out)
-    # Mistakes in these cost no loading.
+    # Checked before anything is loaded.
     parse_labels("0" if labels is None else labels, repeat)
     choice.checked(computing.backend)
     how = Sampling.of(**given)
@@ -123,7 +123,7 @@ def sample(
 
 
 def _check_pictures(name: str, model: Model, out: Path, decoding: Decoding) -> None:
-    """Raises where pictures are asked for and the model makes none."""
+    """Raises if pictures are requested and the model makes none."""
     channels = model.config.in_channels
     if decoding.vae is None and out.suffix == ".png" and channels not in (1, 3):
         raise Ptq4ditError(

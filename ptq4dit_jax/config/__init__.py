@@ -1,4 +1,4 @@
-"""Settings of a quantization run, in sections that validate themselves."""
+"""Settings of a quantization run, in sections that check themselves."""
 
 from ptq4dit_jax.config.quant_config import QuantConfig
 from ptq4dit_jax.config.reconstruction import MAX_ITERATIONS, Reconstruction, RowsOn, Start

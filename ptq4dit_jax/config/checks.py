@@ -9,12 +9,12 @@ from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.settings import is_section
 
-#: The most rows, or groups of steps, that a run may ask for, far above what is of use; memory may allow less.
+#: The most rows, or groups of steps, that a run may ask for, far more than is useful; memory may allow fewer.
 MAX_ROWS = 2**20
 
 
 def check_sections(settings: Any) -> None:
-    """Raises where a section of a dataclass of settings is something else."""
+    """Raises if a section of a dataclass of settings has another type."""
     for field in dataclasses.fields(settings):
         kind, value = type(field.default), getattr(settings, field.name)
         if is_section(field) and not isinstance(value, kind):
@@ -23,6 +23,6 @@ def check_sections(settings: Any) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raises where a setting is none of its choices."""
+    """Raises if a setting is not one of its choices."""
     if value not in choices:
         raise Ptq4ditError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.")

@@ -36,8 +36,8 @@ from ptq4dit_jax.settings import changed, flat, leaves, section, setting
 class QuantConfig:
     """Everything that decides the result of :func:`ptq4dit_jax.quantize`, besides the model and the key.
 
-    In sections, ``QuantConfig(weights=Weights(bits=4), balancing=Balancing(method="csb"))``, or setting by setting by their
-    flat names, ``QuantConfig.of(weight_bits=4, balance="csb")``. Those are the names of options and of stored settings.
+    Made from sections, ``QuantConfig(weights=Weights(bits=4), balancing=Balancing(method="csb"))``, or from single settings by
+    their flat names, ``QuantConfig.of(weight_bits=4, balance="csb")``. Options and stored settings have the flat names.
 
     Attributes:
       weights: width, ranges and rounding of weights.
@@ -46,8 +46,8 @@ class QuantConfig:
       calibration: the rows to observe, and how they are sampled.
       policy: widths of single layers, and what stays float.
       range_search: how ranges are chosen, see :mod:`ptq4dit_jax.ranges`.
-      reconstruction: how roundings and activation scales are learned after all ranges are chosen. None is
-        :class:`Reconstruction`'s defaults where the rounding is ``adaround``, and leaves it out otherwise.
+      reconstruction: how roundings and activation scales are learned after all ranges are chosen. None means
+        :class:`Reconstruction`'s defaults if the rounding is ``adaround``, and no learning otherwise.
     """
 
     TITLE: ClassVar[str] = "Policy and ranges"
@@ -78,21 +78,21 @@ class QuantConfig:
 
     @classmethod
     def of(cls, **settings: object) -> QuantConfig:
-        """The defaults with single settings by their flat names; the policy may be its text."""
+        """Returns the defaults with single settings changed, by their flat names. The policy may be text."""
         return cls().replace(**settings)
 
     def replace(self, **settings: object) -> QuantConfig:
-        """The same with single settings changed, by their flat names."""
+        """Returns a copy with single settings changed, by their flat names. The policy may be text."""
         if isinstance(policy := settings.get("policy"), str):
             settings["policy"] = Policy.parse(policy)
         return changed(self, settings)
 
     @classmethod
     def paper(cls, weight_bits: int = 8, **overrides: object) -> QuantConfig:
-        """The paper's method to the letter: CSB and SSC on qkv, proj and fc1, one static range per tensor for activations,
-        every linear at the same width; ranges by the official code's three percentiles; 25 steps (all of a shorter chain) of 32
-        pairs of rows; weights rounded to the nearest, or by AdaRound from there with ``reconstruction``. ``overrides`` are
-        settings by their flat names."""
+        """Returns the paper's method to the letter: CSB and SSC on qkv, proj and fc1; one static range per tensor for
+        activations; one width for all linear layers; ranges by the official code's three percentiles; 25 steps (all of a
+        shorter chain) of 32 pairs of rows; weights rounded to the nearest, or by AdaRound from there with ``reconstruction``.
+        ``overrides`` are settings by their flat names."""
         learned = overrides.get("reconstruction")
         rounding = overrides.get("rounding") or ("nearest" if learned is None else "adaround")
         if rounding == "adaround":
@@ -113,19 +113,19 @@ class QuantConfig:
 
     @property
     def rounding(self) -> Rounding:
-        """How weights are rounded: ``weights.rounding``, or what stands for None."""
+        """How weights are rounded: ``weights.rounding``, or what None stands for."""
         return self.weights.rounding or ("gptq" if self.reconstruction is None else "adaround")
 
     @property
     def learning(self) -> Reconstruction | None:
-        """How roundings are learned; None where they are not."""
+        """How roundings are learned; None if they are not."""
         return (self.reconstruction or Reconstruction()) if self.rounding == "adaround" else None
 
     def for_network(self, network: Network) -> QuantConfig:
-        """The same settings with everything filled in that depends on the network alone.
+        """Returns the settings with everything filled in that depends on the network alone.
 
         Raises:
-          Ptq4ditError: the network lacks a layer or a site that they name.
+          Ptq4ditError: the network lacks a layer or a site that the settings name.
         """
         self.rules(network.spec)
         sites = self.activations.dynamic_sites
@@ -136,8 +136,8 @@ class QuantConfig:
         return self
 
     def resolve(self, schedule: Schedule, network: DiTConfig) -> QuantConfig:
-        """The same settings with everything filled in that depends on the model: sampler, steps, guidance and calibration
-        steps."""
+        """Returns the settings with the sampler, its steps, guidance and calibration steps, which depend on the model, filled
+        in."""
         found = self.calibration.sampling.resolve(schedule, network)
         guidance = Guidance(found.guidance.scale, found.guidance.channels, found.guidance.interval)
         calibration = dataclasses.replace(
@@ -148,7 +148,7 @@ class QuantConfig:
         return dataclasses.replace(self, calibration=calibration)
 
     def rules(self, spec: NetworkSpec) -> Rules:
-        """What the policy and the widths decide for each layer of a network."""
+        """Returns what the policy and the widths decide for each layer of a network."""
         rules = self.policy.rules(spec, self.weights.bits)
         if self.activations.bits != FLOAT_ACTS:
             return rules
@@ -162,21 +162,21 @@ class QuantConfig:
 
     @property
     def name(self) -> str:
-        """Such as W4A8; W4A16 where no activation is quantized."""
+        """A name such as W4A8; W4A16 if no activation is quantized."""
         return f"W{self.weights.bits}A{FLOAT_ACTS if self.weights_only else self.activations.bits}"
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings by their flat names, in JSON's types but for tuples."""
+        """Returns all settings by their flat names, in JSON's types and tuples."""
         learned = self.reconstruction
         return flat(self) | {"policy": str(self.policy), "reconstruction": learned and flat(learned)}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> QuantConfig:
-        """The settings that :meth:`to_dict` gave, also after JSON made lists of its tuples, as a model's folder stores them. A
-        setting that a model of an earlier version lacks has its default.
+        """Restores the settings that :meth:`to_dict` returned, as a model's folder stores them; JSON may have made its tuples
+        lists. A setting that a model of an earlier version lacks has its default.
 
         Raises:
-          Ptq4ditError: a setting that there is not, or a value that cannot be.
+          Ptq4ditError: an unknown setting, or an invalid value.
         """
         with edge("the stored settings"):
             settings = _known(cls, stored)

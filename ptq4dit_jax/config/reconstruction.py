@@ -15,11 +15,11 @@ from ptq4dit_jax.settings import numbers, setting
 RowsOn = Literal["auto", "device", "host"]
 Start = Literal["nearest", "gptq"]
 
-#: The most iterations of a unit, far above what is of use.
+#: The most iterations per unit, far more than is useful.
 MAX_ITERATIONS = 10**7
-#: Of a learning rate, a regularizer or its exponents.
+#: The most for a learning rate, a regularizer or its exponents.
 _MAX_RATE = 1e6
-#: Chunks of a batch on CPUs where nothing is said: as many as a host has devices.
+#: Default chunks per batch on CPUs: as many as a host has devices.
 _CHUNKS = 8
 
 
@@ -28,22 +28,22 @@ class Reconstruction:
     """How block reconstruction learns roundings and activation scales (:mod:`ptq4dit_jax.reconstruction`).
 
     Attributes:
-      iterations: for each unit: the embedders, every block, the final layer.
+      iterations: per unit: the embedders, every block, the final layer.
       start: what learning starts from. ``nearest``: the ranges of rounding to the nearest, and the float weights within them.
-        ``gptq``: closed-form rounding of the unit behind the learned units before it. None is ``gptq``.
-      batch_size: rows of an iteration, one from each of as many strata of the calibration rows; a multiple of the devices.
-      rounding_rate, scale_rate: Adam's learning rates of the rounding variables and of the logarithms of activation scales;
+        ``gptq``: closed-form rounding of the unit behind the learned units before it. None means ``gptq``.
+      batch_size: rows per iteration, one from each of as many strata of the calibration rows; a multiple of the devices.
+      rounding_rate, scale_rate: Adam's learning rates for the rounding variables and for the logarithms of activation scales;
         the latter decays to 0 by a cosine, the former if ``decay_rounding``.
-      rounding_eps: Adam's epsilon for the rounding variables, whose gradients are of the order of 1. One as large lets a
-        weight move by how much it matters to the error: with a small one all move alike, most of them by the noise of batches.
-      regularizer: weight of undecided roundings against the error, both counted per weight.
+      rounding_eps: Adam's epsilon for the rounding variables, whose gradients are of the order of 1. With an epsilon as large,
+        a weight moves by how much it matters to the error; with a small one all move alike, most by the noise of batches.
+      regularizer: weight of undecided roundings against the error, both per weight.
       exponents: of the regularizer, first and last.
-      warmup: part of the iterations without regularizer.
+      warmup: share of the iterations without the regularizer.
       row_weights: ``plain``, or ``steps``: rows count inversely to the float unit's mean square change at their step.
       dtype: compute type; ``auto`` is bfloat16 on GPU and TPU and float32 on CPU.
-      accumulation_chunks: into how many chunks a batch is cut, whose gradients are added up in order. Every number of devices
-        that divides it gives the same integers. None is 8 on CPUs, or the largest divisor of 8 that divides ``batch_size``, and
-        1 elsewhere: chunks of 4 rows are too little work for a GPU.
+      accumulation_chunks: the number of chunks per batch, whose gradients are added up in order. Every number of devices that
+        divides it gives the same integers. None means 1, or on CPUs the largest divisor of 8 that divides ``batch_size``:
+        chunks of 4 rows are too little work for a GPU.
       rows_on: where hidden states are kept: ``device``, ``host`` (streamed batch by batch), or ``auto``, the device if they
         fit.
     """
@@ -104,7 +104,7 @@ class Reconstruction:
                 raise Ptq4ditError(
                     f"Reconstruction {name} must be finite and not negative, at most {_MAX_RATE:g}, not {getattr(self, name)}."
                 )
-        if not 0 < self.rounding_eps <= _MAX_RATE:  # 0 would divide 0 by 0 for a weight without a gradient
+        if not 0 < self.rounding_eps <= _MAX_RATE:  # with 0, a weight without a gradient would give 0 / 0
             raise Ptq4ditError(
                 f"Reconstruction rounding_eps must be finite and positive, at most {_MAX_RATE:g}, not {self.rounding_eps}."
             )
@@ -119,11 +119,11 @@ class Reconstruction:
 
     @property
     def resolved_start(self) -> Start:
-        """``start``, or what stands for None."""
+        """``start``, or what None stands for."""
         return self.start or "gptq"
 
     def resolved_chunks(self, platform: str) -> int:
-        """``accumulation_chunks``, or what stands for None on that platform of JAX."""
+        """Returns ``accumulation_chunks``, or what None stands for on a platform of JAX."""
         if self.accumulation_chunks is not None:
             return self.accumulation_chunks
         return math.gcd(self.batch_size, _CHUNKS) if platform == "cpu" else 1

@@ -1,4 +1,4 @@
-"""Sections of the settings: weights, activations, balancing and calibration, each of which checks its own."""
+"""Sections of the settings: weights, activations, balancing and calibration, each of which checks itself."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Rounding = Literal["nearest", "gptq", "adaround"]
 #: The ``act_bits`` of a model that quantizes weights only.
 FLOAT_ACTS = 16
 _CALIBRATION_STEPS = 25
-#: The balancings that a setting of balancing serves, by its flat name.
+#: The balancing methods to which a setting applies, by its flat name.
 _SERVES = {"ssc": ("csb+ssc",), "temperature": ("csb+ssc", "search"), "exponent": ("csb", "csb+ssc")}
-#: Of SSC's softmax; beyond either end float32 knows one step, or none from another.
+#: Limits for SSC's softmax; beyond them float32 sees only one step, or no difference between steps.
 _TEMPERATURES = (1e-6, 1e6)
 
 
@@ -33,10 +33,10 @@ class Weights:
 
     Attributes:
       bits: 2 to 8.
-      weigh_inputs: ranges minimize the expected output error (each input channel counts by its mean square) instead of the
-        plain error of the weights.
+      weigh_inputs: whether ranges minimize the expected output error (each input channel weighted by its mean square) instead
+        of the plain error of the weights.
       rounding: ``nearest``; ``gptq``, in closed form behind the quantized network (:mod:`ptq4dit_jax.gptq`); or ``adaround``,
-        learned by block reconstruction. None is ``adaround`` where reconstruction is asked for, and else ``gptq``.
+        learned by block reconstruction. None means ``adaround`` if there is a reconstruction, else ``gptq``.
     """
 
     bits: int = setting(8, "Width of the weights, 2 to 8.", name="weight_bits")
@@ -65,10 +65,10 @@ class Activations:
 
     Attributes:
       bits: 2 to 8; or 16 for weights only: all activations stay float, in the type that the model computes in, and the policy
-        decides the widths of the weights alone.
-      step_groups: ranges per group of steps, at most one a calibration step; 1 is the paper's.
+        decides only the widths of weights.
+      step_groups: the number of groups of steps, each with its own ranges; at most the calibration steps; 1 in the paper.
       dynamic_sites: sites scaled per token at run time instead of by calibrated ranges; ``blocks.probs`` per query and head.
-        None is the network's where a row is reduced anyway, by a norm or the softmax. What each is worth:
+        None means the network's sites where a norm or the softmax reduces a row anyway. What each is worth:
         docs/journal/quantization.md.
     """
 
@@ -103,7 +103,7 @@ def _check_act_bits(bits: int) -> None:
 
 
 def possibly_dynamic(spec: NetworkSpec) -> set[str]:
-    """Sites that can be scaled per token: inputs of layers, and attention's probabilities."""
+    """Returns the sites that can be scaled per token: inputs of layers, and attention's probabilities."""
     return {name for name, site in spec.sites.items() if site.feeds is not None or site.nonnegative}
 
 
@@ -113,13 +113,13 @@ class Balancing:
 
     Attributes:
       method: ``none``, ``csb`` (salience of the middle calibration step), ``csb+ssc`` (salience weighted over all steps), or
-        ``search``: for each layer, whichever of several gives the smallest output error (:mod:`ptq4dit_jax.balance_search`).
+        ``search``: per layer, the candidate with the smallest output error (:mod:`ptq4dit_jax.balance_search`).
       ssc: what SSC weighs: ``steps`` (the paper) or single ``rows`` (the official code).
       temperature: of SSC's softmax.
       exponent: of the balancing factors; 0.5 is CSB, 0 no balancing.
-      fc2: balances fc2 as well; the factors sit in the quantization of the GELU output.
-      equalize_v: gives v's channels equal ranges by folding factors into qkv and their inverse into proj_in, which costs
-        nothing.
+      fc2: whether to balance fc2 too; its factors are applied when the GELU output is quantized.
+      equalize_v: whether to give v's channels equal ranges by folding factors into qkv and their inverse into proj_in, which
+        costs nothing.
     """
 
     method: BalancingMethod = setting(
@@ -155,11 +155,12 @@ class Balancing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """On which rows of the float model's own chain a run calibrates.
+    """The rows of the float model's own chain on which a run calibrates.
 
     Attributes:
-      steps, rows: evenly spaced steps of the sampling chain, and rows at each. None steps are 25, or all of a shorter chain.
-      sampling: how the rows are sampled; use what the model will be sampled with. What it leaves open follows the model.
+      steps, rows: the number of evenly spaced steps of the sampling chain, and of rows per step. None steps means 25, or all of
+        a shorter chain.
+      sampling: how the rows are sampled; use the settings of later sampling. What is not given follows the model.
     """
 
     steps: int | None = setting(
@@ -175,10 +176,10 @@ class Calibration:
 
 
 def calibration_steps(wanted: int | None, chain: int) -> int:
-    """At how many steps of a chain to calibrate; None means 25, or all of a shorter chain.
+    """Returns at how many steps of a chain to calibrate; None means 25, or all of a shorter chain.
 
     Raises:
-      Ptq4ditError: more than the chain has, or none.
+      Ptq4ditError: more steps than the chain has, or none.
     """
     if wanted is None:
         return min(_CALIBRATION_STEPS, chain)

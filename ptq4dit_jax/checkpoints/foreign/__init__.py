@@ -1,4 +1,4 @@
-"""Checkpoints that others write: readers that run no code from a file, importers and exporters of DiT weights, VAEs."""
+"""Checkpoints of other code bases: readers that run no code from a file, import and export of DiT weights, VAEs."""
 
 from ptq4dit_jax.checkpoints.foreign.exporter import export_meta
 from ptq4dit_jax.checkpoints.foreign.importer import Imported, import_checkpoint

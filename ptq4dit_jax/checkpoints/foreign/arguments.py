@@ -1,4 +1,4 @@
-"""Settings that a script keeps as text, a command line or a JSON object, as the settings that they stand for."""
+"""Parses settings that a script stores as text: a command line or a JSON object."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ptq4dit_jax.checkpoints.foreign.pickle_machine import inert_children
 from ptq4dit_jax.documents import parse_json
 from ptq4dit_jax.errors import Ptq4ditError
 
-#: ``--num-heads`` with or without ``=16``, or ``model.num_heads=16``, as Hydra has it; not the number -1.
+#: ``--num-heads`` with or without ``=16``, or ``model.num_heads=16`` as in Hydra; not the number -1.
 _OPTION = re.compile(r"--?(?P<name>[A-Za-z][\w.-]*)(=(?P<value>.*))?|\+{0,2}(?P<path>[A-Za-z][\w./-]*)=(?P<set>.*)", re.DOTALL)
 
 
 def spelled_out(facts: Mapping[str, Plain], holds_settings: Callable[[str], bool]) -> dict[str, Plain]:
-    """Plain values by dotted name, with a command line or JSON object in place of each text that is one.
+    """Returns plain values by dotted name; texts that are a command line or a JSON object are replaced by their settings.
 
     Args:
       facts: a file's plain values.
-      holds_settings: whether a name is that of a container of settings, such as ``args``, where such text may stand.
+      holds_settings: whether a name is that of a container of settings, such as ``args``, where such text may occur.
     """
     found: dict[str, Plain] = {}
     lines: dict[str, dict[int, str]] = defaultdict(dict)
@@ -47,12 +47,12 @@ def _of_json(name: str, text: str) -> dict[str, Plain]:
     try:
         values = parse_json(text, f"The text {name}", "mend it", finite=False)
     except Ptq4ditError:
-        return {f"{name}.text": text}  # which is named as not understood
+        return {f"{name}.text": text}  # to be reported as not understood
     return {f"{name}.{key}": value for key, value in flatten(values, inert_children).facts.items()}
 
 
 def _of_command(name: str, words: list[str]) -> Iterator[tuple[str, Plain]]:
-    """The options of a command line; one without a value is true, and one with several has them as a tuple."""
+    """Yields the options of a command line. One without a value is true; several values are a tuple."""
     option: str | None = None
     values: list[str] = []
     for word in [*words, "--end"]:

@@ -1,6 +1,6 @@
-"""What a diffusers folder says: every key of ``config.json`` beside the weights and of the pipeline's scheduler.
+"""Reads the configuration of a diffusers folder: every key of ``config.json`` beside the weights and of the scheduler.
 
-A key decides, must have one value, or speaks of sampling or training only. Any other is refused by name.
+A key decides something, must have one value, or concerns sampling or training only. Any other is refused by name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.schedules import NoiseSchedule
 
 _CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
-#: Keys of the transformer whose only value is that of a DiT.
+#: Keys of the transformer that must have a DiT's values.
 _PLAIN: dict[str, tuple[object, ...]] = {
     "activation_fn": ("gelu-approximate",),
     "norm_type": ("ada_norm_zero",),
@@ -32,7 +32,7 @@ _PLAIN: dict[str, tuple[object, ...]] = {
     "interpolation_scale": (None, 1, 1.0),
     "use_linear_projection": (False,),
 }
-#: Keys of the transformer that decide, as for any configuration.
+#: Keys of the transformer that decide something, as in any configuration.
 _DECIDES = (
     "num_attention_heads",
     "attention_head_dim",
@@ -43,12 +43,12 @@ _DECIDES = (
     "patch_size",
     "num_embeds_ada_norm",
 )
-#: Keys of the transformer on which what it computes does not depend.
+#: Keys of the transformer that do not affect what it computes.
 _IDLE = ("dropout", "norm_num_groups", "upcast_attention", "norm_eps", "gradient_checkpointing", "dtype", "torch_dtype")
 
 
 class _Family(NamedTuple):
-    """Schedulers that follow the noise of a model: their betas where a config lacks them."""
+    """The default betas of a family of schedulers for models that predict noise."""
 
     beta_start: float
     beta_end: float
@@ -78,7 +78,7 @@ SCHEDULERS = {
 SCHEDULERS |= {
     f"{name}Scheduler": _HEUN for name in ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE")
 }
-#: Keys of the scheduler that must have one of these values, since the model or its samples would be others.
+#: Keys of the scheduler that must have one of these values; others would change the model or its samples.
 _SCHEDULE_MUST: dict[str, tuple[object, ...]] = {
     "beta_schedule": ("linear",),
     "prediction_type": ("epsilon",),
@@ -89,10 +89,10 @@ _SCHEDULE_MUST: dict[str, tuple[object, ...]] = {
     "use_flow_sigmas": (False, None),
     "predict_x0": (True, None),
 }
-#: The variance that DDPM's step has here: the posterior's, or learned between two bounds.
+#: Variances of DDPM's step that are supported: the posterior's, or one learned between two bounds.
 _VARIANCES = (None, "fixed_small", "fixed_small_log", "learned_range")
 _SCHEDULE_FIELDS = {"num_train_timesteps": "num_timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
-#: Keys that choose how to sample, which --sampler and --steps do here, with their plainest values.
+#: Keys that choose how to sample, which here is up to --sampler and --steps, with their plainest values.
 _SAMPLING: dict[str, tuple[object, ...]] = {
     "timestep_spacing": ("leading", "linspace"),
     "steps_offset": (0,),
@@ -124,20 +124,20 @@ _SAMPLING: dict[str, tuple[object, ...]] = {
     "time_shift_type": (),
     "rescale_sigmas": (False, None),
 }
-#: Keys that mean something only together with one that is refused above.
+#: Keys that matter only together with a value that is refused above.
 _BOUND = ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value")
 
 
 def read_folder(folder: Path, evidence: Evidence, ignored: Ignored) -> tuple[float, NoiseSchedule | None]:
-    """Takes the evidence of a diffusers folder in.
+    """Collects the evidence of a diffusers folder.
 
     Args:
-      folder: where the weights lie.
-      evidence: is given what ``config.json`` says of sizes.
+      folder: where the weights are.
+      evidence: receives what ``config.json`` says about sizes.
       ignored: keys and files to leave out.
 
     Returns:
-      The epsilon of the norm before the MLP as diffusers computes it, and the schedule, None without a scheduler.
+      The epsilon of the norm before the MLP as diffusers computes it, and the schedule, or None without a scheduler.
 
     Raises:
       Ptq4ditError: a key or a class that cannot be honoured, by name.
@@ -147,7 +147,7 @@ def read_folder(folder: Path, evidence: Evidence, ignored: Ignored) -> tuple[flo
 
 
 def read_scheduler(folder: Path, evidence: Evidence, ignored: Ignored) -> NoiseSchedule | None:
-    """The schedule of the scheduler beside the weights or in their pipeline, None where there is none; raises as above."""
+    """Reads the schedule from the scheduler beside the weights or in their pipeline; None without one. Raises as above."""
     name = "scheduler_config.json"
     paths = (folder / name, folder.parent / "scheduler" / name)
     return next((_read_scheduler(path, evidence, ignored) for path in paths if path.is_file()), None)
@@ -224,7 +224,7 @@ def _read_scheduler(path: Path, evidence: Evidence, ignored: Ignored) -> NoiseSc
         raise Ptq4ditError(f"The file {path} makes no schedule: {error}") from error
 
 
-#: For the table in the documentation, by file: keys that decide, keys that must have one value, keys of sampling.
+#: For the table in the documentation, by file: keys that decide something, keys with required values, keys of sampling.
 UNDERSTOOD = {
     "config.json of diffusers": ((*_DECIDES, "norm_eps"), _PLAIN, ()),
     "scheduler_config.json of diffusers": (

@@ -1,9 +1,9 @@
-"""What a checkpoint says about itself besides its tensors, collected from every place where training code writes it down.
+"""What a checkpoint says about itself besides its tensors, collected from every place where training code records it.
 
 Sources are the arguments inside a file (``args`` of a training script, Lightning's ``hyper_parameters``, a ``ConfigDict`` in a
 pickle; also a command line or JSON as text), the metadata of safetensors, and JSON or YAML files beside the weights.
-:mod:`~.keys` says what each key means; a key that it does not know is named, never passed over. Two
-sources that contradict each other are refused.
+:mod:`~.keys` says what each key means. Unknown keys are reported, never silently skipped. Sources that contradict each other
+are refused.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from ptq4dit_jax.checkpoints.foreign.pickle_machine import inert_children
 from ptq4dit_jax.documents import MAX_SETTINGS, read_json, read_yaml
 from ptq4dit_jax.errors import Ptq4ditError
 
-#: Files beside the weights that configurations are written to; a file of the same name as the weights' counts, too.
+#: Names of configuration files beside the weights. A file named like the weights counts too.
 CONFIG_FILES = tuple(
     f"{stem}.{end}"
     for stem in ("config", "args", "hparams", "model_config", "options", "metadata")
     for end in ("json", "yaml", "yml")
 )
-#: Folders of checkpoints, whose run writes its configuration one level up.
+#: Folders of checkpoints; the run writes its configuration above them.
 _STEPS = re.compile(r"(checkpoints?|ckpts?|models?|weights|(step|epoch|iter|checkpoint)[-_]?)?\d*")
-#: Parts of names that libraries of configurations add: OmegaConf, ml_collections.
+#: Parts of names that configuration libraries add: OmegaConf, ml_collections.
 _INNER = {"_content", "_val", "_fields", "_store", "_metadata"}
-#: Words in the name of a container of settings, and of sections that speak of something else than the network.
+#: Words in the names of containers of settings, and of sections that concern something other than the network.
 _SETTINGS = frozenset(
     """
     args arg config configs cfg conf hparams hyper hyperparameters options opts opt settings kwargs metadata flags hp
@@ -47,16 +47,16 @@ _ELSEWHERE = frozenset(
     ddconfig
     """.split()
 )
-#: Sections that may tell the classes and the size of images all the same.
+#: Sections that may still give the classes and the image size.
 _DATA = {"data", "dataset", "dataloader"}
-#: A key that only names its section: ``model: {name: SiT-XL/2}``.
+#: Keys that only name their section: ``model: {name: SiT-XL/2}``.
 _NAMES_SECTION = {"name", "type", "value", "_target_", "_name_", "_type_"}
 _NOTHING = (None, "", "None", "null", "???")
 
 
 @dataclass(frozen=True)
 class Said:
-    """A value that a source gives for a property, and the key and the words by which to name it."""
+    """A value that a source gives for a property, with the key and the words that name it in messages."""
 
     value: Any
     key: str
@@ -68,12 +68,12 @@ class Said:
 
 @dataclass
 class Evidence:
-    """What all sources say.
+    """What all sources say together.
 
     Attributes:
       path: the checkpoint, for messages.
-      said: by property, as in :data:`~.keys.KEYS`.
-      notes: sentences for the user: guesses, and what was named but not understood.
+      said: values by property, as in :data:`~.keys.KEYS`.
+      notes: sentences for the user: guesses, and what was found but not understood.
     """
 
     path: Path
@@ -81,16 +81,16 @@ class Evidence:
     notes: list[str] = field(default_factory=list)
 
     def value(self, what: str) -> Any:
-        """The value of a property, or None."""
+        """Returns the value of a property, or None."""
         return self.said[what].value if what in self.said else None
 
     def add(self, what: str, said: Said) -> None:
-        """Takes a value in; raises where another source gives another one."""
+        """Adds a value; raises if another source gives a different one."""
         if (other := self.said.setdefault(what, said)).value != said.value:
             raise self.contradiction(other, said)
 
     def contradiction(self, first: Said | str, second: Said | str) -> Ptq4ditError:
-        """The sentence on two pieces of evidence that disagree."""
+        """Makes the error for two pieces of evidence that disagree."""
         spoken = [said for said in (first, second) if isinstance(said, Said)]
         files = [said.source.partition(": ")[0] for said in spoken if ": " in said.source]
         keys = dict.fromkeys([said.key for said in spoken] + files)
@@ -104,12 +104,12 @@ class Evidence:
         )
 
     def guess(self, what: str, option: str) -> None:
-        """Notes what nothing told."""
+        """Notes a guess where no source decides."""
         self.notes.append(f"Guess: {what}. To override: {option}.")
 
 
 class Ignored:
-    """The keys and files that the user wants left out, and which of them were met."""
+    """The keys and files that the user wants left out, and which of them were found."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names, self.met = {name.strip() for name in names if name.strip()}, set[str]()
@@ -120,23 +120,23 @@ class Ignored:
         return name in self.names
 
     def check(self, path: Path) -> None:
-        """Raises where a name was met nowhere."""
+        """Raises if a name was found nowhere."""
         if missed := sorted(self.names - self.met):
             raise Ptq4ditError(f"Nothing beside or in {path} is named {', '.join(missed)}, so it cannot be ignored.")
 
 
 def collect(file: TensorFile, ignored: Ignored, *, without: Iterable[str] = (), is_on: Collection[str] = ()) -> Evidence:
-    """All evidence on a checkpoint.
+    """Collects all evidence on a checkpoint.
 
     Args:
       file: the opened checkpoint.
       ignored: keys, and names of files, to leave out.
       without: names of files beside the weights that are read elsewhere.
-      is_on: keys that a plain DiT must not have, and the network that the tensors are of must.
+      is_on: keys that must be off in a plain DiT, and on in the network of these tensors.
 
     Raises:
-      Ptq4ditError: a key that must have another value for the network to be a DiT; a value that makes no sense; two sources
-        that contradict each other; a configuration that cannot be read.
+      Ptq4ditError: a key that has another value than a DiT's; a value that makes no sense; two sources that contradict each
+        other; a configuration that cannot be read.
     """
     evidence, unknown = Evidence(file.path), []
     for source, sections, key, value in _entries(file, ignored, set(without)):
@@ -145,7 +145,7 @@ def collect(file: TensorFile, ignored: Ignored, *, without: Iterable[str] = (), 
         if key in ignored or (elsewhere and (key not in IMAGE_KEYS or not elsewhere <= _DATA)):
             continue
         try:
-            if isinstance(value, str) and "${" in value:  # a reference of Hydra's that stayed one
+            if isinstance(value, str) and "${" in value:  # a reference that Hydra did not resolve
                 raise Unread
             if key in is_on:
                 if value in (*_NOTHING, False, 0, "false", "False"):
@@ -175,7 +175,7 @@ def collect(file: TensorFile, ignored: Ignored, *, without: Iterable[str] = (), 
 
 
 def _may_matter(key: str, value: Plain) -> bool:
-    """Whether a key that is not understood may change what the network computes."""
+    """Whether a key that is not understood may affect what the network computes."""
     if value in (*_NOTHING, False, 0):
         return False
     flow = key == "scheduler" and "flow" in str(value).lower()
@@ -188,7 +188,7 @@ def _shown(value: object) -> str:
 
 
 def _parts(name: str) -> tuple[list[str], str]:
-    """The sections and the key of a name of a setting."""
+    """Splits the name of a setting into its sections and its key."""
     parts = [part for part in parts_of(name) if part not in _INNER] or [name]
     keys = [part.lower().replace("-", "_") for part in parts]
     if keys[-1] in _NAMES_SECTION and len(keys) > 1 and (keys[-2] in KEYS or keys[-2] in MUST_BE):
@@ -197,7 +197,7 @@ def _parts(name: str) -> tuple[list[str], str]:
 
 
 def _entries(file: TensorFile, ignored: Ignored, without: set[str]) -> Iterator[tuple[str, list[str], str, Plain]]:
-    """Each plain value of a configuration: where it is, its sections, its key in lower case, and itself."""
+    """Yields for each plain value of a configuration where it is, its sections, its key in lower case, and the value."""
     facts = spelled_out(file.contents.facts, lambda name: _holds_settings(name.rpartition(".")[2]))
     for name, value in (*facts.items(), *_scalars(file)):
         sections, key = _parts(name)
@@ -224,14 +224,14 @@ def _holds_settings(part: str) -> bool:
 
 
 def _another(settings: Mapping[str, Any]) -> str:
-    """The class that a configuration of diffusers or transformers is of, if it is no transformer of images."""
+    """Returns the class that a configuration of diffusers or transformers names, if it is no image transformer."""
     names = settings.get("architectures") or settings.get("_class_name") or ""
     text = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
     return "" if re.search(r"di?t|transformer2d|sit", text, re.IGNORECASE) else text[:80]
 
 
 def _scalars(file: TensorFile) -> Iterator[tuple[str, Plain]]:
-    """Numbers that are kept as arrays without axes among the settings."""
+    """Yields the numbers that are stored among the settings as arrays without axes."""
     for name, tensor in file.items():
         parts = set(re.findall(r"[a-z]+", name.lower()))
         if not tensor.shape and parts & _SETTINGS and tensor.dtype.kind in "iufb":
@@ -239,7 +239,7 @@ def _scalars(file: TensorFile) -> Iterator[tuple[str, Plain]]:
 
 
 def config_files(file: TensorFile) -> list[Path]:
-    """Configurations beside the weights, and one level up where these lie in a folder of steps."""
+    """Returns the configuration files beside the weights, and those above, up to the first folder that is not one of steps."""
     base = file.path if file.path.is_dir() else file.files[0].parent
     folders = [base, base / ".hydra"]
     while _STEPS.fullmatch(base.name) and base.name and base.parent != base and len(folders) < 6:
@@ -251,15 +251,15 @@ def config_files(file: TensorFile) -> list[Path]:
 
 
 def read_settings(path: Path) -> Mapping[str, Any]:
-    """A JSON or YAML file of settings; no code in it is run.
+    """Reads a JSON or YAML file of settings; no code in it is run.
 
     Raises:
-      Ptq4ditError: it is none, or far larger than one.
+      Ptq4ditError: it is no such file, or far larger than any.
     """
     remedy = f"mend it, or leave it out with ignore (--ignore {path.name})"
     if path.suffix != ".json":
         values = read_yaml(path, remedy)
-    elif path.stat().st_size:  # NaN and infinity are what scripts write; where they decide something they are refused
+    elif path.stat().st_size:  # scripts do write NaN and infinity; they are refused where they decide something
         values = read_json(path, remedy, limit=MAX_SETTINGS, finite=False)
     else:
         values = {}

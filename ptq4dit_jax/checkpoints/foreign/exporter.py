@@ -1,4 +1,4 @@
-"""Exporting: our parameters under Meta's names in a safetensors file, which Meta's code and everything made for it can load."""
+"""Exports our parameters under Meta's names to a safetensors file that Meta's code, and everything made for it, can load."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _LAYOUTS: dict[type[DiTConfig], Layout] = {layout.network: layout for layout in 
 def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Writes a model as a safetensors file with the names and layouts of facebookresearch/DiT; returns its absolute path.
 
-    Of a quantized model these are the de-quantized weights: the file computes what the model computes with its activation
-    quantizers off. Factors that balance activations on the way into a layer go into that layer's weights, since Meta's network
-    has no other place for them. The number of heads and the schedule are not part of the format. A DiT without classes has no
-    ``y_embedder`` in the file; a table of positions that is the model's own is its ``pos_embed``. A flow model is written as
-    SiT, with a variance half of zeros, by which an import tells it. A LightningDiT gets the names of hustvl/LightningDiT, and
-    ones for the gains of its norms, which are in the layers that modulate them.
+    A quantized model is written with de-quantized weights: the file computes what the model computes with its activation
+    quantizers off. Factors that balance a layer's input go into that layer's weights, since Meta's network has no other place
+    for them. The number of heads and the schedule are not part of the format. For a DiT without classes the file has no
+    ``y_embedder``; a table of positions of the model's own is written as ``pos_embed``. A flow model is written as SiT, with a
+    variance half of zeros, by which an import recognizes it. A LightningDiT gets the names of hustvl/LightningDiT, and ones for
+    the gains of its norms, which were folded into the layers that modulate them.
 
     Raises:
       Ptq4ditError: a network of another kind; ``path`` exists (without ``overwrite``), is a folder or cannot be written; the
         model computes another function than Meta's from the same weights (``freq_shift``, ``frequencies``, ``mlp_norm_eps``)
-        or is incomplete; a flow that is not SiT's, with data at t = 1 and any number of steps.
+        or is incomplete; a flow other than SiT's, which has data at t = 1 and any number of steps.
     """
     config = model.config
     if (layout := _LAYOUTS.get(type(config))) is None:
@@ -72,7 +72,7 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
     if flow is not None and layout is META:
         params, config = add_variance(*drop_variance(params, config))
 
-    @functools.lru_cache(maxsize=1)  # one stacked parameter at a time comes to the host
+    @functools.lru_cache(maxsize=1)  # one stacked parameter at a time is on the host
     def host(name: str) -> np.ndarray:
         return np.asarray(params[name])
 
@@ -114,7 +114,7 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
 
 
 def _plain_params(model: FloatDiT | QuantizedDiT) -> dict[str, jax.Array]:
-    """Flat float parameters of a network without anything at its sites; ``x b`` into ``W`` is ``x`` into ``b W``."""
+    """Returns flat float parameters of a network with nothing at its sites; ``x b`` into ``W`` becomes ``x`` into ``b W``."""
     twin = reference(model) if isinstance(model, QuantizedDiT) else model
     params = dict(flatten(twin.params))
     sites = flatten_sites(twin.quantizers)

@@ -1,4 +1,4 @@
-"""Importing: find the weights, hear what the checkpoint says, check every name and shape, then convert tensor by tensor."""
+"""Imports checkpoints: finds the weights, reads what is said about them, checks names and shapes, converts each tensor."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Imported:
     Attributes:
       layout: the family of the checkpoint.
       ema: whether the averaged weights were taken.
-      words: which weights they are, in words: averaged or as saved, and the prefix of their names.
-      parameters: their number.
+      words: which weights were taken, in words: averaged or as saved, and the prefix of their names.
+      parameters: the number of parameters.
       config: the shape of the network.
-      files: those that the tensors came from.
-      dtype: of the parameters: the file's own if all are of one of float32, bfloat16 and float16, else float32.
-      evidence: what decided, by property: value and source.
+      files: the files that the tensors came from.
+      dtype: of the parameters: the file's if all share one of float32, bfloat16 and float16, else float32.
+      evidence: value and source of each property that was decided.
       notes: sentences for the user: every guess with the option that overrides it, and every key that was not understood.
     """
 
@@ -65,14 +65,14 @@ def import_checkpoint(
     progress: Callable[[int, int], None] | None = None,
     **options: object,
 ) -> tuple[FloatDiT, Imported]:
-    """A float model from a checkpoint of another code base, recognized by content (:mod:`~.layouts` lists them).
+    """Imports a float model from a checkpoint of another code base, recognized by content (:mod:`~.layouts` lists them).
 
-    What the checkpoint says about itself (:mod:`~.evidence`) decides, or is refused by name. Options are for what it does not
-    say; one that contradicts it is refused.
+    What the checkpoint says about itself (:mod:`~.evidence`) is followed, or refused by name. Options are for what it does not
+    say; an option that contradicts it is refused.
 
     Args:
       path: a file, or a folder: a diffusers pipeline or its transformer, shards with their index, an Orbax checkpoint.
-      progress: called with the tensors read and their total.
+      progress: called with (tensors read, tensors in all).
       **options: fields of :class:`~.options.ImportOptions` and its sections, such as ``num_heads`` and ``ema``.
 
     Returns:
@@ -80,8 +80,8 @@ def import_checkpoint(
 
     Raises:
       Ptq4ditError: nothing readable at ``path``; an unknown layout, or one of another network; missing, unexpected or misshapen
-        tensors (all named at once); evidence that contradicts itself, the tensors or an option, or cannot be honoured; NaN or
-        infinity; a size that has to be given; an option that does not fit.
+        tensors (all named at once); evidence that contradicts itself, the tensors or an option, or cannot be followed; NaN or
+        infinity; a size that must be given; an option that does not apply.
     """
     given = changed(ImportOptions(), options)
     with edge(f"the checkpoint {os.fspath(path)}"):
@@ -129,8 +129,8 @@ def import_checkpoint(
 
 
 def _check_unread(file: TensorFile, chosen: ParameterSet, folder: Path, ema: bool) -> None:
-    """Raises where something among the chosen weights was not understood, or averages lie in a folder beside theirs."""
-    # At the top level what a script saves lies beside the weights; what is below a part of theirs is among them.
+    """Raises if something among the chosen weights was not understood, or averages are in a folder beside theirs."""
+    # At the top level scripts save other things beside the weights; what is below a prefix of the weights is among them.
     roots = (f"{chosen.name}.",) if chosen.name else tuple({f"{name.partition('.')[0]}." for name in chosen.view})
     lost = [name for name in file.contents.unread if normal_name(name).startswith(roots)]
     if lost:
@@ -145,7 +145,7 @@ def _check_unread(file: TensorFile, chosen: ParameterSet, folder: Path, ema: boo
 
 
 def _check_betas(view: View, schedule: Schedule, evidence: Evidence, ignored: Ignored) -> None:
-    """Raises where a table of betas is saved with the network, and is another one than the schedule's."""
+    """Raises if a table of betas is saved with the network and differs from the schedule's."""
     if "betas" not in view or not isinstance(schedule, NoiseSchedule) or "betas" in ignored:
         return
     betas = view["betas"].read().astype(np.float64)
@@ -158,7 +158,7 @@ def _check_betas(view: View, schedule: Schedule, evidence: Evidence, ignored: Ig
 
 
 def _own_frequencies(view: View, layout: Layout, config: DiTConfig, evidence: Evidence) -> DiTConfig:
-    """The configuration with the stored frequencies of time, if there are any."""
+    """Returns the configuration with the stored frequencies of time, if there are any."""
     if layout.time_basis is None or layout.time_basis not in view:
         return config
     turns = view[layout.time_basis].read().astype(np.float64)
@@ -173,7 +173,7 @@ def _own_frequencies(view: View, layout: Layout, config: DiTConfig, evidence: Ev
 
 
 def _own_positions(view: View, layout: Layout, config: DiTConfig, evidence: Evidence) -> np.ndarray | None:
-    """The stored table of positions (T, D), float32, if it is the model's own; None if it is the fixed one."""
+    """Returns the stored table of positions (T, D), float32, if it is the model's own; None if it is the fixed one."""
     if layout.pos_embed is None or layout.pos_embed not in view:
         return None
     fixed, stored = position_embedding(config), view[layout.pos_embed].read().astype(np.float32)
@@ -191,13 +191,13 @@ def _own_positions(view: View, layout: Layout, config: DiTConfig, evidence: Evid
     return table
 
 
-#: What a table may have been rounded to before it was cast to its present type.
+#: Types to which a table may have been rounded before it was cast to its present type.
 _ROUNDED = (np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 
 
 def is_rounded(stored: np.ndarray, exact: np.ndarray) -> bool:
-    """Whether ``stored`` is ``exact``, computed with other rounding errors, or rounded to a narrower type, whatever type it was
-    cast to afterwards: it has the values of that type only, none of them further from the exact one than its next neighbour."""
+    """Whether ``stored`` is ``exact`` computed with other rounding errors, or rounded to a narrower type and then cast to any
+    other. In the second case it holds only values of that type, each at most one step from the exact one."""
     if np.allclose(stored, exact, rtol=0, atol=1e-4):
         return True
     for kind in _ROUNDED:
@@ -211,7 +211,7 @@ def is_rounded(stored: np.ndarray, exact: np.ndarray) -> bool:
 def _read(
     file: TensorFile, view: View, layout: Layout, config: DiTConfig, progress: Callable[[int, int], None] | None
 ) -> tuple[dict[str, Any], str]:
-    """Our parameters by flat name, converted one tensor at a time, and their dtype."""
+    """Reads our parameters by flat name, converting one tensor at a time, and determines their dtype."""
     shapes, bad, done = our_shapes(layout, config), list[str](), 0
     entries = [entry for entry in layout.all_entries if entry.ours in shapes]
     names = [name for entry in entries for name in entry.names(config.depth)]

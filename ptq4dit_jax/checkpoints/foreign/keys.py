@@ -1,7 +1,7 @@
-"""The keys of configurations of training code: which are understood and what they decide, and which must have one value.
+"""The configuration keys of training code: which are understood, what they decide, and which must have certain values.
 
-:data:`KEYS`, :data:`MUST_BE` and :data:`HARMLESS` are the whole of it. ``benchmarks/evidence_table.py`` makes the table in
-docs/checkpoints.md of them.
+:data:`KEYS`, :data:`MUST_BE` and :data:`HARMLESS` are all of them. ``benchmarks/evidence_table.py`` turns them into the table
+in docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ptq4dit_jax.networks.dit import PRESETS
 
 
 class Unfit(Exception):
-    """Why a value cannot be honoured, in words that follow the value."""
+    """Why a value cannot be followed, in words that come after the value."""
 
 
 class Unread(Exception):
@@ -23,14 +23,14 @@ class Unread(Exception):
 
 
 class Key(NamedTuple):
-    """What a key decides, and how its value is read; ``read`` raises :class:`Unfit` or :class:`Unread`."""
+    """What a key decides, and how to read its value; ``read`` raises :class:`Unfit` or :class:`Unread`."""
 
     what: str
     read: Callable[[object], object]
 
 
 class Must(NamedTuple):
-    """A key of which only some values give the network that is imported; ``fits`` tells, ``reason`` says what others mean."""
+    """A key that must have certain values for an import to be right; ``fits`` checks, ``reason`` says what others mean."""
 
     fits: Callable[[object], bool]
     reason: str
@@ -80,7 +80,7 @@ def _flag(value: object) -> bool:
 
 
 class Preset(NamedTuple):
-    """A published name such as SiT-XL/2; in it the family in lower case, the DiT preset of that size or None, and the patch."""
+    """A published name such as SiT-XL/2: the family in lower case, the DiT preset of that size or None, and the patch size."""
 
     name: str
     family: str
@@ -109,7 +109,7 @@ def _preset(value: object) -> Preset:
     return Preset(value, match[1].lower(), name if name in PRESETS else None, int(match[3]))
 
 
-#: ``v`` is the velocity of a flow, or a mixture of noise and image along a noise schedule, which is not supported.
+#: ``v`` is the velocity of a flow, or a mixture of noise and image along a noise schedule; the latter is not supported.
 _OBJECTIVES = {
     "flow_prediction": "velocity",
     "noise": "noise",
@@ -201,9 +201,9 @@ TABLE: dict[str, tuple[Callable[[object], object], str]] = {
     "training": (lambda value: str(value).lower(), "train_type"),
     "data at time 0": (lambda value: True, "proj_coeff enc_type encoder_depth"),
 }
-#: By key: every configuration is searched for these.
+#: The keys that every configuration is searched for.
 KEYS = {name: Key(what, read) for what, (read, names) in TABLE.items() for name in names.split()}
-#: Keys that a section on data or sampling may tell as well.
+#: Keys that may also be in a section on data or sampling.
 IMAGE_KEYS = {name for name, key in KEYS.items() if key.what in ("image size", "classes")}
 
 _OFF_WORDS = ("", "none", "null", "false", "no", "off", "identity", "0")
@@ -291,21 +291,21 @@ def _safely(fits: Callable[[object], bool]) -> Callable[[object], bool]:
     def check(value: object) -> bool:
         try:
             return bool(fits(value))
-        except (TypeError, ValueError, OverflowError):  # of an integer that no float reaches, say
+        except (TypeError, ValueError, OverflowError):  # such as an integer too large for a float
             return False
 
     return check
 
 
-#: By key: what must be so where a configuration mentions it.
+#: By key: which values it must have if a configuration mentions it.
 MUST_BE = {name: Must(_safely(fits), reason) for _, fits, reason, names in MUST_TABLE for name in names.split()}
 
-#: Keys that would be harmless by one of their words, and are not: they are named, or refused where they say a schedule.
+#: Keys that one of their words would make harmless, but are not: they are reported, or refused if they describe a schedule.
 SUSPECT = re.compile(
     r"(noise|beta|diffusion)_?schedul|scaling|predict|(loss|output)_(type|target)|data_time|timestep_(shift|sc)|time_shift"
 )
 ZERO_SNR = re.compile(r"zero.*snr")
-#: Keys of training, data, logging and sampling, on which the function of the network does not depend.
+#: Keys of training, data, logging and sampling, which do not affect what the network computes.
 HARMLESS = re.compile(
     r"^_|(^|_)(lr|learning|batch|epochs?|steps?|iters?|iterations?|seed|log|logs|logging|logger|wandb|"
     r"tensorboard|project|exp|experiment|"

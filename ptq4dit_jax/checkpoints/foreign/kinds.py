@@ -1,4 +1,4 @@
-"""What kind of checkpoint a file is, by its first bytes and never by its name."""
+"""Determines what kind of checkpoint a file is, by its first bytes and never by its name."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ptq4dit_jax.checkpoints.foreign.torch_zip import LEGACY_MAGIC
 from ptq4dit_jax.errors import Ptq4ditError
 
 KNOWN = "files of torch.save (.pt, .pth, .bin), safetensors, pickles of arrays, Flax msgpack, folders of Orbax"
-#: Bytes of a file that tell its kind.
+#: How many bytes of a file are read to determine its kind.
 HEAD = 512
 _LFS = b"version https://git-lfs"
-#: What other files start with.
+#: First bytes of other files.
 _OTHERS = {
     b"\x1f\x8b": "gzip",
     b"\x89HDF": "HDF5",
@@ -30,10 +30,10 @@ _OTHERS = {
 
 
 def kind_of(path: Path) -> str:
-    """``torch``, ``safetensors``, ``pickle``, ``msgpack``, or ``index`` for JSON.
+    """Returns ``torch``, ``safetensors``, ``pickle``, ``msgpack``, or ``index`` for JSON.
 
     Raises:
-      Ptq4ditError: a file of another kind, named where it is a known one; an empty file; a pointer of Git LFS.
+      Ptq4ditError: a file of another kind, named if it is known; an empty file; a Git LFS pointer.
     """
     with path.open("rb") as file:
         head = file.read(HEAD)

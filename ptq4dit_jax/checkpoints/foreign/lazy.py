@@ -1,4 +1,4 @@
-"""Tensors that are read one at a time: what all formats of foreign files share."""
+"""Tensors that are read one at a time: what all foreign file formats share."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ import numpy as np
 from ptq4dit_jax.edges import edge, quoted, shown
 from ptq4dit_jax.errors import Ptq4ditError
 
-#: No checkpoint nests deeper or holds more tensors and containers; a file that claims to is an attack.
+#: No checkpoint nests deeper or holds more tensors and containers; a file that does is an attack.
 MAX_DEPTH, MAX_NODES = 64, 200_000
-#: Nor does one hold more values of any kind, a container counted wherever it occurs, or longer names, dots included.
+#: Nor does one hold more values of any kind (a container counts wherever it occurs) or longer names, dots included.
 MAX_ENTRIES, MAX_NAME = 1_000_000, 1000
 #: Characters of all names together.
 _MAX_NAMES = 50_000_000
-#: Plain values are kept up to this many, this long, and as lists of this many: more than any training script writes.
+#: The most plain values that are kept, their longest text and longest list: more than any training script writes.
 _MAX_FACTS, _MAX_TEXT, _MAX_LIST = 20_000, 200, 32
-#: Kinds of what was not understood that are told apart.
+#: The most kinds of objects not understood that are counted separately.
 _MAX_KINDS = 100
-#: Tied weights are counted more than once, so tensors may add up to more than their file; not to this many times as much.
+#: Tied weights count more than once, so tensors may add up to more bytes than their file has, but not to this many times more.
 MAX_EXPANSION = 16
-#: Values of a tensor, an axis of zero counted as one.
+#: The most values of a tensor, where an axis of zero counts as one.
 _MAX_SIZE = 2**40
-#: Text that may be a JSON object of settings.
+#: The most characters kept of a text that may be a JSON object of settings.
 _MAX_OBJECT = 2**16
 
 _INTEGERS = tuple(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64))
@@ -40,19 +40,19 @@ _DTYPES |= {name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "f
 
 
 class Damaged(Exception):
-    """What is wrong with a file, in words that go between brackets; :func:`ptq4dit_jax.checkpoints.foreign.open_tensors` makes
-    it a sentence."""
+    """What is wrong with a file, in words for brackets; :func:`ptq4dit_jax.checkpoints.foreign.open_tensors` makes a sentence
+    of them."""
 
 
 class WantsCode(Damaged):
-    """The name of what a file wants to have called."""
+    """A file wants something called; holds the name of that."""
 
 
 @contextmanager
 def decoding(words: Callable[[], str]) -> Iterator[None]:
-    """Turns whatever a decoder raises into :class:`Damaged`, in the ``words`` that hold by then.
+    """Turns whatever a decoder raises into :class:`Damaged`, with ``words`` evaluated at that time.
 
-    ``OSError`` and ``MemoryError`` say nothing of the file's content, so they stay.
+    ``OSError`` and ``MemoryError`` say nothing about the file's content, so they pass through.
     """
     try:
         yield
@@ -64,7 +64,7 @@ def decoding(words: Callable[[], str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor in a file. ``dtype`` is NumPy's, or bfloat16 and such of ``ml_dtypes``, in the machine's byte order."""
+    """A tensor in a file. ``dtype`` is NumPy's or one of ``ml_dtypes`` such as bfloat16, in the machine's byte order."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -79,11 +79,11 @@ class Tensor:
         return self.size * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
-        """The values, in a new array of ``shape`` and ``dtype``.
+        """Reads the values into a new array of ``shape`` and ``dtype``.
 
         Raises:
-          Ptq4ditError: the file has gone, changed or become unreadable since it was opened, its checksum does not fit, or
-            memory does not suffice.
+          Ptq4ditError: the file was removed, changed or became unreadable after it was opened, its checksum is wrong, or there
+            is too little memory.
         """
         what = f"a tensor of shape {self.shape} and type {self.dtype}"
         with edge(what):
@@ -95,7 +95,7 @@ class Tensor:
                 ) from error
 
 
-#: A value in a file that is no tensor.
+#: A value in a file that is not a tensor.
 Plain: TypeAlias = str | int | float | bool | tuple[str | int | float | bool, ...] | None
 
 
@@ -105,9 +105,9 @@ class Contents:
 
     Attributes:
       tensors: by dotted name.
-      facts: values that are no tensors (text, numbers, short lists of them) by dotted name, such as a script's arguments.
+      facts: values other than tensors (text, numbers, short lists of them) by dotted name, such as a script's arguments.
       dropped: how many objects of each kind were not understood; nothing else is left out.
-      unread: where these were, by dotted name.
+      unread: the dotted names of these objects.
     """
 
     tensors: dict[str, Tensor]
@@ -116,7 +116,7 @@ class Contents:
     unread: list[str] = field(default_factory=list)
 
     def dropped_words(self) -> str:
-        """``; not understood: 2 x torch.Foo``, or nothing."""
+        """Returns ``; not understood: 2 x torch.Foo``, or nothing."""
         kinds = [f"{count} x {shown(kind, 80)}" for kind, count in self.dropped.most_common(4)]
         return "; not understood: " + ", ".join(kinds) if kinds else ""
 
@@ -125,7 +125,7 @@ class TensorFile(Mapping[str, Tensor]):
     """The tensors of a file or folder by dotted name; keys of nested containers are joined with dots.
 
     ``path`` is what was opened, ``format`` names its kind, ``files`` are those that hold tensors, and ``notes`` say what was
-    decided where a folder holds more than one checkpoint. ``contents`` has besides the tensors what the file says about them.
+    decided where a folder holds more than one checkpoint. ``contents`` has the tensors and what the file says about them.
     """
 
     def __init__(
@@ -151,14 +151,14 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def dtype_named(name: object) -> np.dtype:
-    """The dtype of a plain name such as ``float32`` or ``bfloat16``."""
+    """Returns the dtype of a plain name such as ``float32`` or ``bfloat16``."""
     if not isinstance(name, str) or name not in _DTYPES:
         raise Damaged(f"its tensors are of the unknown type {quoted(name, 40)}")
     return _DTYPES[name]
 
 
 def checked_shape(shape: object) -> tuple[int, ...]:
-    """A shape from a file: a few whole numbers whose product, zeros left out, some machine could address."""
+    """Checks a shape from a file: a few whole numbers whose product, without zeros, a machine could address."""
     if not isinstance(shape, (tuple, list)):
         raise Damaged(f"a tensor has {shown(shape, 40)} for a shape")
     fits = len(shape) <= 16 and all(type(n) is int and 0 <= n <= _MAX_SIZE for n in shape)
@@ -169,7 +169,7 @@ def checked_shape(shape: object) -> tuple[int, ...]:
 
 
 def check_total(tensors: Mapping[str, Tensor], size: int) -> None:
-    """Refuses tensors that together are far larger than the ``size`` bytes on the disk that they are read from."""
+    """Refuses tensors that together are far larger than the ``size`` bytes on disk that they are read from."""
     total = sum(tensor.nbytes for tensor in tensors.values())
     if total > MAX_EXPANSION * size + 2**20:
         raise Damaged(f"it declares {total / 1e6:.1f} MB of tensors in {size / 1e6:.1f} MB")
@@ -177,7 +177,7 @@ def check_total(tensors: Mapping[str, Tensor], size: int) -> None:
 
 @dataclass(frozen=True)
 class OtherKey:
-    """What stands for a key that is no name: neither compared nor hashed, it could take any time. ``kind`` names its type."""
+    """Stands for a key that is no name, since comparing or hashing that could take any time. ``kind`` names its type."""
 
     kind: str
 
@@ -188,9 +188,9 @@ class OtherKey:
 
 
 def plain_key(key: object) -> str | tuple[str, ...] | OtherKey:
-    """A key as a container may have it: text, a tuple of texts, or an :class:`OtherKey`.
+    """Turns a key into one that a container may have: text, a tuple of texts, or an :class:`OtherKey`.
 
-    Numbers become text, whose hashes no file can foresee: a dict of integers with equal hashes takes hours to fill.
+    Numbers become text, whose hashes no file can predict: a dict of integers with equal hashes takes hours to fill.
     """
     if type(key) is str:
         return key
@@ -206,15 +206,15 @@ def flatten(
     children: Callable[[object], Mapping[object, object] | None],
     unread: Callable[[object], str | None] = lambda node: None,
 ) -> Contents:
-    """All tensors and plain values of a tree of containers by dotted name.
+    """Returns all tensors and plain values in a tree of containers, by dotted name.
 
-    Containers may be shared but not hold themselves.
+    Containers may be shared but must not contain themselves.
 
     Args:
       tree: containers, tensors and anything else.
-      children: gives a container's entries, and None for anything else. Keys that are tuples of names are paths.
-      unread: names the kind of an object that stands for something that was not built. It is counted where nothing of use is
-        found in it, or where it is a function that rebuilds a tensor from parts, which are no tensors of their own.
+      children: returns a container's entries, or None for anything else. Keys that are tuples of names are paths.
+      unread: names the kind of an object that stands for something that was not built. It is counted if nothing of use is
+        found in it, or if it is a function that rebuilds a tensor from parts, which are not tensors of their own.
 
     Raises:
       Damaged: there are more values, longer names or deeper levels than in any checkpoint.
@@ -284,7 +284,7 @@ _NOT_PLAIN: Final = _Kind.NOT_PLAIN
 
 
 def _plain(node: object) -> Plain | _Kind:
-    """The node itself if it is text, a number, or a short list of such; ``_NOT_PLAIN`` for anything else."""
+    """Returns the node if it is text, a number, or a short list of these; ``_NOT_PLAIN`` for anything else."""
     if node is None or type(node) is bool or type(node) is int or type(node) is float:
         return node
     if isinstance(node, tuple) and hasattr(node, "_fields"):  # a class or function that a pickle names

@@ -1,8 +1,8 @@
-"""One search for the weights in whatever folder a user passes, for transformers and VAEs alike.
+"""Finds the weights in whatever folder a user passes, for transformers and VAEs alike.
 
-A folder is looked through as a cache of Hugging Face, a pipeline of diffusers, an Orbax checkpoint, the steps of a
-CheckpointManager, files of weights; and if it is none of these, its folders are. What has been decided is told in notes; where
-nothing decides, the candidates are listed.
+A folder is tried as a Hugging Face cache, a diffusers pipeline, an Orbax checkpoint, the steps of a CheckpointManager, and
+files of weights. If it is none of these, its subfolders are tried. Notes say what was decided; where nothing decides, the
+candidates are listed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ptq4dit_jax.checkpoints.foreign.orbax_folder import is_orbax
 from ptq4dit_jax.checkpoints.foreign.weight_sets import WeightSet, choose, index_set, listed_paths, weight_sets
 from ptq4dit_jax.errors import Ptq4ditError
 
-#: Folders of a pipeline; one of them is never taken for another.
+#: Folders of a pipeline; none is ever taken in place of another.
 _PARTS = re.compile(
     r"transformer|unet|vae|vae_1_0|vqvae|prior|scheduler|safety_checker|feature_extractor|(image_|text_)?(encoder|tokenizer)(_\d)?"
 )
@@ -28,13 +28,13 @@ _MAX_DEPTH, _MAX_ENTRIES = 3, 50_000
 
 @dataclass(frozen=True)
 class Located:
-    """A checkpoint that a search has found.
+    """A checkpoint that a search found.
 
     Attributes:
       path: the file, index or folder.
-      kind: of :func:`~.kinds.kind_of`, ``shards`` (without an index), ``orbax`` or ``items`` (a step of Orbax items).
-      files: files with tensors, or folders of Orbax, each of which is read whole.
-      notes: what the search has decided, in words.
+      kind: a result of :func:`~.kinds.kind_of`, ``shards`` (without an index), ``orbax`` or ``items`` (a step of Orbax items).
+      files: files with tensors, or Orbax folders, each of which is read whole.
+      notes: what the search decided, in words.
     """
 
     path: Path
@@ -48,11 +48,11 @@ class NothingFound(Ptq4ditError):
 
 
 def locate(where: Path, part: str = "transformer") -> Located:
-    """The checkpoint at a path.
+    """Finds the checkpoint at a path.
 
     Args:
       where: a file, an index of shards, or a folder.
-      part: the folder of a diffusers pipeline that is meant where ``where`` is a pipeline.
+      part: the folder to use if ``where`` is a diffusers pipeline.
 
     Raises:
       NothingFound: a folder without a checkpoint.
@@ -66,17 +66,17 @@ def locate(where: Path, part: str = "transformer") -> Located:
 
 
 def _of_set(found: WeightSet, notes: tuple[str, ...] = ()) -> Located:
-    if not found.kind:  # a name of weights without their content: whoever reads it says what it is
+    if not found.kind:  # named like weights, but with other content: the reader says what it is
         if not found.path.exists():
             raise Ptq4ditError(f"The file {found.path} is a link to a file that is not there; download it again.")
         return Located(found.path, kind_of(found.path), found.files, notes)
-    if not found.files:  # an index that could not be read, which raises again
+    if not found.files:  # an unreadable index; reading it again raises
         found = index_set(found.path)
     return Located(found.path, found.kind, found.files, notes)
 
 
 class _Search:
-    """A search that looks at a bounded number of files; one object per search."""
+    """A search that visits a bounded number of files; one object per search."""
 
     def __init__(self, part: str) -> None:
         self.part, self.left = part, _MAX_ENTRIES
@@ -95,7 +95,7 @@ class _Search:
         return sorted(found)
 
     def folder(self, folder: Path, depth: int, part: str) -> Located:
-        """The checkpoint in a folder; ``part`` is "" inside that part of a pipeline."""
+        """Finds the checkpoint in a folder; ``part`` is "" inside that part of a pipeline."""
         if (snapshot := _snapshot(folder)) is not None:
             revision, notes = snapshot
             found = self.folder(revision, depth, part)
@@ -110,7 +110,7 @@ class _Search:
             return step
         if items := tuple(entry for entry in folders if self.is_orbax(entry)):
             return Located(folder, "items", items)
-        # A link to nothing is kept, so that whoever opens it is told.
+        # A dangling link is kept, so that opening it reports the problem.
         if sets := weight_sets([entry for entry in entries if entry.is_file() or (entry.is_symlink() and not entry.exists())]):
             return _of_set(*choose(folder, sets))
         if part and (folder / "model_index.json").is_file():
@@ -120,24 +120,24 @@ class _Search:
         return self._inside(folder, folders, depth)
 
     def is_orbax(self, folder: Path) -> bool:
-        """As the function of that name, which looks at every folder in a folder, within the bounds of the search."""
+        """Does what the function of that name does, which visits every subfolder, within the bounds of the search."""
         self.entries(folder)
         return is_orbax(folder)
 
     def orbax_in(self, folder: Path) -> tuple[Path, ...]:
-        """The items of a step: itself, or folders in it."""
+        """Returns the items of a step: the folder itself, or folders in it."""
         if self.is_orbax(folder):
             return (folder,)
         return tuple(entry for entry in self.entries(folder) if entry.is_dir() and self.is_orbax(entry))
 
     def latest_step(self, folder: Path, folders: list[Path]) -> Located | None:
-        """The latest step in a folder of Orbax's CheckpointManager; None for any other folder."""
+        """Finds the latest step in a folder of Orbax's CheckpointManager; None for any other folder."""
         if (folder / _IS_STEP).is_file():
             return None
         named = [(entry, match) for entry in folders if (match := _STEP.fullmatch(entry.name)) and "-tmp" not in entry.name]
         steps = {entry: (match["prefix"], int(match["step"])) for entry, match in named}
         items = {entry: self.orbax_in(entry) for entry in steps}
-        # In buckets a step is written in place, and this file is the sign that it is whole.
+        # In buckets a step is written in place, and this file marks it as complete.
         committed = [entry for entry in items if (entry / _COMMITTED).is_file()]
         whole = [entry for entry in committed or items if items[entry]]
         if not whole:
@@ -158,7 +158,7 @@ class _Search:
         return Located(latest, kind, items[latest], (f"step {steps[latest][1]}, {which}{empty}",))
 
     def _inside(self, folder: Path, folders: list[Path], depth: int) -> Located:
-        """The checkpoint in the only folder that has one; several are refused by name."""
+        """Finds the checkpoint in the only subfolder that has one; several are refused by name."""
         found: list[tuple[Path, Located | Ptq4ditError]] = []
         if depth < _MAX_DEPTH:
             for inner in folders:
@@ -187,13 +187,13 @@ class _Search:
 
 
 def revision_in(folder: Path) -> Path | None:
-    """The files of the one revision in a folder of Hugging Face's cache; None for any other folder."""
+    """Returns the folder of the one revision in a Hugging Face cache; None for any other folder."""
     found = _snapshot(folder)
     return None if found is None else found[0]
 
 
 def _snapshot(folder: Path) -> tuple[Path, tuple[str, ...]] | None:
-    """The files of the one revision in a folder of Hugging Face's cache, which links to them; None for any other folder."""
+    """Returns the folder of the one revision in a Hugging Face cache, and notes; None for any other folder."""
     snapshots, refs = folder / "snapshots", folder / "refs"
     if not snapshots.is_dir() or not (refs.is_dir() or folder.name.startswith("models--")):
         return None

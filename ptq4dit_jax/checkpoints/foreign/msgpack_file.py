@@ -1,8 +1,8 @@
-"""Flax's msgpack files (``flax.serialization``), walked without loading them: arrays stay there until they are read.
+"""Flax's msgpack files (``flax.serialization``), walked without loading them: arrays stay in the file until they are read.
 
-Why not the msgpack package: its ``Unpacker`` hands an array over only after it has copied it, and its buffer must hold the
-largest one. A file of 1.07 GB takes 1.2 GB there before the first tensor is asked for, and less than 1 MB here. Its maps also
-take the last of two entries of one name without a word.
+Why not the msgpack package: its ``Unpacker`` returns an array only after copying it, and its buffer must hold the largest one.
+A file of 1.07 GB takes 1.2 GB there before the first tensor is read, and less than 1 MB here. Its maps also silently take the
+last of two entries with one name.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from ptq4dit_jax.edges import quoted
 
 _ARRAY, _SCALAR = 1, 3  # Flax's extension types; 2 is a complex number
 _CHUNKED = "__msgpack_chunked_array__"
-#: Bytes of a text that is kept; a longer one is passed over.
+#: The most bytes of a text that is kept; a longer one is skipped.
 _MAX_TEXT = 2**16
 
 
 def looks_like_msgpack(head: bytes) -> bool:
-    """Whether a file starts as a map with a string as its first key."""
+    """Whether a file starts with a map whose first key is a string."""
     start = {0xDE: 3, 0xDF: 5}.get(head[0], 1 if 0x81 <= head[0] <= 0x8F else 0)
     return bool(start) and len(head) > start and (0xA0 <= head[start] <= 0xBF or head[start] in (0xD9, 0xDA))
 
@@ -163,7 +163,7 @@ def _children(node: object) -> Mapping[object, object] | None:
 
 
 def _joined(node: dict[Any, Any]) -> Tensor:
-    """An array that Flax cut into pieces because it is of a gigabyte or more."""
+    """Joins an array that Flax cut into pieces because it has a gigabyte or more."""
     shape = checked_shape(list(node["shape"].values()))
     chunks = [node["chunks"][str(i)] for i in range(len(node["chunks"]))]
     if sum(chunk.size for chunk in chunks) != math.prod(shape) or len({chunk.dtype for chunk in chunks}) != 1:
@@ -172,7 +172,7 @@ def _joined(node: dict[Any, Any]) -> Tensor:
 
 
 def read_msgpack(path: Path) -> Contents:
-    """What a file holds, by dotted name; raises :class:`Damaged` or ``OSError``."""
+    """Reads what a file holds, by dotted name; raises :class:`Damaged` or ``OSError``."""
     source = Cursor(Snapshot.of(path))
     with decoding(lambda: f"it makes no sense at byte {source.position}"):
         tree = _Walker(source).value()

@@ -1,8 +1,8 @@
-"""Names of tensors in a normal form, so that a layout is looked for once, whatever wrapped the network when it was saved.
+"""Names of tensors in a normal form, so that a layout is searched for once, whatever wrapped the network when it was saved.
 
-A normal name has its parts joined by dots. It lacks the words that wrappers put anywhere into it (``torch.compile``,
+The parts of a normal name are joined by dots. It lacks the words that wrappers insert anywhere (``torch.compile``,
 DataParallel, FSDP, activation checkpointing), those of a pickled module (``_modules``, ``_parameters``, ``_buffers``), and the
-``value`` with which Flax's nnx ends the names of its variables.
+``value`` at the end of the names of Flax nnx variables.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _VARIABLE = ("value", "raw_value")
 #: ``['params']['a']`` or ``.params['a']``, as JAX prints the path of a leaf.
 _KEY_PATH = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]|\.?([^.\[\]]+)")
 
-#: Words that say that weights are averaged over training.
+#: Words for weights that are averaged over training.
 _AVERAGE = {"ema", "emas", "averaged", "average", "avg", "swa", "polyak", "shadow"}
-#: Parts of names that say so in one family's own way: kvfrans' ``model_eps``.
+#: Names for averaged weights in single code bases: kvfrans' ``model_eps``.
 _AVERAGE_NAMES = {"model_eps"}
-#: What joins ``ema`` without a separator.
+#: Words joined to ``ema`` without a separator.
 _JOINED = re.compile(
     r"(model|net|network|params?|weights?|state|dit|sit|denoiser|generator)s?ema|ema(model|net|network|params?|weights?|state|dit|sit|denoiser|generator)s?"
 )
-#: Parts of names of an optimizer's state, which mirrors the names of the weights.
+#: Parts of names in an optimizer's state, which mirrors the names of the weights.
 _OPTIMIZER = {
     "opt",
     "opt_state",
@@ -48,14 +48,14 @@ _OPTIMIZER = {
 
 
 def parts_of(name: str) -> list[str]:
-    """The parts of a name as it is written: separated by dots or slashes, or a path as JAX prints it."""
+    """Splits a name as written: at dots or slashes, or as a path that JAX printed."""
     if "['" in name or '["' in name:
         return [next(group for group in match.groups() if group) for match in _KEY_PATH.finditer(name) if any(match.groups())]
     return [part for part in re.split(r"[./]", name) if part]
 
 
 def normal_name(name: str) -> str:
-    """One name in its normal form; a name of wrappers only stays as it is."""
+    """Returns a name in its normal form; a name that has only words of wrappers is unchanged."""
     parts = [part for part in parts_of(name) if not _WRAPPER.fullmatch(part)]
     if len(parts) > 1 and parts[-1] in _VARIABLE:
         parts.pop()
@@ -63,7 +63,7 @@ def normal_name(name: str) -> str:
 
 
 def normal_names(names: Iterable[str]) -> dict[str, str]:
-    """From normal names to those in the file. Where two names have one normal form, both stay as they are."""
+    """Maps normal names to those in the file. Where two names have one normal form, both are unchanged."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in names:
         found[normal_name(name)].append(name)
@@ -80,7 +80,7 @@ def says_average(part: str) -> bool:
 
 
 def is_average(root: str) -> bool:
-    """Whether any part of a dotted prefix says that the weights below it are averaged; ``online_model`` says the contrary."""
+    """Whether any part of a dotted prefix says that the weights below it are averaged. If the last is ``online_model``, no."""
     parts = root.split(".")
     return parts[-1] != "online_model" and any(says_average(part) for part in parts)
 
@@ -91,15 +91,15 @@ def is_optimizer(root: str) -> bool:
 
 
 def without_dots(names: Mapping[str, str], trained: Iterable[str]) -> tuple[str, dict[str, str]]:
-    """An average whose names lost their dots, as latent-diffusion's ``LitEma`` writes it.
+    """Finds averaged weights whose names lost their dots, as latent-diffusion's ``LitEma`` writes them.
 
     Args:
-      names: all names in a file, normal to written.
-      trained: the names of one set of weights, normal.
+      names: all names in a file, from normal to written.
+      trained: the normal names of one set of weights.
 
     Returns:
-      The prefix of the average, and from the normal names in ``trained`` to the written names of the averages; both are empty
-      where there is none. What the average lacks, it lacks: buffers are not averaged.
+      The prefix of the averages, and a map from the normal names in ``trained`` to the written names of the averages; both are
+      empty if there are none. Names without an average are not in the map: buffers are not averaged.
     """
     groups: dict[str, set[str]] = defaultdict(set)
     for name in names:

@@ -1,4 +1,4 @@
-"""What a network in a foreign file predicts, noise or velocity, and what makes the networks of flow models a plain DiT."""
+"""What a network in a foreign file predicts, noise or velocity, and how the networks of flow models become a plain DiT."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def find_schedule(
     given: GivenSchedule,
     told: NoiseSchedule | None,
 ) -> Schedule:
-    """The schedule that a file, what it says, its name and the user tell.
+    """Determines the schedule from a file's tensors, its settings, its name and the user's options.
 
     Args:
       file: the opened checkpoint.
-      view: its tensors by the names of the layout.
+      view: its tensors by the layout's names.
       layout: the family of the checkpoint.
       config: the shape of the network.
-      evidence: what is said besides the tensors; guesses are noted there.
-      given: what the user says.
+      evidence: what the checkpoint says besides its tensors; guesses are noted there.
+      given: the user's options.
       told: the schedule of a pipeline's scheduler.
 
     Raises:
-      Ptq4ditError: an option or a piece of evidence that contradicts another, or cannot be honoured.
+      Ptq4ditError: an option or a piece of evidence that contradicts another, or cannot be followed.
     """
     if given.objective not in (None, "noise", "velocity"):
         raise Ptq4ditError(f"The objective must be noise or velocity, not {given.objective!r}.")
@@ -67,7 +67,7 @@ def find_schedule(
 
 
 def said_objective(evidence: Evidence, layout: Layout) -> Said | None:
-    """What the evidence says of the objective: its own key, a flow's path, the interface of a training, or SiT's name."""
+    """Returns what the evidence says about the objective: a key for it, a flow's path, a training interface, or SiT's name."""
     prediction, path = evidence.said.get("objective"), evidence.said.get("path")
     flow = path or evidence.said.get("interface")
     name = evidence.said.get("published name")
@@ -119,7 +119,7 @@ def _flow(file: TensorFile, layout: Layout, evidence: Evidence, given: GivenSche
 
 
 def _flow_steps(layout: Layout, evidence: Evidence, given: GivenSchedule) -> int:
-    """The number of steps that a network made for a step size is imported for."""
+    """Returns the number of steps for which a network with step sizes is imported."""
     assert layout.step_size is not None
     if given.flow_steps is not None:
         return given.flow_steps
@@ -170,7 +170,7 @@ def _noise(
 
 
 def fold_gains(params: Mapping[str, Any], layout: Layout, config: DiTConfig) -> dict[str, Any]:
-    """Flat parameters without learned gains of norms, which become part of the linear layers that modulate the norms."""
+    """Folds the learned gains of norms into the linear layers that modulate the norms; takes and returns flat parameters."""
     params = dict(params)
     for gain in layout.gains:
         names = {leaf: f"{gain.layer}/{leaf}" for leaf in ("kernel", "bias")}
@@ -185,7 +185,7 @@ def fold_gains(params: Mapping[str, Any], layout: Layout, config: DiTConfig) -> 
 def fold_step_size(
     params: dict[str, jax.Array], layout: Layout, config: DiTConfig, schedule: FlowSchedule
 ) -> dict[str, jax.Array]:
-    """Flat parameters without the embedder of step sizes, whose output for ``schedule.steps`` becomes part of a bias."""
+    """Folds the output of the embedder of step sizes for ``schedule.steps`` into a bias; takes and returns flat parameters."""
     if layout.step_size is None:
         return params
     k1, b1, k2, b2 = (
@@ -200,7 +200,7 @@ def fold_step_size(
 
 
 def drop_variance(params: Mapping[str, Any], config: DiTConfig) -> tuple[dict[str, Any], DiTConfig]:
-    """Flat parameters of a flow model without the variance channels, which such a model computes and throws away."""
+    """Drops the variance channels of a flow model, which computes and discards them; takes and returns flat parameters."""
     if not config.learn_sigma:
         return dict(params), config
     final = {name: _halves(params[name], config)[..., 0, :] for name in ("final/kernel", "final/bias")}
@@ -209,7 +209,7 @@ def drop_variance(params: Mapping[str, Any], config: DiTConfig) -> tuple[dict[st
 
 
 def add_variance(params: Mapping[str, Any], config: DiTConfig) -> tuple[dict[str, Any], DiTConfig]:
-    """The inverse of :func:`drop_variance`: channels of zeros, as training leaves them."""
+    """Inverts :func:`drop_variance`: adds channels of zeros, as training leaves them."""
     wide = dataclasses.replace(config, learn_sigma=True)
     final = {}
     for name in ("final/kernel", "final/bias"):
@@ -219,5 +219,5 @@ def add_variance(params: Mapping[str, Any], config: DiTConfig) -> tuple[dict[str
 
 
 def _halves(array: jax.Array, config: DiTConfig) -> jax.Array:
-    """(..., P * P * 2C) to (..., P * P, 2, C): both halves are inside each position of a patch."""
+    """Reshapes (..., P * P * 2C) to (..., P * P, 2, C): each position of a patch has both halves."""
     return array.reshape(*array.shape[:-1], config.patch_size**2, 2, config.in_channels)

@@ -1,4 +1,4 @@
-"""What a user may say of a checkpoint that it does not say itself."""
+"""What a user can say about a checkpoint that it does not say itself."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ptq4dit_jax.settings import section, setting
 
 @dataclasses.dataclass(frozen=True)
 class GivenShape:
-    """Sizes of a network; None where nothing is said.
+    """Sizes of a network; None where not given.
 
     Attributes:
-      num_heads: of attention.
+      num_heads: the number of attention heads.
       input_size: side of the image or latent.
-      classes: their number, without a null class.
+      classes: the number of classes, without a null class.
       null_class: whether the last row of the table of labels means "no class".
     """
 
@@ -29,12 +29,12 @@ class GivenShape:
 
 @dataclasses.dataclass(frozen=True)
 class GivenSchedule:
-    """What a network predicts; None where nothing is said.
+    """What a network predicts; None where not given.
 
     Attributes:
       objective: ``noise`` or ``velocity``.
-      flow_steps: the number of equal Euler steps that a network made for a step size is to be sampled with: 128 by default for
-        shortcut models, 1 for mean flows. 0 gives it the size 0 and any number of steps: the velocity itself of a mean flow.
+      flow_steps: the number of equal Euler steps with which to sample a network that takes a step size: 128 by default for
+        shortcut models, 1 for mean flows. 0 means size 0 and any number of steps: a mean flow's instantaneous velocity.
       data_time: the end of a flow's time at which x is data, 0 or 1.
       timesteps, beta_start, beta_end: of the linear schedule of a model that predicts noise.
     """
@@ -54,20 +54,20 @@ class GivenSchedule:
 
     @property
     def betas(self) -> dict[str, Any]:
-        """The fields of a noise schedule that are given."""
+        """Returns the given fields of a noise schedule."""
         fields = {"num_timesteps": self.timesteps, "beta_start": self.beta_start, "beta_end": self.beta_end}
         return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportOptions:
-    """Everything that a user may say of a checkpoint; of the sections by the flat names of their fields.
+    """Everything that a user can say about a checkpoint; fields of sections go by their flat names.
 
     Attributes:
       shape: of the network.
-      schedule: what it predicts.
-      ema: take averaged weights if there are any; False takes those that were being trained.
-      weights: the prefix of the set of weights to take, where there are several; overrides ``ema``.
+      schedule: what the network predicts.
+      ema: take averaged weights if there are any; False takes the trained ones.
+      weights: the prefix of the set of weights to take if there are several; overrides ``ema``.
       as_diffusers: compute what diffusers computes (time frequencies over 127, MLP norm epsilon of its config) instead of what
         Meta's code, with which published weights were trained, computes from the same weights. For its folders only.
       ignore: keys of the checkpoint's configuration, or names of configuration files, to leave out.

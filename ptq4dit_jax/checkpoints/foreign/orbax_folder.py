@@ -1,7 +1,7 @@
-"""Folders that Orbax wrote for any tree, read without that tree, one array at a time.
+"""Reads folders that Orbax wrote for any tree, without that tree, one array at a time.
 
-The names of the arrays are the keys of the store below Orbax, so that TensorStore alone reads them, whatever version of Orbax
-and whatever Python classes wrote them.
+The names of the arrays are the keys of the store below Orbax, so TensorStore alone can read them, whatever version of Orbax and
+whatever Python classes wrote them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ptq4dit_jax.checkpoints.foreign.snapshot import Snapshot
 from ptq4dit_jax.edges import shown
 
 _OCDBT, _DESCRIPTIONS = "manifest.ocdbt", {".zarray": "zarr", "zarr.json": "zarr3"}
-#: Bytes of the description of one array, which is JSON of some hundred.
+#: The most bytes of one array's description, which is JSON of a few hundred.
 _MAX_DESCRIPTION = 2**20
 
 
@@ -30,8 +30,8 @@ def is_orbax(folder: Path) -> bool:
 
 
 def read_orbax(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder by dotted name; raises :class:`Damaged` or ``OSError``."""
-    # Not as an address, in which a "%" or "#" of a folder's name would mean something.
+    """Reads the tensors of a folder by dotted name; raises :class:`Damaged` or ``OSError``."""
+    # Not as a URL, in which "%" or "#" in a folder's name would have a meaning.
     base: dict[str, Any] = {"driver": "file", "path": f"{folder.resolve()}/"}
     if is_database := (folder / _OCDBT).is_file():
         base = {"driver": "ocdbt", "base": base}
@@ -66,16 +66,16 @@ def _is_array(store: ts.TensorStore) -> bool:
 
 
 def _tensor(store: ts.TensorStore, size: int, files: Sequence[Snapshot]) -> Tensor:
-    """An array of a folder whose files have ``size`` bytes; ``files`` are those that it may lie in."""
+    """Makes the tensor of an array in a folder whose files have ``size`` bytes; ``files`` are those that may hold it."""
     shape, dtype = checked_shape(store.shape), np.dtype(store.dtype.numpy_dtype)
-    # Made whole, however little of it is wanted; None for a single value.
-    pieces = cast(tuple[int, ...], store.chunk_layout.write_chunk.shape or ())  # all are known of an open array
+    # A chunk is always read whole; None for a single value.
+    pieces = cast(tuple[int, ...], store.chunk_layout.write_chunk.shape or ())  # an open array knows all of them
     chunk = math.prod(pieces) * dtype.itemsize
     if chunk > MAX_EXPANSION * size + 2**20:
         raise Damaged(f"an array comes in pieces of {chunk / 1e6:.1f} MB in {size / 1e6:.1f} MB")
 
     def load() -> np.ndarray:
-        memory.ensure(math.prod(shape) * dtype.itemsize + chunk)  # its threads end the process where that fails
+        memory.ensure(math.prod(shape) * dtype.itemsize + chunk)  # on failure, its threads would end the process
         try:
             array = np.asarray(store.read().result())
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Which tensors of a file are the network's: the layout, and one set of weights where a file has several."""
+"""Determines which tensors of a file are the network's: the layout, and one set of weights if a file has several."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ParameterSet:
 
 
 def listed(names: list[str]) -> str:
-    """The first names, and how many more there are."""
+    """Lists the first names, and says how many more there are."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(name[:80] for name in names[:SHOWN]) + more
 
@@ -52,11 +52,11 @@ def find_parameters(file: TensorFile, *, ema: bool, wanted: str | None) -> Param
     Args:
       file: the opened checkpoint.
       ema: take averaged weights if there are any.
-      wanted: the prefix of a set by name, which overrides ``ema``.
+      wanted: the prefix of the set to take, which overrides ``ema``.
 
     Raises:
-      Ptq4ditError: no known layout; a set that is not there; several between which nothing decides; averaged weights that are
-        there and cannot be used.
+      Ptq4ditError: no known layout; a set that does not exist; several sets between which nothing decides; averaged weights
+        that exist and cannot be used.
     """
     names = normal_names(file)
     for layout in LAYOUTS:
@@ -82,7 +82,7 @@ def _no_layout(file: TensorFile) -> Ptq4ditError:
 
 
 def _roots(layout: Layout, names: Mapping[str, str]) -> list[str]:
-    """Prefixes, with their dot, under which all markers of a layout are."""
+    """Returns the prefixes, each with its dot, that have all markers of a layout below them."""
     first, *others = layout.markers
     roots = [name.removesuffix(first) for name in names if name.endswith(first)]
     roots = [root for root in roots if (not root or root[-1] == ".") and all(root + end in names for end in others)]
@@ -118,7 +118,7 @@ def _in_layout(
 
 
 def _below(root: str, roots: list[str], names: Iterable[str]) -> list[str]:
-    """The names under one root that are under no longer one, and in no optimizer's state."""
+    """Returns the names below one root that are not below a longer one, nor in an optimizer's state."""
     inner = tuple(other for other in roots if other != root and other.startswith(root))
     below = [name for name in names if name.startswith(root) and not (inner and name.startswith(inner))]
     return [name for name in below if not is_optimizer(name.removeprefix(root).partition(".")[0])]
@@ -129,7 +129,7 @@ def _sets(sets: list[ParameterSet]) -> str:
 
 
 def _flattened(file: TensorFile, layout: Layout, names: Mapping[str, str], sets: list[ParameterSet]) -> ParameterSet | None:
-    """The average of the one set of weights, under names without dots."""
+    """Finds the average of the only set of weights, under names without dots."""
     if len(sets) != 1 or sets[0].averaged:
         return None
     root = f"{sets[0].name}." if sets[0].name else ""
@@ -143,7 +143,7 @@ def _flattened(file: TensorFile, layout: Layout, names: Mapping[str, str], sets:
 
 
 def _unread_averages(file: TensorFile, names: Mapping[str, str], sets: list[ParameterSet]) -> list[str]:
-    """Matrices under a prefix that says that they are averages, outside of the sets and of an optimizer's state."""
+    """Returns matrices below a prefix for averages that are in none of the sets nor in an optimizer's state."""
     roots = tuple(f"{s.name}." for s in sets if s.name)
     return [
         written
@@ -157,9 +157,9 @@ def _unread_averages(file: TensorFile, names: Mapping[str, str], sets: list[Para
 
 
 def _of_one_device(file: TensorFile, layout: Layout, view: View) -> View:
-    """The tensors of a tree that JAX's ``pmap`` kept once per device: the first copy of each, if all are alike.
+    """Returns one copy of each tensor in a tree that JAX's ``pmap`` stored once per device; reading it raises if copies differ.
 
-    Such a tree is known by the bias of the patch embedding, which has one axis, and an equal leading axis of all.
+    Such a tree is recognized by an extra axis of the patch embedding's bias, and an equal leading axis of all tensors.
     """
     bias = next(entry.theirs[0] for entry in layout.entries if entry.ours == "patch_embed/bias")
     names = [name.replace("{i}", "0") for entry in layout.all_entries for name in entry.theirs]

@@ -1,9 +1,9 @@
 """A machine that reads pickles and runs nothing: no name in a pickle is ever imported or called.
 
 ``pickle`` rebuilds objects by calling whatever the file names. This machine follows the same instructions but knows only
-containers, numbers, strings and bytes. A name becomes a :class:`Name`, and what the file wants called becomes an
-:class:`Inert` object, unless the caller's ``rebuild`` table has a function of ours for exactly that name, as it has for
-arrays. Long strings and bytes stay in the file until they are wanted.
+containers, numbers, strings and bytes. A name becomes a :class:`Name`, and a call becomes an :class:`Inert` object, unless the
+caller's ``rebuild`` table has a function of ours for exactly that name, as it has for arrays. Long strings and bytes stay in
+the file until they are read.
 
 Why not the standard library's ``Unpickler`` with a ``find_class`` that returns such stand-ins: it has no budgets, and it reads
 every array. Measured with Python 3.11: a pickle of 9 bytes that puts into the memo at 500 million takes 7.7 GB and 12.5 s
@@ -34,7 +34,7 @@ class Name(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Inert:
-    """What stands for an object that is not built: the name that would have built it, and what it would have been given."""
+    """Stands for an object that is not built: the name that would have built it, and its arguments, state and items."""
 
     of: Name
     args: object = ()
@@ -45,7 +45,7 @@ class Inert:
 
 Rebuild: TypeAlias = Mapping[tuple[str, str], Callable[..., object]]
 
-#: Names of the standard library that checkpoints hold objects of. A call of any other is not needed by any, so it is refused.
+#: Names of the standard library whose objects occur in checkpoints. None needs a call of any other, so that is refused.
 _HARMLESS = {
     "argparse": ("Namespace",),
     "builtins": ("bytearray", "bytes", "complex", "dict", "frozenset", "list", "object", "range", "set", "slice", "tuple"),
@@ -60,19 +60,19 @@ _HARMLESS |= {"__builtin__": _HARMLESS["builtins"], "copy_reg": _HARMLESS["copyr
 #: Objects of other packages that never hold a tensor.
 _NO_TENSORS = {("torch", "Size"), ("torch", "device"), ("torch", "dtype"), ("numpy", "dtype")}
 _DANGEROUS = sys.stdlib_module_names | {"__builtin__", "copy_reg", "posix", "nt", "commands"}
-#: Instructions, of which the most expensive makes about 250 bytes.
+#: The most instructions; the most expensive takes about 250 bytes.
 MAX_STEPS = 2_000_000
-#: Calls, of which one makes a tensor of about a kilobyte; and entries that calls copy from one container into another.
+#: The most calls, each of which may make a tensor object of about a kilobyte; the most entries that calls copy in all.
 MAX_CALLS, MAX_COPIES = 400_000, 1_000_000
-#: Bytes of a text that is read at once, of a name and of an integer.
+#: The most bytes of a text that is read at once, of a name, and of an integer.
 _MAX_TEXT, _MAX_NAME, _MAX_INTEGER = 2**16, 1000, 255
 _MARK = object()
-#: What an instruction BUILD never exchanges for another object, so that the memo need not be searched for it.
+#: Types that the instruction BUILD never replaces by another object, so that the memo need not be searched for them.
 _NEVER_BUILT = (str, int, float, tuple, dict, list, Span, LatinSpan, Inert, type(None))
 
 
 def inert_children(node: object) -> Mapping[object, object] | None:
-    """The entries of a container, or of an object that was not built: its attributes, else its arguments and items."""
+    """Returns the entries of a container, or of an object that was not built: its attributes, else its arguments and items."""
     if isinstance(node, dict):
         return node
     if isinstance(node, (list, tuple)) and not isinstance(node, Name):
@@ -91,7 +91,7 @@ def inert_children(node: object) -> Mapping[object, object] | None:
 
 
 def unread_kind(node: object) -> str | None:
-    """The name of what an object that was not built stands for, unless it is a container of settings or harmless."""
+    """Returns the name of what an unbuilt object stands for, unless it is a container of settings or harmless."""
     if not isinstance(node, Inert):
         return None
     of = node.of
@@ -106,15 +106,15 @@ def run(
     persistent: Callable[[object], object] | None = None,
     build: Callable[[object, object], object] | None = None,
 ) -> object:
-    """The object that a pickle (protocol 2 to 5) describes.
+    """Returns the object that a pickle (protocol 2 to 5) describes.
 
-    Bytes and long texts are :class:`Span` and :class:`LatinSpan`; keys are those of :func:`~.lazy.plain_key`.
+    Bytes and long texts are :class:`Span` and :class:`LatinSpan`; keys are made by :func:`~.lazy.plain_key`.
 
     Args:
-      source: the pickle, anything may follow it.
-      rebuild: functions for names that may be "called": of the arguments, with checks of their own.
-      persistent: makes something of a reference to data outside the pickle.
-      build: gives an object that ``rebuild`` made its state: what it returns takes the object's place.
+      source: the pickle; anything may follow it.
+      rebuild: functions for names that may be "called". They take the arguments, and check them.
+      persistent: resolves a reference to data outside the pickle.
+      build: sets the state of an object that ``rebuild`` made; what it returns replaces the object.
 
     Raises:
       Damaged: it is cut off, is no pickle, holds or calls more than any checkpoint, or calls a name of the standard library
@@ -151,7 +151,7 @@ class _Machine:
         return line.decode()
 
     def marked(self) -> list[object]:
-        """All values above the last mark, which is removed with them."""
+        """Pops all values above the last mark, and the mark."""
         at = len(self.stack) - 1
         while self.stack[at] is not _MARK:
             at -= 1
@@ -181,7 +181,7 @@ class _Machine:
             raise Damaged("its pickle calls more than any checkpoint does")
 
     def call(self, function: object, args: object) -> object:
-        """What stands for ``function(*args)``: of our own making, or inert."""
+        """Returns what stands for ``function(*args)``: the result of a function of ours, or an inert object."""
         if not isinstance(args, tuple):
             raise Damaged("its pickle calls something without arguments")
         self.count_call()
@@ -214,7 +214,7 @@ class _Machine:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Inert):
             target.state = state
-        elif not isinstance(target, (dict, list)) and self.build is not None:  # an OrderedDict's attributes are of no interest
+        elif not isinstance(target, (dict, list)) and self.build is not None:  # attributes of an OrderedDict do not matter
             self.stack[-1] = self.build(target, state)
             key = self.memo_keys.get(id(target), -1)
             if self.memo.get(key) is target:
@@ -266,7 +266,7 @@ class _Machine:
         return self.take(size).decode("utf-8", "surrogatepass")
 
     def text_of_bytes(self, size: int) -> str | Span:
-        """A string of Python 2."""
+        """Reads a Python 2 string."""
         return self.source.span(size) if size > _MAX_TEXT else self.take(size).decode("latin-1")
 
     def proto(self) -> None:

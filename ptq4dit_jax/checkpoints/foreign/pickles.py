@@ -1,8 +1,9 @@
-"""Pickles of nested containers of arrays of NumPy and JAX: what JAX users write with ``pickle.dump``.
+"""Reads pickles of nested containers of NumPy and JAX arrays, as JAX users write them with ``pickle.dump``.
 
-Arrays are recognized by the few names that NumPy and JAX pickle them under, old and new; JAX's are read without JAX, because
+Arrays are recognized by the few names, old and new, under which NumPy and JAX pickle them. JAX's are read without JAX, because
 pickles of one version do not load in another. FrozenDict is a dict; train states, optimizer states and configurations are inert
-objects whose fields are walked for arrays. Nothing in the file is run (:mod:`ptq4dit_jax.checkpoints.foreign.pickle_machine`).
+objects whose fields are searched for arrays. Nothing in the file is run
+(:mod:`ptq4dit_jax.checkpoints.foreign.pickle_machine`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ptq4dit_jax.checkpoints.foreign.lazy import Contents, Tensor, checked_shape
 from ptq4dit_jax.checkpoints.foreign.pickle_machine import Inert, Name, Rebuild, inert_children, run, unread_kind
 from ptq4dit_jax.checkpoints.foreign.snapshot import Cursor, LatinSpan, Snapshot, Span, tensor_of
 
-#: NumPy's short names of plain types: kind and bytes.
+#: NumPy's short names of plain types: kind and size in bytes.
 _PLAIN = re.compile(r"b1|[iu][1248]|f[248]")
 
 
@@ -36,7 +37,7 @@ def _dtype(name: object, *_: object) -> np.dtype | Inert:
 
 @dataclass(frozen=True)
 class _Latin:
-    """Bytes that are held as text, one character per byte. They are not copied, however often the file asks for them."""
+    """Bytes stored as text, one character per byte. They are not copied, however often the file uses them."""
 
     text: str
 
@@ -53,9 +54,9 @@ def _bytes(text: object = "", *_: object) -> object:
 
 
 def _array(data: object, dtype: object, shape: object, order: str) -> Tensor | Inert:
-    data = _bytes(data)  # text where Python 2 wrote it
+    data = _bytes(data)  # text if Python 2 wrote it
     if not isinstance(dtype, np.dtype) or not isinstance(data, (_Latin, LatinSpan, Span)):
-        return Inert(Name("numpy", "ndarray"))  # of objects or records: no tensor
+        return Inert(Name("numpy", "ndarray"))  # an array of objects or records is no tensor
     return tensor_of(data, checked_shape(shape), dtype, order)
 
 
@@ -85,7 +86,7 @@ def _reconstruct_jax(function: object, args: object, state: object, *_: object) 
 
 
 def _mapping(entries: object = ()) -> dict[object, object]:
-    """A dict of a dict or of pairs."""
+    """Makes a dict from a dict or from pairs."""
     if isinstance(entries, dict):
         return dict(entries)
     if not isinstance(entries, Iterable):
@@ -93,7 +94,7 @@ def _mapping(entries: object = ()) -> dict[object, object]:
     return {plain_key(key): value for key, value in entries}
 
 
-#: Names of plain containers, which every kind of file has.
+#: Names of plain containers, which every kind of file may have.
 CONTAINERS: Rebuild = {
     ("collections", "OrderedDict"): _mapping,
     ("collections", "defaultdict"): lambda *_: {},
@@ -103,7 +104,7 @@ _NUMPY = ("numpy.core", "numpy._core")
 ARRAYS: Rebuild = {
     **CONTAINERS,
     ("_codecs", "encode"): _bytes,
-    **{(module, "bytes"): _bytes for module in ("builtins", "__builtin__")},  # none, of an empty array
+    **{(module, "bytes"): _bytes for module in ("builtins", "__builtin__")},  # no bytes, for an empty array
     ("numpy", "dtype"): _dtype,
     **{(f"{root}.multiarray", "_reconstruct"): lambda *_: _UnfilledArray() for root in _NUMPY},
     **{(f"{root}.multiarray", "scalar"): _scalar for root in _NUMPY},
@@ -116,5 +117,5 @@ ARRAYS: Rebuild = {
 
 
 def read_pickle(path: Path) -> Contents:
-    """What a pickle holds, by dotted name; raises :class:`Damaged` or ``OSError``."""
+    """Reads what a pickle holds, by dotted name; raises :class:`Damaged` or ``OSError``."""
     return flatten(run(Cursor(Snapshot.of(path)), ARRAYS, build=_build), inert_children, unread_kind)

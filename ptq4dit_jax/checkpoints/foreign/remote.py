@@ -1,8 +1,8 @@
-"""Checkpoints at addresses (``gs://``, ``s3://``, ``hf://``, ``https://``): what is needed of them, copied through fsspec.
+"""Copies what is needed of checkpoints at addresses (``gs://``, ``s3://``, ``hf://``, ``https://``), through fsspec.
 
-First it is laid out in a temporary folder with the names and sizes of all files, the content of JSON files and the first bytes
-of those that may be weights; the others take up no space. There the usual search decides which weights are wanted, and they
-alone are copied.
+First a temporary folder gets files with the names and sizes of all files there, the content of JSON files, and the first bytes
+of files that may be weights; the rest takes no space. The usual search then decides there which weights are wanted, and only
+these are copied.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ptq4dit_jax.checkpoints.foreign.weight_sets import is_candidate
 from ptq4dit_jax.documents import MAX_JSON
 from ptq4dit_jax.errors import Ptq4ditError
 
-#: Megabytes done and their total.
+#: Called with (megabytes done, megabytes in all).
 Progress: TypeAlias = Callable[[int, int], None]
 
 #: More than any checkpoint has; a listing takes a request per thousand files.
@@ -36,7 +36,7 @@ _MEGABYTE = 10**6
 
 
 class _Entry(TypedDict, total=False):
-    """What a store says of a file or folder."""
+    """What a store says about a file or folder."""
 
     name: str
     size: int | None
@@ -44,7 +44,7 @@ class _Entry(TypedDict, total=False):
 
 
 class _Store(Protocol):
-    """What is asked of a file system of fsspec, which has no types."""
+    """The part of an fsspec file system that is used; fsspec itself has no type hints."""
 
     def info(self, path: str) -> _Entry: ...
 
@@ -58,7 +58,7 @@ class _Store(Protocol):
 
 
 class _Copy:
-    """A temporary folder with a checkpoint at ``path``, removed when nothing refers to this object any more."""
+    """A temporary folder with a checkpoint at ``path``, removed once nothing refers to this object."""
 
     def __init__(self, address: str) -> None:
         self.address, self.folder = address, Path(tempfile.mkdtemp(prefix="ptq4dit-"))
@@ -67,7 +67,7 @@ class _Copy:
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """Sentences name the address instead of the temporary folder."""
+        """Makes errors name the address instead of the temporary folder."""
         try:
             yield
         except Ptq4ditError as error:
@@ -77,15 +77,15 @@ class _Copy:
 
 @contextlib.contextmanager
 def local_copy(path: str | os.PathLike[str], part: str = "transformer", progress: Progress | None = None) -> Iterator[Path]:
-    """What is at an address as a path of this machine, until the block ends; any other path as it is.
+    """Yields a local path to what is at an address, until the block ends; any other path is yielded as it is.
 
     Args:
       path: an address or a path.
-      part: the folder of a diffusers pipeline that is meant.
-      progress: called with the megabytes copied and their total.
+      part: the folder of a diffusers pipeline to use.
+      progress: called with (megabytes copied, megabytes in all).
 
     Raises:
-      Ptq4ditError: as :func:`fetch` does; sentences raised in the block name the address.
+      Ptq4ditError: as :func:`fetch` does; errors raised in the block name the address.
     """
     if (address := address_of(path)) is None:
         yield local_path(path)
@@ -102,8 +102,8 @@ def fetch(address: str, part: str = "transformer", progress: Progress | None = N
     """Copies the checkpoint at an address: its weights and all JSON beside them, or a whole model folder of this package.
 
     Raises:
-      Ptq4ditError: nothing at the address; no package, permission or connection to read it with, or no space for it, in which
-        case the sentence says how to copy it by hand; no or several checkpoints in it.
+      Ptq4ditError: there is nothing at the address, or no checkpoint or several; or there is no package, permission or
+        connection to read it with, or no space for it, in which case the sentence says how to copy it by hand.
     """
     copy = _Copy(address)
     try:
@@ -127,7 +127,7 @@ def fetch(address: str, part: str = "transformer", progress: Progress | None = N
 
 @contextlib.contextmanager
 def _sentences(address: str) -> Iterator[None]:
-    """Whatever a store's package raises, as one sentence; the kinds differ between stores and versions."""
+    """Turns whatever a store's package raises into one sentence; types of errors differ between stores and versions."""
     by_hand = f"copy it here with {copy_command(address)} and pass the copy"
     try:
         yield
@@ -148,15 +148,15 @@ def _sentences(address: str) -> Iterator[None]:
 
 
 def _connect(address: str) -> tuple[_Store, str]:
-    """The store of an address and the name of what is there in the store's own form."""
+    """Returns the store of an address, and the address in the store's own form."""
     fsspec = importlib.import_module("fsspec.core")
     files, root = fsspec.url_to_fs(address)
     return files, str(root).rstrip("/") or "/"
 
 
 def _listing(files: _Store, root: str, address: str) -> tuple[str, dict[str, int]]:
-    """The store's name of what is at an address, and sizes by such names: of all files in a folder, or of a file and those
-    beside it, and of a pipeline's scheduler; -1 where the store does not tell one."""
+    """Returns the store's name of what is at an address, and sizes by such names: of all files in a folder, or of a file, the
+    files beside it and a pipeline's scheduler. A size is -1 if the store does not give it."""
     info = files.info(root)
     root = str(info.get("name") or root).rstrip("/")
     folder = info.get("type") == "directory"
@@ -168,10 +168,10 @@ def _listing(files: _Store, root: str, address: str) -> tuple[str, dict[str, int
     parent = root.rpartition("/")[0]
     if not folder:
         sizes = {root: _size(info)}
-    if address.startswith(("http://", "https://")):  # its lists are links to anything
+    if address.startswith(("http://", "https://")):  # its listings are links to anything
         return root, sizes
     if not folder:
-        with contextlib.suppress(Exception):  # not every store lists folders, and what is beside a file is a help only
+        with contextlib.suppress(Exception):  # not every store lists folders; neighbours of a file are optional
             sizes |= _sizes(files.ls(parent, detail=True))
     with contextlib.suppress(Exception):
         pipeline = parent if folder else parent.rpartition("/")[0]
@@ -199,7 +199,7 @@ def _usable(name: str) -> bool:
 
 
 def _place(name: str) -> str:
-    """A store's name as a relative path: what follows the scheme, without a query."""
+    """Returns a store's name as a relative path: what follows the scheme, without a query."""
     return re.sub(r"^[A-Za-z][A-Za-z0-9+.-]*://", "", name).partition("?")[0].strip("/")
 
 
@@ -208,7 +208,7 @@ def _is_json(name: str, sizes: dict[str, int]) -> bool:
 
 
 def _lay_out(files: _Store, sizes: dict[str, int], places: dict[str, Path]) -> None:
-    """Makes all files, of their size and without content but for what the search looks at."""
+    """Creates all files with their sizes, and with content only where the search looks at it."""
     for name, place in places.items():
         place.parent.mkdir(parents=True, exist_ok=True)
         with place.open("wb") as file:
@@ -229,7 +229,7 @@ def _lay_out(files: _Store, sizes: dict[str, int], places: dict[str, Path]) -> N
 
 
 def _wanted(path: Path, part: str) -> Sequence[Path]:
-    """The files and folders to copy whole, of a layout without content."""
+    """Returns the files and folders to copy whole, found in the folder of files without content."""
     if store.is_model(path):
         return [path]
     return locate(path, part).files

@@ -1,9 +1,9 @@
 """The safetensors format: eight bytes of header size, a JSON header of names, types, shapes and offsets, then raw values.
 
-The ``safetensors`` package reads and checks the header: types, shapes against places, and places that leave no gap, overlap
-nothing and end with the file. The values are read here: the package maps the file, so that one that is cut short while it is
-open ends the process with SIGBUS, and it gives no float8 to NumPy. One thing is checked besides, because the package takes the
-last of two tensors of one name at one place. Files are written here, since the package wants all tensors in memory.
+The ``safetensors`` package reads and checks the header: types, shapes against offsets, and that offsets leave no gap, do not
+overlap and end with the file. The values are read here: the package maps the file, so a file that is cut short while it is open
+ends the process with SIGBUS, and it does not support float8 in NumPy. One more thing is checked here, because the package takes
+the last of two tensors of one name at one place. Files are written here, since the package needs all tensors in memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TYPES |= {
     "F8_E5M2": "float8_e5m2",
 }
 _NAMES = {name: short for short, name in _TYPES.items()}
-#: The format allows 100 MB; as JSON these take many times their size in memory, and 200,000 tensors need no more than this.
+#: The format allows 100 MB, but JSON takes many times its size in memory, and 200,000 tensors need no more than this.
 MAX_HEADER = 2**24
 
 
@@ -45,7 +45,7 @@ def looks_like_safetensors(head: bytes, size: int) -> bool:
 
 
 def read_safetensors(path: Path) -> Contents:
-    """The tensors of a file by name, and its metadata; raises :class:`Damaged` or ``OSError``."""
+    """Reads the tensors of a file by name, and its metadata; raises :class:`Damaged` or ``OSError``."""
     file = Snapshot.of(path)
     length = int.from_bytes(file.read(0, 8).tobytes(), "little")
     if 8 + length > file.size:
@@ -63,7 +63,7 @@ def read_safetensors(path: Path) -> Contents:
         raise Damaged(f"it is cut off or damaged, as safetensors says: {shown(said, 200)}") from error
     json.loads(file.read(8, length).tobytes(), object_pairs_hook=_check_once)
     tensors, start = {}, 8 + length
-    for name, kind, shape in described:  # one lies behind the other without a gap: the package has checked that
+    for name, kind, shape in described:  # they follow each other without a gap: the package checked that
         dtype, shape = dtype_named(_TYPES.get(kind, kind)), checked_shape(shape)
         span = Span(file, start, math.prod(shape) * dtype.itemsize)
         tensors[name], start = tensor_of(span, shape, dtype), start + span.size
@@ -72,7 +72,7 @@ def read_safetensors(path: Path) -> Contents:
 
 
 def _check_once(pairs: list[tuple[str, object]]) -> None:
-    """Refuses a JSON object with two entries of one name; nothing is kept of it."""
+    """Refuses a JSON object with two entries of one name; keeps nothing of it."""
     names = set()
     for name, _ in pairs:
         if name in names:
@@ -81,10 +81,10 @@ def _check_once(pairs: list[tuple[str, object]]) -> None:
 
 
 def _metadata(values: object) -> dict[str, Plain]:
-    """What the header says besides the tensors: text, or what text holds as JSON, by dotted name behind ``metadata``."""
+    """Returns what the header says besides the tensors: text, or the values in JSON text, by dotted name after ``metadata``."""
     facts: dict[str, Plain] = {}
     for name, text in values.items() if isinstance(values, dict) else ():
-        try:  # text that is no object stays text: a number must not lose its spelling
+        try:  # text other than a JSON object stays text: a number must keep its spelling
             value = json.loads(text) if isinstance(text, str) and text.lstrip()[:1] == "{" else text
         except (ValueError, RecursionError):
             value = text
@@ -101,8 +101,8 @@ def write_safetensors(
 
     Args:
       write: takes bytes.
-      tensors: what makes the array of each name, called once, in order.
-      shapes: its shape and dtype.
+      tensors: by name, functions that make the arrays; each is called once, in order.
+      shapes: the shape and dtype of each array.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it, readers for torch refuse the file
     position = 0

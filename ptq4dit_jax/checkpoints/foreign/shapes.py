@@ -1,4 +1,4 @@
-"""The shape of a network, read off the names and shapes in a file, and everything about them that does not fit."""
+"""Reads the shape of a network off the names and shapes in a file, and reports everything about them that does not fit."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _MAX_BLOCKS = 1000
 def read_config(
     file: TensorFile, view: View, layout: Layout, evidence: Evidence, given: GivenShape, norm_eps: float | None
 ) -> tuple[DiTConfig, View]:
-    """The configuration of the network, and the tensors with zeros for biases that it was made without.
+    """Returns the configuration of the network, and the tensors with zeros for biases that it was built without.
 
     Args:
       file: the opened checkpoint.
-      view: the tensors by the names of the layout.
+      view: the tensors by the layout's names.
       layout: the family of the checkpoint.
-      evidence: what is said besides the tensors; guesses are noted there.
-      given: what the user says.
-      norm_eps: of the norm before the MLP, where it is not Meta's.
+      evidence: what the checkpoint says besides its tensors; guesses are noted there.
+      given: the user's options.
+      norm_eps: of the norm before the MLP, if it is not Meta's.
 
     Raises:
-      Ptq4ditError: tensors that are missing, unexpected or of another shape than the rest asks for, all named at once; a size
-        that has to be given, or contradicts the file.
+      Ptq4ditError: tensors that are missing, unexpected or of another shape than the rest requires, all named at once; a size
+        that must be given, or contradicts the file.
     """
     faults, depth = _Faults(), _depth(view, layout)
     bias_free = _bias_free(view, layout, depth) if depth <= _MAX_BLOCKS else []
@@ -67,7 +67,7 @@ class _Faults:
         self.misshapen: list[str] = []
 
     def raise_any(self, file: TensorFile, layout: Layout) -> None:
-        """Raises one sentence. Tensors that a DiT has not mean another network; only missing ones mean damage."""
+        """Raises one sentence. Tensors that a DiT lacks mean another network; only missing ones mean damage."""
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "of the wrong shape or type": self.misshapen}
         found = "; ".join(f"{kind}: {listed(names)}" for kind, names in kinds.items() if names)
         if not found:
@@ -96,7 +96,7 @@ def _depth(view: View, layout: Layout) -> int:
 
 
 def _bias_free(view: View, layout: Layout, depth: int) -> list[Entry]:
-    """The biases that no block has, although all have the weights: linears made without."""
+    """Returns the biases that no block has although all have the weights: those of linear layers built without bias."""
     entries = [entry for entry in layout.entries if entry.stacked and entry.ours.endswith("/bias")]
     kernels = {entry.ours.removesuffix("/kernel"): entry for entry in layout.entries if entry.ours.endswith("/kernel")}
     return [
@@ -120,7 +120,7 @@ def _check_names(view: View, layout: Layout, depth: int, bias_free: list[Entry],
     faults.unexpected = sorted((name for name in extra if not any(p.fullmatch(name) for p in ignored)), key=by_number)
 
 
-#: Tables of a schedule, which networks are saved with; those of other names that hold no weight have no axes.
+#: Tables of a schedule that are saved with networks. Other tensors that are no weights have no axes.
 _BUFFER = re.compile(
     r"(.*\.)?((sqrt_|log_)?(one_minus_)?(recip_|recipm1_)?alphas?_cumprod\w*|betas|sqrt_\w+|log_one_minus\w+|posterior_\w+|"
     r"lvlb_weights|logvar|timesteps|sigmas)"
@@ -128,13 +128,13 @@ _BUFFER = re.compile(
 
 
 def _absent(view: View, entry: Entry, depth: int) -> bool:
-    """Whether the network is without it: an optional one, or the table of labels of one that is unconditional."""
+    """Whether the network lacks an entry: an optional one, or the table of labels of an unconditional network."""
     may_lack = entry.optional or entry.ours == "label_embed/embedding"
     return may_lack and not any(name in view for name in entry.names(depth))
 
 
 def by_number(name: str) -> list[tuple[int, str]]:
-    """Sorts block 10 behind block 9."""
+    """A sort key that puts block 10 after block 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -148,7 +148,7 @@ def _config(
     given: GivenShape,
     norm_eps: float | None,
 ) -> DiTConfig:
-    """The shape of the network, read off the shapes of its tensors."""
+    """Reads the shape of the network off the shapes of its tensors."""
     sizes: dict[str, int] = {}
     for size, (name, axis) in layout.sizes.items():
         if size == "tokens" and name in view and len(view[name].shape) == 2:
@@ -205,7 +205,7 @@ def _config(
 
 
 def _check_sizes(evidence: Evidence, layout: Layout, told: Mapping[str, Any]) -> None:
-    """Raises where a configuration says something else than the tensors."""
+    """Raises if a configuration contradicts the tensors."""
     objective = said_objective(evidence, layout)
     flow = objective is not None and objective.value == "velocity"
     for what, value in told.items():
@@ -232,7 +232,7 @@ def _check_sizes(evidence: Evidence, layout: Layout, told: Mapping[str, Any]) ->
             raise evidence.contradiction(name, f"its tensors have depth {sizes[0]}, width {sizes[1]} and patch size {sizes[2]}")
 
 
-#: Networks of other names than DiT's whose tensors may look like a DiT's.
+#: Families other than DiT whose tensors may look like a DiT's.
 _OTHER_FAMILIES = ("lightningdit", "uvit", "mdt", "mdtv2", "maskdit", "mmdit", "pixart", "dim", "dimr", "ditdh", "jit")
 
 
@@ -241,7 +241,7 @@ def _short(value: object) -> str:
 
 
 def _classes(file: TensorFile, evidence: Evidence, rows: int, given: GivenShape) -> tuple[int, bool]:
-    """The number of classes, and whether a row of the table behind theirs means none of them."""
+    """Returns the number of classes, and whether one more row of the table means "no class"."""
     said, dropout = evidence.said.get("classes"), evidence.said.get("dropout of labels")
     if rows == 0:
         if given.classes or given.null_class:
@@ -341,7 +341,7 @@ def _num_heads(file: TensorFile, evidence: Evidence, depth: int, hidden: int, to
 
 
 def _agreed(file: TensorFile, what: str, told: int | None, given: int | None, remedy: str) -> int:
-    """What the file tells or the user says; both must not differ, one must be there."""
+    """Returns what the file or the user says. They must not differ, and at least one must say something."""
     if told is not None and given is not None and told != given:
         raise Ptq4ditError(f"The checkpoint {file.path} has {told} as its {what}, not {given}; leave the option out.")
     if (value := given if told is None else told) is None:
@@ -350,15 +350,15 @@ def _agreed(file: TensorFile, what: str, told: int | None, given: int | None, re
 
 
 def _parts(entry: Entry, config: DiTConfig, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes that their tensors of an entry must have, for our ``shape`` without the depth axis."""
+    """Returns the shapes that an entry's tensors in the file must have, for our ``shape`` without the depth axis."""
     part = np.broadcast_to(np.float32(0), (*shape[:-1], shape[-1] // len(entry.theirs)))
     return [transform.theirs(part, config).shape for _, transform in entry.parts]
 
 
 def our_shapes(layout: Layout, config: DiTConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of our parameters, those of blocks without the depth axis.
+    """Returns the shapes of our parameters, those of blocks without the depth axis.
 
-    Among them are those of what an import folds into others: an embedder of step sizes, and gains of norms.
+    Parameters that an import folds into others are among them: an embedder of step sizes, and gains of norms.
     """
     shapes = {name: leaf.shape for name, leaf in expected_arrays(config, "float32").items()}
     steps = {name.replace("time_", "step_"): shape for name, shape in shapes.items() if name.startswith("time_")}
@@ -377,5 +377,5 @@ def _check_shapes(view: View, layout: Layout, config: DiTConfig, faults: _Faults
                 faults.misshapen.append(f"{name} {view[name].shape} instead of {shape}")
             elif name in view and view[name].dtype.name not in (*FLOATS, "float64"):
                 faults.misshapen.append(f"{name} of {view[name].dtype.name}")
-            elif name not in view and entry.optional:  # which others of its kind are not
+            elif name not in view and entry.optional:  # some networks of its kind have it, and some do not
                 faults.missing.append(name)

@@ -1,7 +1,7 @@
-"""Files as they were when they were opened, read piece by piece; a file that changes meanwhile ends in a sentence.
+"""Files as they were when opened, read piece by piece; a file that changes meanwhile raises a sentence.
 
-Pieces are read and never mapped: a map of a file that is cut short ends the process with a signal. No file is kept open, so
-that the number of shards does not matter.
+Files are read and never mapped: if a mapped file is cut short, a signal ends the process. No file is kept open, so the number
+of shards does not matter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from ptq4dit_jax.checkpoints.foreign.lazy import Damaged, Tensor
 
-#: Bytes that are read ahead where values follow each other.
+#: Bytes that are read ahead where values are adjacent.
 _CHUNK = 2**16
 
 Stamp: TypeAlias = tuple[int, int, int]
@@ -33,7 +33,7 @@ def _stamp(state: os.stat_result) -> Stamp:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A file with the size, time and number that it had when it was opened."""
+    """A file with the size, modification time and inode that it had when it was opened."""
 
     path: Path
     stamp: Stamp
@@ -48,7 +48,7 @@ class Snapshot:
         return self.stamp[0]
 
     def read(self, offset: int, size: int) -> np.ndarray:
-        """``size`` bytes from byte ``offset`` on, (size,) uint8.
+        """Reads ``size`` bytes from byte ``offset`` on, (size,) uint8.
 
         Raises:
           Damaged: they reach beyond the file.
@@ -69,7 +69,7 @@ class Snapshot:
         return data
 
     def check(self) -> None:
-        """Raises :class:`Changed` if the file is not the one that was opened, and ``OSError`` if it has gone."""
+        """Raises :class:`Changed` if the file is not the one that was opened, and ``OSError`` if it was removed."""
         self._compare(self.path.stat())
 
     def _compare(self, state: os.stat_result) -> None:
@@ -82,7 +82,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes of a file that are read when they are wanted."""
+    """Bytes of a file that are read on demand."""
 
     file: Snapshot
     offset: int
@@ -101,7 +101,7 @@ class LatinSpan:
 
     @cached_property
     def size(self) -> int:
-        """The number of characters, counted once."""
+        """Returns the number of characters, counted once."""
         ends = range(0, self.text.size, _CHUNK)
         pieces = (self.text.file.read(self.text.offset + at, min(_CHUNK, self.text.size - at)) for at in ends)
         return sum(int(np.count_nonzero((piece & 0xC0) != 0x80)) for piece in pieces)
@@ -115,7 +115,7 @@ class LatinSpan:
 
 
 class Bytes(Protocol):
-    """``size`` bytes that ``read`` gives as an array (size,) uint8."""
+    """``size`` bytes that ``read`` returns as an array (size,) uint8."""
 
     @property
     def size(self) -> int: ...
@@ -124,7 +124,7 @@ class Bytes(Protocol):
 
 
 class Cursor:
-    """Reads small values one after another from a part of a file, and passes over large ones."""
+    """Reads small values one after another from a part of a file, and skips large ones."""
 
     def __init__(self, file: Snapshot, start: int = 0, size: int | None = None) -> None:
         self.file, self.end = file, file.size if size is None else start + size
@@ -132,11 +132,11 @@ class Cursor:
 
     @property
     def position(self) -> int:
-        """The next byte's place in the file."""
+        """Returns the position of the next byte in the file."""
         return self._start + self._at
 
     def take(self, count: int) -> bytes:
-        """The next ``count`` bytes; raises :class:`Damaged` where there are fewer."""
+        """Reads the next ``count`` bytes; raises :class:`Damaged` if there are fewer."""
         at, end = self._at, self._at + count
         if count < 0 or end > len(self._chunk):
             self._refill(count)
@@ -145,9 +145,9 @@ class Cursor:
         return self._chunk[at:end]
 
     def span(self, count: int) -> Span:
-        """The next ``count`` bytes, which are passed over; raises :class:`Damaged` where there are fewer."""
+        """Returns the next ``count`` bytes as a span, and skips them; raises :class:`Damaged` if there are fewer."""
         span = Span(self.file, self.position, self._within(count))
-        self._at += count  # beyond the chunk it stands for a place in the file all the same
+        self._at += count  # may exceed the chunk, and is still a position in the file
         return span
 
     def _within(self, count: int) -> int:
@@ -162,10 +162,10 @@ class Cursor:
 
 
 def tensor_of(data: Bytes, shape: tuple[int, ...], dtype: np.dtype, order: str = "C") -> Tensor:
-    """A tensor whose values are ``data``; ``dtype`` may be of either byte order.
+    """Makes a tensor whose values are ``data``; ``dtype`` may have either byte order.
 
     Raises:
-      Damaged: there are not as many bytes as the shape wants.
+      Damaged: the number of bytes does not fit the shape.
     """
     if data.size != math.prod(shape) * dtype.itemsize:
         raise Damaged(f"a tensor of shape {shape} and type {dtype} has {data.size} bytes")

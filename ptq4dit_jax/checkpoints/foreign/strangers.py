@@ -1,6 +1,6 @@
-"""What a file holds that is no plain DiT: parts of another network, of another kind of file, or of weights quantized already.
+"""Recognizes what is no plain DiT in a file: parts of another network, another kind of file, or weights already quantized.
 
-A table of signs: what names (or the kinds of objects in a pickle) look like, what they mean, and what to do about it.
+A table of signs: what names (or kinds of objects in a pickle) look like, what they mean, and what to do about it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class _Sign(NamedTuple):
-    """A pattern searched for in names, what a match means, and the remedy where it is another than to use another program."""
+    """A pattern to search for in names, what a match means, and the remedy, if not to use another program."""
 
     pattern: str
     meaning: str
@@ -19,7 +19,7 @@ class _Sign(NamedTuple):
 
 
 _REMEDY_QUANTIZED = "import the float weights that it was made from"
-#: Weights that are the network's, in a form that is not read. Searched first, in this order.
+#: The network's weights in a form that cannot be read. Searched first, in this order.
 _FORMS = (
     _Sign(
         r"\.lora_(A|B|E|down|up|embedding)\b|\.base_layer\.|\.lokr_|\.hada_w|\.modules_to_save\.",
@@ -104,18 +104,18 @@ _PARTS = (
 
 
 def form_of(names: Iterable[str]) -> str:
-    """A clause on a form of weights that cannot be read, with the remedy, or nothing."""
+    """Returns a clause on a form of weights that cannot be read, with the remedy, or nothing."""
     return next((f"it holds {sign.meaning}: {sign.remedy}" for sign in _matches(_FORMS, names)), "")
 
 
 def file_of(names: Iterable[str]) -> str:
-    """A clause on what a file without a known layout seems to be, or nothing."""
+    """Returns a clause on what a file without a known layout seems to be, or nothing."""
     sign = next(iter(_matches(_FILES, names)), None)
     return "" if sign is None else f"it seems to be {sign.meaning}" + (f": {sign.remedy}" if sign.remedy else "")
 
 
 def parts_of_another(names: Iterable[str]) -> list[str]:
-    """What the parts are that a DiT lacks, in words, for names that it does not have."""
+    """Describes, for names that a DiT does not have, the parts of another network."""
     return [sign.meaning for sign in _matches(_PARTS, names)]
 
 

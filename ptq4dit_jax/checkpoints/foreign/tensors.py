@@ -1,10 +1,10 @@
-"""Opening a checkpoint of any kind that others write, told apart by content: tensors by name, read one at a time.
+"""Opens a checkpoint of any kind that others write, recognized by content: tensors by name, read one at a time.
 
     open_tensors("DiT-XL-2-256x256.pt")["blocks.0.attn.qkv.weight"].read()
 
-No code from a file is ever run, nothing is unpacked, and a file cannot make its reader take up much more memory than it has
-bytes. What is read: files of ``torch.save``, safetensors (also in shards), pickles of arrays of NumPy and JAX, Flax's msgpack,
-folders of Orbax. :mod:`~.locate` finds them in folders.
+No code from a file is ever run, nothing is unpacked, and a file cannot make its reader use much more memory than the file has
+bytes. Supported are files of ``torch.save``, safetensors (also in shards), pickles of NumPy and JAX arrays, Flax's msgpack, and
+Orbax folders. :mod:`~.locate` finds them in folders.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ _Found = TypeVar("_Found")
 
 
 def open_tensors(path: str | os.PathLike[str], *, part: str = "transformer", progress: Progress | None = None) -> TensorFile:
-    """The tensors of a checkpoint file or folder, by dotted name.
+    """Opens the tensors of a checkpoint file or folder, by dotted name.
 
     Args:
-      path: a file, a JSON index of shards, a folder that :func:`~.locate.locate` finds one checkpoint in, or the address of any
-        of these, whose weights are copied to a temporary folder that exists as long as a tensor of it does.
-      part: the folder of a diffusers pipeline that is meant.
-      progress: called with the megabytes copied from an address and their total.
+      path: a file, a JSON index of shards, a folder in which :func:`~.locate.locate` finds one checkpoint, or the address of
+        any of these, whose weights are copied to a temporary folder that exists as long as a tensor of it does.
+      part: the folder of a diffusers pipeline to use.
+      progress: called with (megabytes copied from an address, megabytes in all).
 
     Raises:
-      Ptq4ditError: it does not exist, is of no known kind, is damaged or cut off, wants code to be run; a folder holds no or
-        several checkpoints; an address cannot be read from here.
+      Ptq4ditError: it does not exist, is of no known kind, is damaged or cut off, or would have to run code; a folder holds no
+        checkpoint or several; an address cannot be read from here.
     """
     if (address := address_of(path)) is None:
         return _read(find_tensors(path, part=part))
@@ -66,7 +66,7 @@ def open_tensors(path: str | os.PathLike[str], *, part: str = "transformer", pro
 
 
 def find_tensors(path: str | os.PathLike[str], *, part: str = "transformer") -> Located:
-    """Where :func:`open_tensors` would read the tensors at a path of this machine, and what it decided; raises as it does."""
+    """Finds where :func:`open_tensors` would read the tensors at a local path, and what it would decide; raises as it does."""
     where = local_path(path)
     if not _guarded(where, where.exists):
         raise Ptq4ditError(f"There is no checkpoint at {where}: the path does not exist.")
@@ -74,8 +74,8 @@ def find_tensors(path: str | os.PathLike[str], *, part: str = "transformer") -> 
 
 
 def is_foreign(path: str | os.PathLike[str]) -> bool:
-    """Whether there is something at ``path`` that is no model folder of this package, so that :func:`open_tensors` is the one
-    to open it or to say what is wrong with it."""
+    """Whether ``path`` is an address, or exists and is no model folder of this package, so that :func:`open_tensors` must open
+    it or say what is wrong with it."""
     try:
         where = local_path(path)
         return isinstance(where, AddressPath) or (where.exists() and not store.is_model(where))
@@ -84,7 +84,7 @@ def is_foreign(path: str | os.PathLike[str]) -> bool:
 
 
 def _guarded(where: Path, act: Callable[[], _Found]) -> _Found:
-    """The result of ``act``, whose exceptions become sentences about the file."""
+    """Returns the result of ``act``; its exceptions become sentences about the file."""
     with edge(where, "it makes no sense; copy or download it again if it should be a checkpoint"):
         try:
             return act()
@@ -101,7 +101,7 @@ def _damaged(path: Path, error: Damaged) -> Ptq4ditError:
 
 
 def _read(found: Located) -> TensorFile:
-    """The tensors of a checkpoint of this machine."""
+    """Reads the tensors of a checkpoint on this machine."""
     return _guarded(found.path, lambda: _read_kind(found))
 
 
@@ -110,7 +110,7 @@ def _read_kind(found: Located) -> TensorFile:
     match found.kind:
         case "orbax":
             return _collect(path, "Orbax", _files_below(path), Contents(read_orbax(path)), notes)
-        case "items":  # their names come first
+        case "items":  # names of items come first
             parts = {item.name: _collect(item, "Orbax", _files_below(item), Contents(read_orbax(item))) for item in found.files}
             tensors = {f"{item}.{name}": tensor for item, part in parts.items() for name, tensor in part.items()}
             return TensorFile(tensors, path, "Orbax", tuple(file for part in parts.values() for file in part.files), notes)
@@ -136,7 +136,7 @@ def _collect(path: Path, kind: str, files: Iterable[Path], contents: Contents, n
 
 
 def _shard(file: Path) -> TensorFile:
-    """The tensors of one shard, which is a file and never an index of others."""
+    """Reads the tensors of one shard, which is a file and never another index."""
     if not file.is_file():
         raise Ptq4ditError(f"The shard {file} is not there; copy or download all shards again.")
     found = _guarded(file, lambda: locate(file))
@@ -146,7 +146,7 @@ def _shard(file: Path) -> TensorFile:
 
 
 def _read_index(index: Path, files: Iterable[Path]) -> Contents:
-    """All tensors that an index such as ``model.safetensors.index.json`` places in files beside it."""
+    """Reads all tensors that an index such as ``model.safetensors.index.json`` assigns to files beside it."""
     places, shards = read_index(index), {file.name: _shard(file) for file in files}
     if absent := [name for name, file in places.items() if name not in shards[file]]:
         raise Ptq4ditError(
@@ -157,7 +157,7 @@ def _read_index(index: Path, files: Iterable[Path]) -> Contents:
 
 
 def _joined(tensors: dict[str, Tensor], shards: Iterable[TensorFile]) -> Contents:
-    """The tensors of shards, with what any of them says."""
+    """Joins the tensors of shards with everything that the shards say besides."""
     joined = Contents(tensors)
     for shard in shards:
         joined.facts.update(shard.contents.facts)
@@ -166,7 +166,7 @@ def _joined(tensors: dict[str, Tensor], shards: Iterable[TensorFile]) -> Content
 
 
 def _read_shards(files: tuple[Path, ...]) -> Contents:
-    """All tensors of shards without an index, which their names number."""
+    """Reads all tensors of shards that have no index but numbers in their names."""
     number = re.compile(r"(.*-)(\d+)(-of-)(\d+)(.*)", re.DOTALL)
     parts = [match for file in files if (match := number.fullmatch(file.name))]
     if len(files) != int(parts[0][4]):

@@ -1,8 +1,8 @@
-"""What ``torch.save`` writes, read without torch: a zip of a pickle with names and shapes, and the raw bytes of each storage.
+"""Reads files of ``torch.save`` without torch: a zip of a pickle with names and shapes, and the raw bytes of each storage.
 
 The pickle is read by :mod:`ptq4dit_jax.checkpoints.foreign.pickle_machine`, which runs nothing. torch never compresses its
-zips, so a compressed member is refused, and with it every zip bomb. The standard library reads the directory of a zip; members
-are read here, in pieces, and compared with their checksums.
+zips, so compressed members are refused, and with them every zip bomb. The standard library reads the directory of a zip;
+members are read here, in pieces, and compared with their checksums.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
-#: Bytes of a zip's directory, which takes some ten times as much when it is read: 80,000 members or more.
+#: The most bytes of a zip's directory, which takes some ten times as much when read: 80,000 members or more.
 MAX_DIRECTORY = 2**23
 _CHUNK = 2**20
 #: The first number in files of torch before 1.6.
@@ -54,7 +54,7 @@ class _Member:
     crc: int | None
 
     def read(self, first: int, size: int) -> np.ndarray:
-        """``size`` of its bytes, (size,) uint8, of a member whose checksum is right."""
+        """Reads ``size`` bytes, (size,) uint8, after checking the checksum."""
         if size == self.span.size:
             data = self.span.read()
             self._compare(zlib.crc32(data.data))
@@ -63,7 +63,7 @@ class _Member:
         return self.span.file.read(self.span.offset + first, size)
 
     def verify(self) -> None:
-        """Raises :class:`Damaged` if its checksum is wrong; the bytes are read for that once."""
+        """Raises :class:`Damaged` if the checksum is wrong; reads the bytes for that only once."""
         if self.crc is not None:
             self._compare(self._checksum)
 
@@ -81,14 +81,14 @@ class _Member:
 
 @dataclass(frozen=True)
 class _Storage:
-    """``count`` values of a type, all that a member of the zip holds."""
+    """``count`` values of one type: all that a member of the zip holds."""
 
     member: _Member
     count: int
     dtype: np.dtype
 
     def view(self, first: object, shape: object, strides: object) -> Tensor:
-        """A tensor with strides, all counted in values."""
+        """Makes a tensor with strides; everything is counted in values."""
         shape, strides = checked_shape(shape), checked_shape(strides)
         size = math.prod(shape)
         extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if size else 0
@@ -115,7 +115,7 @@ def _rebuild_tensor(storage: object, first: object, shape: object, strides: obje
 
 
 def _rebuild_from_type(function: object, kind: object, args: object, state: object = None, *_: object) -> object:
-    """A tensor with attributes, or of a subclass: the tensor itself. A subclass that wraps others keeps them as its state."""
+    """Returns the plain tensor for one with attributes or of a subclass. A subclass that wraps others has them as its state."""
     if isinstance(function, Name) and function in _TORCH and isinstance(args, tuple):
         return _TORCH[function](*args)
     return Inert(kind if isinstance(kind, Name) else Name("torch", "Tensor"), (), state)
@@ -143,7 +143,7 @@ _TORCH: Rebuild = {
 
 
 class _Directory(io.FileIO):
-    """A zip that is asked for its directory alone, whose size is bounded."""
+    """A zip of which only the directory is read, whose size is bounded."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or size < 0:
@@ -154,10 +154,10 @@ class _Directory(io.FileIO):
 
 
 def _members(file: Snapshot) -> dict[str, _Member]:
-    """Every file in the zip, by its name inside the one folder that torch makes."""
+    """Returns every file in the zip, by its name inside the one folder that torch makes."""
     with _Directory(file.path) as raw, zipfile.ZipFile(raw) as archive:
         entries = archive.infolist()
-    has_checksums = any(entry.CRC for entry in entries)  # else set_crc32_options(False) was in force
+    has_checksums = any(entry.CRC for entry in entries)  # otherwise set_crc32_options(False) was active
     roots = {entry.filename.partition("/")[0] for entry in entries}
     if len(roots) > 1:
         raise Damaged(f"its members lie in {len(roots)} folders instead of one, such as {quoted(min(roots), 40)}")
@@ -184,7 +184,7 @@ def _members(file: Snapshot) -> dict[str, _Member]:
 
 
 def read_torch(path: Path) -> Contents:
-    """What a zip holds, by dotted name, as nested as it was saved; raises :class:`Damaged` or ``OSError``."""
+    """Reads what a zip holds, by dotted name, nested as it was saved; raises :class:`Damaged` or ``OSError``."""
     file = Snapshot.of(path)
     with decoding(lambda: "its zip directory is missing or cut off"):
         members = _members(file)

@@ -1,7 +1,7 @@
 """The tensors of a VAE's decoder by the names of diffusers (torch's present and former ones, Flax's) and of latent-diffusion.
 
-latent-diffusion counts the levels of the decoder from the finest, which diffusers puts last, and its attention consists of
-convolutions of one pixel.
+latent-diffusion counts the decoder's levels from the finest, which is last in diffusers, and its attention is made of 1x1
+convolutions.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import numpy as np
 from ptq4dit_jax.checkpoints.foreign.lazy import Tensor
 from ptq4dit_jax.errors import Ptq4ditError
 
-#: Names that every decoder has, of its middle block, and what they are called.
+#: Names in the middle block that every decoder has, and which code base they belong to.
 _MARKERS = {
     "decoder.mid_block.resnets.0.conv1.weight": "diffusers",
     "decoder.mid_block.resnets_0.conv1.kernel": "diffusers (Flax)",
     "decoder.mid.block_1.conv1.weight": "latent-diffusion",
 }
-#: Our name of a layer in attention, which is Flax's and torch's former one, torch's present one, and latent-diffusion's.
+#: From our names in attention, which are Flax's and torch's former ones, to torch's present and to latent-diffusion's.
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _LDM_ATTENTION = {"group_norm": "norm", "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
-#: What there is of a decoder, beside an encoder, losses and other networks.
+#: The parts of a file that are the decoder's, beside an encoder, losses and other networks.
 DECODER = ("decoder.", "post_quant_conv.")
 
 
 def find_decoder(names: Iterable[str]) -> dict[str, str]:
-    """Prefixes of the names of decoders in a file, such as ``first_stage_model.``, and whose names they have."""
+    """Returns the prefixes of decoders in a file, such as ``first_stage_model.``, and which code base's names each has."""
     found = {}
     for name in names:
         for marker, family in _MARKERS.items():
@@ -40,11 +40,11 @@ def find_decoder(names: Iterable[str]) -> dict[str, str]:
 
 
 def spellings(name: str, levels: int) -> tuple[str, str, str, str]:
-    """Names in a file of a parameter of ours: torch's present and former one, Flax's, latent-diffusion's.
+    """Returns the names that a parameter of ours may have in a file: torch's present and former, Flax's, latent-diffusion's.
 
     Args:
       name: such as ``decoder/up_blocks_0/resnets_1/conv1/kernel``.
-      levels: of the decoder.
+      levels: the number of the decoder's levels.
     """
     flax = name.replace("/", ".")
     former = re.sub(r"\.(kernel|scale)$", ".weight", re.sub(r"_(\d+)\.", r".\1.", flax))
@@ -63,8 +63,8 @@ def _ldm(former: str, levels: int) -> str:
 
 
 def stored_shapes(source: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Shapes in which a file may hold a parameter of our ``shape``, the usual one first: torch has outputs in front, and a
-    linear layer may be stored as the convolution of one pixel that it once was."""
+    """Returns the shapes in which a file may hold a parameter of our ``shape``, the usual one first. torch has outputs in
+    front, and a linear layer may be stored as the 1x1 convolution that it once was."""
     torch = source.endswith(".weight")
     if len(shape) == 4:
         return [(shape[3], shape[2], *shape[:2]) if torch else shape]
@@ -75,7 +75,7 @@ def stored_shapes(source: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def arrange(tensor: Tensor, source: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The values of a parameter of our ``shape``, float32, from a tensor of one of the :func:`stored_shapes`."""
+    """Returns the values of a parameter of our ``shape``, float32, from a tensor of one of the :func:`stored_shapes`."""
     array = tensor.read().astype(np.float32)
     torch = source.endswith(".weight")
     if len(shape) == 2:
@@ -86,14 +86,14 @@ def arrange(tensor: Tensor, source: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def read_sizes(view: Mapping[str, Tensor], family: str) -> dict[str, Any]:
-    """Settings of a :class:`~ptq4dit_jax.vae.VAEConfig` that shapes tell.
+    """Reads settings of a :class:`~ptq4dit_jax.vae.VAEConfig` off shapes.
 
     Args:
-      view: tensors by name without what comes before ``decoder.``.
-      family: of :func:`find_decoder`.
+      view: tensors by name, without the prefix before ``decoder.``.
+      family: as :func:`find_decoder` returns it.
 
     Raises:
-      Ptq4ditError: a convolution that tells a size is missing or none.
+      Ptq4ditError: a convolution that determines a size is missing, or is none.
     """
     leaf, blocks, layers, middle = {
         "diffusers": ("weight", "up_blocks.{}", "resnets.{}", "mid_block.attentions.0.group_norm.weight"),
@@ -102,7 +102,7 @@ def read_sizes(view: Mapping[str, Tensor], family: str) -> dict[str, Any]:
     }[family]
 
     def channels(name: str) -> tuple[int, int]:
-        """Outputs and inputs of a convolution."""
+        """Returns the numbers of outputs and inputs of a convolution."""
         if (tensor := view.get(f"decoder.{name}.{leaf}")) is None or len(tensor.shape) != 4:
             state = "is missing" if tensor is None else f"is of shape {tensor.shape}"
             raise Ptq4ditError(

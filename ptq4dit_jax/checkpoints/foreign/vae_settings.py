@@ -1,4 +1,4 @@
-"""What files beside a VAE's weights tell of it: diffusers' ``config.json``, and elsewhere the scaling factor of its latents."""
+"""Settings from files beside a VAE's weights: diffusers' ``config.json``, or else the scaling factor of the latents alone."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from ptq4dit_jax.vae import VAEConfig
 
 CONFIG = "config.json"
 CLASSES = ("AutoencoderKL", "FlaxAutoencoderKL")
-#: What must be as in Stable Diffusion, where a config mentions it.
+#: Settings that must be as in Stable Diffusion if a config has them.
 _FIXED = {"act_fn": "silu", "up_block_types": "UpDecoderBlock2D"}
-#: The factor's name in diffusers and in latent-diffusion.
+#: The name of the factor in diffusers and in latent-diffusion.
 _SCALES = ("scaling_factor", "scale_factor")
 _SHIFTS = ("shift_factor",)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Settings of a :class:`VAEConfig` that scale latents, and what told them; ``source`` is empty for a guess."""
+    """Settings of a :class:`VAEConfig` that scale latents, and where they are from; ``source`` is empty for a guess."""
 
     settings: dict[str, Any]
     source: str
 
 
 def read_config(source: Path, told: float | None = None) -> VAEConfig:
-    """The settings in a ``config.json`` of diffusers.
+    """Reads the settings in a ``config.json`` of diffusers.
 
     Args:
       source: the file.
-      told: the scaling factor that a user has given.
+      told: the scaling factor that a user gave.
 
     Raises:
-      Ptq4ditError: it cannot be read, is that of another network, or names another scaling factor than the user.
+      Ptq4ditError: it cannot be read, is for another network, or contradicts the user's scaling factor.
     """
     values = read_json(source, "copy or download it again", limit=MAX_SETTINGS)
     found = values.get("_class_name") if isinstance(values, dict) else None
@@ -53,7 +53,7 @@ def read_config(source: Path, told: float | None = None) -> VAEConfig:
         given = values.get(name, only)
         if other := [value for value in (given if isinstance(given, list) else [given]) if value != only]:
             raise Ptq4ditError(f"The VAE in {source.parent} has {name} {other[0]!r}; only {only} is supported.")
-    # For these two diffusers' defaults are nobody's VAE.
+    # diffusers' defaults for these two match no VAE in use.
     if missing := [name for name in ("block_out_channels", "layers_per_block") if name not in values]:
         raise Ptq4ditError(f"The file {source} lacks {', '.join(missing)}; copy or download it again.")
     names = {field.name for field in dataclasses.fields(VAEConfig)}
@@ -65,12 +65,12 @@ def read_config(source: Path, told: float | None = None) -> VAEConfig:
 
 
 def find_scale(file: TensorFile, told: float | None) -> Scale:
-    """How latents are scaled, for weights without a ``config.json`` of diffusers: by a tensor ``scale_factor``, which
-    latent-diffusion keeps where it has measured it, by the metadata of safetensors, by a JSON file beside the weights, or by
-    the user; else Stable Diffusion's as a guess.
+    """Determines how latents are scaled, for weights without a ``config.json`` of diffusers. Sources are a tensor
+    ``scale_factor``, which latent-diffusion stores if it measured it, the metadata of safetensors, a JSON file beside the
+    weights, and the user; without any, Stable Diffusion's factor is the guess.
 
     Raises:
-      Ptq4ditError: what is told is no number other than 0, or contradicts the user.
+      Ptq4ditError: what a source says is no number other than 0, or contradicts the user.
     """
     for source, values in _evidence(file):
         scale = next((values[name] for name in _SCALES if values.get(name) is not None), None)
@@ -106,10 +106,10 @@ def _evidence(file: TensorFile) -> Iterator[tuple[Path | str, Mapping[str, Any]]
 
 
 def read_beside(source: Path) -> dict[str, Any]:
-    """The object in a JSON file beside the weights; an empty one where there is none.
+    """Reads the object in a JSON file beside the weights; an empty one if there is no file.
 
     Raises:
-      Ptq4ditError: the file is no JSON, or far larger than a configuration.
+      Ptq4ditError: the file is not JSON, or far larger than a configuration.
     """
     with edge(source):
         values = read_json(source, "mend it, or remove it", limit=MAX_SETTINGS, finite=False) if source.is_file() else None

@@ -1,5 +1,5 @@
-"""VAEs of others: a folder of diffusers with ``config.json``, or one file in diffusers' or latent-diffusion's names, alone or
-inside a whole checkpoint, whose shapes tell the sizes."""
+"""Imports VAEs: from a diffusers folder with ``config.json``, or from one file with diffusers' or latent-diffusion's names,
+alone or inside a whole checkpoint, whose shapes determine the sizes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from ptq4dit_jax.model import has_nonfinite
 from ptq4dit_jax.vae import VAEConfig, VAEDecoder, init_params
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-#: A position of the latent then becomes 2^15 pixels along a side.
+#: With so many levels a position of the latent becomes 2^15 pixels along a side.
 _MAX_LEVELS = 16
-#: What only encoding needs.
+#: Parts that only encoding needs.
 _UNUSED = ("encoder.", "quant_conv.")
 _EXPECTED = f"a VAE is a folder of diffusers with {CONFIG}, one with that as vae/ inside, or one file of weights"
 _REMEDY = "give the folder that it lies in"
@@ -41,9 +41,9 @@ class ImportedVAE:
 
     Attributes:
       layout: whose names the tensors have: ``diffusers``, ``diffusers (Flax)`` or ``latent-diffusion``.
-      files: those that the tensors came from.
-      notes: what was decided where a folder holds more than one set of weights, and where the scaling factor is from.
-      guesses: settings that nothing told, each with what overrides it.
+      files: the files that the tensors came from.
+      notes: what was decided if a folder holds more than one set of weights, and where the scaling factor is from.
+      guesses: settings that no source gave, each with what overrides it.
     """
 
     layout: str
@@ -53,9 +53,9 @@ class ImportedVAE:
 
 
 def load_vae(path: str | os.PathLike[str], *, scaling_factor: float | None = None) -> VAEDecoder:
-    """The decoder of a VAE, in float32 on the default device; warns of a scaling factor that nothing told.
+    """Loads the decoder of a VAE, in float32 on the default device; warns if the scaling factor is a guess.
 
-    Args and errors are those of :func:`import_vae`.
+    Takes the arguments and raises the errors of :func:`import_vae`.
     """
     vae, found = import_vae(path, scaling_factor=scaling_factor)
     for guess in found.guesses:
@@ -66,20 +66,20 @@ def load_vae(path: str | os.PathLike[str], *, scaling_factor: float | None = Non
 def import_vae(
     path: str | os.PathLike[str], *, scaling_factor: float | None = None, progress: Progress | None = None
 ) -> tuple[VAEDecoder, ImportedVAE]:
-    """The decoder of a VAE that others have saved, in float32 on the default device, and what was found.
+    """Imports the decoder of a VAE of another code base, in float32 on the default device; also returns what was found.
 
     Args:
-      path: a folder with ``config.json`` and the weights (safetensors, a torch ``.bin`` or Flax's msgpack, also in shards), the
-        folder of a whole pipeline with that one as ``vae/`` inside, or one file of weights in the names of diffusers or of
-        latent-diffusion, which may hold other networks too; or the address of any of these. Without ``config.json`` sizes are
+      path: a folder with ``config.json`` and the weights (safetensors, a torch ``.bin`` or Flax's msgpack, also in shards); the
+        folder of a whole pipeline with such a folder as ``vae/`` inside; one file of weights with the names of diffusers or
+        latent-diffusion, which may hold other networks too; or the address of any of these. Without ``config.json``, sizes are
         read off shapes and norms have 32 groups.
-      scaling_factor: of the latents, where neither ``config.json`` nor another JSON file beside the weights, their metadata or
-        a tensor ``scale_factor`` tells it. Stable Diffusion's 0.18215 is the guess.
-      progress: called with the megabytes copied from an address and their total.
+      scaling_factor: of the latents, if neither ``config.json``, another JSON file beside the weights, their metadata nor a
+        tensor ``scale_factor`` gives it. Stable Diffusion's 0.18215 is the guess.
+      progress: called with (megabytes copied from an address, megabytes in all).
 
     Raises:
       Ptq4ditError: there is no such VAE, or one of another architecture; its file is damaged, or the tensors of its decoder
-        are missing, too many, or of another shape, all named at once; a scaling factor that contradicts what is told.
+        are missing, unexpected, or of another shape, all named at once; a scaling factor that contradicts the files.
     """
     if scaling_factor is not None:
         VAEConfig(scaling_factor=scaling_factor)
@@ -101,7 +101,7 @@ def _import(where: Path, scaling_factor: float | None) -> tuple[VAEDecoder, Impo
             ) from error
         raise Ptq4ditError(f"The folder {where} holds no VAE: {_EXPECTED}.") from error
     beside = file.files[0].parent / CONFIG
-    if config is None and _is_config(beside):  # in a folder of the folder that was passed
+    if config is None and _is_config(beside):  # in a subfolder of the given folder
         config = read_config(beside, told=scaling_factor)
     roots = find_decoder(file)
     root = _root(file.path, roots)
@@ -138,7 +138,7 @@ def _import(where: Path, scaling_factor: float | None) -> tuple[VAEDecoder, Impo
 def _read_off(
     file: TensorFile, view: Mapping[str, Tensor], family: str, scaling_factor: float | None
 ) -> tuple[VAEConfig, tuple[str, ...], tuple[str, ...]]:
-    """The settings of a decoder without ``config.json``, with notes and guesses about them."""
+    """Returns the settings of a decoder without ``config.json``, with notes and guesses about them."""
     scale = find_scale(file, scaling_factor)
     config = VAEConfig(**read_sizes(view, family), **scale.settings)
     notes: tuple[str, ...] = ()
@@ -148,14 +148,14 @@ def _read_off(
     else:
         words = f"scaling factor; {config.scaling_factor}, Stable Diffusion's, is a guess"
         guesses = (f"{words}: scaling_factor (--vae-scale) sets another.",)
-    if family != "latent-diffusion":  # whose code knows no other number
+    if family != "latent-diffusion":  # its code has no other number
         words = f"number of groups in a norm; {config.norm_num_groups}, Stable Diffusion's, is a guess"
         guesses = (*guesses, f"{words}: a {CONFIG} of diffusers beside it sets another.")
     return config, notes, guesses
 
 
 def _home(where: Path) -> Path | None:
-    """The folder with the VAE's ``config.json``, if there is one."""
+    """Returns the folder with the VAE's ``config.json``, if there is one."""
     try:
         if not where.exists():
             raise Ptq4ditError(f"There is no VAE at {where}: the path does not exist.")
@@ -178,12 +178,12 @@ def _home(where: Path) -> Path | None:
 
 
 def _is_config(source: Path) -> bool:
-    """Whether a file is the configuration of a VAE of diffusers; that of another network beside one tells nothing of it."""
+    """Whether a file is the configuration of a diffusers VAE, and not of another network beside one."""
     return read_beside(source).get("_class_name") in CLASSES
 
 
 def _root(path: Path, roots: Mapping[str, str]) -> str:
-    """What comes before ``decoder.`` in the names of the decoder to read."""
+    """Returns the prefix before ``decoder.`` in the names of the decoder to read."""
     if len(roots) < 2:
         return next(iter(roots), "")
     named = [root for root in roots if {"first_stage_model", "vae"}.intersection(root.split("."))]
@@ -194,13 +194,13 @@ def _root(path: Path, roots: Mapping[str, str]) -> str:
 
 
 def _read_params(path: Path, tensors: Mapping[str, Tensor], config: VAEConfig, family: str, sizes: str) -> Any:
-    """Parameters on the default device from tensors by the names of any family; ``sizes`` says what the config is from."""
+    """Reads parameters to the default device from tensors with names of any family; ``sizes`` says where the config is from."""
     levels = len(config.block_out_channels)
     if levels > _MAX_LEVELS:
         raise Ptq4ditError(
             f"The VAE in {path} has {levels} levels, each of which doubles the picture; at most {_MAX_LEVELS} can be."
         )
-    if (layers := config.layers_per_block * levels) > len(tensors):  # tracing them could take for ever
+    if (layers := config.layers_per_block * levels) > len(tensors):  # tracing them could take forever
         raise Ptq4ditError(f"The file {path} has {len(tensors)} tensors, too few for the {layers} layers of {sizes}.")
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     shapes = {name: leaf.shape for name, leaf in traverse_util.flatten_dict(abstract, sep="/").items()}
@@ -219,7 +219,7 @@ def _check(
     family: str,
     sizes: str,
 ) -> None:
-    """Raises one sentence that names all that is wrong with the decoder's tensors."""
+    """Raises one sentence that names everything that is wrong with the decoder's tensors."""
     spelling = {"diffusers": 0, "diffusers (Flax)": 2, "latent-diffusion": 3}[family]
     missing = [spellings(name, levels)[spelling] for name, source in sources.items() if source is None]
     used = {source: shapes[name] for name, source in sources.items() if source is not None}

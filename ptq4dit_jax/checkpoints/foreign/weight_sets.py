@@ -1,7 +1,7 @@
-"""Which files of one folder together are a checkpoint, and which of several checkpoints of the same weights is read.
+"""Determines which files of a folder form a checkpoint, and which of several checkpoints of the same weights to read.
 
-A set is one file, or shards with their index or without. Sets of one stem hold the same weights in other formats or types; as
-in diffusers the one in full precision comes before a variant, and safetensors before other formats.
+A set is one file, or shards with or without their index. Sets with one stem hold the same weights in other formats or types. As
+in diffusers, full precision takes precedence over a variant, and safetensors over other formats.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _FULL = ("fp32", "float32")
 _PRECISION = re.compile(
     rf"(?P<stem>.+?)[._-](?P<variant>fp16|bf16|float16|bfloat16|half|fp8\w*|{'|'.join(_FULL)})", re.IGNORECASE
 )
-#: The names that diffusers, transformers and accelerate write, whose stems differ between formats; the rest is a variant.
+#: Names that diffusers, transformers and accelerate write. Their stems differ between formats; the rest is a variant.
 _STANDARD = re.compile(
     r"(?P<stem>diffusion_pytorch_model|diffusion_flax_model|pytorch_model|flax_model|model)(?P<variant>\.[^.]+)?"
 )
 _SAME = {"diffusion_flax_model": "diffusion_pytorch_model", "pytorch_model": "model", "flax_model": "model"}
 _FORMATS = ("safetensors", "torch", "msgpack", "pickle")
-#: What trainers save beside the weights.
+#: Files that trainers save beside the weights.
 _STATE = re.compile(r"(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|dataloader)([._-].*)?")
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack"}
 #: Files that are never opened to see whether they hold weights.
@@ -48,11 +48,11 @@ class WeightSet:
 
     Attributes:
       path: the file, the index of the shards, or the first shard where there is no index.
-      kind: of :func:`~.kinds.kind_of`; ``index``, or ``shards`` where there is no index.
-      files: those with tensors, beside ``path``.
+      kind: a result of :func:`~.kinds.kind_of`, such as ``index``; or ``shards`` where there is no index.
+      files: the files with tensors, beside ``path``.
       stem, variant: the parts of the name.
-      format: of the tensors' files.
-      whole: whether all files are there and each is what its name says; opening another one tells what is wrong with it.
+      format: of the files with tensors.
+      whole: whether all files exist and each is what its name says. Opening any other set reports what is wrong with it.
     """
 
     path: Path
@@ -65,7 +65,7 @@ class WeightSet:
 
     @property
     def full(self) -> bool:
-        """Whether the weights are in full precision, as far as the name says."""
+        """Whether the weights are in full precision, judging by the name."""
         return self.variant == ""
 
     @property
@@ -81,10 +81,10 @@ def is_candidate(name: str) -> bool:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The ``weight_map`` of an index such as ``model.safetensors.index.json``: file names by names of tensors.
+    """Reads the ``weight_map`` of an index such as ``model.safetensors.index.json``: file names by tensor names.
 
     Raises:
-      Ptq4ditError: JSON of another form or of impossible size, or a file that is not beside the index.
+      Ptq4ditError: the JSON has another form or an impossible size, or names a file that is not beside the index.
     """
     content = read_json(index, "copy or download it again", what="index of shards")
     places = content.get("weight_map") if isinstance(content, dict) else None
@@ -101,7 +101,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def index_set(index: Path) -> WeightSet:
-    """The shards of an index; raises as :func:`read_index` does."""
+    """Returns the set of an index and its shards; raises as :func:`read_index` does."""
     files = tuple(index.with_name(file) for file in sorted(set(read_index(index).values())))
     kinds = {_kind(file) for file in files}
     match = _INDEX.fullmatch(index.name)
@@ -114,8 +114,8 @@ def index_set(index: Path) -> WeightSet:
 
 
 def weight_sets(files: Sequence[Path]) -> list[WeightSet]:
-    """The sets among the files of a folder, by name. Files of other kinds are left out; what has the name of weights but not
-    the content is a set that is not whole."""
+    """Returns the sets among the files of a folder, sorted by name. Files of other kinds are left out. A file with the name of
+    weights but other content is a set that is not whole."""
     sets: list[WeightSet] = []
     shards: dict[tuple[str, str, str, int], dict[int, Path]] = defaultdict(dict)
     taken: set[Path] = set()
@@ -124,7 +124,7 @@ def weight_sets(files: Sequence[Path]) -> list[WeightSet]:
             try:
                 found = index_set(index)
             except (Ptq4ditError, OSError):
-                # Indices of other things exist too; one that nobody can read is opened, and told about, if there is no other.
+                # Indices of other things exist too. An unreadable one is opened, and reported, if there is no other set.
                 stem, variant = _split(index.name.partition(".")[0])
                 found = WeightSet(index, "index", (), stem, variant, "", False)
             sets.append(found)
@@ -154,7 +154,7 @@ def weight_sets(files: Sequence[Path]) -> list[WeightSet]:
 
 
 def choose(folder: Path, sets: Sequence[WeightSet]) -> tuple[WeightSet, tuple[str, ...]]:
-    """The set to read and what has been decided, in words.
+    """Returns the set to read, and what was decided, in words.
 
     Raises:
       Ptq4ditError: the sets are different checkpoints; they are listed.
@@ -177,21 +177,21 @@ def choose(folder: Path, sets: Sequence[WeightSet]) -> tuple[WeightSet, tuple[st
 
 
 def _rivals(one: WeightSet, other: WeightSet) -> bool:
-    """Whether nothing tells which of two sets is meant."""
+    """Whether nothing decides between two sets."""
     if one.stem != other.stem or one.rank == other.rank:
         return True
     return one.variant != other.variant and one.rank[1] == other.rank[1]
 
 
 def listed_paths(paths: Iterable[Path]) -> str:
-    """The first names, and how many more there are."""
+    """Lists the first names, and says how many more there are."""
     names = [path.name for path in paths]
     rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + rest
 
 
 def _kind(file: Path) -> str:
-    """The kind of a file; "" for one that cannot be a checkpoint, is absent or cannot be read."""
+    """Returns the kind of a file; "" if it cannot be a checkpoint, does not exist or cannot be read."""
     try:
         return kind_of(file) if file.is_file() else ""
     except (Ptq4ditError, OSError):
@@ -203,7 +203,7 @@ def _format_rank(kind: str) -> int:
 
 
 def _split(stem: str) -> tuple[str, str]:
-    """Stem and variant of a name without its ending: ``diffusion_pytorch_model.fp16`` is the fp16 variant of the former."""
+    """Splits a name without its ending into stem and variant, which is ``fp16`` in ``diffusion_pytorch_model.fp16``."""
     if (match := _STANDARD.fullmatch(stem)) is None and (match := _PRECISION.fullmatch(stem)) is None:
         return stem, ""
     return _SAME.get(match["stem"], match["stem"]), (match["variant"] or "").lstrip(".")

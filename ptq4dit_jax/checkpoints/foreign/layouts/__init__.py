@@ -15,7 +15,7 @@ from ptq4dit_jax.checkpoints.foreign.layouts.table import Entry, Layout, View
 
 __all__ = ["DIFFUSERS", "LAYOUTS", "LIGHTNING", "META", "Entry", "Layout", "View"]
 
-#: In the order in which they are looked for.
+#: In the order in which they are tried.
 LAYOUTS = (
     LIGHTNING,
     META,

@@ -21,7 +21,8 @@ from ptq4dit_jax.schedules import FlowSchedule
 
 
 def _sines_last(kernel: np.ndarray, config: DiTConfig) -> np.ndarray:
-    """Rows (frequency_size, D) for cosines first: random frequencies are given to the network as sines, then cosines."""
+    """Swaps rows (frequency_size, D) so that cosines come first: with random frequencies the network's input has sines
+    first."""
     return np.roll(kernel, config.frequency_size // 2, axis=0) if config.frequencies else kernel
 
 
@@ -31,7 +32,7 @@ _BASIS = "network.t_embedder.gaussian_basis"
 _POSITIONS = "network.x_embedder.pe"
 _COUNTERS = r".*\.rngs\..*"
 
-#: What the networks have in common: all but attention, MLPs and norms.
+#: What the networks share: everything except attention, MLPs and norms.
 _ENTRIES = (
     *flax_linear("patch_embed", "network.x_proj", kernel=PATCH_HWIO),
     *flax_linear("time_fc1", _TIME + "0", kernel=Transform(_sines_last, _sines_last)),
@@ -74,7 +75,7 @@ DIFFUSE_NNX = Layout(
 
 _QKV = "network.blocks.0.attn.to_qkv.kernel"
 _COSINES = "network.feat_rope.freqs_cos"
-#: The one norm that queries and keys go through; nnx stores what has two names under the first.
+#: The one norm of queries and keys; nnx stores an object with two names under the first.
 _HEAD_GAIN = _BLOCK + "attn.k_norm.rms_weight"
 
 DIFFUSE_NNX_LIGHTNING = Layout(
@@ -107,7 +108,7 @@ DIFFUSE_NNX_LIGHTNING = Layout(
     check=functools.partial(check_rotation, prefix="network."),
 )
 
-# Known, so that they can be named.
+# Listed so that error messages can name them.
 DIFFUSE_NNX_PLAINER = Layout(
     name="willisma/diffuse_nnx LightningDiT", markers=(_QKV,), differs="without SwiGLU, its RMS norms or its rotation"
 )

@@ -1,4 +1,4 @@
-"""diffusers' ``DiTTransformer2DModel``: the embedders are copied into every block, q, k and v are apart."""
+"""diffusers' ``DiTTransformer2DModel``: every block has a copy of the embedders, and q, k and v are separate."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ JAX_SIT = Layout(
     schedule=FlowSchedule(data_time=0),
 )
 
-_QKV = tuple(f"DiTBlock_{{i}}.Dense_{n}" for n in (2, 1, 3))  # it makes k first, then q and v
+_QKV = tuple(f"DiTBlock_{{i}}.Dense_{n}" for n in (2, 1, 3))  # k comes first, then q and v
 SHORTCUT = Layout(
     name="kvfrans/shortcut-models",
     markers=("DiTBlock_0.Dense_4.kernel", "TimestepEmbedder_1.Dense_0.kernel"),
@@ -73,7 +73,7 @@ SHORTCUT = Layout(
         "frequencies": ("TimestepEmbedder_0.Dense_0.kernel", 0),
         "outputs": ("FinalLayer_0.Dense_1.kernel", 1),
     },
-    ignored=(r"Embed_0\..*",),  # of the uncertainty of training
+    ignored=(r"Embed_0\..*",),  # only for the uncertainty weighting of training
     schedule=FlowSchedule(data_time=1),
     step_size=StepSize(
         entries=(
@@ -124,7 +124,7 @@ MEANFLOW = Layout(
     ),
 )
 
-#: Known, so that it can be named.
+#: Listed so that error messages can name it.
 IMEANFLOW = Layout(
     name="Lyy-iiis/imeanflow",
     markers=("net.shared_blocks_0.attn.q_proj._flax_linear.kernel",),

@@ -1,4 +1,4 @@
-"""hustvl/LightningDiT: ``.pt`` files of the published weights, and of its train.py, which also hold ``opt`` and ``config``."""
+"""hustvl/LightningDiT: ``.pt`` files of the published weights, and those of its train.py, which add ``opt`` and ``config``."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _ROTATION_ERROR = 0.01
 
 
 def _rotation(config: DiTConfig, prefix: str = "") -> dict[str, np.ndarray]:
-    """The tables (T, d) that are saved with the network."""
+    """Returns the tables (T, d) that are saved with the network."""
     angles = rotary_angles(Rotary(config.tokens_per_side), config.head_width)
     return {f"{prefix}feat_rope.freqs_cos": np.cos(angles), f"{prefix}feat_rope.freqs_sin": np.sin(angles)}
 
 
 def check_rotation(view: View, config: DiTConfig, prefix: str = "") -> None:
-    """Raises where the tables below a prefix are not those of the network."""
+    """Raises if the tables below a prefix are not the network's."""
     for name, expected in _rotation(config, prefix).items():
         if name not in view:
             continue
@@ -43,7 +43,7 @@ def _constants(config: DiTConfig) -> dict[str, np.ndarray]:
 
 
 def norm_gains(before_attention: str, before_mlp: str, last: str) -> tuple[FoldedGain, ...]:
-    """The gains of all norms of tokens, by their names."""
+    """Returns the gains of all norms of tokens, given their names."""
     final = Modulation("final_adaLN", shift=0, scale=1, of=2)
     return (
         FoldedGain(Entry("blocks/qkv_gain", (before_attention,)), "blocks/adaLN", lambda config: config.modulations[0]),
@@ -52,7 +52,7 @@ def norm_gains(before_attention: str, before_mlp: str, last: str) -> tuple[Folde
     )
 
 
-#: All that is not the MLP has the names that it has in a DiT.
+#: Everything except the MLP has the same names as in a DiT.
 _AS_IN_A_DIT = tuple(entry for entry in META.entries if not entry.ours.startswith(("blocks/fc1/", "blocks/fc2/")))
 _W12 = "blocks.0.mlp.w12.weight"
 

@@ -1,4 +1,4 @@
-"""facebookresearch/DiT: ``.pt`` files of the published weights, and of its train.py (``model``, ``ema``, ``opt``, ``args``)."""
+"""facebookresearch/DiT: ``.pt`` files of published weights, and those of train.py (``model``, ``ema``, ``opt``, ``args``)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _LABELS = "y_embedder.embedding_table.weight"
 
 
 def _told_by_content(view: View, config: DiTConfig) -> Schedule | None:
-    """SiT has the same names and shapes. It throws the variance half of the output away, so that in training this half of the
-    last layer stays at the zero that it starts from. REPA trains SiT with projectors, and with time running to the noise."""
+    """Recognizes SiT, which has the same names and shapes. It discards the variance half of the output, so that this half of
+    the last layer keeps its initial zeros in training. REPA trains SiT with projectors, and with time running to the noise."""
     if any(name.startswith("projectors.") for name in view):
         return FlowSchedule(data_time=0)
     if not config.learn_sigma:
@@ -27,10 +27,10 @@ def _told_by_content(view: View, config: DiTConfig) -> Schedule | None:
 
 
 def _renamed(names: Collection[str]) -> dict[str, str]:
-    """Other names of the same parameters.
+    """Maps other names of the same parameters.
 
-    REPA's first files have the blocks behind the projectors as ``decoder_blocks``, counted from 0. The table of labels may be a
-    parameter of its own, not that of an ``nn.Embedding``.
+    REPA's first files have the blocks after the projectors as ``decoder_blocks``, counted from 0. The table of labels may be a
+    bare parameter instead of an ``nn.Embedding``'s.
     """
     blocks = [int(match[1]) for name in names if (match := re.match(r"blocks\.(\d{1,6})\.", name))]
     later = [(name, match) for name in names if (match := re.match(r"decoder_blocks\.(\d{1,6})\.", name))]

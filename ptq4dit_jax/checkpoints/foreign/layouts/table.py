@@ -1,8 +1,7 @@
-"""A layout: a table from the names in a foreign file to ours, and what else a file of its kind tells.
+"""A layout: a table from the names in a foreign file to ours, and what else is known about files of its kind.
 
-Names are written with ``{i}`` for the index of a block. Our names are those of
-:func:`ptq4dit_jax.hashing.flatten`: blocks are stacked on a leading depth axis, kernels are (K, N), and the rows
-of the patch embedding's kernel are (row, column, channel).
+In names ``{i}`` stands for the index of a block. Our names are those of :func:`ptq4dit_jax.hashing.flatten`: blocks are stacked
+on a leading depth axis, kernels are (K, N), and the rows of the patch embedding's kernel are (row, column, channel).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ View: TypeAlias = Mapping[str, Tensor]
 
 
 class Transform(NamedTuple):
-    """One tensor from their form into ours and back; both take the configuration."""
+    """Converts a tensor from their form to ours and back; both functions also take the configuration."""
 
     ours: Callable[[np.ndarray, DiTConfig], np.ndarray]
     theirs: Callable[[np.ndarray, DiTConfig], np.ndarray]
@@ -39,7 +38,7 @@ PATCH_HWIO = Transform(
     lambda a, c: a.reshape(-1, c.hidden_size),
     lambda a, c: a.reshape(c.patch_size, c.patch_size, c.in_channels, c.hidden_size),
 )
-#: Flax's attention keeps heads apart: (D, A, d) and (A, d) into q, k and v, (A, d, D) out of them.
+#: Flax's attention has an axis of heads: (D, A, d) and (A, d) for q, k and v, (A, d, D) for the output.
 TO_HEADS = Transform(
     lambda a, c: a.reshape(-1, c.hidden_size), lambda a, c: a.reshape(c.hidden_size, c.num_heads, c.head_width)
 )
@@ -49,15 +48,15 @@ FROM_HEADS = Transform(
 )
 
 
-#: Queries of an attention that divides by the width of a head and not by its root, (D, D) and (D,).
+#: Queries of an attention that divides by the head width instead of its square root, (D, D) and (D,).
 QUERY = Transform(lambda a, c: a * c.head_width**-0.5, lambda a, c: a * c.head_width**0.5)
 
 
 class Entry(NamedTuple):
     """Where one of our parameters comes from: their tensors, transformed, then joined on the last axis.
 
-    ``transform`` is of all of their tensors, or a tuple with one for each. Where their names have an ``{i}`` and ours is no
-    block's, each block holds a copy of the same tensor. An ``optional`` one is in some networks and not in others.
+    ``transform`` is for all of their tensors, or a tuple with one for each. If their names have an ``{i}`` and our parameter is
+    not a block's, each block holds a copy of the same tensor. Some networks lack an ``optional`` parameter.
     """
 
     ours: str
@@ -67,7 +66,7 @@ class Entry(NamedTuple):
 
     @property
     def parts(self) -> list[tuple[str, Transform]]:
-        """Their names, each with its transform."""
+        """Returns their names, each with its transform."""
         each = (self.transform,) * len(self.theirs) if isinstance(self.transform, Transform) else self.transform
         return list(zip(self.theirs, each, strict=True))
 
@@ -76,7 +75,7 @@ class Entry(NamedTuple):
         return self.ours.startswith("blocks/")
 
     def names(self, depth: int) -> list[str]:
-        """Their names in a network of that depth."""
+        """Returns their names in a network of that depth."""
         if "{i}" not in self.theirs[0]:
             return list(self.theirs)
         return [name.replace("{i}", str(i)) for i in range(depth) for name in self.theirs]
@@ -84,14 +83,14 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepSize:
-    """A second embedder of time, whose output for the size of a step is added to the condition.
+    """A second embedder of time, whose output for a step size is added to the condition.
 
-    For a number of equal steps that output is a constant, which an import adds to the bias of ``time_fc2``.
+    For a given number of equal steps this output is constant, and an import adds it to the bias of ``time_fc2``.
 
     Attributes:
-      entries: a table whose names of ours are those of the time embedder with ``step_`` for ``time_``.
-      seen: what the embedder is given for a number of steps; for 0, any number, it is given 0.
-      default: the number of steps that is meant where nobody says.
+      entries: a table in which our names are those of the time embedder with ``step_`` for ``time_``.
+      seen: the embedder's input for a number of steps; for 0, any number, it is 0.
+      default: the number of steps if none is given.
     """
 
     entries: tuple[Entry, ...]
@@ -102,8 +101,8 @@ class StepSize:
 class FoldedGain(NamedTuple):
     """A learned gain (D,) of a norm, a factor on its channels that an import folds into the layer that modulates the norm.
 
-    ``entry`` names it, under a name of ours that is no parameter; ``layer`` is the stem of that layer's names, and ``home``
-    gives the chunks of its columns in a network.
+    ``entry`` names it, under a name of ours that is no parameter. ``layer`` is the stem of the modulating layer's names, and
+    ``home`` returns the chunks of its columns in a network.
     """
 
     entry: Entry
@@ -118,26 +117,26 @@ class Layout:
     Attributes:
       name: what users call it.
       markers: names that, all together, only this layout has.
-      block: the beginning of the names of a block, with ``{i}``; their number is the depth.
-      entries: the table; empty where the network is another one than ours.
-      differs: in what, if it is.
-      sizes: where shapes tell sizes, as (name, axis): ``hidden``, ``patch``, ``channels``, ``rows`` (of the label table),
-        ``mlp``, ``frequencies``, ``outputs`` and, where known, ``tokens``, ``heads``, ``head_width``,
-        ``modulated`` (outputs of a block's adaLN) and ``head gain``.
+      block: the start of the names in a block, with ``{i}``; the number of such blocks is the depth.
+      entries: the table; empty if the network differs from ours.
+      differs: how the network differs, if it does.
+      sizes: where to read sizes off shapes, as (name, axis): ``hidden``, ``patch``, ``channels``, ``rows`` (of the label
+        table), ``mlp``, ``frequencies``, ``outputs`` and, where known, ``tokens``, ``heads``, ``head_width``, ``modulated``
+        (outputs of a block's adaLN) and ``head gain``.
       time_basis: the frequencies of time, in turns, if the network has its own and the layout stores them.
       pos_embed: the fixed table of positions, checked and then dropped, if the layout stores it.
       ignored: regular expressions of names that carry no parameter.
-      is_shared: networks of other objectives and schedules are saved under the same names.
-      renamed: names that stand for others, from all names: (theirs in this file, theirs in the table).
+      is_shared: whether networks with other objectives and schedules are saved under the same names.
+      renamed: takes all names; returns those that stand for others: (theirs in this file, theirs in the table).
       schedule: what the network was trained to predict, and over which time.
-      told: an exception to that, recognized by the values themselves: takes the tensors and the configuration.
+      told: returns an exception to ``schedule`` recognized by values; takes the tensors and the configuration.
       step_size: the embedder of step sizes, if the network has one.
-      network: the settings of the network.
+      network: the class of the network's settings.
       gains: of its norms, if they are learned.
-      is_on: keys of configurations that a plain DiT must not have, and this network must.
-      family: that of its published names, such as LightningDiT-XL/1, where it is not DiT's.
-      check: raises where buffers that are saved with the network are not those of its settings.
-      constants: what else a file of this layout holds for a network without gains: their ones, and buffers.
+      is_on: keys of configurations that must be off in a plain DiT, and on in this network.
+      family: the family in its published names, such as LightningDiT-XL/1, if it is not DiT.
+      check: raises if buffers saved with the network do not fit its settings.
+      constants: what else a file of this layout holds for a network without gains: ones in their place, and buffers.
     """
 
     name: str
@@ -163,7 +162,7 @@ class Layout:
 
     @property
     def schedule_is_noise(self) -> bool:
-        """Whether its networks predict noise unless something tells otherwise."""
+        """Whether its networks predict noise unless something says otherwise."""
         return isinstance(self.schedule, NoiseSchedule)
 
     @property
@@ -172,7 +171,7 @@ class Layout:
 
 
 def torch_linear(ours: str, *theirs: str) -> tuple[Entry, Entry]:
-    """A linear layer of torch, (N, K), or several that are joined on N."""
+    """Returns entries for a linear layer of torch, (N, K), or for several that are joined on N."""
     kernel = Entry(f"{ours}/kernel", tuple(f"{name}.weight" for name in theirs), TRANSPOSE)
     return kernel, Entry(f"{ours}/bias", tuple(f"{name}.bias" for name in theirs))
 
@@ -183,7 +182,7 @@ def flax_linear(
     kernel: Transform | tuple[Transform, ...] = KEEP,
     bias: Transform | tuple[Transform, ...] = KEEP,
 ) -> tuple[Entry, Entry]:
-    """A linear layer of Flax, (K, N), or several that are joined on N."""
+    """Returns entries for a linear layer of Flax, (K, N), or for several that are joined on N."""
     return (
         Entry(f"{ours}/kernel", tuple(f"{name}.kernel" for name in theirs), kernel),
         Entry(f"{ours}/bias", tuple(f"{name}.bias" for name in theirs), bias),
@@ -191,7 +190,7 @@ def flax_linear(
 
 
 def flax_attention(prefix: str) -> tuple[Entry, ...]:
-    """Flax's attention with q, k and v apart and heads as an axis."""
+    """Returns entries for Flax's attention, with separate q, k and v and an axis of heads."""
     names = (f"{prefix}.query", f"{prefix}.key", f"{prefix}.value")
     return (
         *flax_linear("blocks/qkv", *names, kernel=TO_HEADS, bias=HEADS_BIAS),
