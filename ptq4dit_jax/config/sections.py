@@ -73,7 +73,7 @@ class Activations:
     """
 
     bits: int = setting(8, "Width of the activations, 2 to 8; 16 leaves them float (weights only).", name="act_bits")
-    step_groups: int = setting(5, "Activation ranges per group of steps; 1 with --paper.")
+    step_groups: int = setting(5, "Groups of steps, each with activation ranges of its own; 1 with --paper.")
     dynamic_sites: tuple[str, ...] | None = setting(
         None,
         "Sites scaled per token at run time, comma-separated, or none, as with --paper.",

@@ -15,7 +15,7 @@ from ptq4dit_jax.devices import DeviceKind
 from ptq4dit_jax.engine.backends import Backend, JaxVersions
 from ptq4dit_jax.engine.stacks import Leaf
 from ptq4dit_jax.networks.ops import Norm
-from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
+from ptq4dit_jax.quantizers import PACKED_ROWS, ActQuantizer, Encoded, QTensor
 
 _CAPABILITY = (9, 0)
 
@@ -30,7 +30,7 @@ class Hopper(Backend[Leaf]):
     jax_versions = JaxVersions((0, 10, 2), (0, 11))  # the kernels were written for and tested with their Pallas
     dtypes = ("bfloat16",)
     reads_stacks = True
-    packed_rows = 64
+    packed_rows = PACKED_ROWS
     scans_blocks = False  # a loop's counter and the constants of a block would be separate launches
     attention_library = "cudnn"
 
