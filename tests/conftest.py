@@ -16,7 +16,8 @@ if not os.path.exists("/dev/nvidiactl") or os.environ.get("JAX_PLATFORMS") == "c
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.mkdtemp(prefix="ptq4dit-programs-")
     atexit.register(shutil.rmtree, _programs, ignore_errors=True)
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": _programs, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import json
 import re

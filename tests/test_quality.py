@@ -20,6 +20,7 @@ from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.quality import LayerQuality, PoorQuality, Quality
+from ptq4dit_jax.quantization import quantize as whole
 
 KEY = jax.random.key(0)
 apply = jax.jit(lambda model, x, t, y: model.apply(x, t, y))
@@ -38,7 +39,7 @@ def rows(model: FloatDiT) -> ptq.CalibrationData:
 
 
 def quantize(model: FloatDiT, rows: ptq.CalibrationData, *, keep_poor: bool = False, **settings: Any) -> ptq.QuantizedDiT:
-    return ptq.quantize(
+    return whole(  # the function itself: ptq.quantize is held against its annotations by another, which warnings would point at
         model,
         ptq.QuantConfig.of(**{**PLAIN, **settings}),
         key=KEY,
