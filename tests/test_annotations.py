@@ -42,6 +42,7 @@ def public_methods(kind: type) -> Iterator[types.FunctionType]:
     yield from (method for name, method in vars(kind).items() if inspect.isfunction(method) and not name.startswith("_"))
 
 
+F = jnp.float32
 FUNCTIONS = [
     *(function for function in map(ptq.__dict__.get, ptq.__all__) if inspect.isfunction(function)),
     *(method for kind in (Backend, Ops, Network, ptq.FloatDiT, ptq.QuantizedDiT) for method in public_methods(kind)),
@@ -63,11 +64,11 @@ def test_public_functions_operations_and_verbs_say_shapes(function: Callable[...
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: QTensor(jnp.zeros((4, 8), jnp.int8), jnp.ones(5), None, 8), r"QTensor: scale is float32\[5\]"),
-        (lambda: QTensor(jnp.zeros((4, 8)), jnp.ones(4), None, 8), r"QTensor: values is float32\[4, 8\]"),
-        (lambda: ActQuantizer(jnp.ones(3), jnp.zeros(2, jnp.int32)), r"ActQuantizer: zero_point is int32\[2\]"),
-        (lambda: ActQuantizer(jnp.ones(()), jnp.zeros(())), r"ActQuantizer: zero_point is float32\[\]"),
-        (lambda: jax.jit(lambda x: ActQuantizer(x, x))(jnp.ones(3)), r"ActQuantizer: zero_point is float32\[3\]"),
+        (lambda: QTensor(jnp.zeros((4, 8), jnp.int8), jnp.ones(5, F), None, 8), r"QTensor: scale is float32\[5\]"),
+        (lambda: QTensor(jnp.zeros((4, 8), F), jnp.ones(4, F), None, 8), r"QTensor: values is float32\[4, 8\]"),
+        (lambda: ActQuantizer(jnp.ones(3, F), jnp.zeros(2, jnp.int32)), r"ActQuantizer: zero_point is int32\[2\]"),
+        (lambda: ActQuantizer(jnp.ones((), F), jnp.zeros((), F)), r"ActQuantizer: zero_point is float32\[\]"),
+        (lambda: jax.jit(lambda x: ActQuantizer(x, x))(jnp.ones(3, F)), r"ActQuantizer: zero_point is float32\[3\]"),
     ],
 )
 def test_a_pytree_that_is_not_what_its_fields_say(make: Callable[[], Any], named: str) -> None:

@@ -157,13 +157,13 @@ def test_a_histogram_equals_numpy() -> None:
 
 
 def test_a_histogram_without_width_counts_everything() -> None:
-    seen = Histogram(jnp.float32(2), jnp.float32(2), jnp.zeros(8)).observe(jnp.full((3, 5), 2.0))
+    seen = Histogram(jnp.float32(2), jnp.float32(2), jnp.zeros(8, jnp.float32)).observe(jnp.full((3, 5), 2.0))
     np.testing.assert_array_equal(seen.counts, [15] + [0] * 7)
 
 
 def test_counts_go_on_beyond_what_float32_counts_in_ones() -> None:
     """2^24 + 1 is no float32. DiT-XL/2 at the default settings puts far more softmax outputs than that into the first bin."""
-    full = Histogram(jnp.float32(0), jnp.float32(1), jnp.full(4, 2.0**24))
+    full = Histogram(jnp.float32(0), jnp.float32(1), jnp.full(4, 2.0**24, jnp.float32))
     seen = full.observe(jnp.full(1000, 0.1))
     np.testing.assert_array_equal(seen.counts, [2**24 + 1000, 2**24, 2**24, 2**24])
 

@@ -234,7 +234,7 @@ def test_the_error_is_half_a_step_inside_the_range(bits: int, x: np.ndarray, spa
     quantizer = quantizer_for(*span, bits)
     x = np.clip(x, min(span[0], 0), max(span[1], 0))
     error = np.abs(np.asarray(fake_quant(quantizer, x), np.float64) - x)
-    assert error.max() <= quantizer.static_range.scale / 2 * (1 + 1e-4)
+    assert error.max() <= float(quantizer.static_range.scale) / 2 * (1 + 1e-4)
 
 
 @every_width
@@ -311,7 +311,9 @@ def test_any_balance_is_quantized_to_half_a_step() -> None:
     balance = np.exp(rng.normal(size=WIDTH)).astype(np.float32)
     x = rng.uniform(-1, 1, (ROWS, TOKENS, WIDTH)).astype(np.float32)
     quantizer = quantizer_for(float((x * balance).min()), float((x * balance).max()), 8).replace(balance=jnp.asarray(balance))
-    assert np.abs(np.asarray(fake_quant(quantizer, x)) - x * balance).max() <= quantizer.static_range.scale / 2 * (1 + 1e-4)
+    assert np.abs(np.asarray(fake_quant(quantizer, x)) - x * balance).max() <= float(quantizer.static_range.scale) / 2 * (
+        1 + 1e-4
+    )
     scale, zero_point = map(np.asarray, quantizer.static_range)
     np.testing.assert_array_equal(encode(quantizer, x).values, numpy_codes(x, scale, zero_point, 8, balance))
 

@@ -112,7 +112,7 @@ def test_moments_are_those_of_what_the_two_networks_feed_the_layer(layer, model,
 def test_parts_hold_each_row_once_on_the_device_that_sums_it(devices, mesh8):
     mesh = sharding.data_mesh(mesh8.devices.ravel()[:devices]) if devices > 1 else None
     strata = {1: 32, 2: 32, 3: 33, 8: 32}[devices]
-    x = sharding.shard(mesh, np.arange(5 * strata).reshape(5, strata), axis=1)
+    x = sharding.shard(mesh, np.arange(5 * strata, dtype=np.int32).reshape(5, strata), axis=1)
     parts = 8 if 8 % devices == 0 else devices
     lanes = moments._lanes(moments._Seen((x,), (x,), x, x.astype(jnp.float32)), parts, mesh)
     np.testing.assert_array_equal(np.concatenate([lane.group for lane in lanes], axis=1), x)
