@@ -13,7 +13,7 @@ from ptq4dit_jax.numerics import INTEGER, along_last, at_least_float32
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
 #: A K that is not a multiple of 4 is padded to a multiple of this. On GPUs XLA's Triton kernels (JAX 0.11.2, H200) give wrong
-#: int8 sums for most such K: for all from 2 to 18 that were tried, and for 25, 49 and 81, which are numbers of tokens.
+#: int8 sums for most such K: for all from 2 to 18 that were tried, and for 25, 33, 49 and 81, which are numbers of tokens.
 _WHOLE = 8
 
 
