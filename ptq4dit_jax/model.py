@@ -90,7 +90,7 @@ class FloatDiT(ModelFace, struct.PyTreeNode):
         return {"params": self.params, "quantizers": nest_sites(selected)}
 
     def apply(
-        self, x_BHWC: Num[ArrayLike, "B H W C"], t_B: Num[ArrayLike, " #B"], y_B: Integer[ArrayLike, "#B"] | None = None
+        self, x_BHWC: Num[ArrayLike, "B H W C"], t_B: Num[ArrayLike, " #B"], y_B: Integer[ArrayLike, " #B"] | None = None
     ) -> Float[Array, "B H W outputs"]:
         """Returns the raw network output (B, H, W, out_channels). ``t_B`` may be (1,) if all rows share the timestep. The
         labels ``y_B`` are left out if the model has no classes."""
@@ -102,7 +102,7 @@ class FloatDiT(ModelFace, struct.PyTreeNode):
         observers: Any,
         x_BHWC: Num[ArrayLike, "B H W C"],
         t_B: Num[ArrayLike, " #B"],
-        y_B: Integer[ArrayLike, "#B"] | None = None,
+        y_B: Integer[ArrayLike, " #B"] | None = None,
     ) -> tuple[Float[Array, "B H W outputs"], Any]:
         """Returns the output, and ``observers`` (a tree of objects by site) after they have seen this batch."""
         variables = self._variables(t_B) | {"observers": observers}

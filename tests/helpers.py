@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ptq4dit_jax import checkpoints
+from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.chain import Batch, Program, Shared, sample_batch
 from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.engine import QLinear, QuantizedDiT, choice
@@ -122,6 +123,12 @@ def relative_error(actual: ArrayLike, expected: ArrayLike) -> float:
     """Euclidean distance over the norm of what is expected."""
     a, b = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def outputs_on(rows: CalibrationData, model: Any) -> np.ndarray:
+    """What a model makes of calibration rows that share a time per step, (S * R, H, W, C)."""
+    apply = jax.jit(lambda m, x, t, y: m.apply(x, t, y))
+    return np.concatenate([apply(model, rows.x[s], rows.t[s : s + 1], rows.y[s]) for s in range(rows.num_steps)])
 
 
 def same_but_for_ties(actual: ArrayLike, expected: ArrayLike) -> bool:

@@ -137,7 +137,7 @@ class IntegerOps:
         for name in layers.linears:
             if parts := spec.linears[str(Place(name, stack))].modulates:  # all blocks see the same condition
                 modulation[name] = linears.pop(name).product_each(c_BD, parts, self.dispatch)
-        layers = Layers(linears, layers.sites, modulation, layers.gains)
+        layers = layers.replace(linears=linears, modulation=modulation)
 
         def run(block: Layers, x_BTD: jax.Array) -> jax.Array:
             return self.network.block(self._inside(block, x_BTD), stack, x_BTD, c_BD)
@@ -180,5 +180,5 @@ class IntegerOps:
             if following.integer and self.dispatch.covers(self.dispatch.attention_codes, *arguments):
                 pair = in_unit_steps(layers.linears[home.linear], layers.linears[fed.place.name])
                 linears = layers.linears | dict(zip((home.linear, fed.place.name), pair, strict=True))
-                return Layers(linears, None, layers.modulation, layers.gains)
+                return layers.replace(linears=linears, sites=None)
         return layers

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Capture, random_inputs, relative_error, same_but_for_ties, same_bytes, tiny_model
+from helpers import Capture, outputs_on, random_inputs, relative_error, same_but_for_ties, same_bytes, tiny_model
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import gptq, sharding
@@ -58,13 +58,8 @@ def rounded(model, rows):
     return quantize(model, rows)
 
 
-def outputs(model, rows):
-    apply = jax.jit(lambda m, x, t, y: m.apply(x, t, y))
-    return np.concatenate([apply(model, rows.x[s], rows.t[s : s + 1], rows.y[s]) for s in range(4)])
-
-
 def error(model, q, rows):
-    return relative_error(outputs(q, rows), outputs(model, rows))
+    return relative_error(outputs_on(rows, q), outputs_on(rows, model))
 
 
 def fed(model, site, rows):
@@ -130,7 +125,7 @@ def test_it_lowers_the_error_on_rows_that_it_has_not_seen(model, rows, nearest, 
 
 @pytest.mark.slow
 def test_the_engine_runs_what_was_rounded(model, rows, rounded):
-    assert same_but_for_ties(outputs(rounded, rows), outputs(ptq.reference(rounded), rows))
+    assert same_but_for_ties(outputs_on(rows, rounded), outputs_on(rows, ptq.reference(rounded)))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_inputs, relative_error, same_but_for_ties, same_bytes, tiny_model
+from helpers import outputs_on, random_inputs, relative_error, same_but_for_ties, same_bytes, tiny_model
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import sharding
@@ -89,13 +89,8 @@ def codes(q: ptq.QuantizedDiT) -> dict[str, np.ndarray]:
     return {name: np.asarray(layer.weight.codes()).astype(int) for name, layer in q.linears.items()}
 
 
-def outputs(model: Any, rows: CalibrationData) -> np.ndarray:
-    apply = jax.jit(lambda m, x, t, y: m.apply(x, t, y))
-    return np.concatenate([apply(model, rows.x[s], rows.t[s : s + 1], rows.y[s]) for s in range(4)])
-
-
 def error(model: ptq.FloatDiT, q: Any, rows: CalibrationData) -> float:
-    return relative_error(outputs(q, rows), outputs(model, rows))
+    return relative_error(outputs_on(rows, q), outputs_on(rows, model))
 
 
 def test_it_lowers_the_error_on_rows_that_it_has_not_seen(model, nearest, learned):
@@ -139,7 +134,7 @@ def test_weights_move_to_a_neighbouring_code_at_most_and_weight_scales_stay(near
 def test_the_engine_runs_what_was_learned(model, rows, learned):
     """Hard rounding in the training forward, the fake-quant twin and the engine are one function."""
     twin = ptq.reference(learned)
-    assert same_but_for_ties(outputs(learned, rows), outputs(twin, rows))
+    assert same_but_for_ties(outputs_on(rows, learned), outputs_on(rows, twin))
     facts = learned.provenance.facts["reconstruction"]
     assert list(facts) == ["embed image", "embed condition", "block 0", "block 1", "head"]
     seen = twin.apply(rows.x[1], rows.t[1:2], rows.y[1])
