@@ -10,6 +10,7 @@ from helpers import XLA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptq4dit_jax.devices import DeviceKind, described
 from ptq4dit_jax.engine.xla import linear as xla
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
@@ -49,15 +50,26 @@ def test_accumulators_are_exact_at_every_weight_width(bits: int, K: int) -> None
         np.testing.assert_array_equal(out, x.astype(np.int64) @ centered.T)
 
 
-@pytest.mark.parametrize("K", [1, 2, 3, 4, 5, 6, 7, 8, 25, 49, 64, 81, 4608])
-def test_sums_are_over_multiples_of_four(K: int) -> None:
-    """XLA's sums over other numbers of int8 are wrong on GPUs."""
-    x, codes = jnp.zeros((2, 5, K), jnp.int8), jnp.zeros((9, K), jnp.int8)
-    heads = jnp.zeros((2, 3, 5, K), jnp.int8)
-    for product, a, b in ((xla.accumulate, x, codes), (xla.batched, heads, heads)):
-        eqns = jax.make_jaxpr(product)(a, b).jaxpr.eqns
-        [dot] = (eqn for eqn in eqns if eqn.primitive is jax.lax.dot_general_p)
-        assert all(operand.aval.shape[-1] == (K if K % 4 == 0 else -(-K // 8) * 8) for operand in dot.invars)
+@pytest.mark.parametrize("K", [1, 5, 8, 25, 64, 72, 81, 256, 4608])
+def test_products_on_gpus_stand_alone_unless_their_sums_are_whole_tiles(K: int) -> None:
+    """XLA's kernels that fuse other sums of int8 are wrong on GPUs. cuBLAS takes products that stand alone, with sides of
+    multiples of 4."""
+    rng = np.random.default_rng(K)
+    draw = lambda *shape: jnp.asarray(rng.integers(LOW, HIGH + 1, shape), jnp.int8)
+    x, codes, heads, others = draw(2, 5, K), draw(9, K), draw(2, 3, 5, K), draw(2, 3, 7, K)
+    for product, a, b in ((xla.accumulate, x, codes), (xla.accumulate, x[0, 0], codes), (xla.batched, heads, others)):
+        with described(DeviceKind("gpu", (9, 0))):
+            on_gpu = jax.make_jaxpr(lambda a, b, product=product: product(a, b))(a, b)
+        eqns = on_gpu.jaxpr.eqns
+        [at] = (index for index, eqn in enumerate(eqns) if eqn.primitive is jax.lax.dot_general_p)
+        alone = [eqns[index].primitive.name for index in (at - 1, at + 1) if 0 <= index < len(eqns)]
+        if K % 128:
+            assert alone == ["optimization_barrier"] * 2
+            assert all(size % 4 == 0 for operand in eqns[at].invars for size in operand.aval.shape[-2:])
+        else:
+            assert not alone
+        [out] = jax.core.eval_jaxpr(on_gpu.jaxpr, on_gpu.consts, a, b)
+        np.testing.assert_array_equal(out, product(a, b))
 
 
 @pytest.mark.parametrize("value", [LOW, -127, HIGH, 0])

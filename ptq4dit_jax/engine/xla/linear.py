@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from ptq4dit_jax.devices import default_kind
 from ptq4dit_jax.engine.stacks import map_in_chunks
 from ptq4dit_jax.numerics import INTEGER, along_last, at_least_float32
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
-#: A K that is not a multiple of 4 is padded to a multiple of this. On GPUs XLA's Triton kernels (JAX 0.11.2, H200) give wrong
-#: int8 sums for most such K: for all from 2 to 18 that were tried, and for 25, 33, 49 and 81, which are numbers of tokens.
-_WHOLE = 8
+#: On GPUs XLA fuses an int8 product with its neighbours into a Triton kernel. Its sums are wrong where its tiles of K, powers
+#: of two, are left part empty (JAX 0.11.2, H200). Every tile divides a multiple of this, as far as is known.
+_TILE = 128
+#: A product that stands alone goes to cuBLAS, if the sides of its matrices are multiples of this.
+_SIDE = 4
 
 
 def accumulate(x: jax.Array, codes: jax.Array) -> jax.Array:
@@ -24,10 +28,14 @@ def accumulate(x: jax.Array, codes: jax.Array) -> jax.Array:
 
 
 def _integer_product(a: jax.Array, b: jax.Array, dims: jax.lax.DotDimensionNumbers) -> jax.Array:
-    """Multiplies int8 arrays over their last axes, to int32. Padding adds nothing to a sum."""
-    if a.shape[-1] % 4:
-        a, b = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % _WHOLE)]) for x in (a, b))
-    return jax.lax.dot_general(a, b, dims, precision=INTEGER, preferred_element_type=jnp.int32)
+    """Multiplies int8 arrays (..., [M,] K) and (..., N, K) over their last axes, to int32 (..., [M,] N)."""
+    product = partial(jax.lax.dot_general, dimension_numbers=dims, precision=INTEGER, preferred_element_type=jnp.int32)
+    if default_kind().platform != "gpu" or a.shape[-1] % _TILE == 0:
+        return product(a, b)
+    rows, columns = a.shape[-2:-1], b.shape[-2]
+    a, b = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -size % _SIDE) for size in x.shape[-2:]]) for x in (a, b))
+    out = jax.lax.optimization_barrier(product(*jax.lax.optimization_barrier((a, b))))
+    return out[..., : rows[0], :columns] if rows else out[:columns]
 
 
 def _exact(x: Encoded, weight: QTensor, bias: jax.Array) -> jax.Array:
