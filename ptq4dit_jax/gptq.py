@@ -32,6 +32,8 @@ from ptq4dit_jax.ranges import RangeSearch, quantize_weight
 DAMPING = 0.01
 #: Input channels whose codes are decided one after another before their errors reach the others.
 _COLUMNS = 128
+#: Columns that one turn of a loop decides. A GPU waits between turns: an H200 takes a quarter of the time that it takes with 1.
+_UNROLLED = 8
 #: A channel counts as constant if its variance is at most this share of the largest, or of the square of its own mean.
 _CONSTANT = 1e-12
 
@@ -283,7 +285,7 @@ def _decide(target: jax.Array, M: jax.Array, size: jax.Array, ranges: _Codes) ->
             error = column(wanted) - code * column(step)
             return jnp.where(place == k, code, state + error * jax.lax.dynamic_index_in_dim(among, k))
 
-        codes = jax.lax.fori_loop(0, columns, decide, heard)
+        codes = jax.lax.fori_loop(0, columns, decide, heard, unroll=_UNROLLED)
         return jax.lax.dynamic_update_slice_in_dim(errors, wanted - codes * step, start, axis=1), codes
 
     starts = jnp.arange(0, K + padding, columns)
