@@ -19,6 +19,7 @@ from ptq4dit_jax import memory, sharding
 from ptq4dit_jax.diffusion import ResolvedSampling, denoise, sample_keys, sample_noise
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.guidance import GuidedChannels, Predictor, predict
+from ptq4dit_jax.model import ModelFace
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.numerics import AnyKey
 from ptq4dit_jax.samplers import AnyTables
@@ -114,6 +115,8 @@ def sample_batch(shared: Shared, batch: Batch[jax.Array], *, program: Program) -
 def _chain(shared: Shared, batch: Batch[jax.Array], *, program: Program) -> tuple[jax.Array, jax.Array]:
     """Runs :func:`sample_batch` on one device."""
     model, shape = shared.model, shared.model.config.image_shape
+    if isinstance(model, ModelFace):
+        model = model.prepared()
     keys_B = sample_keys(shared.key, batch.indices)
     x_T = sample_noise(keys_B, 0, shape) if batch.noise is None else batch.noise
 

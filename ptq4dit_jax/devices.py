@@ -12,17 +12,18 @@ import jax
 
 class DeviceKind(NamedTuple):
     """``platform`` is cpu, gpu or tpu. ``capability`` is CUDA's compute capability and ``cores`` a GPU's number of
-    multiprocessors, both 0 elsewhere."""
+    multiprocessors, both 0 elsewhere. ``model`` is JAX's name of a TPU's generation, such as "TPU v5 lite"; empty elsewhere."""
 
     platform: str
     capability: tuple[int, int] = (0, 0)
     cores: int = 0
+    model: str = ""
 
     @classmethod
     def of(cls, device: jax.Device) -> DeviceKind:
         """Returns the kind of a device, which may belong to a topology that is only described."""
         if device.platform not in ("gpu", "cuda"):
-            return cls(device.platform)
+            return cls(device.platform, model=str(getattr(device, "device_kind", "")) if device.platform == "tpu" else "")
         major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
         return cls("gpu", (int(major), int(minor or 0)), int(getattr(device, "core_count", 0)))
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Int4, Int8, Int32, UInt8
 
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.numerics import along_last, at_least_float32
@@ -206,26 +206,31 @@ def unpack_nibbles(packed: jax.Array, N: int, *, fusible: bool = True) -> jax.Ar
     return codes.reshape(*lead, 2 * half, K)[..., :N, :].astype(jnp.int8)
 
 
+#: What unsigned 4-bit codes lose to become int4.
+INT4_OFFSET = 8
+
+
 class QTensor(struct.PyTreeNode):
     """A quantized weight, output channels first: ``w_nk = scale_n (code_nk - zero_point_n)``.
 
     Invariants. ``bits > 4``: ``values`` is int8 (..., N, K) and holds centered codes; ``zero_point`` is None.
     ``bits <= 4``: ``values`` is uint8 (..., ceil(N / 2), K), with two codes ``0 .. 2^bits - 1`` per byte
-    (:func:`pack_nibbles`), and ``zero_point`` is int8 (..., N). ``scale`` is positive float32 (..., N). Leading axes
-    (depth) are allowed everywhere.
+    (:func:`pack_nibbles`), and ``zero_point`` is int8 (..., N). Inside programs ``values`` may be int4 (..., N, K) instead and
+    hold the codes less :data:`INT4_OFFSET`. ``scale`` is positive float32 (..., N). Leading axes (depth) are allowed.
 
     The contraction axis K is last because integer matrix units need it last in both operands: on an H200, XLA's int8 product
     of DiT-XL/2's fc1 takes 340 us this way and 878 us with (K, N).
     """
 
-    values: Int8[Array, "*lead N K"] | UInt8[Array, "*lead bytes K"]
+    values: Int8[Array, "*lead N K"] | UInt8[Array, "*lead bytes K"] | Int4[Array, "*lead N K"]
     scale: Float[Array, "*lead N"]
     zero_point: Int8[Array, "*lead N"] | None
     bits: int = struct.field(pytree_node=False)
 
     @property
     def packed(self) -> bool:
-        return self.bits <= 4
+        """Whether two codes share a byte."""
+        return self.values.dtype == jnp.uint8
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -234,10 +239,27 @@ class QTensor(struct.PyTreeNode):
 
     def codes(self, *, fusible: bool = True) -> jax.Array:
         """Returns centered codes (..., N, K), int8; ``fusible`` is as in :func:`unpack_nibbles`."""
-        if not self.packed:
+        if self.values.dtype == jnp.int8:
             return self.values
         assert self.zero_point is not None
+        if not self.packed:
+            return self.values.astype(jnp.int8) + (INT4_OFFSET - self.zero_point)[..., None]
         return unpack_nibbles(self.values, self.scale.shape[-1], fusible=fusible) - self.zero_point[..., None]
+
+    def as_int4(self) -> QTensor:
+        """Returns a packed weight in int4, for devices that multiply by it; others stay."""
+        if not self.packed:
+            return self
+        codes = unpack_nibbles(self.values, self.scale.shape[-1], fusible=False)
+        return self.replace(values=(codes - INT4_OFFSET).astype(jnp.int4))
+
+    def rows(self, chosen: slice) -> QTensor:
+        """Returns the weight of some output channels; it must not be packed."""
+        assert not self.packed
+        of_rows = lambda leaf: None if leaf is None else leaf[..., chosen]
+        return self.replace(
+            values=self.values[..., chosen, :], scale=self.scale[..., chosen], zero_point=of_rows(self.zero_point)
+        )
 
     def dequantize(self) -> jax.Array:
         """Returns the weight (..., N, K), in the scale's type."""

@@ -138,6 +138,7 @@ def _products(name: str, B: int, T: int, K: int, N: int, bits: int) -> Iterator[
         np.testing.assert_array_equal(got["fc1"].codes(), weight.codes())
         np.testing.assert_array_equal(got["fc1"].scale, weight.scale)
 
+    yield Case(f"prepare-{name}", "prepare", ({"fc1": weight},), {}, same_values, True)
     yield Case(f"unpack_ahead-{name}", "unpack_ahead", ({"fc1": weight}, jnp.ones(3, jnp.bfloat16)), {}, same_values, True)
 
     a, b = rng.integers(-128, 128, (B, 2, T, K)).astype(np.int8), rng.integers(-128, 128, (B, 2, 7, K)).astype(np.int8)

@@ -103,6 +103,13 @@ class Backend(Generic[LeafT]):
             return f"the kernels compute in {' or '.join(self.dtypes)} between the products and the model in {dtype}"
         return ""
 
+    def prepare(self, weights: Mapping[str, QTensor]) -> Mapping[str, QTensor]:
+        """Returns all weights of a model in the form that the operations read fastest; their values stay the same.
+
+        Called once in a program that applies the model many times. Operations take weights in either form.
+        """
+        return weights
+
     def unpack_ahead(self, weights: Mapping[str, QTensor], after: Shaped[Array, "*shape"]) -> dict[str, QTensor]:
         """Returns weights (N, K) of a block in the form that its products need, by name; their values stay the same.
 

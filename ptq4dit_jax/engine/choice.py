@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ptq4dit_jax.devices import default_kind
-from ptq4dit_jax.engine import hopper, xla
+from ptq4dit_jax.engine import hopper, tpu, xla
 from ptq4dit_jax.engine.dispatch import AnyBackend, Dispatch
 from ptq4dit_jax.errors import Ptq4ditError
 
 #: In the order in which ``auto`` tries them. The last is the reference, which runs everywhere and covers everything.
-BACKENDS: tuple[AnyBackend, ...] = (hopper.BACKEND, xla.BACKEND)
+BACKENDS: tuple[AnyBackend, ...] = (hopper.BACKEND, tpu.BACKEND, xla.BACKEND)
 AUTO = "auto"
 #: Names that backends had in earlier versions.
 _FORMER = {"mosaic_gpu": hopper.BACKEND.name}

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from ptq4dit_jax.engine.backends import Backend, NotCovered
 from ptq4dit_jax.engine.stacks import Leaf, materialize
-from ptq4dit_jax.quantizers import undifferentiable
+from ptq4dit_jax.quantizers import QTensor, undifferentiable
 
 #: A backend, whether it reads stacks or not.
 AnyBackend: TypeAlias = Backend[Any]
@@ -114,6 +114,10 @@ class Dispatch:
 
     chain: tuple[AnyBackend, ...]
 
+    def prepare(self, weights: Mapping[str, QTensor]) -> Mapping[str, QTensor]:
+        """Returns all weights of a model in the form that the first backend reads fastest."""
+        return self.chain[0].prepare(weights)
+
     unpack_ahead = _in_turn(Backend[Leaf].unpack_ahead, Kind.WEIGHTS)
     linear = _in_turn(Backend[Leaf].linear, Kind.LINEAR)
     linear_parts = _in_turn(Backend[Leaf].linear_parts, Kind.LINEAR)
@@ -130,6 +134,11 @@ class Dispatch:
     def scans_blocks(self) -> bool:
         """Whether blocks run in a loop over their stacks. If not, one function is called for each block in turn."""
         return self.chain[0].scans_blocks
+
+    @property
+    def attends_on_codes(self) -> bool:
+        """Whether the first backend's :meth:`attention` multiplies integer codes."""
+        return self.chain[0].attends_on_codes
 
     def covers(self, operation: Callable[..., object], *args: object) -> bool:
         """Returns whether the first backend runs an ``operation`` of this object for arguments like these.

@@ -138,13 +138,13 @@ class IntegerOps:
             if parts := spec.linears[str(Place(name, stack))].modulates:  # all blocks see the same condition
                 modulation[name] = linears.pop(name).product_each(c_BD, parts, self.dispatch)
         layers = layers.replace(linears=linears, modulation=modulation)
+        layers = self._ending_attention_in_codes(layers, stack, x_BTD)
 
         def run(block: Layers, x_BTD: jax.Array) -> jax.Array:
             return self.network.block(self._inside(block, x_BTD), stack, x_BTD, c_BD)
 
         if self.dispatch.scans_blocks:
             return jax.lax.scan(lambda x_BTD, block: (run(block, x_BTD), None), x_BTD, layers)[0]
-        layers = self._ending_attention_in_codes(layers, stack, x_BTD)
 
         @jax.jit
         def block(layers: Layers, index: jax.Array, x_BTD: jax.Array) -> jax.Array:
@@ -166,8 +166,10 @@ class IntegerOps:
 
     def _ending_attention_in_codes(self, layers: Layers, stack: Stack, x_BTD: jax.Array) -> Layers:
         """Returns layers of the same function, without sites and in steps of 1 if a kernel of the backend ends attention in
-        codes."""
+        codes, and its other attention is in floats too."""
         spec = self.network.spec
+        if self.dispatch.attends_on_codes:
+            return layers
         for site in spec.sites.values():
             home = site.home
             if site.place.stack != stack or site.feeds is not None or not isinstance(home, Columns) or home.undone is None:

@@ -77,6 +77,10 @@ class QuantizedDiT(ModelFace, struct.PyTreeNode):
         labels ``y_B`` are left out if the model has no classes."""
         return _forward(self, x_BHWC, jnp.asarray(t_B), y_B)
 
+    def prepared(self) -> QuantizedDiT:
+        weights = self.backend_choice.dispatch.prepare({name: layer.weight for name, layer in self.linears.items()})
+        return self.replace(linears={name: layer.replace(weight=weights[name]) for name, layer in self.linears.items()})
+
     def astype(self, dtype: DTypeLike) -> QuantizedDiT:
         """Returns the same model, computing in ``dtype`` between the integer products: float32, bfloat16 or float16."""
         return self.replace(dtype=jnp.dtype(dtype))

@@ -163,7 +163,7 @@ def test_a_model_runs_by_a_backend_of_one_operation(quantized: ptq.QuantizedDiT)
 
 @pytest.mark.usefixtures("with_toy")
 def test_a_new_backend_is_listed_and_chosen_where_it_fits(raises_sentence: Any) -> None:
-    assert choice.names() == ["auto", "xla", "hopper", "toy"]
+    assert choice.names() == ["auto", "xla", "tpu", "hopper", "toy"]
     with raises_sentence("toy", "float32", "bfloat16"):
         choice.resolve("toy", "bfloat16")
     with described(DeviceKind("cpu")):
@@ -178,7 +178,7 @@ def test_an_unknown_name_is_refused_at_once(quantized: ptq.QuantizedDiT, raises_
         lambda: choice.resolve("cutlass", "float32"),
         lambda: choice.named("cutlass"),
     ):
-        with raises_sentence("'cutlass'", "auto, xla, hopper"):
+        with raises_sentence("'cutlass'", "auto, xla, tpu, hopper"):
             asked()
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tpu_helpers
 from hopper_helpers import HAS_INTERPRETER, interpreted_kernels
 from operation_contracts import Case, cases
 
@@ -37,9 +38,16 @@ class Mode(enum.Enum):
 
 
 #: What runs a backend's kernels on a CPU.
-INTERPRETERS: dict[str, Callable[..., AbstractContextManager[Any]]] = {"hopper": interpreted_kernels} if HAS_INTERPRETER else {}
+INTERPRETERS: dict[str, Callable[..., AbstractContextManager[Any]]] = {
+    **({"hopper": interpreted_kernels} if HAS_INTERPRETER else {}),
+    "tpu": tpu_helpers.interpreted_kernels,
+}
 #: Operations of a backend that its interpreter cannot run, with what it lacks. They are lowered here, and run on the device.
 NOT_INTERPRETED = {("hopper", "attention_codes"): "JAX 0.11 does not lower the effect of wgmma's pipeline for a CPU"}
+#: Operations of a backend that it leaves to XLA, always or for some layouts, in the form that it wants.
+NEED_NO_KERNEL = {(name, operation) for name in INTERPRETERS for operation in ("prepare", "unpack_ahead")} | {
+    ("tpu", "linear_parts")
+}
 #: What JAX calls the platform that kernels are lowered for.
 LOWERS_FOR = {"gpu": "cuda", "tpu": "tpu"}
 
@@ -73,7 +81,7 @@ def outcome(backend: AnyBackend, mode: Mode, case: Case) -> Any:
         if lacks := NOT_INTERPRETED.get((backend.name, case.operation)):
             jax.eval_shape(call, *case.args)  # which refuses what the kernel does not cover
             pytest.skip(lacks)
-        around = INTERPRETERS[backend.name](may_need_none=case.operation == "unpack_ahead")  # some layouts stay as they are
+        around = INTERPRETERS[backend.name](may_need_none=(backend.name, case.operation) in NEED_NO_KERNEL)
     with around:
         return jax.block_until_ready(jax.jit(call)(*case.args))
 
@@ -97,6 +105,14 @@ LEFT_TO_THE_REFERENCE = {
         *(f"modulate_encode-whole-bfloat16-{kind}-layer" for kind in ("balanced", "rows-balanced")),  # a factor is left there
         *(f"modulate_encode-whole-bfloat16-{kind}-rms" for kind in ("static", "static6", "balanced", "rows", "rows-balanced")),
     },
+    "tpu": {  # whose products are XLA's; it has them in parts, once they are unpacked
+        case.name
+        for case in CASES
+        if case.narrow
+        and "whole" in case.name
+        and case.operation.startswith(("linear", "batched", "encode"))
+        and not case.name.startswith("linear_parts-whole-w8")
+    },
     "xla": set[str](),
 }
 
@@ -116,7 +132,7 @@ def test_a_backend_covers_calls_of_what_it_overrides_and_refuses_with_a_reason(b
     if backend.attention_library is not None and backend.unfit(default_kind()):
         overridden -= {"attention"}  # is the library's, which has it on that device only
         left -= {"attention-whole"}
-    assert covered == overridden
+    assert covered == overridden | {"prepare"}  # which need do nothing
     assert left == LEFT_TO_THE_REFERENCE[backend.name]
     assert all(reasons)
     assert backend is not xla.BACKEND or not reasons
@@ -124,7 +140,7 @@ def test_a_backend_covers_calls_of_what_it_overrides_and_refuses_with_a_reason(b
 
 def check(got: Any, case: Case, backend: AnyBackend, mode: Mode) -> None:
     if mode is Mode.LOWERED:
-        if case.operation == "unpack_ahead":  # in a form that is the backend's own affair
+        if case.operation in ("prepare", "unpack_ahead"):  # in a form that is the backend's own affair
             return
         expected = jax.eval_shape(case.call(xla.BACKEND), *case.args)
         assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(got)] == [

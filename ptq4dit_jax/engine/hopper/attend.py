@@ -7,7 +7,7 @@ import jax
 
 from ptq4dit_jax.engine.backends import require
 from ptq4dit_jax.engine.hopper import attention as kernel
-from ptq4dit_jax.engine.hopper.requirements import require_axes, require_bfloat16, require_one_group
+from ptq4dit_jax.engine.requirements import require_axes, require_bfloat16, require_one_group
 from ptq4dit_jax.engine.stacks import layer_of, stack_of
 from ptq4dit_jax.networks import parts
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range

@@ -9,7 +9,7 @@ import jax
 
 from ptq4dit_jax.engine.backends import NotCovered, require
 from ptq4dit_jax.engine.hopper import row_wise
-from ptq4dit_jax.engine.hopper.requirements import require_axes, require_bfloat16, require_one_group
+from ptq4dit_jax.engine.requirements import require_axes, require_bfloat16, require_one_group
 from ptq4dit_jax.engine.stacks import Leaf, layer_of, stack_of
 from ptq4dit_jax.networks.ops import Norm, NormKind
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range

@@ -19,7 +19,7 @@ from ptq4dit_jax.engine.backends import require
 from ptq4dit_jax.engine.hopper import gemm, nibbles, tiles
 from ptq4dit_jax.engine.hopper.common import widened
 from ptq4dit_jax.engine.hopper.plan import EPILOGUE_M, TILE_K, GatedResidual, GeluRequantize
-from ptq4dit_jax.engine.hopper.requirements import require_axes, require_bfloat16, require_one_group
+from ptq4dit_jax.engine.requirements import require_axes, require_bfloat16, require_one_group
 from ptq4dit_jax.engine.stacks import Leaf, layer_of, materialize, stack_of
 from ptq4dit_jax.quantizers import PACKED_ROWS, ActQuantizer, Encoded, QTensor, act_code_range
 

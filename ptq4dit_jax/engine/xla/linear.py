@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from ptq4dit_jax.devices import default_kind
 from ptq4dit_jax.engine.stacks import map_in_chunks
 from ptq4dit_jax.numerics import INTEGER, along_last, at_least_float32
-from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
+from ptq4dit_jax.quantizers import INT4_OFFSET, ActQuantizer, Encoded, QTensor
 
 #: On GPUs XLA fuses an int8 product with its neighbours into a Triton kernel. Its sums are wrong where its tiles of K, powers
 #: of two, are left part empty (JAX 0.11.2, H200). Every tile divides a multiple of this, as far as is known.
@@ -22,9 +22,21 @@ _SIDE = 4
 
 
 def accumulate(x: jax.Array, codes: jax.Array) -> jax.Array:
-    """Multiplies int8 (..., K) by int8 (N, K) to int32 (..., N). Never asks for int8 results, which XLA runs as a slow loop."""
+    """Multiplies int8 (..., K) by int8 or int4 (N, K) to int32 (..., N). Never asks for int8 results, which are a slow loop in
+    XLA."""
     dims = (((x.ndim - 1,), (1,)), ((), ()))
     return _integer_product(x, codes, dims)
+
+
+def _accumulated(x: jax.Array, weight: QTensor) -> jax.Array:
+    """Multiplies int8 (..., K) by a weight's centered codes. 4-bit codes are unpacked to int8 here, just before the product:
+    XLA would widen both sides of an int8 x int4 product to int32, except on TPUs. There the product is by int4 itself, and the
+    sum of each row makes up for the zero points."""
+    if weight.values.dtype != jnp.int4:
+        return accumulate(x, weight.codes())
+    assert weight.zero_point is not None
+    offset = INT4_OFFSET - weight.zero_point.astype(jnp.int32)
+    return accumulate(x, weight.values) + along_last(offset, x.ndim) * x.sum(-1, keepdims=True, dtype=jnp.int32)
 
 
 def _integer_product(a: jax.Array, b: jax.Array, dims: jax.lax.DotDimensionNumbers) -> jax.Array:
@@ -39,9 +51,8 @@ def _integer_product(a: jax.Array, b: jax.Array, dims: jax.lax.DotDimensionNumbe
 
 
 def _exact(x: Encoded, weight: QTensor, bias: jax.Array) -> jax.Array:
-    """Returns the result in float32 at least. 4-bit codes are unpacked to int8 here, just before the product: XLA would widen
-    both sides of an int8 x int4 product to int32."""
-    out = accumulate(x.values, weight.codes())
+    """Returns the result in float32 at least."""
+    out = _accumulated(x.values, weight)
     dtype = at_least_float32(x.scale.dtype, weight.scale.dtype, bias.dtype)
     scale = x.scale.astype(dtype) * along_last(weight.scale, out.ndim).astype(dtype)
     return out.astype(dtype) * scale + along_last(bias, out.ndim).astype(dtype)

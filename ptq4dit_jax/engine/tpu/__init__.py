@@ -1,0 +1,68 @@
+"""Kernels for TPUs, in Pallas's Mosaic TPU: attention, and norms that end in codes. Only this folder touches that interface.
+
+XLA's own products are as good there: it fuses what precedes and follows them. What it does not fuse is attention, whose logits
+it would write to memory, and the passes of a norm with codes per token. The kernels were compiled for TPUs and run by Pallas's
+interpreter, never on a TPU (docs/tpu.md). The modules with kernels are imported when an operation is first called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+from jax.typing import DTypeLike
+
+from ptq4dit_jax.devices import DeviceKind
+from ptq4dit_jax.engine.backends import Backend, JaxVersions
+from ptq4dit_jax.engine.tpu import linear
+from ptq4dit_jax.engine.tpu.generations import GENERATIONS
+from ptq4dit_jax.networks.ops import Norm
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
+
+
+class Tpu(Backend[jax.Array]):
+    """Attention in floats, and norms with their codes, each in one kernel; products are XLA's."""
+
+    name = "tpu"
+    platform = "tpu"
+    needs = f"a TPU ({', '.join(GENERATIONS)})"
+    jax_versions = JaxVersions((0, 10, 2), (0, 12))  # whose Mosaic accepted the kernels
+    dtypes = ("bfloat16", "float32")
+
+    def unfit(self, device: DeviceKind) -> str:
+        if device.model in GENERATIONS:
+            return ""
+        return f"the kernels are for {', '.join(GENERATIONS)} and this is {device.model or device.platform}"
+
+    def prepare(self, weights: Mapping[str, QTensor]) -> Mapping[str, QTensor]:
+        return linear.prepare(weights)
+
+    def unpack_ahead(self, weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
+        return linear.unpack_ahead(weights, after)
+
+    def linear_parts(self, x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
+        return linear.linear_parts(x, weight, bias, dtype, parts)
+
+    def modulate_encode(
+        self, x_BTD: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array, act: ActQuantizer, norm: Norm
+    ) -> Encoded:
+        from ptq4dit_jax.engine.tpu import encode
+
+        return encode.modulate_encode(x_BTD, shift_BD, scale_BD, act, norm)
+
+    def attention(
+        self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, sites: dict[str, ActQuantizer]
+    ) -> jax.Array:
+        from ptq4dit_jax.engine.tpu import attend
+
+        return attend.attention(q_BTD, k_BTD, v_BTD, num_heads, sites)
+
+    def attention_codes(
+        self, q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, act: ActQuantizer
+    ) -> Encoded:
+        from ptq4dit_jax.engine.tpu import attend
+
+        return attend.attention_codes(q_BTD, k_BTD, v_BTD, num_heads, act)
+
+
+BACKEND = Tpu()

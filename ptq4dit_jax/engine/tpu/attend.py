@@ -1,0 +1,55 @@
+"""Attention on TPUs, in floats, by :mod:`ptq4dit_jax.engine.tpu.attention`.
+
+Floats are chosen over codes because the softmax between the products costs more than the products: on codes q, k, v and the
+probabilities would have to be rounded, too.
+"""
+
+from __future__ import annotations
+
+import jax
+
+from ptq4dit_jax.devices import default_kind
+from ptq4dit_jax.engine.backends import require
+from ptq4dit_jax.engine.requirements import require_axes, require_one_group
+from ptq4dit_jax.engine.tpu import attention as kernel
+from ptq4dit_jax.engine.tpu.generations import GENERATIONS
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range
+
+#: Where the device is none of those, as in tests: the least that any of them has.
+_LEAST_VMEM = min(generation.vmem for generation in GENERATIONS.values())
+_MOST_TOKENS, _MOST_WIDTH = 4096, 128
+
+
+def _vmem(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int) -> int:
+    """Returns the vector memory to ask for, after checking that the kernel covers these arrays."""
+    alike = len({(part.shape, part.dtype) for part in (q_BTD, k_BTD, v_BTD)}) == 1
+    require(alike, "q, k and v differ in shape or type")
+    require_axes(q_BTD.shape, "(B, T, D)")
+    _, T, D = q_BTD.shape
+    d = D // num_heads
+    require(d % 8 == 0 and d <= _MOST_WIDTH, f"heads of width {d} are no multiple of 8 up to {_MOST_WIDTH}")
+    require(T % 8 == 0 and T <= _MOST_TOKENS, f"{T} tokens are no multiple of 8 up to {_MOST_TOKENS}")
+    require(kernel.queries(T) is not None, f"{T} tokens are no whole number of blocks of queries")
+    generation = GENERATIONS.get(default_kind().model)
+    vmem = _LEAST_VMEM if generation is None else generation.vmem
+    needed = kernel.memory(T, D, q_BTD.dtype.itemsize)
+    require(needed <= vmem, f"keys and values of {T} tokens take {needed >> 20} MiB of vector memory, of {vmem >> 20}")
+    return vmem
+
+
+def attention(
+    q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, sites: dict[str, ActQuantizer]
+) -> jax.Array:
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.attention`."""
+    vmem = _vmem(q_BTD, k_BTD, v_BTD, num_heads)
+    return kernel.attention(q_BTD, k_BTD, v_BTD, heads=num_heads, vmem=vmem)
+
+
+def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, act: ActQuantizer) -> Encoded:
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.attention_codes`."""
+    vmem = _vmem(q_BTD, k_BTD, v_BTD, num_heads)
+    require(not act.dynamic, "its codes are scaled per token")
+    require_one_group(act)
+    finish = kernel.Round(act.static_range.zero_point, *act_code_range(act.bits))
+    codes = kernel.attention(q_BTD, k_BTD, v_BTD, heads=num_heads, vmem=vmem, finish=finish)
+    return Encoded(codes, *act.static_range)
