@@ -12,12 +12,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 if not os.path.exists("/dev/nvidiactl") or os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-# A program is compiled once for all processes of a run: commands, processes under JAX's switches and both workers share many.
+# A program is compiled once for all processes of a run: commands, processes under JAX's switches and both workers share many,
+# and small ones that are quick to compile are most of them.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.mkdtemp(prefix="ptq4dit-programs-")
     atexit.register(shutil.rmtree, _programs, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import json
 import re
