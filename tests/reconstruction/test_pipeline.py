@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.hashing import source_hash
 from ptq4dit_jax.numerics import threefry
+from ptq4dit_jax.quantization import pipeline as quantization_pipeline
 from ptq4dit_jax.quantization.journals import open_journal
 from ptq4dit_jax.reconstruction import reconstruct
 from ptq4dit_jax.reconstruction.learning import _compiled
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.slow  # the programs of four kinds of units are compile
 
 KEY, SETTINGS = jax.random.key(0), Reconstruction(iterations=200, batch_size=8, start="nearest")
 FROM_GPTQ = dataclasses.replace(SETTINGS, start="gptq")
+STARTS = {settings.start: settings for settings in (SETTINGS, FROM_GPTQ)}
 CONFIG = ptq.QuantConfig.of(
     weight_bits=3, balance="csb+ssc", calib_steps=4, calib_rows=30, steps=4, step_groups=2, reconstruction=SETTINGS
 )
@@ -234,10 +237,7 @@ def stop_at(unit: str, iteration: int) -> Any:
     return report
 
 
-LONGER = {start: dataclasses.replace(SETTINGS, iterations=610, start=start) for start in ("nearest", "gptq")}
-
-
-@pytest.mark.parametrize("settings", [SETTINGS, FROM_GPTQ], ids=["nearest", "gptq"])
+@pytest.mark.parametrize("settings", STARTS.values(), ids=STARTS)
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(settings, model, rows, learned, learned_from_gptq, tmp_path):
     for unit in ("block 0", "head"):
         with pytest.raises(Stop):
@@ -247,20 +247,29 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(settings, model
     assert (tmp_path / "state" / "part-004.npz").exists()
 
 
+def saved_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves inside units, whose iterations are too few for that otherwise; more of them would be other programs."""
+    monkeypatch.setattr(quantization_pipeline, "reconstruct", partial(reconstruct, save_every=60))
+
+
 SCRIPT = """
 import os, signal, sys
 sys.path[:0] = sys.argv[3:]
-import test_pipeline as t
+import pytest, test_pipeline as t
 model = t.tiny_model()
 def report(stage, done, total, note=""):
-    if stage == "reconstruct block 1" and done >= 600:
+    if stage == "reconstruct block 1" and done >= 100:
         os.kill(os.getpid(), signal.SIGKILL)
-t.quantize(model, t.rows_of(model, 0), t.LONGER[sys.argv.pop(1)], state=sys.argv[1], progress=report)
+with pytest.MonkeyPatch.context() as monkeypatch:
+    t.saved_often(monkeypatch)
+    t.quantize(model, t.rows_of(model, 0), t.STARTS[sys.argv.pop(1)], state=sys.argv[1], progress=report)
 """
 
 
-@pytest.mark.parametrize("start", LONGER)
-def test_a_run_killed_inside_a_block_goes_on_there_and_ends_with_the_same_bytes(start, model, rows, tmp_path):
+@pytest.mark.parametrize("start", STARTS)
+def test_a_run_killed_inside_a_block_goes_on_there_and_ends_with_the_same_bytes(
+    start, model, rows, learned, learned_from_gptq, tmp_path, monkeypatch
+):
     here = Path(__file__).parent
     paths = map(str, (here, here.parent, here.parent.parent))
     done = subprocess.run(
@@ -284,9 +293,10 @@ def test_a_run_killed_inside_a_block_goes_on_there_and_ends_with_the_same_bytes(
         if stage == "reconstruct block 1":
             iterations.append(done)
 
-    resumed = quantize(model, rows, LONGER[start], state=tmp_path / "state", progress=watch)
-    assert iterations == [600, 610]  # it went on from the save at 500
-    assert same_bytes(resumed, quantize(model, rows, LONGER[start]))
+    saved_often(monkeypatch)
+    resumed = quantize(model, rows, STARTS[start], state=tmp_path / "state", progress=watch)
+    assert iterations == [100, 120, 180, 200]  # it went on from the save at 60
+    assert same_bytes(resumed, {"nearest": learned, "gptq": learned_from_gptq}[start])
 
 
 @pytest.mark.parametrize("change", ["key", "settings", "weights"])
