@@ -240,7 +240,7 @@ def some_models():
         config=model.config,
     )
     made = [
-        ptq.quantize(model, QuantConfig.of(policy=policy), key=jax.random.key(0), calibration=rows)
+        ptq.quantize(model, QuantConfig.of(**helpers.PLAIN, policy=policy), key=jax.random.key(0), calibration=rows)
         for policy in ("edges8-float", "uniform")
     ]
     return [model, *made, ptq.reference(made[0])]
@@ -274,7 +274,7 @@ def test_statistics_take_what_the_hardware_multiplies_fast(monkeypatch):
     monkeypatch.setattr(observations, "channel_extremes", watch)
     model = helpers.tiny_model(depth=1)
     rows = ptq.stored_rows(x=weights(1, *model.config.image_shape), t=np.array([5]), y=np.array([1]), config=model.config)
-    quantized = ptq.quantize(model, key=jax.random.key(0), calibration=rows)
+    quantized = ptq.quantize(model, QuantConfig.of(**helpers.PLAIN), key=jax.random.key(0), calibration=rows)
     assert seen == [jax.lax.Precision.HIGH]
     assert ptq.reference(quantized).precision == FloatDiT.init(model.config, key=jax.random.key(0)).precision
     assert ptq.reference(quantized).precision == jax.lax.Precision.HIGHEST
