@@ -33,6 +33,7 @@ import helpers
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src import cache_key
 from jax.sharding import Mesh
 
 import ptq4dit_jax
@@ -44,6 +45,12 @@ from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.float_network import FloatOps
 from ptq4dit_jax.networks.ops import Ops
+
+# One device's program is that of the others, which then take it from the cache instead of compiling it seven times more. JAX
+# knows it of GPUs.
+if hasattr(cache_key, "_hash_serialized_compile_options"):
+    _hash_options = cache_key._hash_serialized_compile_options
+    cache_key._hash_serialized_compile_options = lambda found, options, **_: _hash_options(found, options, True)
 
 for _kind in annotation_checks.pytrees("ptq4dit_jax"):
     annotation_checks.watch_fields(_kind)
@@ -85,7 +92,7 @@ def few_memory_maps(compilations: Counter[str]) -> Iterator[None]:
         return  # counting takes longer than most tests
     compilations.clear()
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 45_000:
         jax.clear_caches()
 
 
