@@ -20,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.networks.parts import softmax
-from ptq4dit_jax.numerics import AnyKey, along_last, asked_dtype, at_least_float32, compute_dtype, threefry
+from ptq4dit_jax.numerics import AnyKey, along_last, asked_dtype, at_least_float32, compute_dtype, product_precision, threefry
 
 _EPS = 1e-6
 _MAX_SIZE = 2**16
@@ -111,7 +111,12 @@ class _Layer(nn.Module):
             return layer(x)
 
     def conv(self, features: int, name: str, size: int = 3, dtype: DTypeLike | None = None) -> nn.Conv:
-        return nn.Conv(features, (size, size), padding=size // 2, dtype=dtype or self.dtype, name=name)
+        dtype = dtype or self.dtype
+        padding, precision = size // 2, product_precision(dtype)
+        return nn.Conv(features, (size, size), padding=padding, dtype=dtype, precision=precision, name=name)
+
+    def dense(self, features: int, name: str) -> nn.Dense:
+        return nn.Dense(features, dtype=self.dtype, precision=product_precision(self.dtype), name=name)
 
 
 class _Resnet(_Layer):
@@ -135,15 +140,18 @@ class _Attention(_Layer):
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         B, H, W, C = x_BHWC.shape
         h_BTC = self.norm("group_norm", x_BHWC).reshape(B, H * W, C)
-        q_BTC, k_BTC, v_BTC = (nn.Dense(C, dtype=self.dtype, name=name)(h_BTC) for name in ("query", "key", "value"))
+        q_BTC, k_BTC, v_BTC = (self.dense(C, name)(h_BTC) for name in ("query", "key", "value"))
+
+        precision = product_precision(self.dtype)
 
         def attend(q_BC: jax.Array) -> jax.Array:
-            logits_BT = jnp.einsum("bc,btc->bt", q_BC, k_BTC, preferred_element_type=at_least_float32(self.dtype))
+            dtype = at_least_float32(self.dtype)
+            logits_BT = jnp.einsum("bc,btc->bt", q_BC, k_BTC, precision=precision, preferred_element_type=dtype)
             probs_BT = softmax(logits_BT * C**-0.5).astype(self.dtype)
-            return jnp.einsum("bt,btc->bc", probs_BT, v_BTC)
+            return jnp.einsum("bt,btc->bc", probs_BT, v_BTC, precision=precision)
 
         out_TBC = jax.lax.map(attend, q_BTC.swapaxes(0, 1), batch_size=min(self.queries, H * W))
-        out_BTC = nn.Dense(C, dtype=self.dtype, name="proj_attn")(out_TBC.swapaxes(0, 1))
+        out_BTC = self.dense(C, "proj_attn")(out_TBC.swapaxes(0, 1))
         return x_BHWC + out_BTC.reshape(B, H, W, C)
 
 
@@ -211,8 +219,7 @@ def init_params(config: VAEConfig, key: AnyKey) -> dict[str, Any]:
 class VAEDecoder(struct.PyTreeNode):
     """A decoder with its parameters; a pytree whose leaves are those of :func:`init_params`, all of one floating type. It
     computes in that type, or in float32 if that is float16, unless ``compute`` names another (:meth:`astype` sets it). Group
-    norms, the softmax and the last convolution are in float32 at least. ``JAX_DEFAULT_MATMUL_PRECISION`` determines the
-    precision of float32 products, because pictures are neither a reference nor codes.
+    norms, the softmax and the last convolution are in float32 at least. Products of float32 are float32 on every device.
     """
 
     params: Mapping[str, Any]
