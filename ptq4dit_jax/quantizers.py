@@ -49,11 +49,12 @@ def affine_parameters(low: jax.Array, high: jax.Array, bits: int) -> tuple[jax.A
 
 class Encoded(NamedTuple):
     """Integer activations: ``values`` int8, and ``scale`` and ``zero_point`` (int32, or None for 0) that broadcast against
-    them."""
+    them. ``sums`` are those of the values over the last axis, kept with size 1, where a kernel gives them as well."""
 
     values: Int8[Array, "*lead K"]
     scale: Float[Array, "*#lead #K"] | Float[Array, ""]
     zero_point: Int32[Array, "*#lead #K"] | Int32[Array, ""] | None
+    sums: Int32[Array, "*lead 1"] | None = None
 
 
 def broadcast_rows(per_row: jax.Array, ndim: int) -> jax.Array:

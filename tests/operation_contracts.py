@@ -58,6 +58,12 @@ def codes_of(value: np.ndarray, zero_point: int, got: Any, low: int = -128, high
     assert np.all(np.abs(np.abs(value - np.floor(value)) - 0.5)[differing] < 1e-3)
 
 
+def sums_are_of_the_codes(got: Encoded) -> None:
+    """If a backend gives them."""
+    if got.sums is not None:
+        np.testing.assert_array_equal(got.sums, np.asarray(got.values, int).sum(-1, keepdims=True))
+
+
 def gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
@@ -154,6 +160,7 @@ def _products(name: str, B: int, T: int, K: int, N: int, bits: int) -> Iterator[
 
 def _quantized(y: np.ndarray, act: ActQuantizer, got: Encoded) -> None:
     """``got`` encodes the values ``y`` in float64 by ``act``."""
+    sums_are_of_the_codes(got)
     y = y * (1 if act.balance is None else np.asarray(act.balance, np.float64))
     if act.dynamic:
         scale = np.abs(y).max(-1, keepdims=True) / (2 ** (act.bits - 1) - 1)
@@ -227,6 +234,7 @@ def _attention(name: str, B: int, T: int, A: int, d: int) -> Iterator[Case]:
     def in_unit_steps(got: Encoded, _: Backend[Any]) -> None:
         want = np.clip(np.round(value) - 9, -128, 127)
         off = np.abs(np.asarray(got.values, int) - want)
+        sums_are_of_the_codes(got)
         assert got.values.dtype == jnp.int8
         assert off.max() <= 1
         assert off.mean() < 0.1  # probabilities of bfloat16 move values of 40 by 0.1

@@ -23,7 +23,7 @@ from ptq4dit_jax.devices import default_kind
 from ptq4dit_jax.engine import choice, xla
 from ptq4dit_jax.engine.backends import Backend, NotCovered
 from ptq4dit_jax.engine.dispatch import AnyBackend, Dispatch
-from ptq4dit_jax.quantizers import pack_nibbles
+from ptq4dit_jax.quantizers import Encoded, pack_nibbles
 
 CASES = list(cases())
 
@@ -143,6 +143,7 @@ def check(got: Any, case: Case, backend: AnyBackend, mode: Mode) -> None:
         if case.operation in ("prepare", "unpack_ahead"):  # in a form that is the backend's own affair
             return
         expected = jax.eval_shape(case.call(xla.BACKEND), *case.args)
+        got = got._replace(sums=None) if isinstance(got, Encoded) else got  # which the reference does not give
         assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(got)] == [
             (leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expected)
         ]

@@ -51,5 +51,5 @@ def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_he
     require(not act.dynamic, "its codes are scaled per token")
     require_one_group(act)
     finish = kernel.Round(act.static_range.zero_point, *act_code_range(act.bits))
-    codes = kernel.attention(q_BTD, k_BTD, v_BTD, heads=num_heads, vmem=vmem, finish=finish)
-    return Encoded(codes, *act.static_range)
+    codes, sums = kernel.attention_codes(q_BTD, k_BTD, v_BTD, heads=num_heads, vmem=vmem, finish=finish)
+    return Encoded(codes, *act.static_range, sums)

@@ -6,6 +6,7 @@ A step of the grid takes some queries of one image, with all heads, and the imag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -13,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
-from ptq4dit_jax.engine.tpu.common import TILE_ROWS, Ref, row_blocks, scalar
+from ptq4dit_jax.engine.tpu.common import LANES, Ref, of_rows, row_blocks, scalar, store_codes
 from ptq4dit_jax.numerics import product_precision
 
 #: Queries per step of the grid, and logits of one head that are held at a time, both at most.
@@ -31,39 +33,61 @@ class Round(NamedTuple):
 
 def queries(tokens: int) -> int | None:
     """Returns the queries per step of the grid; None if no number of them fits."""
-    return row_blocks(tokens, min(_QUERIES, max(_LOGITS // tokens, TILE_ROWS)))
+    return row_blocks(tokens, min(_QUERIES, max(_LOGITS // tokens, LANES)))
 
 
 def memory(tokens: int, channels: int, itemsize: int) -> int:
     """Returns the bytes of vector memory that the kernel needs at most."""
     rows = queries(tokens) or tokens
-    lanes = -(-tokens // 128) * 128
+    lanes = -(-tokens // LANES) * LANES
     held = 2 * channels * (2 * tokens * itemsize + rows * (itemsize + 4)) + 4 * rows * channels
     return held + rows * lanes * (4 + 4 + itemsize)
 
 
-def attention(
-    q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, *, heads: int, vmem: int, finish: Round | None = None
-) -> jax.Array:
-    """Computes ``softmax(q k^T / sqrt(d)) v`` (B, T, D) in the inputs' type, or its codes int8 with ``finish``."""
+def attention(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, *, heads: int, vmem: int) -> jax.Array:
+    """Computes ``softmax(q k^T / sqrt(d)) v`` (B, T, D) in the inputs' type. ``vmem``: bytes of vector memory to ask for."""
+    [out] = _call(partial(_store, ends=None), [q_BTD.dtype], q_BTD, k_BTD, v_BTD, jnp.int32(0), heads, vmem)
+    return out
+
+
+def attention_codes(
+    q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, *, heads: int, vmem: int, finish: Round
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the codes (B, T, D) int8 of :func:`attention`, and their sums (B, T, 1) int32."""
+    store = partial(_store, ends=(finish.low, finish.high))
+    codes, sums = _call(store, [jnp.int8, jnp.int32], q_BTD, k_BTD, v_BTD, finish.zero_point, heads, vmem)
+    return codes, sums.reshape(*codes.shape[:2], 1)
+
+
+def _call(
+    store: Callable[..., None],
+    types: list[DTypeLike],
+    q_BTD: jax.Array,
+    k_BTD: jax.Array,
+    v_BTD: jax.Array,
+    zero_point: jax.Array,
+    heads: int,
+    vmem: int,
+) -> list[jax.Array]:
+    """Returns one array (B, T, D), and with a second type the sums of its rows (B, 1, T)."""
     B, T, D = q_BTD.shape
     rows = queries(T)
     assert rows is not None
-    dtype = q_BTD.dtype if finish is None else jnp.dtype(jnp.int8)
     some, all_rows = pl.BlockSpec((1, rows, D), lambda b, i: (b, i, 0)), pl.BlockSpec((1, T, D), lambda b, i: (b, 0, 0))
-    kernel = partial(_kernel, heads=heads, codes=None if finish is None else (finish.low, finish.high))
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip([(B, T, D), (B, 1, T)], types, strict=False)]
     return pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((B, T, D), dtype),
+        partial(_kernel, store, heads=heads),
+        out_shape=shapes,
         grid=(B, T // rows),
         in_specs=[scalar(), some, all_rows, all_rows],
-        out_specs=some,
+        out_specs=[some, of_rows(rows)][: len(types)],
         scratch_shapes=[pltpu.VMEM((rows, D), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem),
-    )(jnp.zeros(1, jnp.int32) if finish is None else finish.zero_point.reshape(1), q_BTD, k_BTD, v_BTD)
+    )(zero_point.reshape(1), q_BTD, k_BTD, v_BTD)
 
 
-def _kernel(zero_point: Ref, q: Ref, k: Ref, v: Ref, out: Ref, sums: Ref, *, heads: int, codes: tuple[int, int] | None) -> None:
+def _kernel(store: Callable[..., None], zero_point: Ref, q: Ref, k: Ref, v: Ref, *refs: Ref, heads: int) -> None:
+    *outs, attended = refs
     d = q.shape[-1] // heads
     product = partial(jax.lax.dot_general, precision=product_precision(q.dtype), preferred_element_type=jnp.float32)
     for head in range(heads):
@@ -71,9 +95,15 @@ def _kernel(zero_point: Ref, q: Ref, k: Ref, v: Ref, out: Ref, sums: Ref, *, hea
         logits = product(q[0, :, columns], k[0, :, columns], (((1,), (1,)), ((), ()))) * jnp.float32(d**-0.5)
         exp = jnp.exp(logits - logits.max(-1, keepdims=True))
         of_head = product(exp.astype(v.dtype), v[0, :, columns], (((1,), (0,)), ((), ())))
-        sums[:, columns] = of_head / exp.sum(-1, keepdims=True)
-    if codes is None:
-        out[0] = sums[:].astype(out.dtype)
+        attended[:, columns] = of_head / exp.sum(-1, keepdims=True)
+    store(attended[:], zero_point[0], *outs)
+
+
+def _store(
+    values: jax.Array, zero_point: jax.Array, out: Ref, sums: Ref | None = None, *, ends: tuple[int, int] | None
+) -> None:
+    if ends is not None:
+        values = jnp.round(values) + zero_point.astype(jnp.float32)
+        store_codes(jnp.clip(values, *map(jnp.float32, ends)), out, sums)
     else:
-        rounded = jnp.round(sums[:]) + zero_point[0].astype(jnp.float32)
-        out[0] = jnp.clip(rounded, *map(jnp.float32, codes)).astype(jnp.int32).astype(out.dtype)
+        out[0] = values.astype(out.dtype)

@@ -30,9 +30,9 @@ def modulate_encode(
         inverse = reciprocal(act.static_range.scale)
         factor = jax.numpy.broadcast_to(inverse if act.balance is None else act.balance * inverse, (D,))
         zero_point = act.static_range.zero_point
-    codes, scale = row_wise.modulate_quantize(
+    codes, sums, scale = row_wise.modulate_quantize(
         x_BTD, shift_BD, scale_BD, row_wise.Codes(factor, zero_point, *act_code_range(act.bits)), norm
     )
     if scale is not None:
-        return Encoded(codes, scale, None)
-    return Encoded(codes, *act.static_range)
+        return Encoded(codes, scale, None, sums)
+    return Encoded(codes, *act.static_range, sums)

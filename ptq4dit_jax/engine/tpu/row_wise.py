@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ptq4dit_jax.engine.tpu.common import Ref, row_blocks, scalar
+from ptq4dit_jax.engine.tpu.common import Ref, of_rows, row_blocks, scalar, store_codes
 from ptq4dit_jax.networks.ops import Norm, NormKind
 from ptq4dit_jax.quantizers import EMPTY_RANGE
 
 #: Rows per step of the grid: several float32 arrays of so many rows are held.
-_ROWS = 128
+_ROWS = 256
 
 
 class Codes(NamedTuple):
@@ -35,10 +35,10 @@ def rows_per_step(tokens: int) -> int | None:
 
 def modulate_quantize(
     x_BTD: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array, codes: Codes, norm: Norm
-) -> tuple[jax.Array, jax.Array | None]:
-    """Quantizes ``norm(x) * (1 + scale) + shift``: codes (B, T, D) int8, and scales (B, T, 1) float32 if there is one per row.
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Quantizes ``norm(x) * (1 + scale) + shift``, in float32.
 
-    Computes in float32.
+    Returns codes (B, T, D) int8, their sums (B, T, 1) int32, and scales (B, T, 1) float32 if there is one per row.
     """
     B, T, D = x_BTD.shape
     rows = rows_per_step(T)
@@ -53,14 +53,16 @@ def modulate_quantize(
         partial(_kernel, norm=norm, shifted=shift_BD is not None, scaled=bool(factors), per_row=per_row, ends=codes[2:]),
         out_shape=[
             jax.ShapeDtypeStruct((B, T, D), jnp.int8),
+            jax.ShapeDtypeStruct((B, 1, T), jnp.int32),
             *([jax.ShapeDtypeStruct((B, 1, T), jnp.float32)] if per_row else []),
         ],
         grid=(B, T // rows),
         in_specs=[scalar(), some, *[of_image] * len(vectors), *[whole] * len(factors)],
-        out_specs=[some, *([pl.BlockSpec((1, 1, rows), lambda b, i: (b, 0, i))] if per_row else [])],
+        out_specs=[some, *[of_rows(rows)] * (2 if per_row else 1)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
     )(zero_point, x_BTD, *(vector[:, None] for vector in vectors), *factors)
-    return found[0], found[1].reshape(B, T, 1) if per_row else None
+    sums, *scales = (each.reshape(B, T, 1) for each in found[1:])
+    return found[0], sums, scales[0] if per_row else None
 
 
 def _kernel(
@@ -77,12 +79,12 @@ def _kernel(
         y = y + wide(next(given))
     if scaled:
         y = y * next(given)[:]
-    codes = next(given)
+    codes, sums = next(given), next(given)
     if per_row:
         largest = jnp.abs(y).max(-1, keepdims=True)
         step = jnp.where(largest > EMPTY_RANGE, largest / high, 1.0)
         y = jnp.round(y * (1 / step))
-        next(given)[0] = step.T  # as a column it would take a whole tile for every 8 rows
+        next(given)[0] = step.T
     else:
         y = jnp.clip(jnp.round(y) + zero_point[0].astype(jnp.float32), low, high)
-    codes[0] = y.astype(jnp.int32).astype(jnp.int8)
+    store_codes(y, codes, sums)

@@ -28,15 +28,18 @@ def accumulate(x: jax.Array, codes: jax.Array) -> jax.Array:
     return _integer_product(x, codes, dims)
 
 
-def _accumulated(x: jax.Array, weight: QTensor) -> jax.Array:
-    """Multiplies int8 (..., K) by a weight's centered codes. 4-bit codes are unpacked to int8 here, just before the product:
-    XLA would widen both sides of an int8 x int4 product to int32, except on TPUs. There the product is by int4 itself, and the
-    sum of each row makes up for the zero points."""
+def _accumulated(x: Encoded, weight: QTensor) -> jax.Array:
+    """Multiplies codes (..., K) by a weight's centered codes, to int32 (..., N).
+
+    4-bit codes are unpacked to int8 here, just before the product: XLA would widen both sides of an int8 x int4 product to
+    int32, except on TPUs. There the product is by int4 itself, and the sum of each row makes up for the zero points.
+    """
     if weight.values.dtype != jnp.int4:
-        return accumulate(x, weight.codes())
+        return accumulate(x.values, weight.codes())
     assert weight.zero_point is not None
     offset = INT4_OFFSET - weight.zero_point.astype(jnp.int32)
-    return accumulate(x, weight.values) + along_last(offset, x.ndim) * x.sum(-1, keepdims=True, dtype=jnp.int32)
+    sums = x.values.sum(-1, keepdims=True, dtype=jnp.int32) if x.sums is None else x.sums
+    return accumulate(x.values, weight.values) + along_last(offset, sums.ndim) * sums
 
 
 def _integer_product(a: jax.Array, b: jax.Array, dims: jax.lax.DotDimensionNumbers) -> jax.Array:
@@ -52,7 +55,7 @@ def _integer_product(a: jax.Array, b: jax.Array, dims: jax.lax.DotDimensionNumbe
 
 def _exact(x: Encoded, weight: QTensor, bias: jax.Array) -> jax.Array:
     """Returns the result in float32 at least."""
-    out = _accumulated(x.values, weight)
+    out = _accumulated(x, weight)
     dtype = at_least_float32(x.scale.dtype, weight.scale.dtype, bias.dtype)
     scale = x.scale.astype(dtype) * along_last(weight.scale, out.ndim).astype(dtype)
     return out.astype(dtype) * scale + along_last(bias, out.ndim).astype(dtype)
