@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import PLAIN, XLA, random_inputs, relative_error, tiny_model
 from operation_contracts import drawn_weight, softmax
-from tpu_helpers import interpreted_kernels
+from tpu_interpreter import interpreted_kernels
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.devices import DeviceKind, described
