@@ -89,7 +89,7 @@ def _expected(meta: Mapping[str, Any]) -> QuantizedDiT:
     if type(num_groups) is not int or num_groups < 1:
         raise Ptq4ditError(f"The model's num_groups is {shown(num_groups)}, not a positive integer; the folder is damaged.")
     with edge("the layers of this quantized model", "its config.json lacks or garbles one; the folder is damaged"):
-        skeleton = _skeleton(config, schedule, _entry(meta, "linears"), _entry(meta, "sites"), num_groups)
+        skeleton = skeleton_of(config, schedule, _entry(meta, "linears"), _entry(meta, "sites"), num_groups)
     return skeleton.replace(dtype=dtype)
 
 
@@ -127,7 +127,7 @@ def _linear_spec(layer: QLinear) -> dict[str, Any]:
     return {"weight_bits": layer.weight.bits, "act": None if layer.act is None else _act_spec(layer.act)}
 
 
-def _skeleton(
+def skeleton_of(
     config: DiTConfig, schedule: Schedule, linears: Mapping[str, Any], sites: Mapping[str, Any], num_groups: int
 ) -> QuantizedDiT:
     """Builds the model with shapes and dtypes as leaves."""
