@@ -281,12 +281,11 @@ class Module:
         """Returns the bytes that instructions inside a fusion look at of an array of ``whole`` bytes: slices, if no more."""
         total = 0
         for user in fused.values():
-            places = [place for place, operand in enumerate(user.operands) if operand == name]
-            for place in places:
+            for place in (place for place, operand in enumerate(user.operands) if operand == name):
                 if user.opcode in _SLICES and place == 0:
                     total += user.results[0].bytes
-                elif user.opcode == "bitcast":
-                    total += self._used(fused, user.name, whole)
+                elif self._renames(user):
+                    total += whole if user.root else self._used(fused, user.name, whole)
                 elif user.opcode == "fusion":
                     inner = self.computations[user.attribute("calls")]
                     [parameter] = [i for i in inner.values() if i.opcode == "parameter" and int(i.inside) == place]
@@ -294,6 +293,15 @@ class Module:
                 elif user.opcode != "dynamic-update-slice" or place != 0:  # whose first operand is only overwritten
                     total += whole
         return total
+
+    def _renames(self, instruction: Instruction) -> bool:
+        """Whether an instruction inside a fusion only gives another shape or layout to what it is given."""
+        if instruction.opcode != "fusion":
+            return instruction.opcode == "bitcast"
+        inner = self.computations[instruction.attribute("calls")].values()
+        return "output_to_operand_aliasing=" in instruction.attributes or all(
+            part.opcode == "parameter" or self._renames(part) for part in inner
+        )
 
 
 def _in_hbm(arrays: tuple[Array, ...]) -> int:
