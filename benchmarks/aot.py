@@ -114,13 +114,20 @@ class Places:
         return cls(mesh, NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data")))
 
 
-def sampler(model: FloatDiT | QuantizedDiT, devices: list[Any], images: int, sampling: Sampling) -> Any:
-    """Lowers the chain for ``images`` samples on each device, as :func:`ptq4dit_jax.sample` calls it."""
+def arguments(
+    model: FloatDiT | QuantizedDiT, devices: list[Any], images: int, sampling: Sampling
+) -> tuple[tuple[Shared, Batch[Any]], Program]:
+    """Returns what :func:`ptq4dit_jax.sample` gives :func:`ptq4dit_jax.chain.sample_batch` for ``images`` on each device, with
+    shapes as leaves."""
     resolved, places = sampling.resolve(model.schedule, model.config), Places.on(devices)
-    count = images * len(devices)
-    numbers = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=places.rows)
+    numbers = jax.ShapeDtypeStruct((images * len(devices),), jnp.int32, sharding=places.rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
     shared = placed(Shared(model, resolved.tables(), key), places.whole)
-    program = Program.of(resolved, model.config, mesh=places.mesh)
+    return (shared, Batch[Any](numbers, numbers)), Program.of(resolved, model.config, mesh=places.mesh)
+
+
+def sampler(model: FloatDiT | QuantizedDiT, devices: list[Any], images: int, sampling: Sampling) -> Any:
+    """Lowers the chain for ``images`` samples on each device."""
+    given, program = arguments(model, devices, images, sampling)
     with described(DeviceKind.of(devices[0])):
-        return sample_batch.lower(shared, Batch(numbers, numbers), program=program)
+        return sample_batch.lower(*given, program=program)

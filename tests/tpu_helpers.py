@@ -1,0 +1,72 @@
+"""What the tests of programs for TPUs share: marks, programs with what can be read off them, and where each layer's product is.
+
+The programs are compiled ahead of time by libtpu, without a TPU, and never run. Widths are DiT-XL/2's, so that tiles and memory
+are the true ones; depth is one or two blocks. JAX_DISABLE_MOST_OPTIMIZATIONS, which the tests set, changes nothing here: the
+compiler for TPUs makes the same program with and without it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import pytest
+
+from benchmarks import aot, hlo
+from ptq4dit_jax.diffusion import Sampling
+from ptq4dit_jax.networks.dit import DiTConfig
+from ptq4dit_jax.networks.spec import Linear, Role
+
+#: For every module of such tests.
+MARKS = [pytest.mark.tpu, pytest.mark.slow, pytest.mark.skipif(bool(aot.missing()), reason=aot.missing() or "libtpu is there")]
+#: Guided images on each device, two rows each: numbers that are a size of nothing else.
+IMAGES, ROWS = 3, 6
+
+
+class Compiled(NamedTuple):
+    """A program's instructions, and its bytes on a device: at the peak, and of its arguments."""
+
+    module: hlo.Module
+    peak_bytes: int
+    argument_bytes: int
+
+
+def compiled(lowered: Any) -> Compiled:
+    """Compiles what was lowered for a TPU that is only described."""
+    with warnings.catch_warnings():
+        # Such programs can be written to JAX's cache and not be read from it.
+        warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
+        program = lowered.compile()
+    memory = program.memory_analysis()
+    return Compiled(hlo.parse(program.as_text()), memory.peak_memory_in_bytes, memory.argument_size_in_bytes)
+
+
+def network(depth: int | None = None) -> DiTConfig:
+    """DiT-XL/2, all of it or so many blocks."""
+    return DiTConfig.preset("DiT-XL/2", **({} if depth is None else {"depth": depth}))
+
+
+def sampler(model: Any, generation: str, chips: int, images: int = IMAGES) -> Compiled:
+    """The chain of 50 steps for ``images`` on each device."""
+    return compiled(aot.sampler(model, aot.devices(generation, chips), images, Sampling(steps=50)))
+
+
+def products_of(module: hlo.Module, config: DiTConfig, rows: int, linear: Linear) -> list[hlo.Product]:
+    """The products of a layer, told by their sizes. A condition layer before the modulation sees one row, since all samples
+    share the time; a modulation sees the rows, for one block or for all at once; any other layer sees all tokens."""
+    condition = next(kind for kind in config.spec.kinds if kind.role is Role.CONDITION)
+    if linear in condition.linears:
+        rows = 1
+    elif not linear.modulates:
+        rows *= config.num_tokens
+    together = {1, config.depth} if linear.modulates and linear.place.stack else {1}
+    sizes = [(sorted((n * rows * linear.K, n * linear.N * linear.K)), n * rows * linear.N) for n in together]
+    return [p for p in module.products if (sorted((p.left.size, p.right.size)), p.result.size) in sizes]
+
+
+def attention_products(module: hlo.Module, config: DiTConfig, rows: int) -> list[hlo.Product]:
+    """Both products of attention: queries with keys, and probabilities with values."""
+    logits = rows * config.num_heads * config.num_tokens**2
+    inputs = rows * config.num_tokens * config.hidden_size
+    sizes = [([inputs, inputs], logits), (sorted((logits, inputs)), inputs)]
+    return [p for p in module.products if (sorted((p.left.size, p.right.size)), p.result.size) in sizes]
