@@ -21,6 +21,7 @@ import json
 import statistics
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -190,7 +191,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = {key: getattr(arguments, key) for key in ("model", "input_size", "depth", "steps")}
     wanted: dict[str, tuple[Any, ...]]
     if arguments.run:
-        _check_devices()
+        _check_devices(arguments.out)
         settings |= {"repeats": arguments.repeats, "devices": len(jax.devices())}
         wanted = {f"{name}|{images}": (name, images) for images, name in itertools.product(arguments.images, arguments.models)}
     else:
@@ -203,8 +204,10 @@ def run(arguments: argparse.Namespace) -> None:
     document: dict[str, Any] = {**common.header(arguments), **settings, "rows": {}}
     if arguments.out.exists():
         stored = json.loads(arguments.out.read_text())
-        if all(stored.get(key) == document[key] for key in (_FIXED_RUN if arguments.run else _FIXED)):
-            document = stored
+        other = [key for key in (_FIXED_RUN if arguments.run else _FIXED) if stored.get(key) != document[key]]
+        document = document if other else stored
+        if other:
+            print(f"{arguments.out} holds results of another {', '.join(other)}, which this run replaces.", flush=True)
     missing = {name: cell for name, cell in wanted.items() if name not in document["rows"]}
     for number, (name, cell) in enumerate(missing.items(), 1):
         print(f"{number} of {len(missing)}: {name.replace('|', ', ')} ...", flush=True)
@@ -230,12 +233,15 @@ def _check_positive(arguments: argparse.Namespace) -> None:
                 raise SystemExit(f"Error: --{name.replace('_', '-')} must be positive, not {number}.")
 
 
-def _check_devices() -> None:
-    """Ends the program where this process does not drive all devices; says what is missing where they are no TPUs."""
+def _check_devices(out: Path) -> None:
+    """Ends the program where this process does not drive all devices, or where times of others would pass for a TPU's."""
     if jax.process_count() > 1:
         raise SystemExit(f"Error: {jax.process_count()} processes share the devices; run on a TPU of one host, by one process.")
-    if (platform := jax.devices()[0].platform) != "tpu":
-        print(f"These devices are no TPUs but {platform}s, whose compiler writes no estimate to compare these times with.")
+    if (platform := jax.devices()[0].platform) == "tpu":
+        return
+    if out == RUNS:
+        raise SystemExit(f"Error: these devices are no TPUs but {platform}s; name a file for their times with --out.")
+    print(f"These devices are no TPUs but {platform}s, whose compiler writes no estimate to compare these times with.")
 
 
 def main() -> None:
@@ -254,6 +260,8 @@ def main() -> None:
     arguments = parser.parse_args()
     _check_positive(arguments)
     arguments.out = arguments.out or (RUNS if arguments.run else RESULTS)
+    if arguments.table_only and not arguments.out.exists():
+        raise SystemExit(f"Error: there are no results in {arguments.out}; leave out --table-only to make them.")
     if not arguments.table_only:
         try:
             run(arguments)
@@ -263,7 +271,7 @@ def main() -> None:
     print(text)
     if arguments.out == RESULTS:
         common.put_table(PAGE, "tpu.py", text)
-    elif arguments.out == RUNS and jax.devices()[0].platform == "tpu":
+    elif arguments.out == RUNS:
         common.put_table(PAGE, "tpu.py, run", text)
 
 

@@ -93,13 +93,23 @@ def test_every_row_says_that_it_never_ran(document: dict[str, Any]) -> None:
     assert {line.count("|") for line in lines[2:]} == {11}
 
 
+def test_the_page_has_the_table_of_the_stored_results() -> None:
+    stored = json.loads(tpu.RESULTS.read_text())
+    assert tpu.table(stored) in tpu.PAGE.read_text()
+    assert {found["status"] for found in stored["rows"].values()} == {tpu.NEVER_RUN}
+    for name, found in stored["rows"].items():
+        assert name == "|".join(str(found[key]) for key in ("generation", "chips", "images", "model"))
+
+
 def options(out: Path, **changed: Any) -> argparse.Namespace:
     given = {"model": "DiT-S/8", "input_size": 8, "depth": 1, "steps": 3, "images": [1], "models": ["bf16", "w8a8"]}
     cells = {"generations": ["v5e"], "chips": [1], "run": False, "repeats": 1, "hardware": None, "commit": "abc1234"}
     return argparse.Namespace(**{**given, **cells, "out": out, **changed})
 
 
-def test_a_run_continues_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_continues_where_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     made: list[tuple[str, str]] = []
 
     def compiled(generation: str, chips: int, name: str, *_: Any) -> dict[str, Any]:
@@ -122,7 +132,9 @@ def test_a_run_continues_where_it_ended(tmp_path: Path, monkeypatch: pytest.Monk
     stored = json.loads(out.read_text())
     assert set(stored["rows"]) == {"v5e|1|1|bf16", "v5e|1|1|w8a8", "v6e|1|1|bf16", "v6e|1|1|w8a8"}
     assert (stored["hardware"], stored["libtpu"], stored["depth"]) == (tpu.NEVER_RUN, "0.0.42.1", 1)
+    assert "replaces" not in capsys.readouterr().out
     tpu.run(options(out, depth=2, models=["bf16"]))
+    assert f"{out} holds results of another depth, which this run replaces." in capsys.readouterr().out
     assert set(json.loads(out.read_text())["rows"]) == {"v5e|1|1|bf16"}
 
 
@@ -139,6 +151,7 @@ def test_without_the_compiler_it_says_what_to_install(tmp_path: Path, monkeypatc
     [
         (["--images", "1", "0"], r"--images must be positive, not 0\."),
         (["--depth", "-2"], r"--depth must be positive, not -2\."),
+        (["--table-only"], r"there are no results in .*out\.json; leave out --table-only to make them\."),
         (["--run", "--model", "DiT-Q/2"], r"Unknown DiT preset 'DiT-Q/2'; the presets are .*\."),
         (["--run", "--steps", "2000", "--model", "DiT-S/8", "--depth", "1"], r".*2000.*\."),
     ],
@@ -149,11 +162,17 @@ def test_bad_options_get_a_sentence(given: list[str], said: str, tmp_path: Path,
         tpu.main()
 
 
+def test_times_of_other_devices_do_not_pass_for_a_tpus() -> None:
+    with pytest.raises(SystemExit, match=r"^Error: these devices are no TPUs but [cg]pus; name a file .* with --out\.$"):
+        tpu.run(options(tpu.RUNS, run=True))
+    assert not tpu.RUNS.exists()
+
+
 @pytest.mark.slow
 def test_times_are_those_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run.json"
     tpu.run(options(out, run=True, repeats=3, models=["bf16", "w8a8"]))
-    assert "These devices are no TPUs but cpus" in capsys.readouterr().out
+    assert "These devices are no TPUs but " in capsys.readouterr().out
     document = json.loads(out.read_text())
     assert set(document["rows"]) == {"bf16|1", "w8a8|1"}
     for found in document["rows"].values():
@@ -163,6 +182,6 @@ def test_times_are_those_of_this_machine(tmp_path: Path, capsys: pytest.CaptureF
         assert min(found["seconds"]) <= 3 * found["step_s"] <= max(found["seconds"]) < found["first_s"]
         assert found["image_s"] * jax.device_count() == pytest.approx(3 * found["step_s"])
     table = tpu.table_of_runs(document).splitlines()
-    assert table[0].startswith("DiT-S/8, 1 blocks only, 64 px, 3 steps; cpu, ")
+    assert table[0].startswith(f"DiT-S/8, 1 blocks only, 64 px, 3 steps; {jax.devices()[0].device_kind}, ")
     assert table[4].startswith("| 1 | bfloat16 | ")
     assert table[5].endswith(f"| run on {jax.devices()[0].device_kind} |")
