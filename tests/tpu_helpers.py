@@ -8,7 +8,7 @@ compiler for TPUs makes the same program with and without it.
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pytest
 
@@ -51,22 +51,35 @@ def sampler(model: Any, generation: str, chips: int, images: int = IMAGES) -> Co
     return compiled(aot.sampler(model, aot.devices(generation, chips), images, Sampling(steps=50)))
 
 
-def products_of(module: hlo.Module, config: DiTConfig, rows: int, linear: Linear) -> list[hlo.Product]:
-    """The products of a layer, told by their sizes. A condition layer before the modulation sees one row, since all samples
-    share the time; a modulation sees the rows, for one block or for all at once; any other layer sees all tokens."""
+#: Sizes of a product's operands, in order, and of its result.
+Sizes: TypeAlias = tuple[tuple[int, int], int]
+
+
+def sizes_of(config: DiTConfig, rows: int, linear: Linear, parts: int = 1) -> set[Sizes]:
+    """The sizes by which the products of a layer are told. A condition layer before the modulation sees one row, since all
+    samples share the time; a modulation sees the rows, for one block or for all at once; any other layer sees all tokens. A
+    layer may be cut into ``parts`` products."""
     condition = next(kind for kind in config.spec.kinds if kind.role is Role.CONDITION)
     if linear in condition.linears:
         rows = 1
     elif not linear.modulates:
         rows *= config.num_tokens
     together = {1, config.depth} if linear.modulates and linear.place.stack else {1}
-    sizes = [(sorted((n * rows * linear.K, n * linear.N * linear.K)), n * rows * linear.N) for n in together]
-    return [p for p in module.products if (sorted((p.left.size, p.right.size)), p.result.size) in sizes]
+    N = linear.N // parts
+    return {(_in_order(n * rows * linear.K, n * N * linear.K), n * rows * N) for n in together}
+
+
+def _in_order(a: int, b: int) -> tuple[int, int]:
+    return min(a, b), max(a, b)
+
+
+def products_of(module: hlo.Module, sizes: set[Sizes]) -> list[hlo.Product]:
+    """The products of these sizes."""
+    return [p for p in module.products if (_in_order(p.left.size, p.right.size), p.result.size) in sizes]
 
 
 def attention_products(module: hlo.Module, config: DiTConfig, rows: int) -> list[hlo.Product]:
-    """Both products of attention: queries with keys, and probabilities with values."""
+    """Both products of attention where it is no kernel: queries with keys, and probabilities with values."""
     logits = rows * config.num_heads * config.num_tokens**2
     inputs = rows * config.num_tokens * config.hidden_size
-    sizes = [([inputs, inputs], logits), (sorted((logits, inputs)), inputs)]
-    return [p for p in module.products if (sorted((p.left.size, p.right.size)), p.result.size) in sizes]
+    return products_of(module, {((inputs, inputs), logits), (_in_order(logits, inputs), inputs)})

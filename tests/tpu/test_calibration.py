@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 import tpu_helpers
 from jax.sharding import SingleDeviceSharding
-from tpu_helpers import Compiled, attention_products, compiled, network, products_of
+from tpu_helpers import Compiled, attention_products, compiled, network, products_of, sizes_of
 
 from benchmarks import aot
 from ptq4dit_jax.calibration import HISTOGRAM_BINS, MICRO_BATCH, CalibrationData, extremes_of_rows, histograms_of_rows
@@ -62,7 +62,7 @@ def test_products_are_as_exact_as_calibration_asks(name: str, request: pytest.Fi
     module, config = program.module, network(1)
     assert len(attention_products(module, config, MICRO_BATCH)) >= 2
     for layer in ("qkv", "proj", "fc1"):  # nothing is observed behind the last fc2
-        assert products_of(module, config, MICRO_BATCH, config.spec.linears[f"blocks.{layer}"]), layer
+        assert products_of(module, sizes_of(config, MICRO_BATCH, config.spec.linears[f"blocks.{layer}"])), layer
     assert {product.types for product in module.products} == {"f32 = f32 x f32 (high)"}
     assert not any(product.one_pass for product in module.products)
     assert not module.kinds & {"bf16", "f64"}
