@@ -93,6 +93,10 @@ class Backend(Generic[LeafT]):
         """Returns why the backend does not run on a device; empty if it does."""
         return ""
 
+    def note(self, device: DeviceKind) -> str:
+        """Returns what a user should know of this backend on a device where it runs; mostly empty."""
+        return ""
+
     def why_not(self, device: DeviceKind, dtype: str) -> str:
         """Returns why the backend does not run models computing in ``dtype`` on a device, with this JAX; empty if it does."""
         if reason := self.unfit(device):

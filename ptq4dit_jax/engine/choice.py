@@ -17,7 +17,7 @@ _FORMER = {"mosaic_gpu": hopper.BACKEND.name}
 
 
 class Choice(NamedTuple):
-    """The backend that runs, and why no faster one does (empty if there is none for this device)."""
+    """The backend that runs, why no faster one does (if there is one for this device), and what to know of it here."""
 
     backend: AnyBackend
     why: str = ""
@@ -77,6 +77,6 @@ def resolve(name: str, dtype: str) -> Choice:
         if backend.platform not in (None, device.platform):
             continue
         if not (reason := backend.why_not(device, dtype)):
-            return Choice(backend, "; ".join(reasons))
+            return Choice(backend, "; ".join(filter(None, [*reasons, backend.note(device)])))
         reasons.append(reason)
     raise AssertionError("the reference runs everywhere")

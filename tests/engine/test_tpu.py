@@ -156,8 +156,10 @@ def test_what_the_kernels_refuse_has_a_reason() -> None:
 @pytest.mark.parametrize("model", GENERATIONS)
 def test_it_is_chosen_on_the_tpus_that_it_was_compiled_for(model: str) -> None:
     with described(DeviceKind("tpu", model=model)):
-        assert choice.resolve("auto", "bfloat16") == (TPU, "")
-        assert choice.resolve("auto", "float32") == (TPU, "")
+        by, note = choice.resolve("auto", "bfloat16")
+        assert by is TPU
+        assert ("save memory, not time" in note) == (model in ("TPU v4", "TPU7x"))
+        assert choice.resolve("auto", "float32") == (TPU, note)
         by, why = choice.resolve("auto", "float16")
         assert by is xla.BACKEND
         assert "float16" in why

@@ -34,6 +34,11 @@ class Tpu(Backend[jax.Array]):
             return ""
         return f"the kernels are for {', '.join(GENERATIONS)} and this is {device.model or device.platform}"
 
+    def note(self, device: DeviceKind) -> str:
+        if GENERATIONS[device.model].integer_rate > 1:
+            return ""
+        return f"a {device.model} multiplies int8 no faster than bfloat16, so that integers save memory, not time"
+
     def prepare(self, weights: Mapping[str, QTensor]) -> Mapping[str, QTensor]:
         return linear.prepare(weights)
 
