@@ -344,11 +344,11 @@ def _of_micro_batches(
 ) -> Iterator[_Seen]:
     """Yields ``program(shared, rows)`` of each micro-batch, in order, on the first device."""
     cuts = micro_batches(data.num_rows)
-    devices = sharding.devices_of(mesh)[: len(cuts)]
-    home = devices[0]
-    placed = {device: jax.device_put(shared, device) for device in devices}
+    shared, home = sharding.own(shared), sharding.home(mesh)
+    placed = {device: jax.device_put(shared, device) for device in sharding.own_devices_of(mesh, len(cuts))}
     run = lambda item, device: program(placed[device], jax.device_put(data.rows(cuts[item]), device))
-    for seen in sharding.deal_out(run, len(cuts), mesh, ahead=_ahead(row_batch)):
+    like = lambda item: jax.eval_shape(program, shared, data.rows(cuts[item]))
+    for seen in sharding.deal_out(run, len(cuts), mesh, like=like, ahead=_ahead(row_batch)):
         yield jax.device_put(seen, home)
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.tree_util import PyTreeDef
 from jaxtyping import Array, Float32, Int, Int32
 
-from ptq4dit_jax import memory, sharding
+from ptq4dit_jax import memory, processes, sharding
 from ptq4dit_jax.diffusion import ResolvedSampling, denoise, sample_keys, sample_noise
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.guidance import GuidedChannels, Predictor, predict
@@ -193,7 +193,8 @@ class Request:
             return _needed_bytes(*_signature(arguments), program) - resident
 
         def free() -> int | None:
-            return memory.free_bytes(list(placed[0].devices()))
+            here = memory.free_bytes(list(placed[0].devices()))
+            return processes.least(here) if sharding.spans_processes(self.mesh) else here
 
         if wanted is None:
             return memory.largest_batch(self.total, parts, _USEFUL_ROWS, free(), needed)
@@ -250,7 +251,7 @@ class Request:
         self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
         """Samples ``rows`` (B,): images (B, H, W, C) and kept inputs (num_kept, B, H, W, C), float32 on the host."""
-        images, inputs = jax.device_get(ready(self.begin(rows, keep_steps, decode=decode)))
+        images, inputs = sharding.to_host(self.begin(rows, keep_steps, decode=decode))
         return np.asarray(images, np.float32), np.asarray(inputs, np.float32)
 
     def batches(self, batch: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -291,10 +292,11 @@ class Request:
                 key=jax.device_put(self.key, device),
                 decoder=jax.device_put(self.decoder, device),
             )
-            for device in sharding.devices_of(mesh)[: len(cuts)]
+            for device in sharding.own_devices_of(mesh, len(cuts))
         }
         begin = lambda item, device: placed[device].begin(cuts[item])
-        dealt = sharding.deal_out(begin, len(cuts), mesh, ahead=ahead)
+        like = lambda item: jax.eval_shape(lambda: self.begin(cuts[item]))
+        dealt = sharding.deal_out(begin, len(cuts), mesh, like=like, ahead=ahead)
         outputs = (jax.device_get(ready(output)) for output in dealt)
         return self._collected(self._checked(batch, outputs), progress)
 

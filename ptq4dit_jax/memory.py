@@ -50,11 +50,13 @@ def program_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def free_bytes(devices: Sequence[jax.Device]) -> int | None:
-    """Returns the free bytes on the fullest device; None if unknown. CPU devices share the host's memory equally."""
-    if devices[0].platform == "cpu":
+    """Returns the free bytes on the fullest of this process's devices; None if unknown. CPU devices share the host's memory
+    equally."""
+    devices = [device for device in devices if device.process_index == jax.process_index()]
+    if devices and devices[0].platform == "cpu":
         host = free_on_host()
         return None if host is None else host // len(devices)
-    stats = [device.memory_stats() or {} for device in devices if device.process_index == jax.process_index()]
+    stats = [device.memory_stats() or {} for device in devices]
     if not stats or any("bytes_limit" not in device for device in stats):
         return None
     return int(min(device["bytes_limit"] - device.get("bytes_in_use", 0) for device in stats))

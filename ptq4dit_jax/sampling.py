@@ -225,7 +225,7 @@ def _prepare(
     sharding.data_size(mesh)  # raises on a mesh that cannot be used
 
     model, decoder = sharding.replicate(mesh, (model, decoder))
-    small = tables, threefry(key)
+    small = tables, threefry(sharding.own(key))
     # Without a mesh, the call itself transfers small arrays to its device, all at once. Placed one by one, a dozen arrays took
     # 1.5 ms of every call on an H200, about as long as a step of DiT-XL/2 for one image.
     tables, key = small if mesh is None else sharding.replicate(mesh, small)

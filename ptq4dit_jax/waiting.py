@@ -53,3 +53,20 @@ def in_background(function: Callable[[], _Result]) -> Callable[[], _Result]:
 
     threading.Thread(target=run, daemon=True).start()
     return result
+
+
+def within(seconds: float, function: Callable[[], _Result]) -> _Result:
+    """Runs ``function`` in a thread, and returns its result or raises its error; or raises ``TimeoutError`` after ``seconds``,
+    and leaves it running."""
+    done = threading.Event()
+
+    def run() -> _Result:
+        try:
+            return function()
+        finally:
+            done.set()
+
+    result = in_background(run)
+    if not done.wait(seconds):
+        raise TimeoutError
+    return result()

@@ -376,10 +376,10 @@ def test_the_devices_share_the_rows(mesh8: Any) -> None:
         return jax.device_put(np.float32(item), device)
 
     mesh = sharding.data_mesh(mesh8.devices.ravel()[:3])
-    results = sharding.deal_out(run, 8, mesh, ahead=2)
+    results = sharding.deal_out(run, 8, mesh, like=lambda item: jnp.zeros(()), ahead=2)
     assert float(next(results)) == 0
     assert len(begun) == 6
     assert [float(result) for result in results] == [1, 2, 3, 4, 5, 6, 7]
     assert sorted(begun, key=lambda pair: pair[0]) == [(item, mesh.devices[item % 3]) for item in range(8)]
-    alone = list(sharding.deal_out(lambda item, device: (item, device), 3, None))
+    alone = list(sharding.deal_out(lambda item, device: (item, device), 3, None, like=lambda item: (item, None)))
     assert alone == [(0, None), (1, None), (2, None)]
