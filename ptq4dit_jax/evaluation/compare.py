@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
+from ptq4dit_jax import sharding
 from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import metrics
@@ -269,6 +270,7 @@ def compare(
     _check_models(reference, others)
     _check_counts(sqnr_steps, sqnr_rows, batch_size)
     progress = progress or silent
+    reference, others, decoder, key = sharding.own((reference, dict(others), decoder, key))
     reference = reference.astype(jnp.float32)
     labels_N = check_labels(labels, reference.config)
     resolved = sampling.resolve(reference.schedule, reference.config)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from ptq4dit_jax import processes
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.checkpoints.float_dit import model_meta
 from ptq4dit_jax.config import QuantConfig
@@ -18,7 +19,7 @@ from ptq4dit_jax.hashing import content_hash
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.numerics import AnyKey
 from ptq4dit_jax.progress import StageProgress
-from ptq4dit_jax.reconstruction import Journal, units
+from ptq4dit_jax.reconstruction import Journal, SharedJournal, units
 
 
 def open_journal(
@@ -47,7 +48,8 @@ def open_journal(
         "software": {name: _version(name) for name in ("ptq4dit-jax", "jax", "jaxlib")},
         "device": {"platform": default().platform, "kind": default().device_kind},
     }
-    return Journal(Path(state), fingerprint, fresh=fresh)
+    kind = SharedJournal if processes.several() else Journal
+    return kind(Path(state), fingerprint, fresh=fresh)
 
 
 def _version(package: str) -> str:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ptq4dit_jax import sharding
+from ptq4dit_jax import processes, sharding
 from ptq4dit_jax.calibration import CalibrationData, sample_trajectories
 from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.engine import Provenance, QuantizedDiT
@@ -72,6 +72,7 @@ def quantize(
       Ptq4ditError: an invalid argument; NaN or infinity in the weights, the calibration rows, their statistics or the result; a
         result of too poor quality, unless ``keep_poor``.
     """
+    model, key, calibration = sharding.own((model, key, calibration))
     config, key, progress = (config or QuantConfig()).for_network(model.config), threefry(key), progress or silent
     if row_batch is not None and row_batch < 1:
         raise Ptq4ditError(f"row_batch must be positive, not {row_batch}.")
@@ -103,7 +104,7 @@ def _quantized(
     """Runs the stages of :func:`quantize`, with arguments checked and the journal open."""
     # On one device, like all that is computed from it. Several devices run one program each (:func:`sharding.deal_out`); the
     # rest is a program of one.
-    model = jax.device_put(model.astype(jnp.float32), sharding.devices_of(mesh)[0])
+    model = jax.device_put(model.astype(jnp.float32), sharding.home(mesh))
     model = dataclasses.replace(model, precision=CALIBRATION)
     tell = lambda stage: lambda done, total: report(stage, done, total)
     source = "given" if calibration is not None else f"sampled, key {jax.random.key_data(key).tolist()}"
@@ -120,10 +121,11 @@ def _quantized(
     balanced = balance(
         model, config, observed, calibration, row_batch=row_batch, mesh=mesh, progress=tell("try ways of balancing")
     )
+    balanced = processes.agreed(balanced)
     folded = balanced.folded
     with in_one(report, "choose activation ranges"):
         ranged = choose_ranges(balanced, config, observed, calibration, row_batch=row_batch, mesh=mesh)
-    quantized = pack(balanced, ranged, config, observed, progress=tell("choose weight ranges"))
+    quantized = processes.agreed(pack(balanced, ranged, config, observed, progress=tell("choose weight ranges")))
     _check_result(quantized)
     facts = {
         "source_sha256": source_sha256(),
@@ -163,7 +165,7 @@ def _quantized(
     _check_quality(quality, model.schedule.objective, keep_poor, None if journal is None else journal.folder)
     facts["quality"] = quality.to_dict()
     quantized = sharding.replicate(mesh, quantized)
-    return dataclasses.replace(quantized, provenance=Provenance(facts))
+    return dataclasses.replace(quantized, provenance=Provenance(processes.on_first(lambda: facts)))
 
 
 def _check_quality(quality: Quality, objective: str, keep_poor: bool, learned: Path | None) -> None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ptq4dit_jax import sharding
+from ptq4dit_jax import processes, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import RowsOn
 from ptq4dit_jax.devices import default_kind
@@ -81,13 +81,13 @@ def round_unit(
     """
     inputs, nearest = UnitInputs(walk, unit), walk.nearest(unit)
     rounded = nearest
-    home = sharding.devices_of(walk.mesh)[0]
+    home = sharding.home(walk.mesh)
     layers = dict[str, RoundedWeight]()
     for done, layer in enumerate(unit.layers):
         params = walk.params(unit, layer)
         moments = inputs.moments(layer, rounded if sequential else nearest)
         arguments = jax.device_put((params["kernel"], nearest.weights[layer], moments), home)
-        found = ready(_rounded(*arguments, search=search, follow=sequential))
+        found = processes.agreed(ready(_rounded(*arguments, search=search, follow=sequential)))
         layers[layer] = found
         rounded = rounded.with_layer(layer, found.weight, params["bias"] + found.bias)
         progress(f"round {unit.name}", done + 1, len(unit.layers), f"error {float(found.error):.3f} x nearest")
@@ -147,8 +147,7 @@ def round_closed_form(
         walk.advance(unit, outputs, rows.target)
         done.append((unit, rounded if kept else nearest))
         facts.append(_facts(unit, before, after, kept, layers))
-    home = sharding.devices_of(mesh)[0]
-    return assemble(quantized, jax.device_put(done, home)), facts
+    return assemble(sharding.own(quantized), jax.device_put(done, sharding.home(mesh))), facts
 
 
 def _facts(unit: Unit, before: jax.Array, after: jax.Array, kept: bool, layers: Mapping[str, RoundedWeight]) -> dict[str, Any]:

@@ -148,7 +148,9 @@ class LearningWalk(Walk):
     def rows(self, unit: Unit) -> Rows[HeldRows]:
         rows = super().rows(unit)
         if self.settings.row_weights == "steps" and unit.kind.stack is not None:
-            weight = self._place(np.asarray(_step_weights(self.float_x, rows.target, self.step, self.num_steps)))
+            weight = self._place(
+                np.asarray(sharding.to_host(_step_weights(self.float_x, rows.target, self.step, self.num_steps)))
+            )
             rows = rows.replace(weight=weight)
         return rows
 

@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
 from jaxtyping import Float32, Int32, Shaped
 
 from ptq4dit_jax import sharding
@@ -53,15 +52,15 @@ class UnitInputs:
         self._walk, self._unit = walk, unit
         inputs, exact = walk.inputs(unit)
         rows = _Seen(inputs=inputs, float_inputs=exact, group=walk.group, share=walk.share)
-        self._lanes = _lanes(rows, walk.chunks, walk.mesh)
-        self._devices = sharding.devices_of(walk.mesh)
-        self._lane = partial(_lane, devices=len(self._devices), each=walk.chunks // len(self._devices))
+        self._lanes = _lanes(rows, walk.chunks)
+        devices = len(sharding.devices_of(walk.mesh))
+        self._lane = partial(_lane, devices=devices, each=walk.chunks // devices)
         fixed = (walk.act_quantizers(unit), *walk.float_unit(unit))
-        self._fixed = {device: jax.device_put(fixed, device) for device in self._devices}
+        self._fixed = {device: jax.device_put(fixed, device) for device in sharding.own_devices_of(walk.mesh)}
 
     def moments(self, layer: str, rounded: RoundedUnit) -> InputMoments[jax.Array]:
         """Returns the moments of a layer's input over all rows, with the unit as ``rounded``: arrays on the first device."""
-        unit, (home, *_) = self._unit, self._devices
+        unit, home = self._unit, sharding.home(self._walk.mesh)
         _, params, _ = self._fixed[home]
         networks = {device: _Networks(jax.device_put(rounded, device), *fixed) for device, fixed in self._fixed.items()}
         site = unit.kind.site_of[layer]
@@ -77,10 +76,11 @@ class UnitInputs:
             return moments
 
         nothing = jax.device_put(InputMoments.start(jnp.zeros(params[layer]["kernel"].shape[0])), home)
-        start = _about_mean(through(home, self._lanes[0], nothing, 1))
+        deal_out = partial(sharding.deal_out, mesh=self._walk.mesh, like=lambda item: nothing)
+        [start] = deal_out(lambda _, device: _about_mean(through(device, self._lanes[0], nothing, 1)), 1)
         size = self._walk.group.shape[0]
         run = lambda item, device: through(device, self._lanes[self._lane(item)], jax.device_put(start, device), size)
-        found = sharding.deal_out(run, self._walk.chunks, self._walk.mesh)
+        found = deal_out(run, self._walk.chunks)
         by_lane = {self._lane(item): jax.device_put(m, home) for item, m in enumerate(found)}
         return _total([by_lane[lane] for lane in range(self._walk.chunks)])
 
@@ -90,24 +90,20 @@ def _lane(item: int, devices: int, each: int) -> int:
     return item % devices * each + item // devices
 
 
-def _lanes(rows: _Seen, chunks: int, mesh: Mesh | None) -> list[_Seen]:
-    """Cuts rows (M, B, ...) into ``chunks`` of their strata, each an array on the one device that holds it."""
+def _lanes(rows: _Seen, chunks: int) -> dict[int, _Seen]:
+    """Cuts rows (M, B, ...) into ``chunks`` of their strata, each an array on the one device that holds it: those that are on
+    this process's devices, by their number."""
     leaves, structure = jax.tree.flatten(rows)
 
-    def cut(leaf: HeldRows) -> list[HeldRows]:
-        if mesh is None or not isinstance(leaf, jax.Array):
-            held = [leaf]
-        else:
-            shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[1].start or 0)
-            held = [shard.data for shard in shards]
-        return [lane for array in held for lane in _split(array, chunks // len(held))]
+    def cut(leaf: HeldRows) -> dict[int, HeldRows]:
+        size = leaf.shape[1] // chunks
+        shards = leaf.addressable_shards if isinstance(leaf, jax.Array) else ()
+        held = [(shard.index[1].start or 0, shard.data) for shard in shards] or [(0, leaf)]
+        starts = [(start, array, at) for start, array in held for at in range(0, array.shape[1], size)]
+        return {(start + at) // size: array[:, at : at + size] for start, array, at in starts}
 
-    return [jax.tree.unflatten(structure, lane) for lane in zip(*map(cut, leaves), strict=True)]
-
-
-def _split(array: HeldRows, chunks: int) -> list[HeldRows]:
-    size = array.shape[1] // chunks
-    return [array[:, start : start + size] for start in range(0, chunks * size, size)]
+    cuts = [cut(leaf) for leaf in leaves]
+    return {lane: jax.tree.unflatten(structure, [of_leaf[lane] for of_leaf in cuts]) for lane in sorted(cuts[0])}
 
 
 @partial(jax.jit, static_argnames=("config", "kind", "site"))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ptq4dit_jax import memory, sharding
+from ptq4dit_jax import memory, processes, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import RowsOn
 from ptq4dit_jax.engine import QuantizedDiT, site_quantizers
@@ -25,7 +25,6 @@ from ptq4dit_jax.reconstruction.fake_quant import scaled
 from ptq4dit_jax.reconstruction.optimize import Rows
 from ptq4dit_jax.reconstruction.rounded_units import RoundedUnit
 from ptq4dit_jax.reconstruction.units import Unit
-from ptq4dit_jax.waiting import ready
 
 #: On the device, or on the host with ``plan.on_host``.
 HeldRows: TypeAlias = jax.Array | np.ndarray
@@ -73,6 +72,7 @@ class Walk(abc.ABC):
         precision: jax.lax.Precision = EXACT,
         rows_on: RowsOn = "auto",
     ) -> None:
+        folded, quantized = sharding.own((folded, quantized))
         self.folded, self.quantized, self.mesh = folded, quantized, mesh
         self.config = folded.config
         self.batch_size, self.chunks, self.dtype, self.precision = batch_size, chunks, dtype, precision
@@ -106,6 +106,7 @@ class Walk(abc.ABC):
         hidden = self.batch_size * config.num_tokens * config.hidden_size * jnp.dtype(self.dtype).itemsize
         models = sum(leaf.nbytes for leaf in jax.tree.leaves((self.folded.params, self.quantized)))
         limit = memory.device_limit()
+        limit = processes.least(limit) if sharding.spans_processes(self.mesh) else limit
         rows = 4 * size * hidden // sharding.data_size(self.mesh)  # float and quantized state, and the next of each
         on_host = rows_on == "host"
         step = self._step_bytes(size, on_host)
@@ -163,7 +164,7 @@ class Walk(abc.ABC):
         """Returns the rounded unit's outputs for the rows, (M, B, ...), and its mean squared error () float32."""
         shared = _fake_quantized(*sharding.replicate(self.mesh, (rounded, self.act_quantizers(unit), self.tables(unit))))
         outputs, errors = self._over_rows(optimize.rounded_outputs, shared, unit, rows)
-        return outputs, jnp.maximum(np.asarray(ready(errors)).mean(dtype=np.float64).astype(np.float32), TINY)
+        return outputs, jnp.maximum(np.asarray(sharding.to_host(errors)).mean(dtype=np.float64).astype(np.float32), TINY)
 
     def _over_rows(
         self,
@@ -189,7 +190,7 @@ class Walk(abc.ABC):
 
         def one(m: int) -> tuple[np.ndarray, np.ndarray]:
             batch = jax.tree.map(lambda leaf: leaf[m : m + 1], rows)
-            return jax.device_get(ready(run(sharding.shard(self.mesh, batch, axis=1))))
+            return sharding.to_host(run(sharding.shard(self.mesh, batch, axis=1)))
 
         outputs, errors = zip(*(one(m) for m in range(self.group.shape[0])), strict=True)
         return np.concatenate(outputs), np.concatenate(errors)

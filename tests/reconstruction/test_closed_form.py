@@ -109,8 +109,8 @@ def test_parts_hold_each_row_once_on_the_device_that_sums_it(devices, mesh8):
     strata = {1: 32, 2: 32, 3: 33, 8: 32}[devices]
     x = sharding.shard(mesh, np.arange(5 * strata, dtype=np.int32).reshape(5, strata), axis=1)
     parts = 8 if 8 % devices == 0 else devices
-    lanes = moments._lanes(moments._Seen((x,), (x,), x, x.astype(jnp.float32)), parts, mesh)
-    np.testing.assert_array_equal(np.concatenate([lane.group for lane in lanes], axis=1), x)
+    lanes = moments._lanes(moments._Seen((x,), (x,), x, x.astype(jnp.float32)), parts)
+    np.testing.assert_array_equal(np.concatenate([lane.group for lane in lanes.values()], axis=1), x)
     for item in range(parts):
         lane = lanes[moments._lane(item, devices, parts // devices)].group
         assert jnp.asarray(lane).devices() == {sharding.devices_of(mesh)[item % devices] or jax.devices()[0]}
