@@ -15,8 +15,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from ptq4dit_jax import processes
 
 
 class _Borrowed(np.ndarray):
@@ -43,7 +46,12 @@ def _handler() -> Iterator[ocp.PyTreeCheckpointHandler]:
             stack.callback(setattr, logger, "disabled", logger.disabled)
             logger.disabled = True
         try:
-            with contextlib.closing(ocp.PyTreeCheckpointHandler(use_compression=False)) as handler:
+            # Each process reads for itself, and process 0 writes alone: what is saved is whole on each host.
+            alone = ocp.options.MultiprocessingOptions(
+                primary_host=jax.process_index(), active_processes={jax.process_index()}, barrier_sync_key_prefix="ptq4dit"
+            )
+            options = {"multiprocessing_options": alone} if processes.several() else {}
+            with contextlib.closing(ocp.PyTreeCheckpointHandler(use_compression=False, **options)) as handler:
                 yield handler
         except Exception as error:
             time.sleep(0.1)  # operations beside the failed one still report to its event loop, now closed

@@ -30,7 +30,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ptq4dit_jax import memory
+from ptq4dit_jax import memory, processes, sharding
 from ptq4dit_jax.checkpoints import orbax_arrays
 from ptq4dit_jax.checkpoints.addresses import address_of
 from ptq4dit_jax.documents import parse_json, read_json
@@ -61,7 +61,7 @@ def write(path: str | os.PathLike[str], arrays: Arrays, meta: Mapping[str, Any],
     Args:
       path: the folder to make; its parents are made too.
       arrays: at least one, flat, of any shape; bool, integers of 8 to 64 bits, floats of 16 to 64 bits, bfloat16. JAX arrays
-        may be sharded or replicated over the devices of this process. Saving makes no second host copy of them.
+        may be sharded or replicated. Saving makes no second host copy of them.
       meta: what JSON can hold, with a string ``kind``. Software versions are added under ``provenance``.
       overwrite: replace the model in an existing folder, or fill an empty one. Other files in that folder stay.
 
@@ -72,8 +72,6 @@ def write(path: str | os.PathLike[str], arrays: Arrays, meta: Mapping[str, Any],
       Ptq4ditError: ``path`` exists (or holds anything but a model, with ``overwrite``), cannot be written, or something given
         cannot be stored.
     """
-    if jax.process_count() > 1:
-        raise Ptq4ditError(f"Saving works from a single process only, and this run has {jax.process_count()}.")
     if not isinstance(meta.get("kind"), str) or set(meta).intersection(_OWN_KEYS):
         raise ValueError(f"meta needs a string 'kind' and none of {_OWN_KEYS}; it has {sorted(meta)}")
     if not arrays:
@@ -85,6 +83,11 @@ def write(path: str | os.PathLike[str], arrays: Arrays, meta: Mapping[str, Any],
     config["arrays"] = {name: {"shape": host[name].shape, "dtype": host[name].dtype.name} for name in sorted(host)}
     config["content_sha256"] = content_hash(host)
     _to_json(config)  # before anything touches the disk
+    processes.on_first(lambda: _write(target, host, config, overwrite))
+    return target
+
+
+def _write(target: Path, host: Mapping[str, np.ndarray], config: dict[str, Any], overwrite: bool) -> None:
     with staging(target) as staged:
         _check_replaceable(target, overwrite)
         staged.mkdir()
@@ -97,7 +100,6 @@ def write(path: str | os.PathLike[str], arrays: Arrays, meta: Mapping[str, Any],
         _check_readable(staged)
         _check_replaceable(target, overwrite)
         _publish(staged, target, config["config_sha256"])
-    return target
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -296,7 +298,7 @@ def _to_host(name: str, array: np.ndarray | jax.Array) -> np.ndarray:
         raise Ptq4ditError(
             f"The array {name!r} is of type {dtype}, which cannot be saved; cast it to a NumPy type or bfloat16."
         )
-    return native(array)
+    return native(sharding.own(array))
 
 
 def _software_versions() -> dict[str, str]:

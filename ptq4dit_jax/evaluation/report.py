@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ptq4dit_jax import processes
 from ptq4dit_jax.devices import in_use
 from ptq4dit_jax.engine import LayerReport
 from ptq4dit_jax.errors import Ptq4ditError
@@ -59,7 +60,7 @@ def write_report(
     """
     target = Path(folder).expanduser().resolve()
     learned, rounded, balanced = learned_units(reconstruction), rounded_units(rounding), balanced_sites(balancing)
-    _check_replaceable(target, overwrite)
+    processes.on_first(lambda: _check_replaceable(target, overwrite))
     everything = {**comparison.settings, **settings}
     document = {
         "title": title,
@@ -71,13 +72,17 @@ def write_report(
         "settings": plain(everything),
         "provenance": _provenance(),
     }
-    with staging(target) as staged:
-        staged.mkdir()
-        pictures = _write_pictures(staged, comparison, learned, rounded)
-        (staged / "report.md").write_text(_page(comparison, document, pictures), encoding="utf-8")
-        (staged / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        _check_replaceable(target, overwrite)
-        exchange(staged, target)
+
+    def write() -> None:
+        with staging(target) as staged:
+            staged.mkdir()
+            pictures = _write_pictures(staged, comparison, learned, rounded)
+            (staged / "report.md").write_text(_page(comparison, document, pictures), encoding="utf-8")
+            (staged / "report.json").write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            _check_replaceable(target, overwrite)
+            exchange(staged, target)
+
+    processes.on_first(write)
     return target
 
 
