@@ -21,7 +21,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
-from ptq4dit_jax import memory, unfinished
+from ptq4dit_jax import memory, processes, unfinished
 from ptq4dit_jax.errors import Ptq4ditError
 
 _SAID = {"SIGINT": "Interrupted", "SIGTERM": "Terminated", "SIGHUP": "Hung up"}
@@ -35,7 +35,8 @@ _CLOSED = 128 + 13  # SIGPIPE, which Windows does not name
 
 
 def status_of(program: Callable[[], object]) -> int:
-    """Runs a program and returns its exit status; a user's mistake or too little memory gives one sentence on stderr and 1."""
+    """Runs a program and returns its exit status; a user's mistake, too little memory or the loss of another process gives one
+    sentence on stderr and 1."""
     try:
         program()
     except Ptq4ditError as error:
@@ -44,9 +45,12 @@ def status_of(program: Callable[[], object]) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
-        if not memory.is_short(error):
+        if memory.is_short(error):
+            print(f"Error: {memory.SHORT}.", file=sys.stderr)
+        elif processes.is_lost(error):
+            print(f"Error: {processes.lost(error)}", file=sys.stderr)
+        else:
             raise
-        print(f"Error: {memory.SHORT}.", file=sys.stderr)
         return 1
     return 0
 
@@ -69,6 +73,8 @@ def run(program: Callable[[], object]) -> NoReturn:
                 ending.leave(ending.number)
             if outputs.failed is not None:
                 outputs.leave()
+    if status and processes.leave():
+        os._exit(status)
     sys.exit(status)
 
 

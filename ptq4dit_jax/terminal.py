@@ -29,7 +29,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ptq4dit_jax import checkpoints, memory, sampling, sharding
+from ptq4dit_jax import checkpoints, memory, processes, sampling, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
@@ -112,7 +112,10 @@ def print_layers(rows: Sequence[Mapping[str, Any]]) -> None:
 def devices_line() -> str:
     """Describes the devices that will be used."""
     devices = in_use()
-    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+    owners = len({device.process_index for device in devices})
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})" + (
+        f" in {owners} processes" if owners > 1 else ""
+    )
 
 
 def to_run(model: _Model, dtype: str, backend: str) -> _Model:
@@ -349,11 +352,15 @@ def check_target(path: Path | None, overwrite: bool, folder_with: str | None = N
 
 def claim_target(context: typer.Context, path: Path | None, overwrite: bool, folder_with: str | None = None) -> None:
     """Checks with :func:`check_target`, and keeps other processes from writing the output until ``context``'s command ends."""
-    check_target(path, overwrite, folder_with)
-    if path is not None:
-        context.with_resource(claim(path))
-        check_target(path, overwrite, folder_with)  # another run may have written it, or the claim put an old report back
-        expect(path)
+
+    def claimed() -> None:
+        check_target(path, overwrite, folder_with)
+        if path is not None:
+            context.with_resource(claim(path))
+            check_target(path, overwrite, folder_with)  # another run may have written it, or the claim put an old report back
+            expect(path)
+
+    processes.on_first(claimed)
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object], *, overwrite: bool = False) -> Path:
@@ -375,4 +382,5 @@ def write_json(path: Path | None, figures: Mapping[str, Any]) -> None:
     """Writes a command's figures as JSON, if a path was asked for."""
     if path is not None:
         text = json.dumps(figures, indent=2) + "\n"
-        console.print(f"Figures: {write_file(path, lambda file: file.write(text.encode()), overwrite=True)}")
+        write = lambda: str(write_file(path, lambda file: file.write(text.encode()), overwrite=True))
+        console.print(f"Figures: {processes.on_first(write)}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ptq4dit_jax import checkpoints
+from ptq4dit_jax import checkpoints, processes
 from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.checkpoints.foreign.options import ImportOptions
 from ptq4dit_jax.cli.derived import Given, Group, Settings, with_options
@@ -61,7 +61,7 @@ def convert(
         console.print(note)
     with working(f"Writing {dst}"):
         if to == "meta":
-            where = foreign.export_meta(model, dst, overwrite=written.overwrite)
+            where = Path(processes.on_first(lambda: str(foreign.export_meta(model, dst, overwrite=written.overwrite))))
         else:
             where = checkpoints.save(model, dst, provenance={"source": src, **facts}, overwrite=written.overwrite)
     console.print(f"{'Weights' if to == 'meta' else 'Model'}: {where}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 #: What the commands do, by name: the first lines of their own help.
@@ -15,9 +17,47 @@ COMMANDS = {
 }
 
 
+_PANEL = "Several hosts"
+
+
+def _connect(
+    context: typer.Context,
+    distributed: Annotated[
+        bool,
+        typer.Option(
+            "--distributed",
+            help="Run as one of several processes, one on each host of a pod or cluster, with the devices of all of them. "
+            "Start the same command on every host. Process 0 writes and prints. JAX detects TPU pods, Slurm, Open MPI and "
+            "Kubernetes; elsewhere, also pass the other three.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of process 0 and a free port there, the same in all processes: 10.0.0.1:1234.",
+            envvar="JAX_COORDINATOR_ADDRESS",
+            metavar="HOST:PORT",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(help="How many processes there are.", envvar="JAX_NUM_PROCESSES", rich_help_panel=_PANEL)
+    ] = None,
+    process_id: Annotated[
+        int | None,
+        typer.Option(help="Which of them this is, from 0.", envvar="JAX_PROCESS_ID", rich_help_panel=_PANEL),
+    ] = None,
+) -> None:
+    from ptq4dit_jax.cli.distributed import connect
+
+    connect(context, distributed, coordinator, num_processes, process_id)
+
+
 def program() -> typer.Typer:
     """Makes the program without its commands."""
     return typer.Typer(
+        callback=_connect,
         name="ptq4dit",
         help="Post-training quantization of Diffusion Transformers: W8A8 and W4A8 with real integers, in JAX.",
         epilog="A MODEL is a folder written by this program, a checkpoint of another code base (see convert), the address of"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
 
-from ptq4dit_jax import checkpoints, quantization
+from ptq4dit_jax import checkpoints, processes, quantization
 from ptq4dit_jax.calibration import CalibrationData, stored_rows
 from ptq4dit_jax.cli.derived import Given, Group, Settings, with_options
 from ptq4dit_jax.cli.options import ModelArgument, Seed, Written
@@ -145,8 +146,7 @@ def quantize(
     written.claim(context, out, "config.json")
     state = None if config.learning is None else journal_beside(out)
     if state is not None:
-        context.with_resource(claim(state))
-        expect_journal(state, fresh=conduct.fresh)
+        processes.on_first(partial(_claim_journal, context, state, conduct.fresh))
     dit = load_model(model)
     if not isinstance(dit, FloatDiT):
         raise Ptq4ditError(f"{model} is quantized already; quantize the float model that it came from.")
@@ -177,7 +177,7 @@ def quantize(
     print_layers(layers)
     with working(f"Writing {out}"):
         where = checkpoints.save(quantized, out, provenance={"source": model, "seed": seed}, overwrite=written.overwrite)
-    if state is not None and not forget_journal(state):
+    if state is not None and not processes.on_first(partial(forget_journal, state)):
         console.print(f"The state of the reconstruction, which is of no more use, could not be removed: {state}")
     quality = Quality.of(quantized)
     _print_result(dit, quantized, quality, seconds)
@@ -190,6 +190,11 @@ def quantize(
         "settings": quantized.provenance.facts["settings"],
     }
     written.figures({**figures, "layers": layers, "out": str(out)})
+
+
+def _claim_journal(context: typer.Context, state: Path, fresh: bool) -> None:
+    context.with_resource(claim(state))
+    expect_journal(state, fresh=fresh)
 
 
 def _print_result(dit: FloatDiT, quantized: QuantizedDiT, quality: Quality | None, seconds: float) -> None:

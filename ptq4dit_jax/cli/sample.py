@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
 
-from ptq4dit_jax import sampling
+from ptq4dit_jax import processes, sampling
 from ptq4dit_jax.checkpoints import Model
 from ptq4dit_jax.cli.derived import Given, Group, Settings, with_options
 from ptq4dit_jax.cli.options import BatchSize, Decoding, ModelArgument, Repeat, Seed, Written
@@ -115,11 +116,20 @@ def sample(
             if out.suffix == ".png"
             else (lambda file: write_samples(file, images(), len(wanted), named))
         )
-        where = write_file(out, write, overwrite=written.overwrite)
+        where = _written_by_first(lambda: write_file(out, write, overwrite=written.overwrite), images)
     seconds = time.perf_counter() - started
     console.print(f"{len(wanted)} images in {seconds:.1f} s, compilation included")
     console.print(f"Images: {where}")
     written.figures({"images": len(wanted), "seconds": seconds, **resolved.to_dict(), "seed": seed, "out": str(out)})
+
+
+def _written_by_first(write: Callable[[], Path], images: Callable[[], Iterator[np.ndarray]]) -> Path:
+    """Has process 0 write the images; the others make their share of them."""
+    if processes.is_first():
+        where = write()  # if it fails, this process ends, and the others with it, since they wait for its share
+    else:
+        deque(images(), maxlen=0)
+    return Path(processes.on_first(lambda: str(where)))
 
 
 def _check_pictures(name: str, model: Model, out: Path, decoding: Decoding) -> None:
