@@ -1,0 +1,112 @@
+"""What one of several processes does, or the only one: ``python run_of_several.py PART FOLDER [PORT COUNT INDEX]``.
+
+Each part writes what it found as ``FOLDER/PART-INDEX.npz``. Process 0 alone can write to what is named below ``FOLDER``; the
+others are given names below ``/proc``, where nobody can write.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import helpers
+import jax
+import numpy as np
+
+import ptq4dit_jax as ptq
+from ptq4dit_jax import calibration, processes, sharding
+from ptq4dit_jax.config import Reconstruction
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.evaluation import compare
+
+PART, FOLDER = sys.argv[1], Path(sys.argv[2])
+PORT, COUNT, INDEX = map(int, sys.argv[3:6]) if len(sys.argv) > 3 else (0, 1, 0)
+if COUNT > 1:
+    jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, INDEX, heartbeat_timeout_seconds=20)
+
+MESH, KEY = ptq.data_mesh(), jax.random.key(1)
+MODEL = helpers.tiny_model(depth=1)
+LABELS = np.arange(11) % 5
+#: 44 rows are 11 micro-batches, more than devices.
+SETTINGS = {"calib_steps": 2, "calib_rows": 44, "steps": 3, "step_groups": 2, "weight_bits": 4, "balance": "csb+ssc"}
+RECONSTRUCTION = Reconstruction(iterations=6, batch_size=8)
+
+
+def writable(name: str) -> Path:
+    return (FOLDER if INDEX == 0 else Path("/proc/nowhere")) / name
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(sharding.to_host(tree))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def of(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{prefix}/{name}": array for name, array in arrays.items()}
+
+
+def refusal(function: Any) -> np.ndarray:
+    try:
+        function()
+    except Ptq4ditError as error:
+        return np.array(str(error))
+    return np.array("")
+
+
+def quantized(stages: list[str], state: Path | None = None, dies: bool = False) -> ptq.QuantizedDiT:
+    """Quantizes by reconstruction, after whose second unit the last process may be killed."""
+
+    def report(stage: str, done: int, total: int, note: str = "") -> None:
+        stages.append(f"{stage} {done} {note}")
+        if dies and INDEX == COUNT - 1 and stage == "reconstruct embed condition":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    config = ptq.QuantConfig.of(**SETTINGS, reconstruction=RECONSTRUCTION)
+    return ptq.quantize(MODEL, config, key=KEY, mesh=MESH, state=state, keep_poor=True, progress=report)
+
+
+def values() -> dict[str, np.ndarray]:
+    """Samples, a reconstructed model, statistics, a comparison, saving and loading, refusals."""
+    found = {"float": ptq.sample(MODEL, LABELS, key=KEY, steps=3, sampler="ddpm", mesh=MESH, batch_size=8)}
+    model = quantized([])
+    found |= of("quantized", named(model))
+    found["provenance"] = np.array(json.dumps(model.provenance.facts))
+    found["integers"] = ptq.sample(model, LABELS, key=KEY, steps=3, mesh=MESH)
+    found["integers alone"] = ptq.sample(model, LABELS, key=KEY, steps=3)
+    rows = calibration.CalibrationData(
+        x=np.random.default_rng(0).standard_normal((2, 67, 6, 6, 3), np.float32),
+        t=np.array([900, 20], np.int32),
+        y=np.arange(134, dtype=np.int32).reshape(2, 67) % 5,
+    )
+    extremes = calibration.channel_extremes(MODEL, rows, sites=("blocks.qkv_in",), per_row=True, mesh=MESH)
+    found |= of("extremes", named(extremes))
+    comparison = compare(MODEL, {"integers": model}, labels=LABELS, key=KEY, sampling=ptq.Sampling(steps=3), mesh=MESH)
+    found["comparison"] = np.array(json.dumps(comparison.to_json()["models"]))
+    ptq.save(model, writable("model"))
+    ptq.save(MODEL, writable("float"))
+    loaded = ptq.load(FOLDER / "model")
+    found |= of("loaded", named(loaded))
+    found["of loaded"] = ptq.sample(loaded, LABELS, key=KEY, steps=3, mesh=MESH)
+    found["refused/there"] = refusal(lambda: ptq.save(model, writable("model")))
+    found["refused/label"] = refusal(lambda: ptq.sample(model, [99], key=KEY, mesh=MESH))
+    if COUNT > 1:
+        found["least"] = np.array([processes.least(5 + INDEX), processes.least(None if INDEX else 7)])
+        found["unknown"] = np.array(processes.least(None) is None)
+        ours = np.array([-0.0, np.nan, 1e-42], np.float32), np.array(True), np.array([-3], np.int8), np.zeros((0, 2))
+        zeros = jax.tree.map(np.zeros_like, ours)
+        found |= of("shared", named(processes.shared(ours if INDEX else zeros, source=1)))
+    return found
+
+
+def again(dies: bool) -> dict[str, np.ndarray]:
+    stages: list[str] = []
+    found = of("quantized", named(quantized(stages, writable("state"), dies)))
+    return found | {"stages": np.array(stages)}
+
+
+result = values() if PART == "values" else again(dies=PART == "killed")
+np.savez(FOLDER / f"{PART}-{COUNT}-{INDEX}.npz", **result)  # type: ignore[arg-type]
