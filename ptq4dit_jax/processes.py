@@ -28,6 +28,8 @@ HEARTBEAT = 20
 _LEAVING = 5.0
 #: Seconds by which JAX, which ends a process that finds no others, waits longer than this program, which says so.
 _LATER = 60
+#: Words of errors that the loss of another process causes.
+_OF_PEERS = re.compile("gloo|nccl|peer|heartbeat|coordination|UNAVAILABLE|DEADLINE_EXCEEDED", re.IGNORECASE)
 #: Messages are padded to multiples of this many bytes, so that few programs are compiled to send them.
 _PACKET = 4096
 
@@ -58,17 +60,6 @@ def shared(tree: _Tree, source: int = 0) -> _Tree:
     parts = np.split(np.asarray(sent).view(np.uint8)[: sum(sizes)], np.cumsum(sizes)[:-1])
     found = [part.view(leaf.dtype).reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=bool(leaves))]
     return cast(_Tree, jax.tree.unflatten(structure, found))
-
-
-def agreed(tree: _Tree) -> _Tree:
-    """Returns a tree with process 0's values, where each process has computed it alone.
-
-    On a CPU these are the same bits anyway. On a GPU each process chooses its kernels by measuring, so last bits may differ.
-    """
-    if not several():
-        return tree
-    place = lambda leaf, value: jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
-    return jax.tree.map(place, tree, shared(tree))
 
 
 def least(number: int | None) -> int | None:
@@ -119,12 +110,15 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
     Raises:
       Ptq4ditError: an argument is wrong, or missing where JAX detects none, or the processes did not find each other.
     """
-    if coordinator is not None and not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
-        raise Ptq4ditError(f"--coordinator must be HOST:PORT, for example 10.0.0.1:1234, not {coordinator!r}.")
+    port = re.fullmatch(r".+:([0-9]{1,5})", coordinator or "")
+    if coordinator is not None and (port is None or not 0 < int(port[1]) < 2**16):
+        raise Ptq4ditError(
+            f"The coordinator (--coordinator) must be HOST:PORT, for example 10.0.0.1:1234, not {coordinator!r}."
+        )
     if count is not None and count < 1:
-        raise Ptq4ditError(f"--num-processes must be positive, not {count}.")
+        raise Ptq4ditError(f"The number of processes (--num-processes) must be positive, not {count}.")
     if index is not None and not 0 <= index < (index + 1 if count is None else count):
-        raise Ptq4ditError(f"--process-id must be from 0 to the number of processes minus 1, not {index}.")
+        raise Ptq4ditError(f"The process id (--process-id) must be from 0 to the number of processes minus 1, not {index}.")
     # JAX would take SIGTERM for itself, as a notice of preemption, and the program would not end.
     jax.config.update("jax_enable_preemption_service", False)
     where = coordinator or "the coordinator that JAX detected"
@@ -150,7 +144,7 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
 
 def is_lost(error: BaseException) -> bool:
     """Returns whether an exception means that another process of this run has ended or cannot be reached."""
-    return several() and isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith("RESOURCE_EXHAUSTED")
+    return several() and isinstance(error, jax.errors.JaxRuntimeError) and _OF_PEERS.search(str(error)) is not None
 
 
 def lost(error: BaseException) -> str:

@@ -121,6 +121,17 @@ def _gathered(leaf: Any) -> Any:
     return multihost_utils.process_allgather(leaf, tiled=True)
 
 
+def agreed(mesh: Mesh | None, tree: _Tree) -> _Tree:
+    """Returns what each process of a mesh has computed alone, with process 0's values.
+
+    On a CPU these are the same bits anyway. On a GPU each process chooses its kernels by measuring, so last bits may differ.
+    """
+    if not spans_processes(mesh):
+        return tree
+    place = lambda leaf, value: jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
+    return jax.tree.map(place, tree, processes.shared(tree))
+
+
 def devices_of(mesh: Mesh | None) -> list[jax.Device | None]:
     """Returns the devices that share a batch. Without a mesh, this is a single None, which leaves arrays where they are."""
     data_size(mesh)  # raises on a mesh that cannot be used

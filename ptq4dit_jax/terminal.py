@@ -33,7 +33,7 @@ from ptq4dit_jax import checkpoints, memory, processes, sampling, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
-from ptq4dit_jax.devices import default_kind, in_use
+from ptq4dit_jax.devices import default, default_kind, in_use
 from ptq4dit_jax.edges import edge, quoted, shown, whole_number
 from ptq4dit_jax.engine import QuantizedDiT, choice
 from ptq4dit_jax.errors import Ptq4ditError, printable
@@ -204,9 +204,7 @@ def load_model(name: str) -> checkpoints.Model:
     if (side := whole_number(size or "32")) is None:
         raise Ptq4ditError(f"The latent size in {quoted(name)} must be a number, for example random:DiT-S/2@32.")
     config = DiTConfig.preset(preset, input_size=side)
-    memory.check_fits(
-        f"The model {name}", 4 * config.num_parameters, memory.free_bytes(in_use()[:1]), "choose a smaller preset"
-    )
+    memory.check_fits(f"The model {name}", 4 * config.num_parameters, memory.free_bytes([default()]), "choose a smaller preset")
     with working(f"Drawing {name}"):
         return FloatDiT.init(config, key=jax.random.key(0))
 

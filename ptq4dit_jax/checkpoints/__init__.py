@@ -74,6 +74,8 @@ def save(
 ) -> Path:
     """Writes a model to a folder, whole or not at all, and returns the folder's absolute path.
 
+    In a run of several processes, all of them call this, and process 0 writes.
+
     Args:
       model: float or quantized.
       path: must not exist unless ``overwrite`` is set, which replaces the model in a folder and keeps other files there.

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
-from ptq4dit_jax import processes
+from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.checkpoints.float_dit import model_meta
 from ptq4dit_jax.config import QuantConfig
@@ -30,6 +31,7 @@ def open_journal(
     calibration: CalibrationData | None,
     state: str | os.PathLike[str] | None,
     fresh: bool,
+    mesh: Mesh | None = None,
 ) -> contextlib.AbstractContextManager[Journal | None]:
     """Opens the journal before any long work, so that a run that does not match is refused at once.
 
@@ -48,7 +50,7 @@ def open_journal(
         "software": {name: _version(name) for name in ("ptq4dit-jax", "jax", "jaxlib")},
         "device": {"platform": default().platform, "kind": default().device_kind},
     }
-    kind = SharedJournal if processes.several() else Journal
+    kind = SharedJournal if sharding.spans_processes(mesh) else Journal
     return kind(Path(state), fingerprint, fresh=fresh)
 
 

@@ -55,9 +55,11 @@ def quantize(
       row_batch: calibration rows in flight on each device, to bound memory; at least
         :data:`~ptq4dit_jax.calibration.MICRO_BATCH`. It does not affect the result.
       mesh: its devices share the calibration rows, and the rows of each batch of a reconstruction. Their number does not affect
-        the result, except for last bits of a reconstruction with ``accumulation_chunks=1``, the default on GPUs and TPUs.
+        the result, except for last bits of a reconstruction with ``accumulation_chunks=1``, the default on GPUs and TPUs. It
+        may span the processes of a run, all of which then call this with the same arguments.
       state: a folder for what a reconstruction has learned so far. If it holds an interrupted run of the same model,
-        settings, key and rows, that run resumes. The folder is kept; delete it when the result is safe.
+        settings, key and rows, that run resumes. The folder is kept; delete it when the result is safe. Of the processes that
+        a mesh spans, the first alone uses it.
       fresh: start over, whatever ``state`` holds.
       keep_poor: return even a model that predicts worse than :data:`ptq4dit_jax.quality.REFUSE_BELOW`.
       progress: called as stages advance.
@@ -83,7 +85,7 @@ def quantize(
     if config.learning is not None:
         check_mesh(config.learning, mesh)
     source_sha256 = in_background(lambda: source_hash(model.params))
-    with open_journal(config, model, source_sha256, key, calibration, state, fresh) as journal:
+    with open_journal(config, model, source_sha256, key, calibration, state, fresh, mesh) as journal:
         if journal is not None:
             report_resumed(journal, model, progress)
         return _quantized(model, config, key, calibration, row_batch, mesh, journal, source_sha256, keep_poor, progress)
@@ -121,11 +123,11 @@ def _quantized(
     balanced = balance(
         model, config, observed, calibration, row_batch=row_batch, mesh=mesh, progress=tell("try ways of balancing")
     )
-    balanced = processes.agreed(balanced)
+    balanced = sharding.agreed(mesh, balanced)
     folded = balanced.folded
     with in_one(report, "choose activation ranges"):
         ranged = choose_ranges(balanced, config, observed, calibration, row_batch=row_batch, mesh=mesh)
-    quantized = processes.agreed(pack(balanced, ranged, config, observed, progress=tell("choose weight ranges")))
+    quantized = sharding.agreed(mesh, pack(balanced, ranged, config, observed, progress=tell("choose weight ranges")))
     _check_result(quantized)
     facts = {
         "source_sha256": source_sha256(),
@@ -165,7 +167,8 @@ def _quantized(
     _check_quality(quality, model.schedule.objective, keep_poor, None if journal is None else journal.folder)
     facts["quality"] = quality.to_dict()
     quantized = sharding.replicate(mesh, quantized)
-    return dataclasses.replace(quantized, provenance=Provenance(processes.on_first(lambda: facts)))
+    facts = processes.on_first(lambda: facts) if sharding.spans_processes(mesh) else facts
+    return dataclasses.replace(quantized, provenance=Provenance(facts))
 
 
 def _check_quality(quality: Quality, objective: str, keep_poor: bool, learned: Path | None) -> None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ptq4dit_jax import processes, sharding
+from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import RowsOn
 from ptq4dit_jax.devices import default_kind
@@ -87,7 +87,7 @@ def round_unit(
         params = walk.params(unit, layer)
         moments = inputs.moments(layer, rounded if sequential else nearest)
         arguments = jax.device_put((params["kernel"], nearest.weights[layer], moments), home)
-        found = processes.agreed(ready(_rounded(*arguments, search=search, follow=sequential)))
+        found = sharding.agreed(walk.mesh, ready(_rounded(*arguments, search=search, follow=sequential)))
         layers[layer] = found
         rounded = rounded.with_layer(layer, found.weight, params["bias"] + found.bias)
         progress(f"round {unit.name}", done + 1, len(unit.layers), f"error {float(found.error):.3f} x nearest")

@@ -22,6 +22,7 @@ from ptq4dit_jax import calibration, processes, sharding
 from ptq4dit_jax.config import Reconstruction
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import compare
+from ptq4dit_jax.reconstruction import closed_form, units
 
 PART, FOLDER = sys.argv[1], Path(sys.argv[2])
 PORT, COUNT, INDEX = map(int, sys.argv[3:6]) if len(sys.argv) > 3 else (0, 1, 0)
@@ -33,7 +34,7 @@ MODEL = helpers.tiny_model(depth=1)
 LABELS = np.arange(11) % 5
 #: 44 rows are 11 micro-batches, more than devices.
 SETTINGS = {"calib_steps": 2, "calib_rows": 44, "steps": 3, "step_groups": 2, "weight_bits": 4, "balance": "csb+ssc"}
-RECONSTRUCTION = Reconstruction(iterations=6, batch_size=8)
+RECONSTRUCTION = Reconstruction(iterations=6, batch_size=8, start="nearest")
 
 
 def writable(name: str) -> Path:
@@ -70,7 +71,7 @@ def quantized(stages: list[str], state: Path | None = None, dies: bool = False) 
 
 
 def values() -> dict[str, np.ndarray]:
-    """Samples, a reconstructed model, statistics, a comparison, saving and loading, refusals."""
+    """Samples, a reconstructed model, statistics of rows, a layer in closed form, a comparison, saving, loading, refusals."""
     found = {"float": ptq.sample(MODEL, LABELS, key=KEY, steps=3, sampler="ddpm", mesh=MESH, batch_size=8)}
     model = quantized([])
     found |= of("quantized", named(model))
@@ -84,6 +85,9 @@ def values() -> dict[str, np.ndarray]:
     )
     extremes = calibration.channel_extremes(MODEL, rows, sites=("blocks.qkv_in",), per_row=True, mesh=MESH)
     found |= of("extremes", named(extremes))
+    walk = closed_form.ClosedFormWalk(MODEL, sharding.own(model), rows, MESH)
+    rounded, _ = closed_form.round_unit(walk, units(MODEL.config)[0], search="mse")
+    found |= of("rounded", named(rounded))
     comparison = compare(MODEL, {"integers": model}, labels=LABELS, key=KEY, sampling=ptq.Sampling(steps=3), mesh=MESH)
     found["comparison"] = np.array(json.dumps(comparison.to_json()["models"]))
     ptq.save(model, writable("model"))

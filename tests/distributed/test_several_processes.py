@@ -112,7 +112,9 @@ def test_both_processes_have_the_same_values(two: Any) -> None:
     assert_same(two[0], two[1])
 
 
-@pytest.mark.parametrize("part", ["float", "quantized/", "integers", "extremes/", "comparison", "loaded/", "of loaded"])
+@pytest.mark.parametrize(
+    "part", ["float", "quantized/", "integers", "extremes/", "rounded/", "comparison", "loaded/", "of loaded"]
+)
 def test_they_are_those_of_a_single_process(part: str, two: Any, one: Any) -> None:
     """Samples, codes, all scales and biases, statistics of single rows, and figures: the same bytes."""
     assert_same({name: array for name, array in one.items() if name.startswith(part)}, two[0])
