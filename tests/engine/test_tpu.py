@@ -149,6 +149,9 @@ def test_what_the_kernels_refuse_has_a_reason() -> None:
     with pytest.raises(NotCovered, match="per token"):
         jax.eval_shape(partial(TPU.attention_codes, num_heads=2, act=PER_ROW), *[S((1, 64, 64), dtype)] * 3)
     x, row, tables = S((2, 64, 64), dtype), S((2, 64), dtype), dataclasses.replace(PER_ROW, nonnegative=True)
+    wide = S((1, 256, 8192), dtype), *[S((1, 8192), dtype)] * 2
+    with pytest.raises(NotCovered, match="rows of 8192 channels"):
+        jax.eval_shape(partial(TPU.modulate_encode, act=PER_ROW, norm=Norm()), *wide)
     with pytest.raises(NotCovered, match="one sign"):
         jax.eval_shape(partial(TPU.modulate_encode, act=tables, norm=Norm()), x, row, row)
 

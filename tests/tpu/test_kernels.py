@@ -25,6 +25,13 @@ STATIC = ActQuantizer(jnp.float32(1), jnp.int32(-9))
 PER_ROW = ActQuantizer(None, None, dynamic=True)
 #: Images, tokens, heads and their width.
 ATTENTION = [(2, 64, 6, 64), (2, 72, 4, 40), (2, 256, 16, 72), (2, 256, 12, 32), (2, 256, 8, 128), (1, 1024, 16, 72)]
+#: Images, tokens and channels, and their type.
+NORMS = [
+    ((2, 256, 1152), jnp.bfloat16),
+    ((2, 1024, 1152), jnp.bfloat16),
+    ((2, 72, 200), jnp.float32),
+    ((1, 256, 4096), jnp.bfloat16),
+]
 
 
 def cases() -> Iterator[Any]:
@@ -37,7 +44,7 @@ def cases() -> Iterator[Any]:
         x = jax.ShapeDtypeStruct((2, 256, 4 * 72), dtype)
         floats = partial(tpu.BACKEND.attention, num_heads=4, sites={})
         yield pytest.param(floats, (x, x, x), id=f"floats-{jnp.dtype(dtype).name}")
-    for (B, T, D), dtype in (((2, 256, 1152), jnp.bfloat16), ((2, 1024, 1152), jnp.bfloat16), ((2, 72, 200), jnp.float32)):
+    for (B, T, D), dtype in NORMS:
         x, row = jax.ShapeDtypeStruct((B, T, D), dtype), jax.ShapeDtypeStruct((B, D), dtype)
         for name, act in (("rows", PER_ROW), ("tensor", STATIC)):
             norm = partial(tpu.BACKEND.modulate_encode, act=act, norm=Norm())

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import jax
 
-from ptq4dit_jax.devices import default_kind
 from ptq4dit_jax.engine.backends import require
 from ptq4dit_jax.engine.requirements import require_axes, require_one_group
 from ptq4dit_jax.engine.tpu import attention as kernel
-from ptq4dit_jax.engine.tpu.generations import GENERATIONS
+from ptq4dit_jax.engine.tpu.generations import vector_memory
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range
 
-#: Where the device is none of those, as in tests: the least that any of them has.
-_LEAST_VMEM = min(generation.vmem for generation in GENERATIONS.values())
 _MOST_TOKENS, _MOST_WIDTH = 4096, 128
 
 
@@ -30,8 +27,7 @@ def _vmem(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int) 
     require(d % 8 == 0 and d <= _MOST_WIDTH, f"heads of width {d} are no multiple of 8 up to {_MOST_WIDTH}")
     require(T % 8 == 0 and T <= _MOST_TOKENS, f"{T} tokens are no multiple of 8 up to {_MOST_TOKENS}")
     require(kernel.queries(T) is not None, f"{T} tokens are no whole number of blocks of queries")
-    generation = GENERATIONS.get(default_kind().model)
-    vmem = _LEAST_VMEM if generation is None else generation.vmem
+    vmem = vector_memory()
     needed = kernel.memory(T, D, q_BTD.dtype.itemsize)
     require(needed <= vmem, f"keys and values of {T} tokens take {needed >> 20} MiB of vector memory, of {vmem >> 20}")
     return vmem

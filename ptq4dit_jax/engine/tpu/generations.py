@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ptq4dit_jax.devices import default_kind
+
 
 class Generation(NamedTuple):
     """``integer_rate``: peak rate of int8 products relative to bfloat16, by Google's published figures; 1 means that int8 saves
@@ -21,3 +23,9 @@ GENERATIONS = {
     "TPU v6 lite": Generation(2, 96 << 20),  # v6e, Trillium
     "TPU7x": Generation(1, 48 << 20),  # Ironwood: its integer products are emulated; it has float8 units
 }
+
+
+def vector_memory() -> int:
+    """Returns the bytes of vector memory that a kernel may take on the default device; on no TPU, the least that one has."""
+    generation = GENERATIONS.get(default_kind().model)
+    return min(each.vmem for each in GENERATIONS.values()) if generation is None else generation.vmem

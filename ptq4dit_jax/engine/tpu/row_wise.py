@@ -33,12 +33,18 @@ def rows_per_step(tokens: int) -> int | None:
     return row_blocks(tokens, _ROWS)
 
 
+def memory(tokens: int, channels: int, itemsize: int) -> int:
+    """Returns the bytes of vector memory that the kernel needs at most."""
+    return (rows_per_step(tokens) or tokens) * channels * (2 * (itemsize + 1) + 6 * 4)
+
+
 def modulate_quantize(
-    x_BTD: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array, codes: Codes, norm: Norm
+    x_BTD: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array, codes: Codes, norm: Norm, vmem: int
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Quantizes ``norm(x) * (1 + scale) + shift``, in float32.
 
-    Returns codes (B, T, D) int8, their sums (B, T, 1) int32, and scales (B, T, 1) float32 if there is one per row.
+    Returns codes (B, T, D) int8, their sums (B, T, 1) int32, and scales (B, T, 1) float32 if there is one per row. ``vmem``:
+    bytes of vector memory to ask for.
     """
     B, T, D = x_BTD.shape
     rows = rows_per_step(T)
@@ -59,7 +65,7 @@ def modulate_quantize(
         grid=(B, T // rows),
         in_specs=[scalar(), some, *[of_image] * len(vectors), *[whole] * len(factors)],
         out_specs=[some, *[of_rows(rows)] * (2 if per_row else 1)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem),
     )(zero_point, x_BTD, *(vector[:, None] for vector in vectors), *factors)
     sums, *scales = (each.reshape(B, T, 1) for each in found[1:])
     return found[0], sums, scales[0] if per_row else None
