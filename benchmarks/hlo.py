@@ -279,13 +279,13 @@ class Module:
 
     def _used(self, fused: dict[str, Instruction], name: str, whole: int) -> int:
         """Returns the bytes that instructions inside a fusion look at of an array of ``whole`` bytes: slices, if no more."""
-        total = 0
+        total = whole if fused[name].root else 0
         for user in fused.values():
             for place in (place for place, operand in enumerate(user.operands) if operand == name):
                 if user.opcode in _SLICES and place == 0:
                     total += user.results[0].bytes
                 elif self._renames(user):
-                    total += whole if user.root else self._used(fused, user.name, whole)
+                    total += self._used(fused, user.name, whole)
                 elif user.opcode == "fusion":
                     inner = self.computations[user.attribute("calls")]
                     [parameter] = [i for i in inner.values() if i.opcode == "parameter" and int(i.inside) == place]

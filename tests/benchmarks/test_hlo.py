@@ -98,6 +98,7 @@ ENTRY %main (w: s8[4,32,16], state: (s32[], s8[8,16], s8[4,32,16])) -> f32[8,8] 
   %all = bf16[6,10]{1,0} custom-call(), custom_call_target="AllocateBuffer"
   %new = f32[1,10]{1,0:S(1)} custom-call(), custom_call_target="AllocateBuffer"
   %i = s32[] constant(2)
+  %other = s8[4,32,16]{2,1,0:T(8,128)(4,1)} fusion(%w), kind=kLoop, calls=%relaid
   %set = (bf16[6,10]{1,0}, f32[3]{0}) fusion(%all, %new, %i), kind=kLoop, calls=%update
   %summed = f32[8,8]{1,0} all-reduce-start(%y), replica_groups={{0,1}}, to_apply=%add
   %done = f32[8,8]{1,0} all-reduce-done(%summed)
@@ -152,6 +153,7 @@ def test_bytes_are_those_that_cross_to_hbm(module: hlo.Module) -> None:
         "next.6": (state, state),
         "start": (4 * 64, 0),
         "begin": (4 * 2 * 8, 0),
+        "other": (4 * layer, 4 * layer),  # the whole stack in another layout
         "set": (4, 2 * 10 + 4 * 3),  # one row in place of six, and three numbers
         "summed": (4 * 64, 4 * 64),
         "exact": (4 * 64, 4 * 64),
