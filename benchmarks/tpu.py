@@ -5,9 +5,9 @@
     python -m benchmarks.tpu --run --hardware "one TPU v5e"                   # needs the TPU
 
 Needs libtpu, the extra ``tpu``; no weights are made. A row says for one step of the chain how many bytes go to and from HBM and
-what the compiler estimates, and for the program its peak memory, its collectives and the types of its products
-(``benchmarks/hlo.py`` says how each is counted). An estimate compares two programs for one chip; it is no time. On GPUs and
-CPUs there is none.
+what the compiler estimates, and for the program its peak memory, its collectives and the types of its products;
+``benchmarks/hlo_schedule.py`` says how bytes and cycles are counted. An estimate compares two programs for one chip; it is no
+time. On GPUs and CPUs there is none.
 
 Writes benchmarks/results/tpu.json after every row, and the table in docs/tpu.md. A run of the same commit, compiler and
 settings continues: it compiles the rows that are missing. ``--run`` writes tpu_run.json and the page's other table.
@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 import ptq4dit_jax as ptq
-from benchmarks import aot, common, hlo, sampling
+from benchmarks import aot, common, hlo, hlo_schedule, sampling
 from ptq4dit_jax import sharding
 from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.engine import QuantizedDiT
@@ -83,10 +83,11 @@ def compiled(generation: str, chips: int, name: str, network: DiTConfig, images:
 def figures(text: str, steps: int) -> dict[str, Any]:
     """Returns what the text of a sampler's program says, of one step where it says so."""
     module = hlo.parse(text)
-    loop = module.longest_loop()
+    ran = hlo_schedule.operations(module)
+    loop = hlo_schedule.longest_loop(ran)
     if loop.trips != steps:
         raise ValueError(f"The longest loop runs {loop.trips} times where the chain has {steps} steps.")
-    inside = [operation for operation in module.operations if operation.loops[:1] == (loop,)]
+    inside = [operation for operation in ran if operation.loops[:1] == (loop,)]
     cycles = sum(operation.cycles for operation in inside)
     return {
         "hbm_bytes_step": sum(operation.bytes for operation in inside) / steps,
@@ -195,6 +196,8 @@ def run(arguments: argparse.Namespace) -> None:
         settings |= {"repeats": arguments.repeats, "devices": len(jax.devices())}
         wanted = {f"{name}|{images}": (name, images) for images, name in itertools.product(arguments.images, arguments.models)}
     else:
+        if arguments.steps < 2:
+            raise SystemExit(f"Error: --steps must be at least 2, not {arguments.steps}: one step is no loop to read.")
         if reason := aot.missing():
             raise SystemExit(f"Error: {reason}.")
         arguments.hardware = arguments.hardware or NEVER_RUN

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import hlo
-from benchmarks.hlo import Array, Loop
+from benchmarks.hlo import Array
+from benchmarks.hlo_schedule import Loop, longest_loop, operations
 
 #: Five trips of an outer loop, whose number its condition holds; in each, four of an inner one, which says so itself. The
 #: stack of weights p1 lies in HBM and each trip cuts one layer out of it; the result of the product stays in VMEM.
@@ -135,17 +136,17 @@ def test_products_that_round_or_widen_are_told() -> None:
 
 
 def test_loops_multiply(module: hlo.Module) -> None:
-    by_name = {operation.instruction.name: operation for operation in module.operations}
+    by_name = {operation.instruction.name: operation for operation in operations(module)}
     assert by_name["out.4"].loops == (Loop("loop", 5), Loop("loop.6", 4))
     assert by_name["out.4"].times == 20
     assert by_name["flipped.6"].times == 5
     assert by_name["exact"].times == 1
-    assert module.longest_loop() == Loop("loop", 5)
-    assert sum(operation.cycles for operation in module.operations) == 20 * 700 + 5 * 11
+    assert longest_loop(operations(module)) == Loop("loop", 5)
+    assert sum(operation.cycles for operation in operations(module)) == 20 * 700 + 5 * 11
 
 
 def test_bytes_are_those_that_cross_to_hbm(module: hlo.Module) -> None:
-    moved = {operation.instruction.name: (operation.read, operation.written) for operation in module.operations}
+    moved = {operation.instruction.name: (operation.read, operation.written) for operation in operations(module)}
     layer, state = 32 * 16, 4 + 8 * 16 + 4 * 32 * 16
     assert moved == {
         "out.4": (8 * 16 + layer + 4, 0),  # codes, one of four layers, the counter; the sums stay near
@@ -160,7 +161,7 @@ def test_bytes_are_those_that_cross_to_hbm(module: hlo.Module) -> None:
         "half": (4 * 64, 8),  # fifteen numbers of four bits
         "one.9": (2 * 4 * 64, 4 * 64),
     }
-    [product] = [operation for operation in module.operations if operation.instruction.name == "out.4"]
+    [product] = [operation for operation in operations(module) if operation.instruction.name == "out.4"]
     assert product.bytes == 20 * (128 + 512 + 4)
 
 
@@ -172,9 +173,12 @@ def test_collectives_and_types_are_found_wherever_they_are(module: hlo.Module) -
 def test_a_loop_without_a_number_is_refused() -> None:
     endless = hlo.parse(TEXT.replace("constant(5)", "get-tuple-element(%state.7), index=0"))
     with pytest.raises(ValueError, match=r"loop loop does not say how often it runs; its condition holds the numbers \[\]\.$"):
-        _ = endless.operations
+        operations(endless)
 
 
 def test_other_text_is_refused() -> None:
+    straight = hlo.parse("ENTRY %main (x: f32[2]) -> f32[2] {\n  ROOT %x = f32[2]{0} parameter(0)\n}\n")
+    with pytest.raises(ValueError, match=r"^Nothing of this program runs in a loop\.$"):
+        longest_loop(operations(straight))
     with pytest.raises(ValueError, match="no ENTRY: 'module @jit_f"):
         hlo.parse("module @jit_f {\n}\n")

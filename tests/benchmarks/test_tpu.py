@@ -151,6 +151,7 @@ def test_without_the_compiler_it_says_what_to_install(tmp_path: Path, monkeypatc
     [
         (["--images", "1", "0"], r"--images must be positive, not 0\."),
         (["--depth", "-2"], r"--depth must be positive, not -2\."),
+        (["--steps", "1"], r"--steps must be at least 2, not 1: one step is no loop to read\."),
         (["--table-only"], r"there are no results in .*out\.json; leave out --table-only to make them\."),
         (["--run", "--model", "DiT-Q/2"], r"Unknown DiT preset 'DiT-Q/2'; the presets are .*\."),
         (["--run", "--steps", "2000", "--model", "DiT-S/8", "--depth", "1"], r".*2000.*\."),

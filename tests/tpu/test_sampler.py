@@ -11,7 +11,7 @@ import tpu_helpers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tpu_helpers import ROWS, Compiled, Sizes, attention_products, compiled, network, products_of, sampler, sizes_of
 
-from benchmarks import aot, hlo
+from benchmarks import aot, hlo, hlo_schedule
 from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.devices import DeviceKind, described
 from ptq4dit_jax.engine import QuantizedDiT, describe
@@ -155,6 +155,6 @@ def test_no_array_of_heads_by_tokens_by_tokens_is_in_hbm(whole: Compiled) -> Non
 def logits_in_hbm(module: hlo.Module, config: DiTConfig, rows: int) -> list[str]:
     """Arrays in HBM of as many numbers as attention has logits, with tokens along two sides."""
     size, tokens = rows * config.num_heads * config.num_tokens**2, config.num_tokens
-    arrays = [array for operation in module.operations for array in operation.instruction.results if array.in_hbm]
+    arrays = [array for operation in hlo_schedule.operations(module) for array in operation.instruction.results if array.in_hbm]
     assert max(array.size for array in arrays) >= rows * tokens * config.hidden_size  # hidden states are there
     return [str(array) for array in arrays if array.size >= size and array.sides.count(tokens) > 1]
