@@ -60,5 +60,5 @@ def test_mosaic_takes_a_kernel(generation: str, kernel: Callable[..., Any], shap
     placed = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=SingleDeviceSharding(device)) for s in shapes]
     with described(DeviceKind.of(device)):
         program = compiled(jax.jit(lambda *arrays: kernel(*arrays)).lower(*placed))
-    assert "custom-call" in {operation.instruction.opcode for operation in program.module.operations}
+    assert "custom-call" in {instruction.opcode for instruction in program.module.instructions}
     assert not program.module.products  # which are inside
