@@ -1,6 +1,7 @@
 """What one of several processes does, or the only one: ``python run_of_several.py PART FOLDER [PORT COUNT INDEX]``.
 
-Each part writes what it found as ``FOLDER/PART-INDEX.npz``. Process 0 alone can write to what is named below ``FOLDER``; the
+Each part writes what it found as ``FOLDER/PART-COUNT-INDEX.npz``. Of several processes, the last is killed at the end of
+``values``, in a reconstruction that ``resumed`` goes on with. Process 0 alone can write to what is named below ``FOLDER``; the
 others are given names below ``/proc``, where nobody can write.
 """
 
@@ -33,7 +34,15 @@ MESH, KEY = ptq.data_mesh(), jax.random.key(1)
 MODEL = helpers.tiny_model(depth=1)
 LABELS = np.arange(11) % 5
 #: 44 rows are 11 micro-batches, more than devices.
-SETTINGS = {"calib_steps": 2, "calib_rows": 44, "steps": 3, "step_groups": 2, "weight_bits": 4, "balance": "csb+ssc"}
+SETTINGS = {
+    "balance": "csb+ssc",
+    "range_search": "minmax",
+    "calib_steps": 2,
+    "calib_rows": 44,
+    "steps": 3,
+    "step_groups": 2,
+    "weight_bits": 4,
+}
 RECONSTRUCTION = Reconstruction(iterations=6, batch_size=8, start="nearest")
 
 
@@ -106,11 +115,14 @@ def values() -> dict[str, np.ndarray]:
     return found
 
 
-def again(dies: bool) -> dict[str, np.ndarray]:
-    stages: list[str] = []
-    found = of("quantized", named(quantized(stages, writable("state"), dies)))
-    return found | {"stages": np.array(stages)}
+def write(part: str, found: dict[str, np.ndarray]) -> None:
+    np.savez(FOLDER / f"{part}-{COUNT}-{INDEX}.npz", **found)  # type: ignore[arg-type]
 
 
-result = values() if PART == "values" else again(dies=PART == "killed")
-np.savez(FOLDER / f"{PART}-{COUNT}-{INDEX}.npz", **result)  # type: ignore[arg-type]
+if PART == "values":
+    write(PART, values())
+    if COUNT > 1:
+        quantized([], writable("state"), dies=True)
+else:
+    seen: list[str] = []
+    write(PART, of("quantized", named(quantized(seen, writable("state")))) | {"stages": np.array(seen)})

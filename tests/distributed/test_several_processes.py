@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import helpers
 import numpy as np
@@ -42,10 +42,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def pair(*command: Any, devices: int = 1) -> list[subprocess.Popen[str]]:
-    """Starts two processes of :data:`PROGRAM`, with so many devices each."""
+def pair(*command: Any) -> list[subprocess.Popen[str]]:
+    """Starts two processes of :data:`PROGRAM`, with four devices each."""
     port = free_port()
-    return [started([PROGRAM, *command, port, 2, index], devices) for index in range(2)]
+    return [started([PROGRAM, *command, port, 2, index], 4) for index in range(2)]
 
 
 def commands(*arguments: Any, others: tuple[Any, ...] | None = None) -> list[subprocess.Popen[str]]:
@@ -92,11 +92,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("distributed")
 
 
+class Two(NamedTuple):
+    """What each of two processes found; how both ended when the second was killed, and the seconds in between."""
+
+    found: list[dict[str, np.ndarray]]
+    ends: list[tuple[int, str, str]]
+    seconds: float
+
+
 @pytest.fixture(scope="module")
-def two(folder: Path) -> list[dict[str, np.ndarray]]:
+def both(folder: Path) -> Two:
+    processes = pair("values", folder)
+    processes[1].wait(timeout=PATIENCE)
+    before = time.monotonic()
+    processes[0].wait(timeout=PATIENCE)
+    seconds, ends = time.monotonic() - before, ended(processes)
+    paths = [folder / f"values-2-{index}.npz" for index in range(2)]
+    assert all(path.exists() for path in paths), "\n".join(errors[-3000:] for *_, errors in ends)
+    return Two(list(map(arrays, paths)), ends, seconds)
+
+
+@pytest.fixture(scope="module")
+def two(both: Two) -> list[dict[str, np.ndarray]]:
     """What each of two processes found."""
-    succeeded(pair("values", folder, devices=4))
-    return [arrays(folder / f"values-2-{index}.npz") for index in range(2)]
+    return both.found
 
 
 @pytest.fixture(scope="module")
@@ -151,18 +170,17 @@ def test_what_a_process_shares_arrives_bit_for_bit(two: Any) -> None:
         assert found["shared/3"].shape == (0, 2)
 
 
-def test_a_killed_reconstruction_resumes_in_both(folder: Path, two: Any) -> None:
-    """Process 1 is killed when two units are learned. Process 0 then ends within a minute, with a sentence, and both go on from
-    its journal, which process 1 cannot read. With one device each, they end at what four devices each learned."""
-    processes = pair("killed", folder)
-    processes[1].wait(timeout=PATIENCE)
-    before = time.monotonic()
-    processes[0].wait(timeout=PATIENCE)
-    assert time.monotonic() - before < 60
-    (status, _, errors), (killed, _, _) = ended(processes)
-    assert (killed, status != 0) == (-9, True)
+def test_the_death_of_process_1_ends_the_other(both: Two) -> None:
+    """Within a minute, with a sentence, and not as a success."""
+    (status, _, errors), (killed, _, _) = both.ends
+    assert killed == -9
+    assert status != 0
+    assert both.seconds < 60
     assert any(sentence in errors for sentence in LOST)
 
+
+def test_a_killed_reconstruction_resumes_in_both(folder: Path, two: Any) -> None:
+    """Both go on from process 0's journal, which process 1 cannot read, and end where an uninterrupted run ends."""
     succeeded(pair("resumed", folder))
     found = [arrays(folder / f"resumed-2-{index}.npz") for index in range(2)]
     assert_same(found[0], found[1])
@@ -173,8 +191,8 @@ def test_a_killed_reconstruction_resumes_in_both(folder: Path, two: Any) -> None
 def test_the_commands_from_end_to_end(folder: Path, two: Any) -> None:
     """Quantizes, samples and evaluates. Process 1 is given outputs where nobody can write, and prints nothing."""
     nowhere, given = Path("/proc/nowhere"), ["--steps", "3"]
-    quantize = ["--weight-bits", "4", "--rounding", "nearest", "--balance", "csb+ssc", "--keep-poor", *given]
-    quantize += ["--calib-steps", "2", "--calib-rows", "44"]
+    quantize = ["--weight-bits", "4", "--rounding", "nearest", "--balance", "csb+ssc", "--range-search", "minmax", *given]
+    quantize += ["--calib-steps", "2", "--calib-rows", "44", "--keep-poor"]
     steps = {
         "quantize": ([folder / "float", *quantize, "--out"], "made"),
         "sample": ([folder / "made", "--labels", "0-4", "--repeat", "2", *given, "--out"], "samples.npz"),
