@@ -386,7 +386,7 @@ def test_a_dynamic_quantizer_has_no_groups() -> None:
 def test_dynamic_scales_are_per_row_and_symmetric(bits: int, x: np.ndarray) -> None:
     quantizer = ActQuantizer(None, None, bits=bits, dynamic=True)
     x[0, 0] = 0
-    values, scale, zero_point = encode(quantizer, x)
+    values, scale, zero_point, _ = encode(quantizer, x)
     largest, qmax = np.abs(x).max(-1, keepdims=True), 2 ** (bits - 1) - 1
     assert zero_point is None
     np.testing.assert_allclose(scale, np.where(largest > 0, largest / np.float32(qmax), 1), rtol=1e-6)
@@ -403,7 +403,7 @@ def test_dynamic_scales_of_nonnegative_values_use_all_codes(bits: int, x: np.nda
     quantizer = ActQuantizer(None, None, bits=bits, dynamic=True, nonnegative=True)
     x = np.abs(x)
     x[0, 0] = 0
-    values, scale, zero_point = encode(quantizer, x)
+    values, scale, zero_point, _ = encode(quantizer, x)
     largest, (qmin, qmax) = x.max(-1, keepdims=True), (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     assert int(zero_point) == qmin
     np.testing.assert_allclose(scale, np.where(largest > 0, largest / np.float32(qmax - qmin), 1), rtol=1e-6)

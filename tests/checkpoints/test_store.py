@@ -361,12 +361,6 @@ def test_a_parent_without_permission(tmp_path):
     assert os.listdir(tmp_path / "locked") == []
 
 
-def test_several_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 4)
-    with pytest.raises(Ptq4ditError, match="single process"):
-        store.write(tmp_path / "model", {"x": np.ones(2)}, META)
-
-
 @pytest.mark.parametrize(
     ("arrays", "meta", "words"),
     [

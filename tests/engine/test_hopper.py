@@ -234,7 +234,7 @@ def test_the_backend_is_chosen_by_device_and_an_unknown_one_is_named(raises_sent
         with raises_sentence("hopper", "bfloat16", dtype):
             choice.resolve("hopper", dtype)
     assert choice.resolve("xla", "float32") == choice.Choice(xla.BACKEND)
-    with raises_sentence("'cutlass'", "auto, xla, hopper"):
+    with raises_sentence("'cutlass'", "auto, xla, tpu, hopper"):
         choice.resolve("cutlass", "float32")
 
 
@@ -244,7 +244,7 @@ def test_the_backend_is_chosen_by_device_and_an_unknown_one_is_named(raises_sent
         ("gpu", "9.0", "bfloat16", "hopper", ""),
         ("gpu", "9.0", "float32", "xla", "float32"),
         ("gpu", "8.0", "bfloat16", "xla", "8.0"),
-        ("tpu", "", "bfloat16", "xla", ""),
+        ("tpu", "", "bfloat16", "xla", "this is tpu"),
     ],
 )
 def test_what_auto_means(platform, capability, dtype, expected, why, monkeypatch: pytest.MonkeyPatch) -> None:
