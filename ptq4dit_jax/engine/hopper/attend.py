@@ -7,25 +7,17 @@ import jax
 
 from ptq4dit_jax.engine.backends import require
 from ptq4dit_jax.engine.hopper import attention as kernel
-from ptq4dit_jax.engine.requirements import require_axes, require_bfloat16, require_one_group
+from ptq4dit_jax.engine.requirements import require_alike, require_bfloat16, require_static
 from ptq4dit_jax.engine.stacks import layer_of, stack_of
 from ptq4dit_jax.networks import parts
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, act_code_range
 
 
-def _require_alike(*parts: jax.Array) -> None:
-    """Requires q, k and v to have the same type and the same shape (B, T, D), with no axis of size 0."""
-    alike = len({(part.shape, part.dtype) for part in parts}) == 1
-    require(alike, "q, k and v differ in shape or type")
-    require_axes(parts[0].shape, "(B, T, D)")
-
-
 def attention_codes(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, act: ActQuantizer) -> Encoded:
     """See :meth:`~ptq4dit_jax.engine.backends.Backend.attention_codes`."""
-    _require_alike(q_BTD, k_BTD, v_BTD)
+    require_alike(q_BTD, k_BTD, v_BTD)
     B, T, D = q_BTD.shape
-    require(not act.dynamic, "its codes are scaled per token")
-    require_one_group(act)
+    require_static(act)
     require_bfloat16(q_BTD.dtype)
     d = D // num_heads
     require(kernel.covers(T, num_heads, d), f"{T} tokens, {num_heads} heads of width {d}")
@@ -39,7 +31,7 @@ def attention(
     q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, num_heads: int, sites: dict[str, ActQuantizer]
 ) -> jax.Array:
     """See :meth:`~ptq4dit_jax.engine.backends.Backend.attention`."""
-    _require_alike(q_BTD, k_BTD, v_BTD)
+    require_alike(q_BTD, k_BTD, v_BTD)
     d = q_BTD.shape[-1] // num_heads
     fused = parts.can_fuse_attention(q_BTD.dtype, d)
     require(fused, f"cuDNN has no attention for {q_BTD.dtype} and heads of width {d} on this device")

@@ -7,17 +7,14 @@ interpreter, never on a TPU (docs/tpu.md). The modules with kernels are imported
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax
-from jax.typing import DTypeLike
 
 from ptq4dit_jax.devices import DeviceKind
 from ptq4dit_jax.engine.backends import Backend, JaxVersions
-from ptq4dit_jax.engine.tpu import linear
+from ptq4dit_jax.engine.tpu import linear as products
 from ptq4dit_jax.engine.tpu.generations import GENERATIONS
 from ptq4dit_jax.networks.ops import Norm
-from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
+from ptq4dit_jax.quantizers import ActQuantizer, Encoded
 
 
 class Tpu(Backend[jax.Array]):
@@ -29,6 +26,10 @@ class Tpu(Backend[jax.Array]):
     jax_versions = JaxVersions((0, 10, 2), (0, 12))  # whose Mosaic accepted the kernels
     dtypes = ("bfloat16", "float32")
 
+    prepare = staticmethod(products.prepare)
+    unpack_ahead = staticmethod(products.unpack_ahead)
+    linear_parts = staticmethod(products.linear_parts)
+
     def unfit(self, device: DeviceKind) -> str:
         if device.model in GENERATIONS:
             return ""
@@ -38,15 +39,6 @@ class Tpu(Backend[jax.Array]):
         if GENERATIONS[device.model].integer_rate > 1:
             return ""
         return f"a {device.model} multiplies int8 no faster than bfloat16, so that integers save memory, not time"
-
-    def prepare(self, weights: Mapping[str, QTensor]) -> Mapping[str, QTensor]:
-        return linear.prepare(weights)
-
-    def unpack_ahead(self, weights: Mapping[str, QTensor], after: jax.Array) -> dict[str, QTensor]:
-        return linear.unpack_ahead(weights, after)
-
-    def linear_parts(self, x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
-        return linear.linear_parts(x, weight, bias, dtype, parts)
 
     def modulate_encode(
         self, x_BTD: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array, act: ActQuantizer, norm: Norm

@@ -6,7 +6,6 @@ A step of the grid takes some queries of one image, with all heads, and the imag
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
 
 from ptq4dit_jax.engine.tpu.common import LANES, Ref, of_rows, row_blocks, scalar, store_codes
 from ptq4dit_jax.numerics import product_precision
@@ -44,50 +42,30 @@ def memory(tokens: int, channels: int, itemsize: int) -> int:
     return held + rows * lanes * (4 + 4 + itemsize)
 
 
-def attention(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, *, heads: int, vmem: int) -> jax.Array:
-    """Computes ``softmax(q k^T / sqrt(d)) v`` (B, T, D) in the inputs' type. ``vmem``: bytes of vector memory to ask for."""
-    [out] = _call(partial(_store, ends=None), [q_BTD.dtype], q_BTD, k_BTD, v_BTD, jnp.int32(0), heads, vmem)
-    return out
-
-
-def attention_codes(
-    q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, *, heads: int, vmem: int, finish: Round
-) -> tuple[jax.Array, jax.Array]:
-    """Computes the codes (B, T, D) int8 of :func:`attention`, and their sums (B, T, 1) int32."""
-    store = partial(_store, ends=(finish.low, finish.high))
-    codes, sums = _call(store, [jnp.int8, jnp.int32], q_BTD, k_BTD, v_BTD, finish.zero_point, heads, vmem)
-    return codes, sums.reshape(*codes.shape[:2], 1)
-
-
-def _call(
-    store: Callable[..., None],
-    types: list[DTypeLike],
-    q_BTD: jax.Array,
-    k_BTD: jax.Array,
-    v_BTD: jax.Array,
-    zero_point: jax.Array,
-    heads: int,
-    vmem: int,
-) -> list[jax.Array]:
-    """Returns one array (B, T, D), and with a second type the sums of its rows (B, 1, T)."""
+def attention(
+    q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, *, heads: int, vmem: int, finish: Round | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Computes ``softmax(q k^T / sqrt(d)) v`` (B, T, D) in the inputs' type; or, with ``finish``, its codes (B, T, D) int8 and
+    their sums (B, T, 1) int32. ``vmem``: bytes of vector memory to ask for."""
     B, T, D = q_BTD.shape
     rows = queries(T)
     assert rows is not None
     some, all_rows = pl.BlockSpec((1, rows, D), lambda b, i: (b, i, 0)), pl.BlockSpec((1, T, D), lambda b, i: (b, 0, 0))
-    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip([(B, T, D), (B, 1, T)], types, strict=False)]
-    return pl.pallas_call(
-        partial(_kernel, store, heads=heads),
-        out_shape=shapes,
+    like_x = lambda dtype: jax.ShapeDtypeStruct((B, T, D), dtype)
+    out, *sums = pl.pallas_call(
+        partial(_kernel, heads=heads, ends=None if finish is None else finish[1:]),
+        out_shape=[like_x(q_BTD.dtype)] if finish is None else [like_x(jnp.int8), jax.ShapeDtypeStruct((B, 1, T), jnp.int32)],
         grid=(B, T // rows),
         in_specs=[scalar(), some, all_rows, all_rows],
-        out_specs=[some, of_rows(rows)][: len(types)],
+        out_specs=[some] if finish is None else [some, of_rows(rows)],
         scratch_shapes=[pltpu.VMEM((rows, D), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem),
-    )(zero_point.reshape(1), q_BTD, k_BTD, v_BTD)
+    )(jnp.zeros(1, jnp.int32) if finish is None else finish.zero_point.reshape(1), q_BTD, k_BTD, v_BTD)
+    return out, sums[0].reshape(B, T, 1) if sums else None
 
 
-def _kernel(store: Callable[..., None], zero_point: Ref, q: Ref, k: Ref, v: Ref, *refs: Ref, heads: int) -> None:
-    *outs, attended = refs
+def _kernel(zero_point: Ref, q: Ref, k: Ref, v: Ref, out: Ref, *refs: Ref, heads: int, ends: tuple[int, int] | None) -> None:
+    *sums, attended = refs
     d = q.shape[-1] // heads
     product = partial(jax.lax.dot_general, precision=product_precision(q.dtype), preferred_element_type=jnp.float32)
     for head in range(heads):
@@ -96,14 +74,8 @@ def _kernel(store: Callable[..., None], zero_point: Ref, q: Ref, k: Ref, v: Ref,
         exp = jnp.exp(logits - logits.max(-1, keepdims=True))
         of_head = product(exp.astype(v.dtype), v[0, :, columns], (((1,), (0,)), ((), ())))
         attended[:, columns] = of_head / exp.sum(-1, keepdims=True)
-    store(attended[:], zero_point[0], *outs)
-
-
-def _store(
-    values: jax.Array, zero_point: jax.Array, out: Ref, sums: Ref | None = None, *, ends: tuple[int, int] | None
-) -> None:
-    if ends is not None:
-        values = jnp.round(values) + zero_point.astype(jnp.float32)
-        store_codes(jnp.clip(values, *map(jnp.float32, ends)), out, sums)
+    if ends is None:
+        out[0] = attended[:].astype(out.dtype)
     else:
-        out[0] = values.astype(out.dtype)
+        rounded = jnp.round(attended[:]) + zero_point[0].astype(jnp.float32)
+        store_codes(jnp.clip(rounded, *map(jnp.float32, ends)), out, *sums)

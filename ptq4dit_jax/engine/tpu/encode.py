@@ -21,8 +21,7 @@ def modulate_encode(
     B, T, D = x_BTD.shape
     require(T % 8 == 0 and row_wise.rows_per_step(T) is not None, f"{T} tokens are no whole number of tiles")
     require(D % 8 == 0, f"{D} channels are no multiple of 8")
-    vmem, needed = vector_memory(), row_wise.memory(T, D, x_BTD.dtype.itemsize)
-    require(needed <= vmem, f"rows of {D} channels take {needed >> 20} MiB of vector memory, of {vmem >> 20}")
+    vmem = vector_memory(row_wise.memory(T, D, x_BTD.dtype.itemsize), f"rows of {D} channels")
     require(not act.nonnegative, "the input has codes for values of one sign")
     require(
         {vector.shape for vector in (scale_BD, shift_BD) if vector is not None} == {(B, D)}, "modulation is not each image's"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ptq4dit_jax.devices import default_kind
+from ptq4dit_jax.engine.backends import require
 
 
 class Generation(NamedTuple):
@@ -25,7 +26,13 @@ GENERATIONS = {
 }
 
 
-def vector_memory() -> int:
-    """Returns the bytes of vector memory that a kernel may take on the default device; on no TPU, the least that one has."""
+def vector_memory(needed: int, what: str) -> int:
+    """Returns the bytes of vector memory that a kernel may take on the default device; on no TPU, the least that one has.
+
+    Raises:
+      NotCovered: ``what`` needs more; both are named.
+    """
     generation = GENERATIONS.get(default_kind().model)
-    return min(each.vmem for each in GENERATIONS.values()) if generation is None else generation.vmem
+    vmem = min(each.vmem for each in GENERATIONS.values()) if generation is None else generation.vmem
+    require(needed <= vmem, f"{what} take {needed >> 20} MiB of vector memory, of {vmem >> 20}")
+    return vmem
