@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.tree_util import PyTreeDef
 from jaxtyping import Array, Float32, Int, Int32
 
-from ptq4dit_jax import memory, processes, sharding
+from ptq4dit_jax import memory, sharding
 from ptq4dit_jax.diffusion import ResolvedSampling, denoise, sample_keys, sample_noise
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.guidance import GuidedChannels, Predictor, predict
@@ -193,8 +193,7 @@ class Request:
             return _needed_bytes(*_signature(arguments), program) - resident
 
         def free() -> int | None:
-            here = memory.free_bytes(list(placed[0].devices()))
-            return processes.least(here) if sharding.spans_processes(self.mesh) else here
+            return sharding.least(self.mesh, memory.free_bytes(list(placed[0].devices())))
 
         if wanted is None:
             return memory.largest_batch(self.total, parts, _USEFUL_ROWS, free(), needed)

@@ -132,6 +132,11 @@ def agreed(mesh: Mesh | None, tree: _Tree) -> _Tree:
     return jax.tree.map(place, tree, processes.shared(tree))
 
 
+def least(mesh: Mesh | None, number: int | None) -> int | None:
+    """Returns the least of the numbers of a mesh's processes, none of which is negative; None where all are unknown (None)."""
+    return processes.least(number) if spans_processes(mesh) else number
+
+
 def devices_of(mesh: Mesh | None) -> list[jax.Device | None]:
     """Returns the devices that share a batch. Without a mesh, this is a single None, which leaves arrays where they are."""
     data_size(mesh)  # raises on a mesh that cannot be used

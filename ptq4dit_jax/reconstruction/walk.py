@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ptq4dit_jax import memory, processes, sharding
+from ptq4dit_jax import memory, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import RowsOn
 from ptq4dit_jax.engine import QuantizedDiT, site_quantizers
@@ -105,8 +105,7 @@ class Walk(abc.ABC):
         config = self.config
         hidden = self.batch_size * config.num_tokens * config.hidden_size * jnp.dtype(self.dtype).itemsize
         models = sum(leaf.nbytes for leaf in jax.tree.leaves((self.folded.params, self.quantized)))
-        limit = memory.device_limit()
-        limit = processes.least(limit) if sharding.spans_processes(self.mesh) else limit
+        limit = sharding.least(self.mesh, memory.device_limit())
         rows = 4 * size * hidden // sharding.data_size(self.mesh)  # float and quantized state, and the next of each
         on_host = rows_on == "host"
         step = self._step_bytes(size, on_host)
