@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreters import free_of_races
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from ptq4dit_jax.engine import choice
@@ -30,20 +31,9 @@ def interpreter(*, may_need_none: bool = False) -> Iterator[None]:
     """
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-    callbacks: Any = gpu_callbacks
-    states, original = [], callbacks.GPURaceDetectionState
-
-    def watched(**arguments: Any) -> Any:
-        states.append(original(**arguments))
-        return states[-1]
-
-    # Its callbacks are not made for a process with 64-bit types, nor for one that looks for leaks.
-    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(False), jax.check_tracer_leaks(False):
-        patch.setattr(gpu_callbacks, "GPURaceDetectionState", watched)
-        with pallas.force_gpu_interpret_mode(pallas.InterpretGPUParams(detect_races=True)):
-            yield
-    assert states or may_need_none, "no kernel was interpreted"
-    assert not any(state.races_found for state in states), "a race"
+    mode = pallas.force_gpu_interpret_mode(pallas.InterpretGPUParams(detect_races=True))
+    with free_of_races(gpu_callbacks, "GPURaceDetectionState", mode, may_need_none=may_need_none):
+        yield
 
 
 def operands(

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ptq4dit_jax.engine.backends import Backend
 from ptq4dit_jax.networks.ops import Norm, NormKind
@@ -71,6 +71,24 @@ def gelu(x: np.ndarray) -> np.ndarray:
 def softmax(logits: np.ndarray) -> np.ndarray:
     exp = np.exp(logits - logits.max(-1, keepdims=True))
     return exp / exp.sum(-1, keepdims=True)
+
+
+def attended(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, heads: int, through: Callable[[np.ndarray], np.ndarray] = lambda probs: probs
+) -> np.ndarray:
+    """Softmax attention (B, T, D) in float64, with its probabilities sent ``through`` a function."""
+    B, T, D = np.shape(q)
+    of_heads = lambda x: np.asarray(x, np.float64).reshape(B, T, heads, D // heads).transpose(0, 2, 1, 3)
+    queries, keys, values = map(of_heads, (q, k, v))
+    probs = softmax(queries @ keys.swapaxes(-1, -2) / queries.shape[-1] ** 0.5)
+    return (through(probs) @ values).transpose(0, 2, 1, 3).reshape(B, T, D)
+
+
+def modulated(x: np.ndarray, shift: np.ndarray | None, scale: np.ndarray, norm: Norm) -> np.ndarray:
+    """``norm(x) * (1 + scale) + shift``, (B, T, D) float64."""
+    centered = x - (x.mean(-1, keepdims=True) if norm.kind is NormKind.LAYER else 0)
+    y = centered / np.sqrt(np.square(centered).mean(-1, keepdims=True) + norm.eps) * (1 + scale[:, None])
+    return y if shift is None else y + shift[:, None]
 
 
 def drawn_weight(N: int, K: int, bits: int, rng: np.random.Generator, lead: tuple[int, ...] = ()) -> tuple[QTensor, np.ndarray]:
@@ -190,9 +208,7 @@ def _codes(name: str, B: int, T: int, D: int) -> Iterator[Case]:
             encoded = lambda got, _, act=act, wide=wide: _quantized(wide, act, got)
             yield Case(f"encode-{typed}-{kind}", "encode", (x, act), {}, encoded, narrow)
             for norm, with_shift in ((Norm(), True), (Norm(1e-3, NormKind.RMS), False)):
-                centered = wide - (wide.mean(-1, keepdims=True) if norm.kind is NormKind.LAYER else 0)
-                y = centered / np.sqrt(np.square(centered).mean(-1, keepdims=True) + norm.eps)
-                y = y * (1 + modulation[1][:, None]) + (modulation[0][:, None] if with_shift else 0)
+                y = modulated(wide, modulation[0] if with_shift else None, modulation[1], norm)
                 check = lambda got, _, act=act, y=y: _quantized(y, act, got)
                 args = x, shift if with_shift else None, scale, act
                 label = f"modulate_encode-{typed}-{kind}-{norm.kind.value}"
@@ -202,14 +218,7 @@ def _codes(name: str, B: int, T: int, D: int) -> Iterator[Case]:
 def _attention(name: str, B: int, T: int, A: int, d: int) -> Iterator[Case]:
     rng = np.random.default_rng(2)
     q, k, v = (jnp.asarray(rng.standard_normal((B, T, A * d)), jnp.bfloat16) for _ in range(3))
-    heads = lambda x: np.asarray(x, np.float64).reshape(B, T, A, d).transpose(0, 2, 1, 3)
-    tokens = lambda y: y.transpose(0, 2, 1, 3).reshape(B, T, A * d)
-
-    def of(q: np.ndarray, k: np.ndarray, v: np.ndarray, probs: ActQuantizer | None = None) -> np.ndarray:
-        p = softmax(q @ k.swapaxes(-1, -2) / d**0.5)
-        return tokens((p if probs is None else fake(p, probs)) @ v)
-
-    plain = of(heads(q), heads(k), heads(v))
+    plain = attended(q, k, v, A)
     sites = {side: ActQuantizer(jnp.float32(8 / 255), jnp.int32(0)) for side in ("q", "k", "v")}
     sites["probs"] = ActQuantizer(jnp.float32(1 / 255), jnp.int32(-128))
 
@@ -217,19 +226,19 @@ def _attention(name: str, B: int, T: int, A: int, d: int) -> Iterator[Case]:
         scale, zero_point = np.float64(act.static_range.scale), int(act.static_range.zero_point)
         return (np.clip(np.round(x / scale) + zero_point, -128, 127) - zero_point) * scale
 
-    side = lambda name, x: fake(heads(x), sites[name])
-    twin = of(side("q", q), side("k", k), side("v", v), sites["probs"])
+    side = lambda name, x: fake(np.asarray(x, np.float64), sites[name])
+    twin = attended(side("q", q), side("k", k), side("v", v), A, lambda probs: fake(probs, sites["probs"]))
 
-    def attended(got: Any, backend: Backend[Any]) -> None:
+    def in_floats_or_codes(got: Any, backend: Backend[Any]) -> None:
         want = twin if backend.attends_on_codes else plain
         assert got.dtype == jnp.bfloat16
         # Logits of codes are computed in the type of q.
         assert np.linalg.norm(np.asarray(got, np.float64) - want) < 0.02 * np.linalg.norm(want)
 
-    yield Case(f"attention-{name}", "attention", (q, k, v), {"num_heads": A, "sites": sites}, attended, True)
+    yield Case(f"attention-{name}", "attention", (q, k, v), {"num_heads": A, "sites": sites}, in_floats_or_codes, True)
 
     act, larger = ActQuantizer(jnp.float32(1), jnp.int32(-9)), jnp.asarray(np.asarray(v, np.float32) * 40, jnp.bfloat16)
-    value = of(heads(q), heads(k), heads(larger))
+    value = attended(q, k, larger, A)
 
     def in_unit_steps(got: Encoded, _: Backend[Any]) -> None:
         want = np.clip(np.round(value) - 9, -128, 127)

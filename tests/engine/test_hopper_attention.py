@@ -13,6 +13,7 @@ import pytest
 from hopper_helpers import HAS_INTERPRETER, interpreter, on_hopper
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from operation_contracts import attended
 
 from ptq4dit_jax.engine.hopper import attention as kernel
 from ptq4dit_jax.engine.hopper import common
@@ -36,12 +37,8 @@ def drawn(images: int, tokens: int, heads: int, d: int, size: float = 1.0) -> li
 
 def exact(q: jax.Array, k: jax.Array, v: jax.Array, tokens: int, heads: int) -> np.ndarray:
     """In float64."""
-    M, D = q.shape
-    by_head = lambda x: np.asarray(x, np.float64).reshape(-1, tokens, heads, D // heads).transpose(0, 2, 1, 3)
-    queries, keys, values = map(by_head, (q, k, v))
-    scores = queries @ keys.swapaxes(-1, -2) / np.sqrt(D // heads)
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    return (p / p.sum(-1, keepdims=True) @ values).transpose(0, 2, 1, 3).reshape(M, D)
+    of_images = lambda x: x.reshape(-1, tokens, x.shape[-1])
+    return attended(of_images(q), of_images(k), of_images(v), heads).reshape(q.shape)
 
 
 def check(images: int, tokens: int, heads: int, d: int) -> None:

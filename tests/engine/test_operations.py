@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import interpreters
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tpu_interpreter
 from hopper_helpers import HAS_INTERPRETER, interpreted_kernels
 from operation_contracts import Case, cases
 
@@ -40,7 +40,7 @@ class Mode(enum.Enum):
 #: What runs a backend's kernels on a CPU.
 INTERPRETERS: dict[str, Callable[..., AbstractContextManager[Any]]] = {
     **({"hopper": interpreted_kernels} if HAS_INTERPRETER else {}),
-    "tpu": tpu_interpreter.interpreted_kernels,
+    "tpu": interpreters.tpu_kernels,
 }
 #: Operations of a backend that its interpreter cannot run, with what it lacks. They are lowered here, and run on the device.
 NOT_INTERPRETED = {("hopper", "attention_codes"): "JAX 0.11 does not lower the effect of wgmma's pipeline for a CPU"}

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import PLAIN, XLA, random_inputs, relative_error, tiny_model
-from operation_contracts import drawn_weight, softmax
-from tpu_interpreter import interpreted_kernels
+from interpreters import tpu_kernels
+from operation_contracts import attended, drawn_weight, modulated, sums_are_of_the_codes
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax.devices import DeviceKind, described
@@ -28,18 +28,6 @@ ROUND = ActQuantizer(jnp.float32(1), jnp.int32(-9))
 PER_ROW = ActQuantizer(None, None, dynamic=True)
 #: Images, tokens, heads and their width: blocks of queries that are all of them or some, tokens that fill no tile.
 ATTENTION = [(2, 64, 2, 64), (1, 72, 3, 40), (1, 256, 4, 72), (2, 512, 2, 32), (1, 1024, 1, 128), (3, 8, 1, 8)]
-
-
-def heads_of(x: jax.Array, heads: int) -> np.ndarray:
-    B, T, D = x.shape
-    return np.asarray(x, np.float64).reshape(B, T, heads, D // heads).transpose(0, 2, 1, 3)
-
-
-def attended(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> np.ndarray:
-    """Attention in float64."""
-    queries, keys, values = (heads_of(x, heads) for x in (q, k, v))
-    probs = softmax(queries @ keys.swapaxes(-1, -2) / queries.shape[-1] ** 0.5)
-    return (probs @ values).transpose(0, 2, 1, 3).reshape(q.shape)
 
 
 def drawn(B: int, T: int, D: int, dtype: Any, size: float = 1.0) -> list[jax.Array]:
@@ -58,7 +46,7 @@ def test_attention(shape: tuple[int, int, int, int]) -> None:
     B, T, heads, d = shape
     for dtype, rtol, atol in ((jnp.bfloat16, 2**-8, 2**-8), (jnp.float32, 1e-5, 1e-5)):
         q, k, v = drawn(B, T, heads * d, dtype)
-        with interpreted_kernels():
+        with tpu_kernels():
             got = jax.jit(partial(TPU.attention, num_heads=heads, sites={}))(q, k, v)
         assert got.dtype == dtype
         spread = np.abs(np.asarray(v, np.float64)).max()
@@ -70,10 +58,11 @@ def test_attention(shape: tuple[int, int, int, int]) -> None:
 def test_attention_ends_in_codes(shape: tuple[int, int, int, int]) -> None:
     B, T, heads, d = shape
     q, k, v = drawn(B, T, heads * d, jnp.bfloat16, 30.0)
-    with interpreted_kernels():
+    with tpu_kernels():
         got = jax.jit(partial(TPU.attention_codes, num_heads=heads))(q, k, v, act=ROUND)
     assert got.values.dtype == jnp.int8
-    np.testing.assert_array_equal(got.sums, np.asarray(got.values, int).sum(-1, keepdims=True))
+    assert got.sums is not None
+    sums_are_of_the_codes(got)
     off = np.abs(np.asarray(got.values, int) - np.clip(np.round(attended(q, k, v, heads)) - 9, -128, 127))
     assert off.max() <= 1
     assert off.mean() < 0.1
@@ -106,21 +95,21 @@ def test_norms_end_in_codes(B: int, T: int, D: int, kind: str) -> None:
     shift, scale = (jnp.asarray(rng.standard_normal((B, D)) * 0.5, jnp.float32) for _ in range(2))
     wide, by, times = (np.asarray(a, np.float64) for a in (x, shift, scale))
     for norm in (Norm(), Norm(1e-3, NormKind.RMS)):
-        centered = wide - (wide.mean(-1, keepdims=True) if norm.kind is NormKind.LAYER else 0)
-        y = centered / np.sqrt(np.square(centered).mean(-1, keepdims=True) + norm.eps) * (1 + times[:, None]) + by[:, None]
-        with interpreted_kernels():
+        y = modulated(wide, by, times, norm)
+        with tpu_kernels():
             got = jax.jit(partial(TPU.modulate_encode, act=PER_ROW, norm=norm))(x, shift, scale)
         # Where a row is constant, what float32 loses of its mean is divided by the root of eps.
         rtol = 1e-3 if kind == "constant rows" else 1e-5
         np.testing.assert_allclose(np.asarray(got.scale)[..., 0], np.abs(y).max(-1) / 127, rtol=rtol)
-        np.testing.assert_array_equal(got.sums, np.asarray(got.values, int).sum(-1, keepdims=True))
+        assert got.sums is not None
+        sums_are_of_the_codes(got)
         assert np.abs(np.asarray(got.values, int) - np.round(y / np.asarray(got.scale, np.float64))).max() <= 1
 
 
 @pytest.mark.makes_nan
 def test_rows_of_zeros_have_scale_one() -> None:
     x, none = jnp.zeros((1, 8, 40), jnp.bfloat16), jnp.zeros((1, 40), jnp.bfloat16)
-    with interpreted_kernels():
+    with tpu_kernels():
         got = TPU.modulate_encode(x, none, none, PER_ROW, Norm())
     np.testing.assert_array_equal(got.values, 0)
     np.testing.assert_array_equal(got.scale, 1)
@@ -204,7 +193,7 @@ def test_a_model_on_a_tpu_is_the_reference_with_attention_in_floats(bits: int) -
     x, y = random_inputs(model.config, 2)
     t = jnp.asarray([300], jnp.int32)
     want = model.replace(backend="xla", sites={}).jitted()(x, t, y)
-    with interpreted_kernels(), described(DeviceKind("tpu", model="TPU v5 lite")):
+    with tpu_kernels(), described(DeviceKind("tpu", model="TPU v5 lite")):
         made = model.prepared()
         got = jax.jit(lambda model, *inputs: model.apply(*inputs))(made, x, t, y)
     assert {layer.weight.values.dtype for layer in made.linears.values()} == (
