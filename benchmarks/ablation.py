@@ -167,10 +167,7 @@ def run(arguments: argparse.Namespace) -> None:
         "samples": arguments.samples,
         "seeds": {},
     }
-    if arguments.out.exists():
-        stored = json.loads(arguments.out.read_text())
-        if all(stored[key] == document[key] for key in _FIXED):
-            document = stored
+    document, _ = common.continued(document, arguments.out, _FIXED)
     chosen = itertools.product(arguments.bits, arguments.balances, arguments.roundings)
     names = {f"W{bits}A8|{balance}|{rounding}" for bits, balance, rounding in chosen}
     wanted = {name: settings for name, settings in cells(arguments.iterations).items() if name in names}

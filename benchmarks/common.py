@@ -54,6 +54,15 @@ def write(document: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
+def continued(document: dict[str, Any], path: Path, keys: tuple[str, ...]) -> tuple[dict[str, Any], list[str]]:
+    """The results stored in ``path`` if they are of the same run, or else ``document``, with the keys in which they differ."""
+    if not path.exists():
+        return document, []
+    stored = json.loads(path.read_text())
+    different = [key for key in keys if stored.get(key) != document[key]]
+    return (document if different else stored), different
+
+
 def refuse_unlike(documents: list[dict[str, Any]], keys: tuple[str, ...]) -> None:
     """Ends the program with a sentence where documents to be joined differ in one of these."""
     different = [key for key in keys if any(document[key] != documents[0][key] for document in documents)]

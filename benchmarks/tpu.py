@@ -205,12 +205,9 @@ def run(arguments: argparse.Namespace) -> None:
         cells = itertools.product(arguments.generations, arguments.chips, arguments.images, arguments.models)
         wanted = {"|".join(map(str, cell)): cell for cell in cells}
     document: dict[str, Any] = {**common.header(arguments), **settings, "rows": {}}
-    if arguments.out.exists():
-        stored = json.loads(arguments.out.read_text())
-        other = [key for key in (_FIXED_RUN if arguments.run else _FIXED) if stored.get(key) != document[key]]
-        document = document if other else stored
-        if other:
-            print(f"{arguments.out} holds results of another {', '.join(other)}, which this run replaces.", flush=True)
+    document, other = common.continued(document, arguments.out, _FIXED_RUN if arguments.run else _FIXED)
+    if other:
+        print(f"{arguments.out} holds results of another {', '.join(other)}, which this run replaces.", flush=True)
     missing = {name: cell for name, cell in wanted.items() if name not in document["rows"]}
     for number, (name, cell) in enumerate(missing.items(), 1):
         print(f"{number} of {len(missing)}: {name.replace('|', ', ')} ...", flush=True)
