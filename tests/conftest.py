@@ -5,12 +5,16 @@ import os
 import shutil
 import tempfile
 
-# Read once, when JAX starts its CPU backend: multi-device tests then run in this process.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-# Tests compile thousands of programs and run most of them once, so compiling with few optimizations halves their time. Kernels
-# on a GPU are tested as they are used; 0 compiles as users do.
+import fast_compilation
+
+# Tests compile thousands of programs and run most of them once, so compiling fast more than halves their time. Kernels on a GPU
+# are tested as they are used; JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as users do. With eight virtual devices, tests of
+# several devices run in this process.
 if not os.path.exists("/dev/nvidiactl") or os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1":
+    os.environ.setdefault("XLA_FLAGS", fast_compilation.environment(devices=8)["XLA_FLAGS"])
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 # A program is compiled once for all processes of a run: commands, processes under JAX's switches and both workers share many,
 # and small ones that are quick to compile are most of them.

@@ -27,15 +27,6 @@ HOPPER = choice.resolve("hopper", "bfloat16").dispatch
 PLAIN: dict[str, Any] = {"balance": "csb+ssc", "rounding": "nearest"}
 
 
-def compile_fast() -> dict[str, str]:
-    """Environment of a process that compiles with few optimizations, and in JAX 0.10 by the older of XLA's emitters of fusions.
-
-    Its numbers can be compared with those of a process of the same environment only.
-    """
-    older = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
-    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {older}"}
-
-
 def tiny_config(**overrides: Any) -> DiTConfig:
     """A DiT that compiles in a second. Its 9 tokens are a size that no other axis has, so a token axis can be recognized."""
     shape = {

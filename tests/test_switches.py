@@ -7,6 +7,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import fast_compilation
 import helpers
 import jax
 import jax.numpy as jnp
@@ -306,7 +307,7 @@ def digests(*switches: str) -> dict[str, str]:
     """What ``switches_program.py`` prints under these switches and no others."""
     names = {line.partition("=")[0] for line in SWITCHES}
     environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= dict(line.split("=") for line in switches) | helpers.compile_fast()
+    environment |= dict(line.split("=") for line in switches) | fast_compilation.environment()
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, ROOT / "tests/switches_program.py"], env=environment, capture_output=True, text=True, check=False

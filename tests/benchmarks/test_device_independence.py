@@ -50,6 +50,7 @@ def test_one_process_with_eight_devices_and_one_with_one_make_the_same_model(
     """One head, no classes, W8, 22 rows: two micro-batches of eight and a rest. With reconstruction it is the long form, and
     within one process tests/reconstruction/test_pipeline.py."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # as users compile
+    monkeypatch.delenv("XLA_FLAGS")
     assert "reconstruction" not in device_independence.cases()[10].settings
     [alone], [spread] = (device_independence.in_a_process(devices, None, [10], tmp_path, samples=False) for devices in (1, 8))
     assert any(array.dtype.kind == "i" for array in alone.values())

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import fast_compilation
 import helpers
 import pytest
 from cli_helpers import ROOT, figures
@@ -39,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def start(folder: Path, *program: str) -> subprocess.Popen[str]:
-    environment = os.environ | helpers.compile_fast() | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | fast_compilation.environment() | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *program], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

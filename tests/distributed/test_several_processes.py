@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import helpers
+import fast_compilation
 import numpy as np
 import pytest
 
@@ -27,10 +27,13 @@ LOST = ("Another process of this run has ended", "This most likely indicates tha
 
 def started(command: list[Any], devices: int) -> subprocess.Popen[str]:
     """Starts a process with so many virtual devices."""
-    fast = helpers.compile_fast()
-    flags = f"{fast['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    environment = {**os.environ, **fast, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    environment = {
+        **os.environ,
+        **fast_compilation.environment(devices),
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": path,
+    }
     return subprocess.Popen(
         [sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
