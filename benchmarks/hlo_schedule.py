@@ -4,7 +4,7 @@ Bytes are those of the operands and results of every scheduled instruction, unle
 layout is a TPU's VMEM), times the trips of the loops around it. Arrays are counted without the padding of their tiles, and an
 operand is counted once, however often a fusion reads it: what a chip moves is this or more. Cycles are ``estimated_cycles``,
 from the cost model of the compiler for TPUs. It gives none to collectives, asynchronous copies, scatters and custom calls.
-Compilers for GPUs and CPUs write no estimate at all.
+Compilers for GPUs and CPUs write no estimate at all. Kernels of Pallas say themselves what they do, as custom calls.
 """
 
 from __future__ import annotations
@@ -50,6 +50,23 @@ class Operation(NamedTuple):
     def cycles(self) -> int:
         """Estimated, over all executions."""
         return self.times * self.instruction.cycles
+
+
+class KernelCost(NamedTuple):
+    """What one call of a kernel says that it does (``pallas.CostEstimate``)."""
+
+    flops: int
+    bytes: int
+
+    @classmethod
+    def of(cls, instruction: Instruction) -> KernelCost | None:
+        """Returns the cost that a custom call states; None if it states none."""
+        found = re.search(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"', instruction.attributes)
+        return None if found is None else cls(int(found[1]), int(found[2]))
+
+    def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
+        """Returns the least time that the call can take, by its roofline."""
+        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
 def operations(module: Module) -> list[Operation]:

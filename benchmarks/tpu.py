@@ -43,6 +43,8 @@ MODELS = {"bf16": "bfloat16", "w8a8": "W8A8", "w4a8": "W4A8"}
 #: Cycles a second with which an estimate becomes milliseconds: the published peak over what the matrix units do in a cycle. Of
 #: Ironwood neither is public enough, so its estimates stay in cycles.
 CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
+#: Published peaks for bfloat16, flop/s, and of HBM, byte/s, of a chip: what bounds kernels, which the estimate leaves out.
+PEAKS = {"v5e": (197e12, 819e9), "v5p": (459e12, 2765e9), "v6e": (918e12, 1640e9)}
 #: What identifies a run that may be continued.
 _FIXED = ("commit", "jax", "libtpu", "model", "input_size", "depth", "steps")
 _FIXED_RUN = ("commit", "jax", "hardware", "devices", "model", "input_size", "depth", "steps", "repeats")
@@ -76,11 +78,11 @@ def compiled(generation: str, chips: int, name: str, network: DiTConfig, images:
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
-        **figures(program.as_text(), steps),
+        **figures(program.as_text(), steps, generation),
     }
 
 
-def figures(text: str, steps: int) -> dict[str, Any]:
+def figures(text: str, steps: int, generation: str) -> dict[str, Any]:
     """Returns what the text of a sampler's program says, of one step where it says so."""
     module = hlo.parse(text)
     ran = hlo_schedule.operations(module)
@@ -92,9 +94,18 @@ def figures(text: str, steps: int) -> dict[str, Any]:
     return {
         "hbm_bytes_step": sum(operation.bytes for operation in inside) / steps,
         "cycles_step": cycles / steps or None,
+        "kernels_step_s": kernel_seconds(inside, generation, steps),
         "collectives": dict(module.collectives),
         "products": dict(Counter(product.types for product in module.products)),
     }
+
+
+def kernel_seconds(ran: list[hlo_schedule.Operation], generation: str, steps: int) -> float | None:
+    """Returns the least time of the kernels in one step, by the chip's published peaks; None where these are not public."""
+    if generation not in PEAKS:
+        return None
+    costs = [(operation.times, hlo_schedule.KernelCost.of(operation.instruction)) for operation in ran]
+    return sum(times * cost.seconds(*PEAKS[generation]) for times, cost in costs if cost is not None) / steps
 
 
 def measured(name: str, network: DiTConfig, images: int, steps: int, repeats: int) -> dict[str, Any]:
@@ -121,6 +132,7 @@ def table(document: dict[str, Any]) -> str:
         "model",
         "to and from HBM, GB a step",
         "estimate, million cycles a step (ms)",
+        "and the kernels, ms",
         "peak memory, GB",
         "collectives",
         "products in the text",
@@ -136,9 +148,9 @@ def table(document: dict[str, Any]) -> str:
     for row in sorted(document["rows"].values(), key=_place):
         cells = [f"{row['chips']} {row['generation']}", str(row["images"]), MODELS[row["model"]]]
         if "failed" in row:
-            cells += ["", "", "does not fit", "", "", "", row["status"]]
+            cells += ["", "", "", "does not fit", "", "", "", row["status"]]
         else:
-            cells += [f"{row['hbm_bytes_step'] / 1e9:.2f}", _estimate(row), f"{row['peak_bytes'] / 1e9:.2f}"]
+            cells += [f"{row['hbm_bytes_step'] / 1e9:.2f}", _estimate(row), _kernels(row), f"{row['peak_bytes'] / 1e9:.2f}"]
             cells += [_counted(row["collectives"]) or "none", _counted(row["products"], "`")]
             cells += [f"{row['compile_s']:.0f}", row["status"]]
         lines.append(f"| {' | '.join(cells)} |")
@@ -182,6 +194,11 @@ def _estimate(row: dict[str, Any]) -> str:
     clock = CLOCKS.get(row["generation"])
     milliseconds = "" if clock is None else f" ({1e3 * row['cycles_step'] / clock:.1f})"
     return f"{row['cycles_step'] / 1e6:.1f}{milliseconds}"
+
+
+def _kernels(row: dict[str, Any]) -> str:
+    seconds = row.get("kernels_step_s")
+    return "" if seconds is None else f"{1e3 * seconds:.1f}"
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The device that programs are traced for: the one in use, or one that is only described."""
+"""The device that programs are traced for: the one in use, or one that is only described. And ranges of versions of JAX."""
 
 from __future__ import annotations
 
@@ -26,6 +26,19 @@ class DeviceKind(NamedTuple):
             return cls(device.platform, model=str(getattr(device, "device_kind", "")) if device.platform == "tpu" else "")
         major, _, minor = str(getattr(device, "compute_capability", "0.0")).partition(".")
         return cls("gpu", (int(major), int(minor or 0)), int(getattr(device, "core_count", 0)))
+
+
+class JaxVersions(NamedTuple):
+    """A range of JAX versions. It includes both ends, and every version that begins like ``last``."""
+
+    first: tuple[int, ...]
+    last: tuple[int, ...]
+
+    def __contains__(self, version: object) -> bool:
+        return isinstance(version, tuple) and self.first <= version and version[: len(self.last)] <= self.last
+
+    def __str__(self) -> str:
+        return " to ".join(".".join(map(str, end)) for end in (self.first, self.last))
 
 
 _DESCRIBED: ContextVar[DeviceKind | None] = ContextVar("described", default=None)

@@ -13,10 +13,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int32, Integer, Num
 
 from ptq4dit_jax.networks.dit import DiTConfig, init_params
-from ptq4dit_jax.networks.float_network import FloatNetwork
+from ptq4dit_jax.networks.float_network import FloatNetwork, FusedAttention
 from ptq4dit_jax.networks.spec import flatten_sites, nest_sites
 from ptq4dit_jax.numerics import EXACT, AnyKey, asked_dtype, compute_dtype
 from ptq4dit_jax.schedules import NoiseSchedule, Schedule
+from ptq4dit_jax.tpu import generations
 from ptq4dit_jax.waiting import ready
 
 
@@ -52,7 +53,8 @@ class FloatDiT(ModelFace, struct.PyTreeNode):
     ``quantizers`` (see :mod:`ptq4dit_jax.networks.float_network`) is empty for a plain model. If they hold tables over groups
     of steps, ``group_edges`` (G - 1,) are the noise levels that separate the groups (int32 timesteps of a noise schedule, or
     float32 for a flow). The model computes in the type of its kernels, or in float32 if that is float16, unless ``compute``
-    names another type (:meth:`astype` sets it). ``precision`` applies to float32 products.
+    names another type (:meth:`astype` sets it). ``precision`` applies to float32 products. :meth:`prepared` sets
+    ``fused``.
     """
 
     params: Any
@@ -62,6 +64,7 @@ class FloatDiT(ModelFace, struct.PyTreeNode):
     group_edges: Num[Array, " edges"] = struct.field(default_factory=lambda: jnp.zeros((0,), jnp.int32))
     compute: str | None = struct.field(pytree_node=False, default=None)
     precision: jax.lax.Precision = struct.field(pytree_node=False, default=EXACT)
+    fused: FusedAttention | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
     def init(
@@ -83,7 +86,16 @@ class FloatDiT(ModelFace, struct.PyTreeNode):
 
     @property
     def _network(self) -> FloatNetwork:
-        return FloatNetwork(self.config, self.dtype, self.precision)
+        return FloatNetwork(self.config, self.dtype, self.precision, self.fused)
+
+    def prepared(self) -> FloatDiT:
+        """Returns the same model, with attention as one kernel on TPUs. XLA cannot partition a program with such kernels, so
+        the program must be one of a single device, or of each device of a ``shard_map``."""
+        if not generations.available():
+            return self
+        from ptq4dit_jax.tpu.attention import fused_attention
+
+        return self.replace(fused=fused_attention)
 
     def _variables(self, t_B: ArrayLike) -> dict[str, Any]:
         if not self.quantizers:

@@ -7,13 +7,13 @@ run, and refuse calls for which they have no kernel. :class:`~ptq4dit_jax.engine
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Generic, NamedTuple, NoReturn, TypeVar
+from typing import ClassVar, Generic, NoReturn, TypeVar
 
 import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Int32, Shaped
 
-from ptq4dit_jax.devices import DeviceKind
+from ptq4dit_jax.devices import DeviceKind, JaxVersions
 from ptq4dit_jax.engine.stacks import Leaf
 from ptq4dit_jax.networks.ops import Norm
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
@@ -31,19 +31,6 @@ def require(covered: bool, reason: str) -> None:
 
 def _no_kernel(operation: str) -> NoReturn:
     raise NotCovered(f"there is no kernel for {operation}")
-
-
-class JaxVersions(NamedTuple):
-    """A range of JAX versions. It includes both ends, and every version that begins like ``last``."""
-
-    first: tuple[int, ...]
-    last: tuple[int, ...]
-
-    def __contains__(self, version: object) -> bool:
-        return isinstance(version, tuple) and self.first <= version and version[: len(self.last)] <= self.last
-
-    def __str__(self) -> str:
-        return " to ".join(".".join(map(str, end)) for end in (self.first, self.last))
 
 
 #: What a backend receives for an array of a layer: a :data:`~ptq4dit_jax.engine.stacks.Leaf` if it ``reads_stacks``, else the

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import einops
 import flax.linen as nn
@@ -22,7 +23,11 @@ from jax.typing import ArrayLike, DTypeLike
 from ptq4dit_jax.networks.ops import Activation, Network, Norm, Rotary
 from ptq4dit_jax.networks.parts import float_attention, head_norm, modulate, normalize, rotate
 from ptq4dit_jax.networks.spec import Stack
-from ptq4dit_jax.numerics import EXACT, product_precision
+from ptq4dit_jax.numerics import EXACT, along_last, product_precision
+
+#: Computes softmax attention of q, k and v (B, T, D) with so many heads, as one kernel; returns None for arrays that the kernel
+#: does not take.
+FusedAttention: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array | None]
 
 
 def site(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
@@ -39,7 +44,7 @@ class FloatOps:
     """The verbs (:class:`ptq4dit_jax.networks.ops.Ops`) in floats, inside a Flax module whose variables hold the layers.
 
     ``dense`` returns a layer's module by its name; ``sites`` holds the site that feeds each layer. Outputs of layers are sites,
-    too, named by the layer's name plus ``_out``.
+    too, named by the layer's name plus ``_out``. ``fused`` computes attention where nothing watches its parts.
     """
 
     module: nn.Module
@@ -47,9 +52,13 @@ class FloatOps:
     sites: dict[str, str]
     dtype: DTypeLike
     precision: jax.lax.Precision
+    fused: FusedAttention | None = None
 
     def _site(self, name: str, x: jax.Array) -> jax.Array:
         return site(self.module, name, x)
+
+    def _watched(self, name: str) -> bool:
+        return any(self.module.has_variable(kind, name) for kind in ("quantizers", "observers"))
 
     def _fed(self, layer: str, x: jax.Array) -> jax.Array:
         return self._site(self.sites[layer], x)
@@ -74,7 +83,13 @@ class FloatOps:
         return self.dense(name)(fed)
 
     def split(self, name: str, fed: jax.Array, parts: int) -> list[jax.Array]:
-        return jnp.split(self.product(name, fed), parts, axis=-1)
+        if self.fused is None:
+            return jnp.split(self.product(name, fed), parts, axis=-1)
+        # A kernel takes no part of an array, so XLA would copy the parts of one product.
+        layer: dict[str, jax.Array] = self.module.get_variable("params", name)
+        kernels, biases = (jnp.split(layer[leaf].astype(self.dtype), parts, axis=-1) for leaf in ("kernel", "bias"))
+        product = partial(jnp.matmul, fed, precision=product_precision(self.dtype, self.precision))
+        return [product(kernel) + along_last(bias, fed.ndim) for kernel, bias in zip(kernels, biases, strict=True)]
 
     def head_normed(self, gain: str, x_BTD: jax.Array, heads: int, norm: Norm) -> jax.Array:
         gain_d = self.module.param(gain, nn.initializers.ones, (x_BTD.shape[-1] // heads,))
@@ -86,9 +101,12 @@ class FloatOps:
         if rotary is not None:
             q_BTD, k_BTD = (rotate(x, heads, rotary) for x in (q_BTD, k_BTD))
         parts = {"q": q_BTD, "k": k_BTD, "v": v_BTD}
+        if self.fused is not None and not any(map(self._watched, (*parts, "probs"))):
+            out_BTD = self.fused(q_BTD, k_BTD, v_BTD, heads)
+            if out_BTD is not None:
+                return self._fed(feeds, out_BTD)
         q, k, v = (self._site(name, einops.rearrange(x, "b t (a d) -> b t a d", a=heads)) for name, x in parts.items())
-        watched = any(self.module.has_variable(kind, "probs") for kind in ("quantizers", "observers"))
-        watch = (lambda probs_BATT: self._site("probs", probs_BATT)) if watched else None
+        watch = (lambda probs_BATT: self._site("probs", probs_BATT)) if self._watched("probs") else None
         out = float_attention(q, k, v, watch, product_precision(self.dtype, self.precision))
         return self._fed(feeds, einops.rearrange(out, "b t a d -> b t (a d)"))
 
@@ -118,19 +136,20 @@ class Block(nn.Module):
     stack: Stack
     dtype: DTypeLike
     precision: jax.lax.Precision = EXACT
+    fused: FusedAttention | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, c_BD: jax.Array) -> tuple[jax.Array, None]:
         [kind] = [kind for kind in self.config.spec.kinds if kind.stack == self.stack]
         features = {linear.place.name: linear.N for linear in kind.linears}
         dense = lambda name: _dense(features[name], self.dtype, self.precision, name)
-        ops = FloatOps(self, dense, kind.site_of, self.dtype, self.precision)
+        ops = FloatOps(self, dense, kind.site_of, self.dtype, self.precision, self.fused)
         return site(self, "block_out", self.config.block(ops, self.stack, x_BTD, c_BD)), None
 
 
 class FloatNetwork(nn.Module):
     """A network. ``dtype`` is the compute type; norms and softmax always reduce in float32 at least. ``precision`` applies to
-    float32 products.
+    float32 products. ``fused`` computes attention where it can, as one kernel.
 
     Variables: ``params``, with the parameters of a stack's blocks on a leading depth axis, and optionally ``quantizers`` and
     ``observers`` (module docstring). Kernels are (K, N), Flax's order.
@@ -139,6 +158,7 @@ class FloatNetwork(nn.Module):
     config: Any
     dtype: DTypeLike = jnp.float32
     precision: jax.lax.Precision = EXACT
+    fused: FusedAttention | None = None
 
     def setup(self) -> None:
         spec = self.config.spec
@@ -156,7 +176,7 @@ class FloatNetwork(nn.Module):
                 in_axes=nn.broadcast,
                 length=stack.depth,
             )
-            setattr(self, stack.name, scanned(self.config, stack, self.dtype, self.precision))
+            setattr(self, stack.name, scanned(self.config, stack, self.dtype, self.precision, self.fused))
 
     @property
     def _ops(self) -> FloatOps:

@@ -22,6 +22,10 @@ HloModule jit_sample_batch, is_scheduled=true
   %x = s8[4,8]{1,0} get-tuple-element(%state), index=1
   %w = s8[8,8]{1,0} get-tuple-element(%state), index=2
   %y = s32[4,8]{1,0} dot(%x, %w), rhs_contracting_dims={1}, backend_config={"window_config":{"estimated_cycles":"50"}}
+  %kernel = s8[4,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":\
+{"cost_estimate":{"flops":"197000000000","transcendentals":"9","bytes_accessed":"64"}}}
+  %other = s8[4,8]{1,0} custom-call(%x), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":\
+{"cost_estimate":{"flops":"1","transcendentals":"9","bytes_accessed":"819000000"}}}
   ROOT %next = (s32[], s8[4,8]{1,0}, s8[8,8]{1,0}) tuple(%state)
 }
 
@@ -41,7 +45,13 @@ backend_config={"known_trip_count":{"n":"3"}}
 
 def row(generation: str, model: str, **facts: Any) -> dict[str, Any]:
     memory = {"compile_s": 40.4, "argument_bytes": 1, "temporary_bytes": 1, "peak_bytes": 1_530_000_000}
-    found = {"hbm_bytes_step": 85.28e9, "cycles_step": 613.8e6, "collectives": {}, "products": {"s32 = s8 x s8": 7}}
+    found = {
+        "hbm_bytes_step": 85.28e9,
+        "cycles_step": 613.8e6,
+        "kernels_step_s": 6.04e-3,
+        "collectives": {},
+        "products": {"s32 = s8 x s8": 7},
+    }
     place = {"generation": generation, "chips": 16, "devices": 16, "model": model, "images": 64, "status": tpu.NEVER_RUN}
     return {**place, **memory, **found, **facts}
 
@@ -53,9 +63,10 @@ def document() -> dict[str, Any]:
 
 
 def test_figures_are_of_one_step_and_leave_out_what_comes_before() -> None:
-    assert tpu.figures(PROGRAM, 3) == {
-        "hbm_bytes_step": 4 * 8 + 8 * 8 + 4 * 4 * 8,
+    assert tpu.figures(PROGRAM, 3, "v5e") == {
+        "hbm_bytes_step": 4 * 8 + 8 * 8 + 4 * 4 * 8 + 2 * (4 * 8 + 4 * 8),
         "cycles_step": 50,
+        "kernels_step_s": pytest.approx(2e-3),  # one is bound by the matrix units, the other by memory, 1 ms each
         "collectives": {},
         "products": {"s32 = s8 x s8": 1},
     }
@@ -63,17 +74,18 @@ def test_figures_are_of_one_step_and_leave_out_what_comes_before() -> None:
 
 def test_there_is_no_estimate_where_the_compiler_gives_none() -> None:
     text = PROGRAM.replace(', backend_config={"window_config":{"estimated_cycles":"50"}}', "")
-    assert tpu.figures(text, 3)["cycles_step"] is None
+    assert tpu.figures(text, 3, "v5e")["cycles_step"] is None
+    assert tpu.figures(text, 3, "tpu7x")["kernels_step_s"] is None
 
 
 def test_a_program_whose_loop_is_not_the_chain_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^The longest loop runs 3 times where the chain has 50 steps\.$"):
-        tpu.figures(PROGRAM, 50)
+        tpu.figures(PROGRAM, 50, "v5e")
 
 
 def test_every_row_says_that_it_never_ran(document: dict[str, Any]) -> None:
     document["rows"] = {
-        "c": row("tpu7x", "w4a8", collectives={"all-reduce": 2}),
+        "c": row("tpu7x", "w4a8", collectives={"all-reduce": 2}, kernels_step_s=None),
         "b": row("v5e", "w8a8"),
         "d": row("v6e", "bf16", failed="RESOURCE_EXHAUSTED: too large"),
         "a": row("v5e", "bf16", products={"s32 = s8 x s8": 7, "f32 = f32 x f32 (highest)": 3}),
@@ -84,13 +96,13 @@ def test_every_row_says_that_it_never_ran(document: dict[str, Any]) -> None:
     )
     end = "40 | compiled, never run |"
     assert lines[4:] == [
-        "| 16 v5e | 64 | bfloat16 | 85.28 | 613.8 (409.2) | 1.53 | none | 7 `s32 = s8 x s8`, 3 `f32 = f32 x f32 (highest)` | "
-        + end,
-        "| 16 v5e | 64 | W8A8 | 85.28 | 613.8 (409.2) | 1.53 | none | 7 `s32 = s8 x s8` | " + end,
-        "| 16 v6e | 64 | bfloat16 |  |  | does not fit |  |  |  | compiled, never run |",
-        "| 16 tpu7x | 64 | W4A8 | 85.28 | 613.8 | 1.53 | 2 all-reduce | 7 `s32 = s8 x s8` | " + end,
+        "| 16 v5e | 64 | bfloat16 | 85.28 | 613.8 (409.2) | 6.0 | 1.53 | none | "
+        "7 `s32 = s8 x s8`, 3 `f32 = f32 x f32 (highest)` | " + end,
+        "| 16 v5e | 64 | W8A8 | 85.28 | 613.8 (409.2) | 6.0 | 1.53 | none | 7 `s32 = s8 x s8` | " + end,
+        "| 16 v6e | 64 | bfloat16 |  |  |  | does not fit |  |  |  | compiled, never run |",
+        "| 16 tpu7x | 64 | W4A8 | 85.28 | 613.8 |  | 1.53 | 2 all-reduce | 7 `s32 = s8 x s8` | " + end,
     ]
-    assert {line.count("|") for line in lines[2:]} == {11}
+    assert {line.count("|") for line in lines[2:]} == {12}
 
 
 def test_the_page_has_the_table_of_the_stored_results() -> None:

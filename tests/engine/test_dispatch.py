@@ -13,9 +13,9 @@ from jax.typing import DTypeLike
 
 import ptq4dit_jax as ptq
 from ptq4dit_jax import terminal
-from ptq4dit_jax.devices import DeviceKind, described
+from ptq4dit_jax.devices import DeviceKind, JaxVersions, described
 from ptq4dit_jax.engine import choice, hopper, xla
-from ptq4dit_jax.engine.backends import Backend, JaxVersions, NotCovered, require
+from ptq4dit_jax.engine.backends import Backend, NotCovered, require
 from ptq4dit_jax.engine.dispatch import Dispatch, Refusal, watched
 from ptq4dit_jax.engine.stacks import OfLayer
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor

@@ -18,10 +18,11 @@ import ptq4dit_jax as ptq
 from ptq4dit_jax.devices import DeviceKind, described
 from ptq4dit_jax.engine import choice, tpu, xla
 from ptq4dit_jax.engine.backends import NotCovered
-from ptq4dit_jax.engine.tpu import attention, row_wise
-from ptq4dit_jax.engine.tpu.generations import GENERATIONS
+from ptq4dit_jax.engine.tpu import row_wise
 from ptq4dit_jax.networks.ops import Norm, NormKind
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded
+from ptq4dit_jax.tpu import attention
+from ptq4dit_jax.tpu.generations import GENERATIONS
 
 TPU = tpu.BACKEND
 ROUND = ActQuantizer(jnp.float32(1), jnp.int32(-9))
@@ -200,3 +201,82 @@ def test_a_model_on_a_tpu_is_the_reference_with_attention_in_floats(bits: int) -
         {jnp.dtype(jnp.int8)} if bits == 8 else {jnp.dtype(jnp.int8), jnp.dtype(jnp.int4)}
     )
     assert relative_error(got, want) < 0.01
+
+
+@pytest.mark.makes_nan
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prepared_float_model_has_attention_in_one_kernel(dtype: str) -> None:
+    model = tiny_model(input_size=16).astype(dtype)
+    x, y = random_inputs(model.config, 2)
+    t = jnp.asarray([300], jnp.int32)
+    want = model.astype("float32").jitted()(x, t, y)
+    with tpu_kernels(), described(DeviceKind("tpu", model="TPU v5 lite")):
+        got = jax.jit(lambda model, *inputs: model.prepared().apply(*inputs))(model, x, t, y)
+    assert got.dtype == dtype
+    assert relative_error(got.astype(jnp.float32), want) < (1e-5 if dtype == "float32" else 0.03)
+
+
+def test_a_float_model_stays_where_there_are_no_such_kernels() -> None:
+    model = tiny_model(depth=1)
+    for device in (DeviceKind("cpu"), DeviceKind("gpu", (9, 0)), DeviceKind("tpu", model="TPU v3")):
+        with described(device):
+            assert model.prepared() is model
+
+
+def test_watched_attention_and_what_the_kernel_does_not_take_are_in_plain_products() -> None:
+    """Fake quantization and observers see q, k, v and the probabilities; 9 tokens fill no tile. The kernel, called, would fail
+    here: nothing interprets it."""
+    settings = ptq.QuantConfig.of(calib_steps=2, calib_rows=4, steps=2, range_search="minmax", **PLAIN)
+    twin = ptq.reference(ptq.quantize(tiny_model(input_size=16), settings, key=jax.random.key(0), keep_poor=True))
+    for model in (twin, tiny_model()):
+        x, y = random_inputs(model.config, 2)
+        t = jnp.asarray([300], jnp.int32)
+        with described(DeviceKind("tpu", model="TPU v5 lite")):
+            made = model.prepared()
+            got = jax.jit(lambda model, *inputs: model.apply(*inputs))(made, x, t, y)
+        assert made.fused is not None
+        np.testing.assert_allclose(got, model.apply(x, t, y), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.makes_nan
+def test_derivatives_of_the_kernel_are_those_of_plain_products() -> None:
+    q, k, v = drawn(1, 16, 16, jnp.float32)
+
+    def plain(*parts: jax.Array) -> jax.Array:
+        q, k, v = (part.reshape(1, 16, 2, 8) for part in parts)
+        logits = jnp.einsum("bqad,bkad->baqk", q, k, precision="highest") * 8**-0.5
+        return jnp.einsum("baqk,bkad->bqad", jax.nn.softmax(logits), v, precision="highest").reshape(1, 16, 16)
+
+    def fused(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        found = attention.fused_attention(q, k, v, 2)
+        assert found is not None
+        return found
+
+    with tpu_kernels():
+        got = jax.jit(jax.grad(lambda *parts: jnp.square(fused(*parts)).sum(), argnums=(0, 1, 2)))(q, k, v)
+    want = jax.grad(lambda *parts: jnp.square(plain(*parts)).sum(), argnums=(0, 1, 2))(q, k, v)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float32", jax.lax.Precision.HIGHEST), ("bfloat16", jax.lax.Precision.DEFAULT)]
+)
+def test_float32_stays_float32_inside_the_kernel(dtype: str, precision: jax.lax.Precision) -> None:
+    """An interpreter on a CPU would not notice one pass in bfloat16."""
+    q = jax.ShapeDtypeStruct((1, 64, 64), dtype)
+    [call] = [
+        each
+        for each in jax.make_jaxpr(partial(attention.attention, heads=1))(q, q, q).eqns
+        if each.primitive.name == "pallas_call"
+    ]
+    products = [each for each in call.params["jaxpr"].eqns if each.primitive.name == "dot_general"]
+    assert len(products) == 2
+    for product in products:
+        assert product.params["precision"] == (precision, precision)
+        assert product.params["preferred_element_type"] == jnp.float32
+
+
+def test_the_kernel_takes_no_float64() -> None:
+    assert attention.uncovered(64, 64, 2, jnp.float64) == "q, k and v are float64"
+    assert not attention.uncovered(64, 64, 2, jnp.float32)

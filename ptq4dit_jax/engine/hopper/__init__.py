@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import jax
 from jax.typing import DTypeLike
 
-from ptq4dit_jax.devices import DeviceKind
-from ptq4dit_jax.engine.backends import Backend, JaxVersions
+from ptq4dit_jax.devices import DeviceKind, JaxVersions
+from ptq4dit_jax.engine.backends import Backend
 from ptq4dit_jax.engine.stacks import Leaf
 from ptq4dit_jax.networks.ops import Norm
 from ptq4dit_jax.quantizers import PACKED_ROWS, ActQuantizer, Encoded, QTensor

@@ -1,4 +1,4 @@
-"""Kernels for TPUs, in Pallas's Mosaic TPU: attention, and norms that end in codes. Only this folder touches that interface.
+"""Kernels for TPUs, in Pallas's Mosaic TPU: attention (:mod:`ptq4dit_jax.tpu`), and norms that end in codes.
 
 XLA's own products are as good there: it fuses what precedes and follows them. What it does not fuse is attention, whose logits
 it would write to memory, and the passes of a norm with codes per token. The kernels were compiled for TPUs and run by Pallas's
@@ -10,11 +10,12 @@ from __future__ import annotations
 import jax
 
 from ptq4dit_jax.devices import DeviceKind
-from ptq4dit_jax.engine.backends import Backend, JaxVersions
+from ptq4dit_jax.engine.backends import Backend
 from ptq4dit_jax.engine.tpu import linear as products
-from ptq4dit_jax.engine.tpu.generations import GENERATIONS
 from ptq4dit_jax.networks.ops import Norm
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded
+from ptq4dit_jax.tpu import generations
+from ptq4dit_jax.tpu.generations import GENERATIONS, JAX_VERSIONS
 
 
 class Tpu(Backend[jax.Array]):
@@ -23,7 +24,7 @@ class Tpu(Backend[jax.Array]):
     name = "tpu"
     platform = "tpu"
     needs = f"a TPU ({', '.join(GENERATIONS)})"
-    jax_versions = JaxVersions((0, 10, 2), (0, 12))  # whose Mosaic accepted the kernels
+    jax_versions = JAX_VERSIONS
     dtypes = ("bfloat16", "float32")
 
     prepare = staticmethod(products.prepare)
@@ -31,9 +32,7 @@ class Tpu(Backend[jax.Array]):
     linear_parts = staticmethod(products.linear_parts)
 
     def unfit(self, device: DeviceKind) -> str:
-        if device.model in GENERATIONS:
-            return ""
-        return f"the kernels are for {', '.join(GENERATIONS)} and this is {device.model or device.platform}"
+        return generations.unfit(device)
 
     def note(self, device: DeviceKind) -> str:
         if GENERATIONS[device.model].integer_rate > 1:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ptq4dit_jax.engine.tpu.common import Ref, of_rows, row_blocks, scalar, store_codes
 from ptq4dit_jax.networks.ops import Norm, NormKind
 from ptq4dit_jax.quantizers import EMPTY_RANGE
+from ptq4dit_jax.tpu.blocks import Ref, of_rows, row_blocks, scalar, store_codes
+from ptq4dit_jax.tpu.generations import vector_memory
 
 #: Rows per step of the grid: several float32 arrays of so many rows are held.
 _ROWS = 256
@@ -39,12 +40,11 @@ def memory(tokens: int, channels: int, itemsize: int) -> int:
 
 
 def modulate_quantize(
-    x_BTD: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array, codes: Codes, norm: Norm, vmem: int
+    x_BTD: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array, codes: Codes, norm: Norm
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Quantizes ``norm(x) * (1 + scale) + shift``, in float32.
 
-    Returns codes (B, T, D) int8, their sums (B, T, 1) int32, and scales (B, T, 1) float32 if there is one per row. ``vmem``:
-    bytes of vector memory to ask for.
+    Returns codes (B, T, D) int8, their sums (B, T, 1) int32, and scales (B, T, 1) float32 if there is one per row.
     """
     B, T, D = x_BTD.shape
     rows = rows_per_step(T)
@@ -65,7 +65,10 @@ def modulate_quantize(
         grid=(B, T // rows),
         in_specs=[scalar(), some, *[of_image] * len(vectors), *[whole] * len(factors)],
         out_specs=[some, *[of_rows(rows)] * (2 if per_row else 1)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem),
+        cost_estimate=pl.CostEstimate(
+            flops=12 * x_BTD.size, transcendentals=B * T, bytes_accessed=x_BTD.size * (x_BTD.dtype.itemsize + 1)
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vector_memory()),
     )(zero_point, x_BTD, *(vector[:, None] for vector in vectors), *factors)
     sums, *scales = (each.reshape(B, T, 1) for each in found[1:])
     return found[0], sums, scales[0] if per_row else None

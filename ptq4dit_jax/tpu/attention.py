@@ -9,16 +9,21 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
-from ptq4dit_jax.engine.tpu.common import LANES, Ref, of_rows, row_blocks, scalar, store_codes
+from ptq4dit_jax.networks.parts import float_attention
 from ptq4dit_jax.numerics import product_precision
+from ptq4dit_jax.tpu.blocks import LANES, Ref, of_rows, row_blocks, scalar, store_codes
+from ptq4dit_jax.tpu.generations import too_large, vector_memory
 
 #: Queries per step of the grid, and logits of one head that are held at a time, both at most.
 _QUERIES, _LOGITS = 256, 2**18
+_MOST_TOKENS, _MOST_WIDTH = 4096, 128
 
 
 class Round(NamedTuple):
@@ -34,6 +39,20 @@ def queries(tokens: int) -> int | None:
     return row_blocks(tokens, min(_QUERIES, max(_LOGITS // tokens, LANES)))
 
 
+def uncovered(tokens: int, channels: int, heads: int, dtype: DTypeLike) -> str:
+    """Returns why the kernel does not take q, k and v (B, tokens, channels) of this type; empty if it does."""
+    width, itemsize = channels // heads, jnp.dtype(dtype).itemsize
+    if itemsize > 4:
+        return f"q, k and v are {jnp.dtype(dtype)}"
+    if width % 8 or width > _MOST_WIDTH:
+        return f"heads of width {width} are no multiple of 8 up to {_MOST_WIDTH}"
+    if tokens % 8 or tokens > _MOST_TOKENS:
+        return f"{tokens} tokens are no multiple of 8 up to {_MOST_TOKENS}"
+    if queries(tokens) is None:
+        return f"{tokens} tokens are no whole number of blocks of queries"
+    return too_large(memory(tokens, channels, itemsize), f"keys and values of {tokens} tokens")
+
+
 def memory(tokens: int, channels: int, itemsize: int) -> int:
     """Returns the bytes of vector memory that the kernel needs at most."""
     rows = queries(tokens) or tokens
@@ -42,11 +61,21 @@ def memory(tokens: int, channels: int, itemsize: int) -> int:
     return held + rows * lanes * (4 + 4 + itemsize)
 
 
+def cost(images: int, tokens: int, channels: int, heads: int, itemsize: int, out_itemsize: int) -> pl.CostEstimate:
+    """Returns what the kernel does: two products, an exponential per logit, q, k, v and the output moved once."""
+    values = images * tokens * channels
+    return pl.CostEstimate(
+        flops=4 * values * tokens,
+        transcendentals=images * heads * tokens * tokens,
+        bytes_accessed=values * (3 * itemsize + out_itemsize),
+    )
+
+
 def attention(
-    q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, *, heads: int, vmem: int, finish: Round | None = None
+    q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, *, heads: int, finish: Round | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
     """Computes ``softmax(q k^T / sqrt(d)) v`` (B, T, D) in the inputs' type; or, with ``finish``, its codes (B, T, D) int8 and
-    their sums (B, T, 1) int32. ``vmem``: bytes of vector memory to ask for."""
+    their sums (B, T, 1) int32. The arrays must not be :func:`uncovered`."""
     B, T, D = q_BTD.shape
     rows = queries(T)
     assert rows is not None
@@ -59,9 +88,31 @@ def attention(
         in_specs=[scalar(), some, all_rows, all_rows],
         out_specs=[some] if finish is None else [some, of_rows(rows)],
         scratch_shapes=[pltpu.VMEM((rows, D), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vmem),
+        cost_estimate=cost(B, T, D, heads, q_BTD.dtype.itemsize, 1 if finish else q_BTD.dtype.itemsize),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=vector_memory()),
     )(jnp.zeros(1, jnp.int32) if finish is None else finish.zero_point.reshape(1), q_BTD, k_BTD, v_BTD)
     return out, sums[0].reshape(B, T, 1) if sums else None
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _differentiable(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, heads: int) -> jax.Array:
+    return attention(q_BTD, k_BTD, v_BTD, heads=heads)[0]
+
+
+@_differentiable.defjvp
+def _tangent(heads: int, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    def plain(*parts: jax.Array) -> jax.Array:
+        q, k, v = (einops.rearrange(part, "b t (a d) -> b t a d", a=heads) for part in parts)
+        return einops.rearrange(float_attention(q, k, v), "b t a d -> b t (a d)")
+
+    return _differentiable(*primals, heads), jax.jvp(plain, primals, tangents)[1]
+
+
+def fused_attention(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, heads: int) -> jax.Array | None:
+    """Computes softmax attention (B, T, D) as one kernel; returns None for arrays that it does not take. Derivatives are those
+    of the plain products."""
+    _, T, D = q_BTD.shape
+    return None if uncovered(T, D, heads, q_BTD.dtype) else _differentiable(q_BTD, k_BTD, v_BTD, heads)
 
 
 def _kernel(zero_point: Ref, q: Ref, k: Ref, v: Ref, out: Ref, *refs: Ref, heads: int, ends: tuple[int, int] | None) -> None:
