@@ -36,7 +36,11 @@ def compiled(lowered: Any) -> Compiled:
     with warnings.catch_warnings():
         # Such programs can be written to JAX's cache and not be read from it.
         warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry")
-        program = lowered.compile()
+        return of_program(lowered.compile())
+
+
+def of_program(program: Any) -> Compiled:
+    """What can be read off a compiled program."""
     memory = program.memory_analysis()
     return Compiled(hlo.parse(program.as_text()), memory.peak_memory_in_bytes, memory.argument_size_in_bytes)
 
