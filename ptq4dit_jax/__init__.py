@@ -20,6 +20,7 @@ from ptq4dit_jax.guidance import Guidance, predict
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import PRESETS, DiTConfig
 from ptq4dit_jax.policy import Policy
+from ptq4dit_jax.program_cache import cache_programs
 from ptq4dit_jax.quantization import Balanced, Observed, Ranged, balance, choose_ranges, observe, pack, quantize
 from ptq4dit_jax.reconstruction import reconstruct, round_closed_form
 from ptq4dit_jax.sampling import sample, to_uint8
@@ -54,6 +55,7 @@ __all__ = [
     "VAEDecoder",
     "Weights",
     "balance",
+    "cache_programs",
     "choose_ranges",
     "compare",
     "data_mesh",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,7 +21,7 @@ COMMANDS = {
 _PANEL = "Several hosts"
 
 
-def _connect(
+def _begin(
     context: typer.Context,
     distributed: Annotated[
         bool,
@@ -48,16 +49,30 @@ def _connect(
         int | None,
         typer.Option(help="Which of them this is, from 0.", envvar="JAX_PROCESS_ID", rich_help_panel=_PANEL),
     ] = None,
+    compilation_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps compiled programs, so that the next start compiles nothing; with --distributed, one that "
+            "all hosts share. Whoever can write to it can run code as you.",
+            show_default="JAX_COMPILATION_CACHE_DIR, or ptq4dit_jax/programs in your cache folder; none with --distributed",
+            metavar="FOLDER",
+        ),
+    ] = None,
+    no_compilation_cache: Annotated[
+        bool, typer.Option("--no-compilation-cache", help="Compile everything anew, and keep nothing.")
+    ] = False,
 ) -> None:
+    from ptq4dit_jax.cli.compilation_cache import keep_programs
     from ptq4dit_jax.cli.distributed import connect
 
     connect(context, distributed, coordinator, num_processes, process_id)
+    keep_programs(context, compilation_cache, no_compilation_cache)
 
 
 def program() -> typer.Typer:
     """Makes the program without its commands."""
     return typer.Typer(
-        callback=_connect,
+        callback=_begin,
         name="ptq4dit",
         help="Post-training quantization of Diffusion Transformers: W8A8 and W4A8 with real integers, in JAX.",
         epilog="A MODEL is a folder written by this program, a checkpoint of another code base (see convert), the address of"
