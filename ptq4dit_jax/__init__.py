@@ -16,6 +16,8 @@ from ptq4dit_jax.diffusion import Sampling
 from ptq4dit_jax.engine import LayerReport, QuantizedDiT, describe, reference
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import compare, write_report
+from ptq4dit_jax.exported import ExportedSampler, export_sampler
+from ptq4dit_jax.exported_file import load_sampler, save_sampler
 from ptq4dit_jax.guidance import Guidance, predict
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import PRESETS, DiTConfig
@@ -38,6 +40,7 @@ __all__ = [
     "Calibration",
     "CalibrationData",
     "DiTConfig",
+    "ExportedSampler",
     "FloatDiT",
     "FlowSchedule",
     "Guidance",
@@ -61,8 +64,10 @@ __all__ = [
     "data_mesh",
     "describe",
     "export_meta",
+    "export_sampler",
     "import_checkpoint",
     "load",
+    "load_sampler",
     "load_vae",
     "observe",
     "pack",
@@ -74,6 +79,7 @@ __all__ = [
     "sample",
     "sample_trajectories",
     "save",
+    "save_sampler",
     "stored_rows",
     "to_uint8",
     "write_report",

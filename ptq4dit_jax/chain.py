@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import lru_cache, partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.tree_util import PyTreeDef
 from jaxtyping import Array, Float32, Int, Int32
 
@@ -75,10 +75,12 @@ class Program:
     learned_variance: bool
     guided: GuidedChannels | None
     num_kept: int = 0
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None
 
     @classmethod
-    def of(cls, sampling: ResolvedSampling, config: DiTConfig, num_kept: int = 0, mesh: Mesh | None = None) -> Program:
+    def of(
+        cls, sampling: ResolvedSampling, config: DiTConfig, num_kept: int = 0, mesh: Mesh | AbstractMesh | None = None
+    ) -> Program:
         """Returns the program for this sampling of a model of this shape."""
         return cls(
             stochastic=sampling.stochastic,
@@ -135,10 +137,26 @@ def _chain(shared: Shared, batch: Batch[jax.Array], *, program: Program) -> tupl
     return x if shared.decoder is None else shared.decoder.decode(x), inputs
 
 
+class ExportedProgram(Protocol):
+    """What a request needs of a program that was exported earlier and stands for :func:`sample_batch`."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def devices(self) -> int: ...
+
+    def check(self, shared: Shared, batch: Batch[Any], program: Program) -> None: ...
+
+    def run(self, shared: Shared, batch: Batch[Any]) -> jax.Array: ...
+
+    def compile(self, shared: Shared, batch: Batch[Any]) -> None: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What to sample, checked. Model and decoder (with a mesh, also tables and key) are where they run; the rest is on the
-    host."""
+    host. With ``exported``, that program runs instead of a traced one."""
 
     model: Predictor
     labels_N: np.ndarray
@@ -151,6 +169,7 @@ class Request:
     mesh: Mesh | None
     keep_steps: np.ndarray | None
     what: str
+    exported: ExportedProgram | None = None
 
     @property
     def total(self) -> int:
@@ -183,6 +202,8 @@ class Request:
         parts = sharding.data_size(self.mesh)
         if wanted is not None and wanted < 1:
             raise Ptq4ditError(f"batch_size must be positive, not {wanted}.")
+        if self.exported is not None:
+            return self._exported_size(self.exported, wanted)
         if wanted is None and self.total <= parts:  # there is nothing to choose, and a single image must not wait
             return parts
         placed = jax.tree.leaves((self.model, self.decoder))
@@ -202,6 +223,34 @@ class Request:
             remedy = "choose a smaller batch_size (--batch-size)"
             memory.check_fits(f"A batch of {batch:,} images", needed(batch), free(), remedy)
         return batch
+
+    def _exported_size(self, exported: ExportedProgram, wanted: int | None) -> int:
+        """Returns the batch size of an exported program, which is checked to be for this request."""
+        batch, parts = exported.batch_size, sharding.data_size(self.mesh)
+        if parts != exported.devices:
+            raise Ptq4ditError(
+                f"The exported sampler is for batches over {_devices(exported.devices)}, and here {_devices(parts)} would "
+                "share one; use as many as it was exported for (mesh), or export another."
+            )
+        if wanted is not None and wanted != batch:
+            raise Ptq4ditError(
+                f"The exported sampler makes {batch} images per call, not {wanted}; leave out batch_size (--batch-size), or "
+                "export another."
+            )
+        if self.noise is not None or self.step_noise is not None:
+            raise Ptq4ditError(
+                "An exported sampler draws all noise from the key, so it takes no noise or step_noise (--noise); leave out one "
+                "of both."
+            )
+        arguments, program = self.call(self._cut(batch)[0])
+        exported.check(*arguments, program)
+        return batch
+
+    def compile(self) -> None:
+        """Compiles the exported program of a request for its device, without running it."""
+        assert self.exported is not None
+        arguments, _ = self.call(self._cut(self.batch_size(None))[0])
+        self.exported.compile(*arguments)
 
     def call(
         self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True
@@ -238,13 +287,16 @@ class Request:
 
     def begin(
         self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array | np.ndarray]:
         """Returns the result of :meth:`run`, still on the device and perhaps not computed yet."""
         # These transfers are intended, even if a caller forbids others.
         placing = partial(jax.transfer_guard_host_to_device, "allow") if self.mesh is None else nullcontext
         arguments, program = self.call(rows, keep_steps, decode=decode)
         with placing():
-            return sample_batch(*arguments, program=program)
+            if self.exported is None or program.num_kept:
+                return sample_batch(*arguments, program=program)
+            images = self.exported.run(*arguments)
+            return images, np.zeros((0, len(rows), *self.model.config.image_shape), np.float32)
 
     def run(
         self, rows: np.ndarray, keep_steps: np.ndarray | None = None, *, decode: bool = True
@@ -357,6 +409,10 @@ class Request:
             hints.append(f"lower the guidance (cfg_scale, --cfg-scale), which is {guidance.scale:g}")
         hints.append("take another number of steps or another sampler" if hints else "check the checkpoint and the sampler")
         return Ptq4ditError(f"{name} holds NaN or infinity{where}, computed in {dtype}; {', or '.join(hints)}.")
+
+
+def _devices(count: int) -> str:
+    return "one device" if count == 1 else f"{count} devices"
 
 
 def _signature(arguments: tuple[Shared, Batch[jax.Array | np.ndarray]]) -> tuple[PyTreeDef, tuple[Any, ...]]:

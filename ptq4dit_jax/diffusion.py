@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -85,6 +85,18 @@ class Sampling:
             guidance=self.guidance.resolve(schedule, network),
             schedule=schedule,
         )
+
+
+def chosen_sampling(sampling: Sampling | None, settings: Mapping[str, object], default: Sampling = Sampling()) -> Sampling:
+    """Returns how a caller asks to sample: ``sampling``, or ``default`` with those ``settings`` changed that are not None.
+
+    Raises:
+      Ptq4ditError: both are given.
+    """
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if sampling is not None and settings:
+        raise Ptq4ditError(f"The argument sampling says how to sample already; leave out {', '.join(settings)}, or sampling.")
+    return changed(default, settings) if sampling is None else sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

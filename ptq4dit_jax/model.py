@@ -41,6 +41,10 @@ class ModelFace:
         """Returns the same model in the form that this device reads fastest, for a program that applies it many times."""
         return self
 
+    def resolved(self) -> Self:
+        """Returns the same model with the choices made that it leaves to the device."""
+        return self
+
     def jitted(self) -> Callable[..., jax.Array]:
         """Returns ``apply`` compiled, with the model as an argument, so that models of one shape share the program."""
         return jax.tree_util.Partial(_jitted_apply, self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -14,8 +15,10 @@ from jaxtyping import Float, Float32, UInt8
 from ptq4dit_jax import sharding
 from ptq4dit_jax.chain import Progress as Progress
 from ptq4dit_jax.chain import Request
-from ptq4dit_jax.diffusion import ResolvedSampling, Sampling
+from ptq4dit_jax.diffusion import ResolvedSampling, Sampling, chosen_sampling
+from ptq4dit_jax.edges import quoted
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.exported import ExportedSampler
 from ptq4dit_jax.guidance import Predictor
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.numerics import AnyKey, threefry
@@ -93,6 +96,7 @@ def sample(
     step_noise: Float[ArrayLike, "S N H W C"] | None = None,
     decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
+    program: ExportedSampler | None = None,
     progress: Progress | None = None,
     **settings: object,
 ) -> Float32[np.ndarray, "N ..."]:
@@ -104,11 +108,14 @@ def sample(
       key: the seed. The noise of sample ``i`` depends only on the key and ``i``, not on the batch size or the devices.
       sampling: how to get from noise to image; settings left open follow the model.
       batch_size: images per compiled call; the last batch is padded. By default up to 256 per device, fewer if the compiled
-        program would not fit into the free memory.
+        program would not fit into the free memory; with ``program``, its own.
       noise: initial noise (N, H, W, C) instead of the key's.
       step_noise: per-step noise (S, N, H, W, C) for stochastic samplers instead of the key's.
       decoder: decodes the latents to pictures, within the same compiled program.
       mesh: shards each batch over the mesh's ``data`` axis.
+      program: an exported sampler of models of this form, which then need not be traced
+        (:func:`~ptq4dit_jax.export_sampler`). It samples as it was exported to, except for what ``sampling`` or ``settings``
+        change. The images are the same as without it in batches of its size.
       progress: called with (images done, images in all) after each batch.
       **settings: single settings, as a short form instead of ``sampling``. ``sampler``, ``steps`` and ``eta`` are fields of
         :class:`~ptq4dit_jax.diffusion.Sampling`; ``cfg_scale``, ``cfg_channels`` and ``guidance_interval`` are fields of its
@@ -119,13 +126,12 @@ def sample(
       except for overshoots.
 
     Raises:
-      Ptq4ditError: an argument makes no sense, or a sample holds NaN or infinity; the message names the step.
+      Ptq4ditError: an argument makes no sense, ``program`` is not for it, or a sample holds NaN or infinity; the message names
+        the difference, or the step.
     """
-    settings = {name: value for name, value in settings.items() if value is not None}
-    if sampling is not None and settings:
-        raise Ptq4ditError(f"The argument sampling says how to sample already; leave out {', '.join(settings)}, or sampling.")
-    resolved = (sampling or Sampling.of(**settings)).resolve(model.schedule, model.config)
-    request = _prepare(model, labels, key, resolved, noise, step_noise, decoder, mesh)
+    sampling = chosen_sampling(sampling, settings, _default_sampling(program))
+    resolved = sampling.resolve(model.schedule, model.config)
+    request = _prepare(model, labels, key, resolved, noise, step_noise, decoder, mesh, program=program)
     return request.collect(request.batch_size(batch_size), progress)[0]
 
 
@@ -134,12 +140,13 @@ def sample_batches(
     labels: Labels,
     *,
     key: AnyKey,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling | None = None,
     batch_size: int | None = None,
     noise: Float[ArrayLike, "N H W C"] | None = None,
     step_noise: Float[ArrayLike, "S N H W C"] | None = None,
     decoder: VAEDecoder | None = None,
     mesh: Mesh | None = None,
+    program: ExportedSampler | None = None,
 ) -> Iterator[tuple[int, Float32[np.ndarray, "B ..."]]]:
     """Runs :func:`sample` batch by batch, so that any number of images needs the memory of one batch.
 
@@ -151,10 +158,30 @@ def sample_batches(
     Raises:
       Ptq4ditError: as for :func:`sample`; a sample that is not finite is reported with its batch.
     """
+    sampling = chosen_sampling(sampling, {}, _default_sampling(program))
     resolved = sampling.resolve(model.schedule, model.config)
-    request = _prepare(model, labels, key, resolved, noise, step_noise, decoder, mesh)
+    request = _prepare(model, labels, key, resolved, noise, step_noise, decoder, mesh, program=program)
     batch = request.batch_size(batch_size)
     return ((start, images) for start, images, _ in request.batches(batch))
+
+
+def _default_sampling(program: ExportedSampler | None) -> Sampling:
+    if not isinstance(program, ExportedSampler | None):
+        raise Ptq4ditError(f"program must be an exported sampler, as load_sampler(path) returns, not {quoted(program)}.")
+    return Sampling() if program is None else program.sampling
+
+
+def compile_exported(
+    program: ExportedSampler, model: Predictor, *, decoder: VAEDecoder | None = None, mesh: Mesh | None = None
+) -> None:
+    """Compiles an exported sampler for these devices and a model of its form, so that JAX's compilation cache has it.
+
+    Raises:
+      Ptq4ditError: the program is not for them.
+    """
+    resolved = program.sampling.resolve(model.schedule, model.config)
+    labels = np.zeros(program.batch_size, np.int32)
+    _prepare(model, labels, jax.random.key(0), resolved, decoder=decoder, mesh=mesh, program=program).compile()
 
 
 def run_chain(
@@ -212,6 +239,7 @@ def _prepare(
     mesh: Mesh | None = None,
     keep_steps: np.ndarray | None = None,
     what: str = "Image",
+    program: ExportedSampler | None = None,
 ) -> Request:
     """Returns the request of :func:`run_chain`, checked and placed."""
     config = model.config
@@ -241,6 +269,7 @@ def _prepare(
         mesh=mesh,
         keep_steps=keep_steps,
         what=what,
+        exported=program,
     )
 
 

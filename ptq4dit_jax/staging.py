@@ -146,6 +146,14 @@ def _parents(target: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def check_replaceable(target: Path, overwrite: bool) -> None:
+    """Raises if there is a folder where a file is to be written or, without ``overwrite``, anything."""
+    if target.is_dir():
+        raise Ptq4ditError(f"The path {target} is a folder, which a file cannot replace; choose another path.")
+    if target.exists() and not overwrite:
+        raise Ptq4ditError(f"The path {target} exists already; choose another path, or ask for it to be overwritten.")
+
+
 def publish(staged: Path, target: Path) -> None:
     """Flushes a staged file and moves it into place in one step, replacing any file there."""
     flush(staged)

@@ -22,7 +22,11 @@ COMMANDS = PROGRAM.commands
 
 def patch(monkeypatch, name, value):
     """Replaces what commands know by that name."""
-    modules = [module for module in (cli.info, cli.convert, cli.quantize, cli.sample, cli.evaluate) if hasattr(module, name)]
+    modules = [
+        module
+        for module in (cli.info, cli.convert, cli.quantize, cli.sample, cli.compile, cli.evaluate)
+        if hasattr(module, name)
+    ]
     assert modules, name
     for module in modules:
         monkeypatch.setattr(module, name, value)

@@ -78,7 +78,7 @@ def write(path: str | os.PathLike[str], arrays: Arrays, meta: Mapping[str, Any],
         raise Ptq4ditError("A model without arrays cannot be saved.")
     target = resolve(path)
     host = {name: _to_host(name, array) for name, array in arrays.items()}
-    provenance = {**meta.get("provenance", {}), "versions": _software_versions()}
+    provenance = {**meta.get("provenance", {}), "versions": software_versions()}
     config = {"format": FORMAT, "version": VERSION, **meta, "provenance": provenance}
     config["arrays"] = {name: {"shape": host[name].shape, "dtype": host[name].dtype.name} for name in sorted(host)}
     config["content_sha256"] = content_hash(host)
@@ -301,7 +301,8 @@ def _to_host(name: str, array: np.ndarray | jax.Array) -> np.ndarray:
     return native(sharding.own(array))
 
 
-def _software_versions() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
+    """Returns the versions of this package and of those that write its files, by name."""
     try:
         own = importlib.metadata.version("ptq4dit-jax")
     except importlib.metadata.PackageNotFoundError:

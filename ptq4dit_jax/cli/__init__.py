@@ -1,4 +1,4 @@
-"""The command line: ``ptq4dit info | convert | quantize | sample | evaluate``. Thin; all work is in the library."""
+"""The command line: ``ptq4dit info | convert | quantize | sample | compile | evaluate``. Thin; all work is in the library."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 from typing import NoReturn
 
 from ptq4dit_jax import ending
-from ptq4dit_jax.cli import convert, evaluate, info, quantize, sample
+from ptq4dit_jax.cli import compile, convert, evaluate, info, quantize, sample
 from ptq4dit_jax.cli.overview import program
 
 app = program()
-for _command in (info.info, convert.convert, quantize.quantize, sample.sample, evaluate.evaluate):
+for _command in (info.info, convert.convert, quantize.quantize, sample.sample, compile.compile, evaluate.evaluate):
     app.command()(_command)
 
 

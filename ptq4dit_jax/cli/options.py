@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ptq4dit_jax.engine import choice
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.terminal import claim_target, load_vae, write_json
 from ptq4dit_jax.vae import VAEConfig, VAEDecoder
@@ -65,3 +66,18 @@ class Decoding:
         if self.vae is None and self.vae_scale is not None:
             raise Ptq4ditError("--vae-scale is of a VAE; pass that with --vae, or leave it out.")
         return None if self.vae is None else load_vae(self.vae, self.vae_scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Computing:
+    """The type in which samples are computed, and the backend."""
+
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="auto (bfloat16 for a quantized model on a GPU or TPU, float32 for a model stored in float16), float32, "
+            "bfloat16 or float16.",
+            metavar="TYPE",
+        ),
+    ] = "auto"
+    backend: Annotated[str, typer.Option(help=f"What runs integer products: {', '.join(choice.names())}.")] = "auto"

@@ -14,6 +14,7 @@ COMMANDS = {
     "is run.",
     "quantize": "Quantizes a float model after training: calibrate, balance and fold, choose ranges, pack, save.",
     "sample": "Samples images from a float or quantized model, the whole chain in one compiled program.",
+    "compile": "Exports the sampler of a model as a program in a file, with which sample traces nothing: see its --program.",
     "evaluate": "Measures a model against the float model on the same noise and writes a report with pictures.",
 }
 

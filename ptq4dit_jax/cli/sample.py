@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,10 +14,11 @@ import typer
 from ptq4dit_jax import processes, sampling
 from ptq4dit_jax.checkpoints import Model
 from ptq4dit_jax.cli.derived import Given, Group, Settings, with_options
-from ptq4dit_jax.cli.options import BatchSize, Decoding, ModelArgument, Repeat, Seed, Written
-from ptq4dit_jax.diffusion import Sampling
+from ptq4dit_jax.cli.options import BatchSize, Computing, Decoding, ModelArgument, Repeat, Seed, Written
+from ptq4dit_jax.diffusion import Sampling, chosen_sampling
 from ptq4dit_jax.engine import choice
 from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.exported_file import load_sampler
 from ptq4dit_jax.outputs import check_picture, write_picture, write_samples
 from ptq4dit_jax.terminal import (
     all_devices_mesh,
@@ -34,21 +34,6 @@ from ptq4dit_jax.terminal import (
     wanted_labels,
     write_file,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Computing:
-    """The type in which samples are computed, and the backend."""
-
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="auto (bfloat16 for a quantized model on a GPU or TPU, float32 for a model stored in float16), float32, "
-            "bfloat16 or float16.",
-            metavar="TYPE",
-        ),
-    ] = "auto"
-    backend: Annotated[str, typer.Option(help=f"What runs integer products: {', '.join(choice.names())}.")] = "auto"
 
 
 @with_options
@@ -69,6 +54,14 @@ def sample(
         Path | None,
         typer.Option(help="An npz with noise (N, H, W, C) and, if wanted, step_noise (S, N, H, W, C).", metavar="FILE"),
     ] = None,
+    program: Annotated[
+        Path | None,
+        typer.Option(
+            help="An exported sampler of models like this one (see compile), so that nothing is traced. It samples as it was "
+            "exported to, but for options that are given. It is code: use files that you trust.",
+            metavar="FILE",
+        ),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Samples images from a float or quantized model, the whole chain in one compiled program."""
@@ -79,7 +72,8 @@ def sample(
     # Checked before anything is loaded.
     parse_labels("0" if labels is None else labels, repeat)
     choice.checked(computing.backend)
-    how = Sampling.of(**given)
+    exported = None if program is None else load_sampler(program)
+    how = chosen_sampling(None, given, Sampling() if exported is None else exported.sampling)
     loaded = to_run(load_model(model), computing.dtype, computing.backend)
     wanted = wanted_labels(labels, "0", repeat, loaded.config)
     _check_pictures(model, loaded, out, decoding)
@@ -103,6 +97,7 @@ def sample(
             batch_size=batch_size,
             decoder=decoder,
             mesh=all_devices_mesh(),
+            program=exported,
             **arrays,
         )
 

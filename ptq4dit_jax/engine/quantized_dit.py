@@ -81,6 +81,9 @@ class QuantizedDiT(ModelFace, struct.PyTreeNode):
         weights = self.backend_choice.dispatch.prepare({name: layer.weight for name, layer in self.linears.items()})
         return self.replace(linears={name: layer.replace(weight=weights[name]) for name, layer in self.linears.items()})
 
+    def resolved(self) -> QuantizedDiT:
+        return self.replace(backend=self.backend_choice.name)
+
     def astype(self, dtype: DTypeLike) -> QuantizedDiT:
         """Returns the same model, computing in ``dtype`` between the integer products: float32, bfloat16 or float16."""
         return self.replace(dtype=jnp.dtype(dtype))

@@ -14,6 +14,8 @@ import pytest
 from cli_helpers import CALIBRATE, DIGITS, figures, listing, patch, run
 
 from ptq4dit_jax import checkpoints, cli
+from ptq4dit_jax.exported import export_sampler
+from ptq4dit_jax.exported_file import save_sampler
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -74,6 +76,9 @@ def inputs(tmp_path_factory):
     }
     for name, change in changes.items():
         np.savez(folder / f"rows_{name}.npz", **{k: v for k, v in (rows | change).items() if v is not None})
+    program = export_sampler(model, 2, steps=3)
+    content = save_sampler(program, folder / "program").read_bytes()
+    (folder / "damaged").write_bytes(content[:-1])
     np.savez(folder / "noise_shape.npz", noise=np.zeros((2, 8, 8, 1)))
     np.savez(folder / "noise_steps.npz", noise=np.zeros((1, 8, 8, 1)), step_noise=np.zeros((3, 1, 8, 8, 1)))
     np.savez(folder / "noise_words.npz", noise=np.array(["a"]))

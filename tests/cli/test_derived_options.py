@@ -36,7 +36,14 @@ def asked(monkeypatch, here):
 
 
 @pytest.mark.parametrize(
-    ("command", "kind"), [("quantize", QuantConfig), ("sample", Sampling), ("evaluate", Sampling), ("convert", ImportOptions)]
+    ("command", "kind"),
+    [
+        ("quantize", QuantConfig),
+        ("sample", Sampling),
+        ("compile", Sampling),
+        ("evaluate", Sampling),
+        ("convert", ImportOptions),
+    ],
 )
 def test_every_setting_is_an_option(command, kind):
     """By the fields alone, of every dataclass on the way: what has no metadata has no option, and is found here."""
@@ -53,7 +60,7 @@ def test_every_setting_is_an_option(command, kind):
     spelled = {(leaf.owner, leaf.field.name): leaf.said.flag or leaf.name for k in (kind, Reconstruction) for leaf in leaves(k)}
     flags = {flag for parameter in COMMANDS[command].params for flag in parameter.opts}
     assert not [field for field in fields if f"--{spelled[field].split('/')[0].replace('_', '-')}" not in flags]
-    assert len(fields) == {"quantize": 36, "sample": 6, "evaluate": 6, "convert": 14}[command]
+    assert len(fields) == {"quantize": 36, "sample": 6, "compile": 6, "evaluate": 6, "convert": 14}[command]
 
 
 def test_options_reach_their_sections(asked):

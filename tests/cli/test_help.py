@@ -28,7 +28,7 @@ def test_help_teaches_every_option(command, capsys, monkeypatch):
 def test_help_of_the_program_names_the_commands(capsys):
     run("--help")
     shown = capsys.readouterr().out
-    assert set(COMMANDS) == {"info", "convert", "quantize", "sample", "evaluate"}
+    assert set(COMMANDS) == {"info", "convert", "quantize", "sample", "compile", "evaluate"}
     assert all(command in shown for command in COMMANDS)
 
 

@@ -29,6 +29,7 @@ def test_unusable_models(model, refused):
     refused(f"info {model}", *words)
     refused(f"quantize {model} --out q", *words)
     refused(f"sample {model} --out new/a.npz", *words)
+    refused(f"compile {model} --batch-size 1 --out new/p", *words)
     refused(f"evaluate {model} --against D --out r", *words)
     refused(f"evaluate Q --against {model} --out r", *words)
 
@@ -154,6 +155,13 @@ SAMPLE = {
     "--noise empty.npz": ("empty.npz", "npz"),
     "--noise text.npz": ("text.npz", "npz"),
     "--noise foreign": ("foreign", "npz"),
+    "--program absent": ("absent", "No such file"),
+    "--program foreign": ("foreign", "directory"),
+    "--program file": ("file is no exported sampler", "ptq4dit compile"),
+    "--program program": ("its model/config/input_size is 6, and 8 is needed", "ptq4dit compile"),
+    "--program program --steps 5": ("its number of calls of the network is 3, and 5 is needed",),
+    "--program program --batch-size 3": ("2 images per call, not 3", "--batch-size"),
+    "--program damaged": ("damaged or was cut short",),
 }
 
 
@@ -161,6 +169,23 @@ SAMPLE = {
 def test_mistakes_in_sample(options, refused, monkeypatch):
     monkeypatch.setattr(chain, "sample_batch", lambda *_, **__: pytest.fail("long work began"))
     refused(f"sample D --out new/a.png {options}", *SAMPLE[options], started=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--platform abacus", ("one of cpu, cuda", "'abacus'")),
+        ("--devices 0", ("number of devices", "not 0")),
+        ("--devices 2", ("multiple of its number of devices, 2", "not 1")),
+        ("--batch-size 0", ("not 0",)),
+        ("--sampler euler", ("'euler'",)),
+        ("--backend hopper", ("hopper runs integer products", "auto or xla")),
+        ("--dtype int8", ("int8",)),
+        (f"--vae {VAE}", ("latents of 4 channels, not of 1",)),
+    ],
+)
+def test_mistakes_in_compile(options, words, refused):
+    refused(f"compile D --out new/p --batch-size 1 {options}", *words)
 
 
 def test_pictures_of_latents(refused):

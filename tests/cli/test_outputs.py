@@ -12,7 +12,12 @@ from ptq4dit_jax import chain, cli
 from ptq4dit_jax.checkpoints import store
 from ptq4dit_jax.quantization import pipeline, weights
 
-OUTPUTS = {"quantize D": "q", "sample D": "a.npz", "evaluate Q --against D": "r"}
+OUTPUTS = {
+    "quantize D": "q",
+    "sample D": "a.npz",
+    "compile D --batch-size 1": "p",
+    "evaluate Q --against D": "r",
+}
 
 
 @pytest.mark.parametrize("command", OUTPUTS)

@@ -82,6 +82,9 @@ def quantized(stages: list[str], state: Path | None = None, dies: bool = False) 
 def values() -> dict[str, np.ndarray]:
     """Samples, a reconstructed model, statistics of rows, a layer in closed form, a comparison, saving, loading, refusals."""
     found = {"float": ptq.sample(MODEL, LABELS, key=KEY, steps=3, sampler="ddpm", mesh=MESH, batch_size=8)}
+    program = ptq.export_sampler(MODEL, 8, sampler="ddpm", steps=3, devices=MESH.size)
+    ptq.save_sampler(program, writable("program"))
+    found["float by a program"] = ptq.sample(MODEL, LABELS, key=KEY, mesh=MESH, program=ptq.load_sampler(FOLDER / "program"))
     model = quantized([])
     found |= of("quantized", named(model))
     found["provenance"] = np.array(json.dumps(model.provenance.facts))

@@ -142,6 +142,11 @@ def test_they_are_those_of_a_single_process(part: str, two: Any, one: Any) -> No
     assert_same({name: array for name, array in one.items() if name.startswith(part)}, two[0])
 
 
+def test_an_exported_sampler_gives_the_same_bytes(two: Any) -> None:
+    """Process 0 alone writes it, and both read it."""
+    assert_same({"float": two[1]["float by a program"]}, two[0], "float")
+
+
 def test_the_provenance_is_that_of_a_single_process(two: Any, one: Any) -> None:
     assert json.loads(str(two[1]["provenance"])) == json.loads(str(one["provenance"]))
 

@@ -24,7 +24,7 @@ from ptq4dit_jax.networks.dit import DiTConfig, position_embedding
 from ptq4dit_jax.networks.spec import flatten_sites
 from ptq4dit_jax.quantizers import ActQuantizer, ChannelScale
 from ptq4dit_jax.schedules import FlowSchedule
-from ptq4dit_jax.staging import publish, staging
+from ptq4dit_jax.staging import check_replaceable, publish, staging
 
 #: The layout that a network is written in.
 _LAYOUTS: dict[type[DiTConfig], Layout] = {layout.network: layout for layout in (META, LIGHTNING)}
@@ -65,7 +65,7 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
             f"{flow.describe()}; save it as a model folder instead."
         )
     target = Path(path).expanduser().absolute()
-    _check_replaceable(target, overwrite)
+    check_replaceable(target, overwrite)
     params = _plain_params(model)
     dtype = np.dtype(params["final/kernel"].dtype)
     check_arrays(params, expected_arrays(config, dtype.name), "This model cannot be exported")
@@ -101,16 +101,9 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
     with staging(target) as staged:
         with staged.open("wb") as file:
             write_safetensors(file.write, tensors, shapes)
-        _check_replaceable(target, overwrite)
+        check_replaceable(target, overwrite)
         publish(staged, target)
     return target
-
-
-def _check_replaceable(target: Path, overwrite: bool) -> None:
-    if target.is_dir():
-        raise Ptq4ditError(f"The path {target} is a folder, which a file cannot replace; choose another path.")
-    if target.exists() and not overwrite:
-        raise Ptq4ditError(f"The path {target} exists already; choose another path, or ask for it to be overwritten.")
 
 
 def _plain_params(model: FloatDiT | QuantizedDiT) -> dict[str, jax.Array]:
