@@ -12,8 +12,8 @@ from ptq4dit_jax import devices
 from ptq4dit_jax.devices import DeviceKind, described
 from ptq4dit_jax.engine import choice
 from ptq4dit_jax.engine.hopper.common import core_count
-from ptq4dit_jax.engine.tpu.generations import GENERATIONS
 from ptq4dit_jax.networks.parts import can_fuse_attention
+from ptq4dit_jax.tpu.generations import GENERATIONS
 
 H200 = DeviceKind("gpu", (9, 0), 132)
 
