@@ -79,15 +79,20 @@ def measure(engine: str, config: DiTConfig, guided: list[int], steps: int, repea
     model, facts = load(engine, config)
     facts["weights_bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
     for count in guided:
-        labels = np.arange(count) % config.num_classes
-        others, times = _samplers(), []
-        for _ in range(1 + repeats):
-            started = time.perf_counter()
-            ptq.sample(model, labels, key=jax.random.key(2), steps=steps, cfg_scale=1.5)
-            times.append(time.perf_counter() - started)
-        made = [program for program in _samplers() if program not in others]
-        peak = _bytes(made[0]) if len(made) == 1 else None
-        yield {"guided": count, "first_s": times[0], "seconds": times[1:], "sampling_bytes": peak, **facts}
+        entry, programs = timed(model, count, steps, repeats)
+        yield {**entry, "sampling_bytes": _bytes(programs[0]) if len(programs) == 1 else None, **facts}
+
+
+def timed(model: Any, guided: int, steps: int, repeats: int) -> tuple[dict[str, Any], list[Any]]:
+    """One entry: the times of whole chains, the first of which compiles; and the compiled chains that this made."""
+    labels = np.arange(guided) % model.config.num_classes
+    others, times = _samplers(), []
+    for _ in range(1 + repeats):
+        started = time.perf_counter()
+        ptq.sample(model, labels, key=jax.random.key(2), steps=steps, cfg_scale=1.5)
+        times.append(time.perf_counter() - started)
+    made = [program for program in _samplers() if program not in others]
+    return {"guided": guided, "first_s": times[0], "seconds": times[1:]}, made
 
 
 def _measure_torch(engine: str, config: DiTConfig, guided: list[int], steps: int, repeats: int) -> Iterator[dict[str, Any]]:

@@ -266,6 +266,10 @@ class QTensor(struct.PyTreeNode):
         """Returns the weight (..., N, K), in the scale's type."""
         return self.codes().astype(self.scale.dtype) * self.scale[..., None]
 
+    def sums(self) -> jax.Array:
+        """Returns the sums over K of what the weight stands for, (..., N) in the scale's type; sums of codes are exact."""
+        return self.codes().sum(-1, dtype=jnp.int32).astype(self.scale.dtype) * self.scale
+
     @property
     def code_range(self) -> tuple[jax.Array, jax.Array]:
         """The least and greatest centered code of each output channel, (..., N) int32.

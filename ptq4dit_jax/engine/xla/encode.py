@@ -19,6 +19,11 @@ def modulate_encode(
     x_BTD: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array, act: ActQuantizer, norm: Norm
 ) -> Encoded:
     """See :meth:`~ptq4dit_jax.engine.backends.Backend.modulate_encode`."""
+    return act.encode(normed(x_BTD, shift_BD, scale_BD, norm))
+
+
+def normed(x_BTD: jax.Array, shift_BD: jax.Array | None, scale_BD: jax.Array, norm: Norm) -> jax.Array:
+    """Returns ``norm(x) * (1 + scale) + shift``, (B, T, D) in float32 at least. None means no shift."""
     wide = lambda a: a.astype(at_least_float32(a.dtype))
     shift_BD = None if shift_BD is None else wide(shift_BD)
-    return act.encode(modulate(normalize(wide(x_BTD), norm), shift_BD, wide(scale_BD)))
+    return modulate(normalize(wide(x_BTD), norm), shift_BD, wide(scale_BD))

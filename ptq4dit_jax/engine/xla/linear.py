@@ -14,8 +14,9 @@ from ptq4dit_jax.engine.stacks import map_in_chunks
 from ptq4dit_jax.numerics import INTEGER, along_last, at_least_float32
 from ptq4dit_jax.quantizers import INT4_OFFSET, ActQuantizer, Encoded, QTensor
 
-#: On GPUs XLA fuses an int8 product with its neighbours into a Triton kernel. Its sums are wrong where its tiles of K, powers
-#: of two, are left part empty (JAX 0.11.2, H200). Every tile divides a multiple of this, as far as is known.
+#: On GPUs XLA fuses a product with its neighbours into a Triton kernel. Its sums of int8 are wrong where its tiles of K, powers
+#: of two, are left part empty (JAX 0.11.2, H200). Every tile divides a multiple of this, as far as is known. Sums of e4m3 were
+#: not examined, so they are given no occasion either.
 _TILE = 128
 #: A product that stands alone goes to cuBLAS, if the sides of its matrices are multiples of this.
 _SIDE = 4
@@ -25,7 +26,7 @@ def accumulate(x: jax.Array, codes: jax.Array) -> jax.Array:
     """Multiplies int8 (..., K) by int8 or int4 (N, K) to int32 (..., N). Never asks for int8 results, which are a slow loop in
     XLA."""
     dims = (((x.ndim - 1,), (1,)), ((), ()))
-    return _integer_product(x, codes, dims)
+    return product(x, codes, dims, INTEGER, jnp.int32)
 
 
 def _accumulated(x: Encoded, weight: QTensor) -> jax.Array:
@@ -42,14 +43,16 @@ def _accumulated(x: Encoded, weight: QTensor) -> jax.Array:
     return accumulate(x.values, weight.values) + along_last(offset, sums.ndim) * sums
 
 
-def _integer_product(a: jax.Array, b: jax.Array, dims: jax.lax.DotDimensionNumbers) -> jax.Array:
-    """Multiplies int8 arrays (..., [M,] K) and (..., N, K) over their last axes, to int32 (..., [M,] N)."""
-    product = partial(jax.lax.dot_general, dimension_numbers=dims, precision=INTEGER, preferred_element_type=jnp.int32)
+def product(
+    a: jax.Array, b: jax.Array, dims: jax.lax.DotDimensionNumbers, precision: jax.lax.Precision, dtype: DTypeLike
+) -> jax.Array:
+    """Multiplies arrays of 8 bits (..., [M,] K) and (..., N, K) over their last axes, to sums (..., [M,] N) in ``dtype``."""
+    multiply = partial(jax.lax.dot_general, dimension_numbers=dims, precision=precision, preferred_element_type=dtype)
     if default_kind().platform != "gpu" or a.shape[-1] % _TILE == 0:
-        return product(a, b)
+        return multiply(a, b)
     rows, columns = a.shape[-2:-1], b.shape[-2]
     a, b = (jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -size % _SIDE) for size in x.shape[-2:]]) for x in (a, b))
-    out = jax.lax.optimization_barrier(product(*jax.lax.optimization_barrier((a, b))))
+    out = jax.lax.optimization_barrier(multiply(*jax.lax.optimization_barrier((a, b))))
     return out[..., : rows[0], :columns] if rows else out[:columns]
 
 
@@ -94,12 +97,16 @@ def linear_gelu(x: Encoded, weight: QTensor, bias: jax.Array, act: ActQuantizer)
 
 def linear_residual(x: Encoded, weight: QTensor, bias: jax.Array, gate_BD: jax.Array, x_BTD: jax.Array) -> jax.Array:
     """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear_residual`."""
-    out = _exact(x, weight, bias)
-    dtype = at_least_float32(x_BTD.dtype, gate_BD.dtype, out.dtype)
-    gated = gate_BD[:, None].astype(dtype) * out.astype(dtype)
+    return add_gated(x_BTD, gate_BD, _exact(x, weight, bias))
+
+
+def add_gated(x_BTD: jax.Array, gate_BD: jax.Array, out_BTD: jax.Array) -> jax.Array:
+    """Returns ``x + gate * out``, computed in float32 at least, in the type of ``x_BTD``."""
+    dtype = at_least_float32(x_BTD.dtype, gate_BD.dtype, out_BTD.dtype)
+    gated = gate_BD[:, None].astype(dtype) * out_BTD.astype(dtype)
     return (x_BTD.astype(dtype) + gated).astype(x_BTD.dtype)
 
 
 def batched(a: jax.Array, b: jax.Array) -> jax.Array:
     """See :meth:`~ptq4dit_jax.engine.backends.Backend.batched`."""
-    return _integer_product(a, b, (((3,), (3,)), ((0, 1), (0, 1))))
+    return product(a, b, (((3,), (3,)), ((0, 1), (0, 1))), INTEGER, jnp.int32)
