@@ -36,6 +36,7 @@ from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
 from ptq4dit_jax.devices import default, default_kind, in_use
 from ptq4dit_jax.edges import edge, quoted, shown, whole_number
 from ptq4dit_jax.engine import QuantizedDiT, choice
+from ptq4dit_jax.engine.backends import Arithmetic
 from ptq4dit_jax.errors import Ptq4ditError, printable
 from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.networks.dit import LARGEST, DiTConfig
@@ -127,7 +128,7 @@ def to_run(model: _Model, dtype: str, backend: str) -> _Model:
     quantized = isinstance(model, QuantizedDiT)
     if asked := choice.named(backend):
         if not (quantized or asked.takes_float_models):
-            raise Ptq4ditError(f"The backend {asked.name} runs integer products, and this model is float; use auto or xla.")
+            raise Ptq4ditError(f"The backend {asked.name} runs quantized models, and this model is float; use auto or xla.")
         if asked.unfit(device):
             raise Ptq4ditError(f"The backend {asked.name} needs {asked.needs}; use auto or xla.")
     if not quantized:
@@ -139,14 +140,15 @@ def to_run(model: _Model, dtype: str, backend: str) -> _Model:
 
 
 def runs_line(model: checkpoints.Model) -> str:
-    """Says in which type the model computes and, if quantized, what runs its integer products."""
+    """Says in which type the model computes and, if quantized, what runs the products of its layers."""
     if not isinstance(model, QuantizedDiT):
         computed, stored = model.dtype.name, model.param_dtype.name
         return f"in {computed}" + (f" (stored in {stored})" if stored != computed else "")
     if not model.sites and not any(layer.integer for layer in model.linears.values()):
         return f"in {model.dtype} on de-quantized weights"
     chosen = model.backend_choice
-    return f"in {model.dtype}, integer products by {chosen.name}" + (f" ({chosen.why})" if chosen.why else "")
+    products = "integer products" if chosen.backend.arithmetic is Arithmetic.INT8 else chosen.backend.arithmetic.value
+    return f"in {model.dtype}, {products} by {chosen.name}" + (f" ({chosen.why})" if chosen.why else "")
 
 
 def calibration_line(data: CalibrationData, given: int) -> str:

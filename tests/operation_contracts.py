@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from ptq4dit_jax.engine.backends import Backend
+from ptq4dit_jax.engine.dispatch import AnyBackend
 from ptq4dit_jax.networks.ops import Norm, NormKind
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
@@ -33,7 +33,7 @@ class Case:
     operation: str
     args: tuple[Any, ...]
     static: dict[str, Any]
-    check: Callable[[Any, Backend[Any]], None]
+    check: Callable[[Any, AnyBackend], None]
     #: Whether it is made in bfloat16, the only type of some backends.
     narrow: bool = False
 
@@ -158,17 +158,18 @@ def _products(name: str, B: int, T: int, K: int, N: int, bits: int) -> Iterator[
     args = Encoded(jnp.asarray(values), jnp.asarray(scale), None), stack, jnp.asarray(biases)
     yield Case(f"linear_each-{name}", "linear_each", args, {"dtype": jnp.bfloat16, "parts": 2}, each, True)
 
-    def same_values(got: Any, _: Backend[Any]) -> None:
+    def same_values(got: Any, _: AnyBackend) -> None:
         np.testing.assert_array_equal(got["fc1"].codes(), weight.codes())
         np.testing.assert_array_equal(got["fc1"].scale, weight.scale)
 
-    yield Case(f"prepare-{name}", "prepare", ({"fc1": weight},), {}, same_values, True)
+    for operation in ("prepare", "prepare_for_floats"):
+        yield Case(f"{operation}-{name}", operation, ({"fc1": weight},), {}, same_values, True)
     yield Case(f"unpack_ahead-{name}", "unpack_ahead", ({"fc1": weight}, jnp.ones(3, jnp.bfloat16)), {}, same_values, True)
 
     a, b = rng.integers(-128, 128, (B, 2, T, K)).astype(np.int8), rng.integers(-128, 128, (B, 2, 7, K)).astype(np.int8)
     a[0, 0], b[0, 0] = -128, 127  # as large as sums get
 
-    def exact(got: Any, _: Backend[Any]) -> None:
+    def exact(got: Any, _: AnyBackend) -> None:
         assert got.dtype == jnp.int32
         np.testing.assert_array_equal(got, np.einsum("bamk,bank->bamn", a.astype(np.int64), b.astype(np.int64)))
 
@@ -229,7 +230,7 @@ def _attention(name: str, B: int, T: int, A: int, d: int) -> Iterator[Case]:
     side = lambda name, x: fake(np.asarray(x, np.float64), sites[name])
     twin = attended(side("q", q), side("k", k), side("v", v), A, lambda probs: fake(probs, sites["probs"]))
 
-    def in_floats_or_codes(got: Any, backend: Backend[Any]) -> None:
+    def in_floats_or_codes(got: Any, backend: AnyBackend) -> None:
         want = twin if backend.attends_on_codes else plain
         assert got.dtype == jnp.bfloat16
         # Logits of codes are computed in the type of q.
@@ -240,7 +241,7 @@ def _attention(name: str, B: int, T: int, A: int, d: int) -> Iterator[Case]:
     act, larger = ActQuantizer(jnp.float32(1), jnp.int32(-9)), jnp.asarray(np.asarray(v, np.float32) * 40, jnp.bfloat16)
     value = attended(q, k, larger, A)
 
-    def in_unit_steps(got: Encoded, _: Backend[Any]) -> None:
+    def in_unit_steps(got: Encoded, _: AnyBackend) -> None:
         want = np.clip(np.round(value) - 9, -128, 127)
         off = np.abs(np.asarray(got.values, int) - want)
         sums_are_of_the_codes(got)

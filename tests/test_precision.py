@@ -1,4 +1,5 @@
-"""Products of float32 say how exact they are, in every program that a user runs: a TPU would take one bfloat16 pass."""
+"""Products of float32 and e4m3 say how exact they are, in every program that a user runs: a TPU would take one bfloat16 pass,
+and a Hopper GPU would drop low bits of sums of e4m3."""
 
 from __future__ import annotations
 
@@ -52,12 +53,14 @@ def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Product]]:
 
 
 def unchosen(products: list[Product]) -> set[Product]:
-    """Products of float32 whose precision nobody chose, or that may be less exact than the statistics of calibration."""
-    enough = ((lax.Precision.HIGH,) * 2, (lax.Precision.HIGHEST,) * 2)
-    return {product for product in products if product.dtype == "float32" and product.precision not in enough}
+    """Products whose precision nobody chose: of float32, if they may be less exact than the statistics of calibration, and of
+    e4m3, if their sums may be less exact than float32."""
+    high, highest = ((precision,) * 2 for precision in (lax.Precision.HIGH, lax.Precision.HIGHEST))
+    enough = {"float32": (high, highest), "float8_e4m3fn": (highest,)}
+    return {product for product in products if product.dtype in enough and product.precision not in enough[product.dtype]}
 
 
-def test_every_product_of_float32_says_its_precision(products: list[Product]) -> None:
+def test_every_product_says_its_precision(products: list[Product]) -> None:
     key, labels = jax.random.key(0), np.array([0, 2])
     model = helpers.tiny_model(depth=1, input_size=8)
     chain = {"calib_steps": 2, "calib_rows": 4, "steps": 3}
@@ -72,9 +75,11 @@ def test_every_product_of_float32_says_its_precision(products: list[Product]) ->
         VAEConfig(block_out_channels=(4, 4), norm_num_groups=2, latent_channels=3, layers_per_block=1), key=key
     )
     ptq.sample(models["default"], labels, key=key, steps=2, decoder=vae)
+    e4m3 = models["default"].replace(backend="fp8")
+    jax.eval_shape(lambda q: q.prepared().apply(jnp.zeros((2, *q.config.image_shape)), jnp.array([10]), labels), e4m3)
     ptq.compare(model, models, labels=labels, key=key, sampling=Sampling(steps=2))
     assert len(products) > 100
-    assert {product.dtype for product in products} >= {"float32", "int8", "float64"}
+    assert {product.dtype for product in products} >= {"float32", "int8", "float64", "float8_e4m3fn"}
     modules = {product.where.split(":")[0] for product in products}
     assert modules >= {
         "networks/float_network.py",
@@ -94,4 +99,7 @@ def test_a_product_that_does_not_say_is_noticed(products: list[Product]) -> None
     jnp.dot(a, a)
     jnp.dot(a, a, precision=lax.Precision.DEFAULT)
     jnp.dot(a, a, precision=lax.Precision.HIGHEST)
-    assert len(unchosen(products)) == 2
+    narrow = a.astype(jnp.float8_e4m3fn)
+    for precision in (None, lax.Precision.HIGH, lax.Precision.HIGHEST):
+        jnp.dot(narrow, narrow, precision=precision, preferred_element_type=jnp.float32)
+    assert len(unchosen(products)) == 4

@@ -107,7 +107,7 @@ def test_a_policy_gives_each_layer_the_width_asked_for(model: FloatDiT, rows: Ca
 
 def test_weights_hold_codes_of_their_width(w4a8: ptq.QuantizedDiT) -> None:
     for name, layer in w4a8.linears.items():
-        codes = np.asarray(layer.weight.codes(), int)
+        codes = np.asarray(layer.stored.codes(), int)
         spread = codes.max(-1) - codes.min(-1)
         assert spread.max() <= (15 if layer.weight.bits == 4 else 254), name
         assert np.median(spread) > (8 if layer.weight.bits == 4 else 128), name  # and use it

@@ -105,9 +105,9 @@ def _packed_by_rows(arrays: Mapping[str, np.ndarray], skeleton: QuantizedDiT) ->
     repacked: dict[str, Any] = dict(arrays)
     for linear, layer in skeleton.linears.items():
         name = f"linears/{linear}/weight/values"
-        *lead, N, K = layer.weight.shape
+        *lead, N, K = layer.stored.shape
         values = repacked.get(name)
-        if layer.weight.packed and values is not None and (values.dtype, values.shape) == (np.uint8, (*lead, N, -(-K // 2))):
+        if layer.stored.packed and values is not None and (values.dtype, values.shape) == (np.uint8, (*lead, N, -(-K // 2))):
             repacked[name] = pack_nibbles(jnp.concatenate([values & 0xF, values >> 4], axis=-1)[..., :K])
     return repacked
 
@@ -124,7 +124,7 @@ def _act_spec(act: ActQuantizer) -> dict[str, Any]:
 
 
 def _linear_spec(layer: QLinear) -> dict[str, Any]:
-    return {"weight_bits": layer.weight.bits, "act": None if layer.act is None else _act_spec(layer.act)}
+    return {"weight_bits": layer.stored.bits, "act": None if layer.act is None else _act_spec(layer.act)}
 
 
 def skeleton_of(

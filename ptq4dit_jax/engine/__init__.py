@@ -2,7 +2,7 @@
 
 from ptq4dit_jax.engine.description import ActRanges, LayerReport, describe
 from ptq4dit_jax.engine.layers import QLinear
-from ptq4dit_jax.engine.quantized_dit import Provenance, QuantizedDiT, reference, site_quantizers
+from ptq4dit_jax.engine.quantized_dit import Provenance, QuantizedDiT, imitation, reference, site_quantizers
 
 __all__ = [
     "ActRanges",
@@ -11,6 +11,7 @@ __all__ = [
     "QLinear",
     "QuantizedDiT",
     "describe",
+    "imitation",
     "reference",
     "site_quantizers",
 ]

@@ -1,13 +1,15 @@
-"""Defines a backend: the integer operations, one method each, and what it requires of the code around them.
+"""Defines a backend: the operations of quantized layers, one method each, and what it requires of the code around them.
 
 :mod:`ptq4dit_jax.engine.xla` is the reference, which runs everywhere and covers everything. The others are faster where they
-run, and refuse calls for which they have no kernel. :class:`~ptq4dit_jax.engine.dispatch.Dispatch` asks several in turn.
+run, and refuse calls for which they have no kernel. All multiply the stored integers, but :mod:`ptq4dit_jax.engine.fp8`.
+:class:`~ptq4dit_jax.engine.dispatch.Dispatch` asks several in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Generic, NoReturn, TypeVar
+import enum
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Generic, NoReturn, TypeAlias, TypeVar
 
 import jax
 from jax.typing import DTypeLike
@@ -15,6 +17,7 @@ from jaxtyping import Array, Float, Int8, Int32, Shaped
 
 from ptq4dit_jax.devices import DeviceKind, JaxVersions
 from ptq4dit_jax.engine.stacks import Leaf
+from ptq4dit_jax.float8 import Operand, Weight
 from ptq4dit_jax.networks.ops import Norm
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 
@@ -33,20 +36,35 @@ def _no_kernel(operation: str) -> NoReturn:
     raise NotCovered(f"there is no kernel for {operation}")
 
 
+class Arithmetic(enum.Enum):
+    """What the products of quantized layers multiply and add up.
+
+    ``INT8`` is that of the stored model: its codes, with exact sums, so that backends can be compared bit by bit before the
+    epilogue. ``E4M3`` multiplies what :mod:`ptq4dit_jax.float8` derives from the same model: other numbers, for another result.
+    """
+
+    INT8 = "int8 x int8 -> int32"
+    E4M3 = "e4m3 x e4m3 -> float32"
+
+
 #: What a backend receives for an array of a layer: a :data:`~ptq4dit_jax.engine.stacks.Leaf` if it ``reads_stacks``, else the
 #: array itself.
 LeafT = TypeVar("LeafT", bound=Leaf)
+#: What it makes of a layer's input, and the weights that it multiplies by.
+OperandT = TypeVar("OperandT", bound=Operand)
+WeightT = TypeVar("WeightT", bound=Weight)
 
 
-class Backend(Generic[LeafT]):
-    """One implementation of the integer operations.
+class Backend(Generic[LeafT, OperandT, WeightT]):
+    """One implementation of the operations of quantized layers.
 
     A subclass names itself, overrides the operations that it implements, and raises :class:`NotCovered` for arguments that it
-    does not cover. This class refuses every operation. Accumulators are exact int32 in every backend, so backends can be
-    compared bit by bit before the epilogue.
+    does not cover. This class refuses every operation. The operations are described for ``Arithmetic.INT8``
+    (:data:`IntegerBackend`); with another, read operands and sums of its types.
 
     Attributes:
       name: what users call it.
+      arithmetic: what its products multiply. ``auto`` chooses only among backends with that of the stored model.
       platform: the platform that it is made for, ``gpu`` or ``tpu``; None for any.
       needs: a device that it runs on, in words.
       jax_versions: versions that it was tested with; None for any.
@@ -64,6 +82,7 @@ class Backend(Generic[LeafT]):
     """
 
     name: ClassVar[str]
+    arithmetic: ClassVar[Arithmetic] = Arithmetic.INT8
     platform: ClassVar[str | None] = None
     needs: ClassVar[str] = "any device"
     jax_versions: ClassVar[JaxVersions | None] = None
@@ -84,6 +103,10 @@ class Backend(Generic[LeafT]):
         """Returns what a user should know of this backend on a device where it runs; mostly empty."""
         return ""
 
+    def advice(self, device: DeviceKind) -> str:
+        """Returns why a user should think of this backend on a device, if ``auto`` does not choose it; mostly empty."""
+        return ""
+
     def why_not(self, device: DeviceKind, dtype: str) -> str:
         """Returns why the backend does not run models computing in ``dtype`` on a device, with this JAX; empty if it does."""
         if reason := self.unfit(device):
@@ -94,21 +117,29 @@ class Backend(Generic[LeafT]):
             return f"the kernels compute in {' or '.join(self.dtypes)} between the products and the model in {dtype}"
         return ""
 
-    def prepare(self, weights: Mapping[str, QTensor]) -> Mapping[str, QTensor]:
-        """Returns all weights of a model in the form that the operations read fastest; their values stay the same.
+    def prepare(self, weights: Mapping[str, WeightT]) -> Mapping[str, WeightT]:
+        """Returns the weights of all quantized layers in the form that the operations read fastest; their values stay the same.
 
         Called once in a program that applies the model many times. Operations take weights in either form.
         """
         return weights
 
-    def unpack_ahead(self, weights: Mapping[str, QTensor], after: Shaped[Array, "*shape"]) -> dict[str, QTensor]:
+    def prepare_for_floats(self, weights: Mapping[str, QTensor]) -> Mapping[str, QTensor]:
+        """Does what :meth:`prepare` does for layers that multiply floats by dequantized weights."""
+        return weights
+
+    def imitate(self, act: ActQuantizer) -> Callable[[Float[Array, "*lead K"]], Float[Array, "*lead K"]]:
+        """Returns what :meth:`encode` does to the values of a layer's input, as a pytree that is called with floats."""
+        return act
+
+    def unpack_ahead(self, weights: Mapping[str, WeightT], after: Shaped[Array, "*shape"]) -> dict[str, WeightT]:
         """Returns weights (N, K) of a block in the form that its products need, by name; their values stay the same.
 
         A backend may unpack all packed weights to int8 at once, but not before ``after`` (any array) has been computed.
         """
         _no_kernel("unpack_ahead")
 
-    def linear(self, x: Encoded, weight: QTensor, bias: LeafT, dtype: DTypeLike) -> Float[Array, "... N"]:
+    def linear(self, x: OperandT, weight: WeightT, bias: LeafT, dtype: DTypeLike) -> Float[Array, "... N"]:
         """Computes ``scale * (values @ codes.T) + bias``: int8 (..., K) times a weight (N, K), to (..., N) in ``dtype``.
 
         ``bias`` broadcasts against the result and includes the zero point of ``x``. The epilogue is in float32 at least.
@@ -116,24 +147,24 @@ class Backend(Generic[LeafT]):
         _no_kernel("linear")
 
     def linear_parts(
-        self, x: Encoded, weight: QTensor, bias: LeafT, dtype: DTypeLike, parts: int
+        self, x: OperandT, weight: WeightT, bias: LeafT, dtype: DTypeLike, parts: int
     ) -> list[Float[Array, "... of_N"]]:
         """Computes :meth:`linear`, with the columns split into ``parts`` arrays of equal width."""
         _no_kernel("linear_parts")
 
     def linear_each(
-        self, x: Encoded, weight: QTensor, bias: Float[Array, "L *rows N"], dtype: DTypeLike, parts: int
+        self, x: OperandT, weight: WeightT, bias: Float[Array, "L *rows N"], dtype: DTypeLike, parts: int
     ) -> list[Float[Array, "L B of_N"]]:
         """Computes :meth:`linear_parts` for a stack of independent layers: values (L, B, K) and weights (L, N, K) to ``parts``
         arrays (L, B, N / parts)."""
         _no_kernel("linear_each")
 
-    def linear_gelu(self, x: Encoded, weight: QTensor, bias: LeafT, act: ActQuantizer) -> Encoded:
+    def linear_gelu(self, x: OperandT, weight: WeightT, bias: LeafT, act: ActQuantizer) -> OperandT:
         """Computes :meth:`linear` and GELU (by tanh), and quantizes the result by ``act`` for the next layer."""
         _no_kernel("linear_gelu")
 
     def linear_residual(
-        self, x: Encoded, weight: QTensor, bias: LeafT, gate_BD: LeafT, x_BTD: Float[Array, "B T D"]
+        self, x: OperandT, weight: WeightT, bias: LeafT, gate_BD: LeafT, x_BTD: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
         """Computes ``x + gate * linear``, (B, T, D) in the type of ``x_BTD``."""
         _no_kernel("linear_residual")
@@ -142,13 +173,13 @@ class Backend(Generic[LeafT]):
         """Computes ``a @ b^T`` over the last axes: int8 (B, A, M, K) and (B, A, N, K) to int32 (B, A, M, N)."""
         _no_kernel("batched")
 
-    def encode(self, x: Float[Array, "... K"], act: ActQuantizer) -> Encoded:
+    def encode(self, x: Float[Array, "... K"], act: ActQuantizer) -> OperandT:
         """Computes ``act.encode(x)``: (..., K) int8."""
         _no_kernel("encode")
 
     def modulate_encode(
         self, x_BTD: Float[Array, "B T D"], shift_BD: LeafT | None, scale_BD: LeafT, act: ActQuantizer, norm: Norm
-    ) -> Encoded:
+    ) -> OperandT:
         """Quantizes ``norm(x) * (1 + scale) + shift`` by ``act``, (B, T, D) int8, in float32 at least. None means no shift."""
         _no_kernel("modulate_encode")
 
@@ -171,7 +202,11 @@ class Backend(Generic[LeafT]):
         v_BTD: Float[Array, "B T D"],
         num_heads: int,
         act: ActQuantizer,
-    ) -> Encoded:
+    ) -> OperandT:
         """Computes softmax attention of floats, and quantizes it by ``act`` for the next product. ``act`` is static, with scale
         1 and no balancing: both are already in ``v_BTD`` (:func:`ptq4dit_jax.engine.layers.in_unit_steps`)."""
         _no_kernel("attention_codes")
+
+
+#: A backend that multiplies the stored codes, with exact sums.
+IntegerBackend: TypeAlias = Backend[LeafT, Encoded, QTensor]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ptq4dit_jax.devices import default_kind
-from ptq4dit_jax.engine import hopper, tpu, xla
+from ptq4dit_jax.engine import fp8, hopper, tpu, xla
+from ptq4dit_jax.engine.backends import Arithmetic
 from ptq4dit_jax.engine.dispatch import AnyBackend, Dispatch
 from ptq4dit_jax.errors import Ptq4ditError
 
-#: In the order in which ``auto`` tries them. The last is the reference, which runs everywhere and covers everything.
-BACKENDS: tuple[AnyBackend, ...] = (hopper.BACKEND, tpu.BACKEND, xla.BACKEND)
+#: In the order in which ``auto`` tries those that multiply the stored integers. The last is the reference, which runs
+#: everywhere and covers everything.
+BACKENDS: tuple[AnyBackend, ...] = (fp8.BACKEND, hopper.BACKEND, tpu.BACKEND, xla.BACKEND)
 AUTO = "auto"
 #: Names that backends had in earlier versions.
 _FORMER = {"mosaic_gpu": hopper.BACKEND.name}
@@ -28,9 +30,10 @@ class Choice(NamedTuple):
 
     @property
     def dispatch(self) -> Dispatch:
-        """The backend, with the reference as the fallback."""
+        """The backend, with the reference as the fallback if it takes the same operands."""
         reference = BACKENDS[-1]
-        return Dispatch((self.backend,) if self.backend is reference else (self.backend, reference))
+        alone = self.backend is reference or self.backend.arithmetic is not reference.arithmetic
+        return Dispatch((self.backend,) if alone else (self.backend, reference))
 
 
 def names() -> list[str]:
@@ -59,24 +62,25 @@ def named(name: str) -> AnyBackend | None:
 def resolve(name: str, dtype: str) -> Choice:
     """Returns the backend for a model that computes in ``dtype`` on the default device.
 
-    ``auto`` takes the first that runs there. For any other name, the device is not checked.
+    ``auto`` takes the first that runs there and multiplies the stored integers. For any other name, the device is not checked.
 
     Raises:
       Ptq4ditError: there is no such backend, or it does not compute in that type.
     """
+    device = default_kind()
     if backend := named(name):
         if backend.dtypes is not None and dtype not in backend.dtypes:
             types = " or ".join(backend.dtypes)
             raise Ptq4ditError(
                 f"The backend {backend.name} computes in {types}, not in {dtype}; use {types}, or the backend auto or xla."
             )
-        return Choice(backend)
-    device = default_kind()
+        return Choice(backend, "" if backend.unfit(device) else backend.note(device))
+    advice = [backend.advice(device) for backend in BACKENDS]
     reasons: list[str] = []
     for backend in BACKENDS:
-        if backend.platform not in (None, device.platform):
+        if backend.arithmetic is not Arithmetic.INT8 or backend.platform not in (None, device.platform):
             continue
         if not (reason := backend.why_not(device, dtype)):
-            return Choice(backend, "; ".join(filter(None, [*reasons, backend.note(device)])))
+            return Choice(backend, "; ".join(filter(None, [*reasons, backend.note(device), *advice])))
         reasons.append(reason)
     raise AssertionError("the reference runs everywhere")

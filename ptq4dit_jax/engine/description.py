@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ptq4dit_jax.engine import xla
+from ptq4dit_jax.engine.backends import Arithmetic
 from ptq4dit_jax.engine.dispatch import Kind, watched
 from ptq4dit_jax.engine.quantized_dit import QuantizedDiT
 from ptq4dit_jax.networks.parts import can_fuse_attention
@@ -49,11 +50,12 @@ class LayerReport:
       lead: ``(depth,)`` in a stack, ``()`` outside.
       size: inputs K and outputs N of a layer; None for a product of attention.
       heads: the number of heads of a product of attention; None for a layer.
-      weight_bits, act_bits: bits of the two operands; for an operand that stays float, the bits of its type.
+      weight_bits, act_bits: bits of the stored codes of both operands; for an operand that stays float, the bits of its type.
       ranges: of the activations; None if they stay float.
       dtype: the type in which the model computes between its integer products.
       backend: the backend that runs it, and the one that makes its codes if that is another.
       why: why the model's backend does not run it, or not all of it; empty if it does.
+      arithmetic: what the backend multiplies in place of floats.
     """
 
     layer: str
@@ -66,11 +68,12 @@ class LayerReport:
     dtype: str
     backend: str
     why: str
+    arithmetic: Arithmetic = Arithmetic.INT8
 
     @property
     def integer(self) -> bool:
         """Whether both operands are integers."""
-        return self.ranges is not None
+        return self.ranges is not None and self.arithmetic is Arithmetic.INT8
 
     @property
     def shape(self) -> str:
@@ -81,8 +84,8 @@ class LayerReport:
     @property
     def runs(self) -> str:
         """The arithmetic, such as "int8 x int8 -> int32"."""
-        if self.integer:
-            return "int8 x int8 -> int32"
+        if self.ranges is not None:
+            return self.arithmetic.value
         return self.dtype if self.size is None else f"{self.dtype} on de-quantized weights"
 
     def words(self) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def describe(model: QuantizedDiT) -> list[LayerReport]:
                 act_bits=layer.act.bits if layer.act else bits,
                 ranges=ActRanges.of(layer.act) if layer.act else None,
                 dtype=model.dtype.name,
-                **ran.get(name, _Runs(xla.BACKEND.name, ""))._asdict(),
+                **ran.get(name, _Runs(xla.BACKEND.name))._asdict(),
             )
         )
     for stack, (left, right) in itertools.product(spec.attending, (("q", "k"), ("probs", "v"))):
@@ -141,10 +144,12 @@ def describe(model: QuantizedDiT) -> list[LayerReport]:
 
 
 class _Runs(NamedTuple):
-    """The backend of a layer, with the one that makes its codes if that is another; and why it is not the model's backend."""
+    """The backend of a layer, with the one that makes its codes if that is another; why it is not the model's backend; and what
+    it multiplies."""
 
     backend: str
-    why: str
+    why: str = ""
+    arithmetic: Arithmetic = Arithmetic.INT8
 
 
 def _what_runs(model: QuantizedDiT) -> tuple[dict[str, _Runs], _Runs, bool]:
@@ -163,11 +168,12 @@ def _what_runs(model: QuantizedDiT) -> tuple[dict[str, _Runs], _Runs, bool]:
         product, codes = ran[index], [call for call in ran[before:index] if call.kind is Kind.CODES]
         mixed = not {call.backend for call in codes} <= {product.backend}
         backend = f"{product.backend.name}, codes by {codes[-1].backend.name}" if mixed else product.backend.name
-        by_layer[name] = _Runs(backend, "; ".join(dict.fromkeys(call.why for call in (*codes, product) if call.why)))
+        why = "; ".join(dict.fromkeys(call.why for call in (*codes, product) if call.why))
+        by_layer[name] = _Runs(backend, why, product.backend.arithmetic)
         before = index + 1
     attention = next((call for call in ran if call.kind is Kind.ATTENTION), None)
     if attention is None:  # it is a float model's, which is not an operation of a backend
         _, width = model.config.spec.sites[str(Place("q", model.config.spec.attending[0]))].features
         fused = can_fuse_attention(model.dtype, width)
-        return by_layer, _Runs("cudnn" if fused else xla.BACKEND.name, ""), False
+        return by_layer, _Runs("cudnn" if fused else xla.BACKEND.name), False
     return by_layer, _Runs(attention.runs_on, attention.why), attention.backend.attends_on_codes

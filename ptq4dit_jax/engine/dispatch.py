@@ -16,10 +16,13 @@ import numpy as np
 
 from ptq4dit_jax.engine.backends import Backend, NotCovered
 from ptq4dit_jax.engine.stacks import Leaf, materialize
+from ptq4dit_jax.float8 import Operand, Weight
 from ptq4dit_jax.quantizers import QTensor, undifferentiable
 
-#: A backend, whether it reads stacks or not.
-AnyBackend: TypeAlias = Backend[Any]
+#: A backend, whatever it reads and multiplies.
+AnyBackend: TypeAlias = Backend[Any, Any, Any]
+#: Operations as they are called, before a backend is found.
+_Operations: TypeAlias = Backend[Leaf, Operand, Weight]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -76,7 +79,7 @@ def watched() -> Iterator[list[Ran]]:
         _RAN.reset(token)
 
 
-def _in_turn(method: Callable[Concatenate[Backend[Leaf], _P], _R], kind: Kind) -> Callable[Concatenate[Dispatch, _P], _R]:
+def _in_turn(method: Callable[Concatenate[_Operations, _P], _R], kind: Kind) -> Callable[Concatenate[Dispatch, _P], _R]:
     """Returns the method of :class:`Dispatch` that asks its backends for an operation of :class:`Backend`."""
 
     def run(self: Dispatch, *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -114,21 +117,25 @@ class Dispatch:
 
     chain: tuple[AnyBackend, ...]
 
-    def prepare(self, weights: Mapping[str, QTensor]) -> Mapping[str, QTensor]:
-        """Returns all weights of a model in the form that the first backend reads fastest."""
+    def prepare(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
+        """Returns the weights of all quantized layers in the form that the first backend reads fastest."""
         return self.chain[0].prepare(weights)
 
-    unpack_ahead = _in_turn(Backend[Leaf].unpack_ahead, Kind.WEIGHTS)
-    linear = _in_turn(Backend[Leaf].linear, Kind.LINEAR)
-    linear_parts = _in_turn(Backend[Leaf].linear_parts, Kind.LINEAR)
-    linear_each = _in_turn(Backend[Leaf].linear_each, Kind.LINEAR)
-    linear_gelu = _in_turn(Backend[Leaf].linear_gelu, Kind.LINEAR)
-    linear_residual = _in_turn(Backend[Leaf].linear_residual, Kind.LINEAR)
-    batched = _in_turn(Backend[Leaf].batched, Kind.ATTENTION)
-    encode = _in_turn(Backend[Leaf].encode, Kind.CODES)
-    modulate_encode = _in_turn(Backend[Leaf].modulate_encode, Kind.CODES)
-    attention = _in_turn(Backend[Leaf].attention, Kind.ATTENTION)
-    attention_codes = _in_turn(Backend[Leaf].attention_codes, Kind.ATTENTION)
+    def prepare_for_floats(self, weights: Mapping[str, QTensor]) -> Mapping[str, QTensor]:
+        """Does the same for layers that multiply floats by dequantized weights."""
+        return self.chain[0].prepare_for_floats(weights)
+
+    unpack_ahead = _in_turn(_Operations.unpack_ahead, Kind.WEIGHTS)
+    linear = _in_turn(_Operations.linear, Kind.LINEAR)
+    linear_parts = _in_turn(_Operations.linear_parts, Kind.LINEAR)
+    linear_each = _in_turn(_Operations.linear_each, Kind.LINEAR)
+    linear_gelu = _in_turn(_Operations.linear_gelu, Kind.LINEAR)
+    linear_residual = _in_turn(_Operations.linear_residual, Kind.LINEAR)
+    batched = _in_turn(_Operations.batched, Kind.ATTENTION)
+    encode = _in_turn(_Operations.encode, Kind.CODES)
+    modulate_encode = _in_turn(_Operations.modulate_encode, Kind.CODES)
+    attention = _in_turn(_Operations.attention, Kind.ATTENTION)
+    attention_codes = _in_turn(_Operations.attention_codes, Kind.ATTENTION)
 
     @property
     def scans_blocks(self) -> bool:
@@ -154,7 +161,10 @@ class Dispatch:
             return operation(*jax.tree.unflatten(tree, filled))
 
         with watched() as ran:
-            jax.eval_shape(call, *(leaf for leaf, array in zip(leaves, is_array, strict=True) if array))
+            try:
+                jax.eval_shape(call, *(leaf for leaf, array in zip(leaves, is_array, strict=True) if array))
+            except NotCovered:
+                return False
         return ran[-1].backend is self.chain[0]
 
 

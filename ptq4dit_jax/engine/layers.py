@@ -13,25 +13,27 @@ from jaxtyping import Array, Float
 
 from ptq4dit_jax.engine.dispatch import Dispatch
 from ptq4dit_jax.engine.stacks import Leaf, map_in_chunks, materialize
+from ptq4dit_jax.errors import Ptq4ditError
+from ptq4dit_jax.float8 import Operand, Weight
 from ptq4dit_jax.networks.ops import Norm
 from ptq4dit_jax.networks.parts import float_attention, modulate, normalize
 from ptq4dit_jax.numerics import along_last, product_precision
-from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
+from ptq4dit_jax.quantizers import ActQuantizer, QTensor
 
-#: The input of a layer's product: codes, or floats if the product is not an integer one.
-Fed: TypeAlias = Encoded | jax.Array
+#: The input of a layer's product: what the backend makes of it, or floats if it is not quantized.
+Fed: TypeAlias = Operand | jax.Array
 
 
 class QLinear(struct.PyTreeNode):
     """An integer linear layer, ``y_n = (sum_k xq_k w'_nk) (sx sw_n) + bias_n``.
 
-    ``weight`` (..., N, K). ``act`` quantizes the input; it is None if the layer multiplies floats by dequantized weights.
-    ``bias`` (..., G, N) float32 holds, per group of steps, the float bias with the input's zero point folded in:
-    ``b_n - sx sw_n zx sum_k w'_nk``. G is 1 if there is no table of ranges. Inside a block, leaves may be
-    :class:`~ptq4dit_jax.engine.stacks.OfLayer`.
+    ``weight`` (..., N, K) is as the model stores it, or as a backend has prepared it. ``act`` quantizes the input; it is None
+    if the layer multiplies floats by dequantized weights. ``bias`` (..., G, N) float32 holds, per group of steps, the float
+    bias with the input's zero point folded in: ``b_n - sx sw_n zx sum_k w'_nk``. G is 1 if there is no table of ranges. Inside
+    a block, leaves may be :class:`~ptq4dit_jax.engine.stacks.OfLayer`.
     """
 
-    weight: QTensor
+    weight: Weight
     bias: Float[Array, "*lead N"]
     act: ActQuantizer | None = None
 
@@ -45,15 +47,28 @@ class QLinear(struct.PyTreeNode):
 
     @property
     def integer(self) -> bool:
-        """Whether the product runs on integers."""
+        """Whether both operands are quantized, so that the product is a backend's."""
         return self.act is not None
+
+    @property
+    def stored(self) -> QTensor:
+        """The weight as the model stores it.
+
+        Raises:
+          Ptq4ditError: a backend has replaced it by other numbers.
+        """
+        if not isinstance(self.weight, QTensor):
+            raise Ptq4ditError(
+                "This model was prepared for e4m3 products and lacks its integers; use the model that it was prepared from."
+            )
+        return self.weight
 
     @property
     def float_bias(self) -> jax.Array:
         """The bias of the float layer (..., N)."""
         if self.act is None or self.act.dynamic:
             return self.bias[..., 0, :]
-        return self.bias[..., 0, :] + _zero_point_term(self.weight, self.act)[..., 0, :]
+        return self.bias[..., 0, :] + _zero_point_term(self.stored, self.act)[..., 0, :]
 
     def at_group(self, group: jax.Array) -> QLinear:
         """Returns the layer for one group of steps (), or for one group per row (B,), in which case ``bias`` is (..., B, N)."""
@@ -61,7 +76,7 @@ class QLinear(struct.PyTreeNode):
         return self.replace(act=act, bias=jnp.take(self.bias, group, axis=-2, mode="clip"))
 
     def feed(self, x: jax.Array, dispatch: Dispatch) -> Fed:
-        """Returns the input in the form that this layer takes: codes, or the floats themselves."""
+        """Returns the input in the form that this layer takes: the backend's, or the floats themselves."""
         return x if self.act is None else dispatch.encode(x, self.act)
 
     def feed_modulated(self, x_BTD: jax.Array, shift_BD: Leaf | None, scale_BD: Leaf, norm: Norm, dispatch: Dispatch) -> Fed:
@@ -76,13 +91,13 @@ class QLinear(struct.PyTreeNode):
 
     def product(self, fed: Fed, dtype: DTypeLike, dispatch: Dispatch) -> jax.Array:
         """Returns the layer's output for an input from :meth:`feed`."""
-        if not isinstance(fed, Encoded):
+        if not isinstance(fed, Operand):
             return self._float_product(fed)
         return dispatch.linear(fed, self.weight, self._bias_for(fed.values), dtype)
 
     def product_parts(self, fed: Fed, parts: int, dtype: DTypeLike, dispatch: Dispatch) -> list[jax.Array]:
         """Returns :meth:`product`, with the columns split into ``parts`` arrays."""
-        if not isinstance(fed, Encoded):
+        if not isinstance(fed, Operand):
             return jnp.split(self._float_product(fed), parts, axis=-1)
         return dispatch.linear_parts(fed, self.weight, self._bias_for(fed.values), dtype, parts)
 
@@ -95,13 +110,13 @@ class QLinear(struct.PyTreeNode):
 
     def product_gelu(self, fed: Fed, following: QLinear, dtype: DTypeLike, dispatch: Dispatch) -> Fed:
         """Returns GELU of the output, as input of the ``following`` layer."""
-        if not isinstance(fed, Encoded) or following.act is None:
+        if not isinstance(fed, Operand) or following.act is None:
             return following.feed(jax.nn.gelu(self.product(fed, dtype, dispatch), approximate=True), dispatch)
         return dispatch.linear_gelu(fed, self.weight, self._bias_for(fed.values), following.act)
 
     def product_residual(self, fed: Fed, gate_BD: Leaf, x_BTD: jax.Array, dispatch: Dispatch) -> jax.Array:
         """Returns ``x + gate * output``."""
-        if not isinstance(fed, Encoded):
+        if not isinstance(fed, Operand):
             return x_BTD + materialize(gate_BD)[:, None] * self._float_product(fed)
         return dispatch.linear_residual(fed, self.weight, self._bias_for(fed.values), gate_BD, x_BTD)
 
@@ -147,7 +162,7 @@ def in_unit_steps(qkv: QLinear, proj: QLinear) -> tuple[QLinear, QLinear]:
 
 def _zero_point_term(weight: QTensor, act: ActQuantizer) -> jax.Array:
     """Returns ``sx zx sw_n sum_k w'_nk`` for every group, (..., G, N)."""
-    sums = weight.codes().sum(-1, dtype=jnp.int32).astype(weight.scale.dtype) * weight.scale
+    sums = weight.sums()
     scale, zero_point = act.static_range
     shift = (scale * zero_point.astype(scale.dtype))[..., None]
     return along_last(shift, sums.ndim + 1) * sums[..., None, :]

@@ -14,8 +14,10 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Integer, Num
 
 from ptq4dit_jax.engine import choice
+from ptq4dit_jax.engine.backends import Arithmetic
 from ptq4dit_jax.engine.layers import QLinear
 from ptq4dit_jax.engine.ops import IntegerOps
+from ptq4dit_jax.float8 import Weight
 from ptq4dit_jax.model import FloatDiT, ModelFace, step_group
 from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.networks.spec import nest_sites
@@ -42,7 +44,8 @@ class QuantizedDiT(ModelFace, struct.PyTreeNode):
     one. ``gains`` holds the gains of norms that are in no layer, by their full names, float32; most networks have none.
     ``group_edges`` (G - 1,), of the schedule's ``time_dtype``, are the noise levels that separate the groups of steps.
     ``dtype`` is the type of everything between the integer products. ``backend`` runs the products: ``auto`` takes the fastest
-    that the default device has for that type (:func:`ptq4dit_jax.engine.choice.resolve`). Unknown names are refused.
+    that the default device has for that type (:func:`ptq4dit_jax.engine.choice.resolve`). ``fp8`` multiplies e4m3 in place of
+    the integers, for another result. Unknown names are refused.
 
     Inside a function that JAX traces, and so in what ``jit`` returns, ``provenance`` is empty: the compiled program would give
     every model the provenance of the first. Set it with ``replace`` outside.
@@ -78,7 +81,10 @@ class QuantizedDiT(ModelFace, struct.PyTreeNode):
         return _forward(self, x_BHWC, jnp.asarray(t_B), y_B)
 
     def prepared(self) -> QuantizedDiT:
-        weights = self.backend_choice.dispatch.prepare({name: layer.weight for name, layer in self.linears.items()})
+        dispatch = self.backend_choice.dispatch
+        quantized = {name: layer.weight for name, layer in self.linears.items() if layer.integer}
+        floats = {name: layer.stored for name, layer in self.linears.items() if not layer.integer}
+        weights = {**dispatch.prepare(quantized), **dispatch.prepare_for_floats(floats)}
         return self.replace(linears={name: layer.replace(weight=weights[name]) for name, layer in self.linears.items()})
 
     def resolved(self) -> QuantizedDiT:
@@ -122,23 +128,44 @@ def site_quantizers(model: QuantizedDiT) -> dict[str, Any]:
 
 
 @jax.jit
-def _float_layer(layer: QLinear) -> dict[str, jax.Array]:
-    """Returns the dequantized kernel (..., K, N) and the bias (..., N)."""
-    return {"kernel": jnp.swapaxes(layer.weight.dequantize(), -1, -2), "bias": layer.float_bias}
+def _float_layer(layer: QLinear, weight: Weight) -> dict[str, jax.Array]:
+    """Returns the dequantized kernel (..., K, N) of a weight of the layer, and its bias (..., N)."""
+    return {"kernel": jnp.swapaxes(weight.dequantize(), -1, -2), "bias": layer.float_bias}
 
 
 def reference(model: QuantizedDiT, *, straight_through: bool = False) -> FloatDiT:
     """Returns the fake-quant twin: the float forward with dequantized weights and quantizers at the sites.
 
-    The engine is tested against it, and reconstruction and layer-by-layer reports look into it. Like the model itself, it
-    refuses derivatives through a quantizer, unless ``straight_through`` lets them pass the rounding
+    The engine is tested against it, and reconstruction and layer-by-layer reports look into it. It is the twin of the stored
+    integers, whatever the model's backend multiplies (:func:`imitation`). Like the model itself, it refuses derivatives
+    through a quantizer, unless ``straight_through`` lets them pass the rounding
     (:class:`ptq4dit_jax.straight_through.StraightThrough`); its values stay the same.
     """
-    params: dict[str, Any] = {name: {"embedding": table} for name, table in model.tables.items()}
-    params |= nest_sites({name: _float_layer(layer) for name, layer in model.linears.items()} | model.gains)
     quantizers = site_quantizers(model)
     if straight_through:
         quantizers = {name: StraightThrough(act) for name, act in quantizers.items()}
+    return _twin(model, {}, quantizers)
+
+
+def imitation(model: QuantizedDiT) -> FloatDiT:
+    """Returns the twin of what the model's backend multiplies: :func:`reference` where it multiplies the stored integers.
+
+    With another arithmetic, weights and inputs of layers are what the backend makes of them, and attention is in floats.
+    """
+    backend = model.backend_choice.backend
+    if backend.arithmetic is Arithmetic.INT8:
+        return reference(model)
+    weights = backend.prepare({name: layer.weight for name, layer in model.linears.items() if layer.integer})
+    attention = model.sites if backend.attends_on_codes else {}
+    fed = {name: backend.imitate(act) for name, act in site_quantizers(model).items() if name not in model.sites}
+    return _twin(model, weights, attention | fed)
+
+
+def _twin(model: QuantizedDiT, weights: Mapping[str, Weight], quantizers: Mapping[str, Any]) -> FloatDiT:
+    """Returns the float forward with these quantizers by site, and with ``weights`` in place of the model's own."""
+    params: dict[str, Any] = {name: {"embedding": table} for name, table in model.tables.items()}
+    layers = {name: _float_layer(layer, weights.get(name, layer.weight)) for name, layer in model.linears.items()}
+    params |= nest_sites(layers | model.gains)
     return FloatDiT(
         params=params,
         config=model.config,

@@ -12,7 +12,7 @@ from flax import struct
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from ptq4dit_jax.engine import QuantizedDiT, reference
+from ptq4dit_jax.engine import QuantizedDiT, imitation
 from ptq4dit_jax.evaluation import metrics
 from ptq4dit_jax.guidance import Guidance, GuidedChannels, Predictor, predict
 from ptq4dit_jax.model import FloatDiT
@@ -63,10 +63,10 @@ def _layer_powers(
 
 
 def _with_sites(model: Predictor) -> FloatDiT:
-    """Returns the model itself if it is a float model, otherwise the fake-quant twin of the quantized model."""
+    """Returns the model itself if it is a float model, otherwise the fake-quant twin of what the quantized model multiplies."""
     if isinstance(model, FloatDiT):
         return model
-    return reference(cast(QuantizedDiT, model))  # there is no other kind
+    return imitation(cast(QuantizedDiT, model))  # there is no other kind
 
 
 def layer_sqnr(

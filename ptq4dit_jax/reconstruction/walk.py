@@ -140,7 +140,7 @@ class Walk(abc.ABC):
 
     def nearest(self, unit: Unit) -> RoundedUnit:
         """Returns a unit as range search rounded it."""
-        weights = {layer: unit.of_depth(self.quantized.linears[name].weight) for layer, name in unit.layers.items()}
+        weights = {layer: unit.of_depth(self.quantized.linears[name].stored) for layer, name in unit.layers.items()}
         biases = {layer: self.params(unit, layer)["bias"] for layer in unit.layers}
         return RoundedUnit(weights, biases, {})
 

@@ -10,11 +10,12 @@ from ptq4dit_jax.devices import DeviceKind, JaxVersions, default_kind
 
 
 class Generation(NamedTuple):
-    """``integer_rate``: peak rate of int8 products relative to bfloat16, by Google's published figures; 1 means that int8 saves
-    memory, not time. ``vmem``: bytes of vector memory that a kernel may take."""
+    """``integer_rate`` and ``float8_rate``: peak rate of int8 and e4m3 products relative to bfloat16, by Google's published
+    figures; 1 means that they save memory, not time. ``vmem``: bytes of vector memory that a kernel may take."""
 
     integer_rate: int
     vmem: int
+    float8_rate: int = 1
 
 
 #: By the name that JAX gives a device.
@@ -23,7 +24,7 @@ GENERATIONS = {
     "TPU v5 lite": Generation(2, 96 << 20),  # v5e
     "TPU v5": Generation(2, 48 << 20),  # v5p
     "TPU v6 lite": Generation(2, 96 << 20),  # v6e, Trillium
-    "TPU7x": Generation(1, 48 << 20),  # Ironwood: its integer products are emulated; it has float8 units
+    "TPU7x": Generation(1, 48 << 20, float8_rate=2),  # Ironwood: its integer products are emulated
 }
 
 

@@ -111,7 +111,7 @@ def test_a_model_whose_codes_share_bytes_along_k_is_packed_anew(shape, tmp_path)
     arrays, meta = store.read(checkpoints.save(model, tmp_path / "now"))
     assert meta.pop("packed") == "rows"
     for name, layer in model.linears.items():
-        codes = np.asarray(layer.weight.codes() + np.asarray(layer.weight.zero_point)[..., None]).astype(np.uint8)
+        codes = np.asarray(layer.stored.codes() + np.asarray(layer.stored.zero_point)[..., None]).astype(np.uint8)
         half = (codes.shape[-1] + 1) // 2
         old = codes[..., :half].copy()
         old[..., : codes.shape[-1] - half] |= codes[..., half:] << 4

@@ -15,7 +15,7 @@ import ptq4dit_jax as ptq
 from ptq4dit_jax import terminal
 from ptq4dit_jax.devices import DeviceKind, JaxVersions, described
 from ptq4dit_jax.engine import choice, hopper, xla
-from ptq4dit_jax.engine.backends import Backend, NotCovered, require
+from ptq4dit_jax.engine.backends import IntegerBackend, NotCovered, require
 from ptq4dit_jax.engine.dispatch import Dispatch, Refusal, watched
 from ptq4dit_jax.engine.stacks import OfLayer
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
@@ -23,7 +23,7 @@ from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 T = jnp.array([500])
 
 
-class Toy(Backend[jax.Array]):
+class Toy(IntegerBackend[jax.Array]):
     """Multiplies two-dimensional codes by weights of 8 bits, in floats, and does nothing else."""
 
     name = "toy"
@@ -40,7 +40,7 @@ class Toy(Backend[jax.Array]):
         return (product * x.scale * weight.scale[None] + bias[None]).astype(dtype)
 
 
-class Answers(Backend[jax.Array]):
+class Answers(IntegerBackend[jax.Array]):
     """Answers with a number, or refuses with a reason."""
 
     def __init__(self, answer: float | str) -> None:
@@ -66,7 +66,7 @@ def layer(bits: int = 8, lead: tuple[int, ...] = (2,)) -> tuple[Encoded, QTensor
 
 def test_the_first_that_covers_a_call_runs_it_and_the_reasons_of_the_others_are_kept() -> None:
     x = jnp.zeros((1, 1, 2, 3))
-    first, second, third, last = chain = Answers("too small"), Backend[jax.Array](), Answers(3), Answers(4)
+    first, second, third, last = chain = Answers("too small"), IntegerBackend[jax.Array](), Answers(3), Answers(4)
     with watched() as ran:
         np.testing.assert_array_equal(Dispatch(chain).batched(x, x), 3)
         np.testing.assert_array_equal(Dispatch((last, first)).batched(x, x), 4)
@@ -108,7 +108,7 @@ def test_layers_are_cut_out_for_whoever_does_not_read_stacks() -> None:
     stacked = jax.tree.map(lambda leaf: OfLayer(jnp.stack([0 * leaf, leaf]), jnp.int32(1)), (x.scale, weight, bias))
     seen: list[type] = []
 
-    class Looks(Backend[Any]):
+    class Looks(IntegerBackend[Any]):
         name = "looks"
 
         def linear(self, x: Encoded, weight: QTensor, bias: Any, dtype: DTypeLike) -> jax.Array:
@@ -163,7 +163,7 @@ def test_a_model_runs_by_a_backend_of_one_operation(quantized: ptq.QuantizedDiT)
 
 @pytest.mark.usefixtures("with_toy")
 def test_a_new_backend_is_listed_and_chosen_where_it_fits(raises_sentence: Any) -> None:
-    assert choice.names() == ["auto", "xla", "tpu", "hopper", "toy"]
+    assert choice.names() == ["auto", "xla", "tpu", "hopper", "fp8", "toy"]
     with raises_sentence("toy", "float32", "bfloat16"):
         choice.resolve("toy", "bfloat16")
     with described(DeviceKind("cpu")):
@@ -178,7 +178,7 @@ def test_an_unknown_name_is_refused_at_once(quantized: ptq.QuantizedDiT, raises_
         lambda: choice.resolve("cutlass", "float32"),
         lambda: choice.named("cutlass"),
     ):
-        with raises_sentence("'cutlass'", "auto, xla, tpu, hopper"):
+        with raises_sentence("'cutlass'", "auto, xla, tpu, hopper, fp8"):
             asked()
 
 

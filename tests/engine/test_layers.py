@@ -134,7 +134,7 @@ def test_the_float_bias_comes_back(quantizer: ActQuantizer | None) -> None:
 def test_the_packed_bias_holds_the_zero_point() -> None:
     quantizer = act(groups=G)
     linear, bias = layer(quantizer, bits=4)
-    sums = np.asarray(linear.weight.codes(), np.int64).sum(-1)
+    sums = np.asarray(linear.stored.codes(), np.int64).sum(-1)
     correction = np.outer(np.prod([wide(each) for each in quantizer.static_range], axis=0), wide(linear.weight.scale) * sums)
     np.testing.assert_allclose(linear.bias, bias - correction, rtol=1e-6, atol=1e-6)
 

@@ -47,7 +47,7 @@ def with_numpy_weights(dit: ptq.FloatDiT, q: ptq.QuantizedDiT) -> ptq.FloatDiT:
             rows = 64 if N % 64 == 0 else N
             parts = values.reshape(*values.shape[:-2], -1, rows // 2, values.shape[-1])
             codes = np.concatenate([parts & 15, parts >> 4], -2).reshape(*scale.shape, values.shape[-1])
-            codes = codes.astype(int) - np.asarray(layer.weight.zero_point)[..., None]
+            codes = codes.astype(int) - np.asarray(layer.stored.zero_point)[..., None]
         else:
             codes = values.astype(int)
         tree = params

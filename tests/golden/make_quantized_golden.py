@@ -36,7 +36,7 @@ def samples(model: ptq.QuantizedDiT) -> np.ndarray:
 
 def integers(model: ptq.QuantizedDiT) -> dict[str, np.ndarray]:
     """The codes of every layer."""
-    return {name: np.asarray(layer.weight.codes()) for name, layer in model.linears.items()}
+    return {name: np.asarray(layer.stored.codes()) for name, layer in model.linears.items()}
 
 
 def main() -> None:

@@ -222,7 +222,7 @@ def test_a_unit_that_comes_out_worse_stays_as_it_was(model, rows, nearest, monke
     monkeypatch.setattr(closed_form, "round_weight", spoiled)
     kept, facts = round_closed_form(model, nearest, rows)
     for name, layer in kept.linears.items():
-        np.testing.assert_array_equal(layer.weight.codes(), nearest.linears[name].weight.codes())
+        np.testing.assert_array_equal(layer.stored.codes(), nearest.linears[name].stored.codes())
         np.testing.assert_allclose(layer.bias, nearest.linears[name].bias, rtol=1e-5, atol=1e-6)
     assert all(row["after"] == row["before"] for row in facts)
 

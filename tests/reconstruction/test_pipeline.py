@@ -89,7 +89,7 @@ def learned_from_gptq(model: ptq.FloatDiT, rows: CalibrationData) -> ptq.Quantiz
 
 
 def codes(q: ptq.QuantizedDiT) -> dict[str, np.ndarray]:
-    return {name: np.asarray(layer.weight.codes()).astype(int) for name, layer in q.linears.items()}
+    return {name: np.asarray(layer.stored.codes()).astype(int) for name, layer in q.linears.items()}
 
 
 def error(model: ptq.FloatDiT, q: Any, rows: CalibrationData) -> float:

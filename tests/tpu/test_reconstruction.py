@@ -35,7 +35,7 @@ def unit_of(unit: Unit, folded: FloatDiT, quantized: QuantizedDiT) -> tuple[Task
     kernels, biases, rounding = {}, {}, {}
     for layer, name in unit.layers.items():
         tree = unit.of_depth(folded.layer(name))
-        kernels[layer], rounding[layer] = RoundedKernel.of(tree["kernel"], unit.of_depth(quantized.linears[name].weight))
+        kernels[layer], rounding[layer] = RoundedKernel.of(tree["kernel"], unit.of_depth(quantized.linears[name].stored))
         biases[layer] = tree["bias"]
     quantizers = site_quantizers(quantized)
     acts: dict[str, Any] = {site: unit.of_depth(quantizers[name]) for site, name in unit.sites.items() if name in quantizers}

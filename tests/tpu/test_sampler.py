@@ -52,6 +52,11 @@ def w8a8_in_float32() -> Compiled:
 
 
 @pytest.fixture(scope="module")
+def e4m3_on_ironwood() -> Compiled:
+    return sampler(aot.quantized_model(network(1), W4A8, "bfloat16").replace(backend="fp8"), "tpu7x", 1)
+
+
+@pytest.fixture(scope="module")
 def float32() -> Compiled:
     return sampler(aot.float_model(network(1), "float32"), "v5e", 1)
 
@@ -108,6 +113,23 @@ def test_float_fed_layers_of_a_float32_model_are_float32(w8a8_in_float32: Compil
     assert len(floats) >= 3
     assert {product.types for product in floats} == {"f32 = f32 x f32 (highest)"}
     assert "bf16" not in module.kinds  # nor between layers, nor in sums without a product
+
+
+def test_layers_multiply_e4m3_where_that_is_asked_for(e4m3_on_ironwood: Compiled) -> None:
+    """Also the condition, in two terms of a product with twice the rows. Attention is inside a kernel."""
+    module, config = e4m3_on_ironwood.module, network(1)
+    narrow = [product for product in module.products if product.left.kind == "f8e4m3fn"]
+    assert {product.types for product in narrow} == {"f32 = f8e4m3fn x f8e4m3fn (highest)"}
+    for name, linear in config.spec.linears.items():
+        if linear.place.stack is None:
+            continue
+        parts, rows = (3 if linear.place.name == "qkv" else 1), ROWS * (2 if linear.modulates else 1)
+        found = products_of(module, sizes_of(config, rows, linear, parts))
+        assert found, name
+        assert set(found) <= set(narrow), name
+    assert len(narrow) == 7  # qkv is three, as its parts are
+    assert {product.types for product in module.products if product not in narrow} == {"bf16 = bf16 x bf16"}
+    assert "f64" not in module.kinds
 
 
 def test_a_float32_model_is_float32(float32: Compiled) -> None:

@@ -12,7 +12,7 @@ import jax
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.devices import DeviceKind, JaxVersions
-from ptq4dit_jax.engine.backends import Backend
+from ptq4dit_jax.engine.backends import IntegerBackend
 from ptq4dit_jax.engine.stacks import Leaf
 from ptq4dit_jax.networks.ops import Norm
 from ptq4dit_jax.quantizers import PACKED_ROWS, ActQuantizer, Encoded, QTensor
@@ -20,7 +20,7 @@ from ptq4dit_jax.quantizers import PACKED_ROWS, ActQuantizer, Encoded, QTensor
 _CAPABILITY = (9, 0)
 
 
-class Hopper(Backend[Leaf]):
+class Hopper(IntegerBackend[Leaf]):
     """Products, norms and attention as kernels that read layers in their stacks. Attention, and everything between the
     products, is in bfloat16."""
 

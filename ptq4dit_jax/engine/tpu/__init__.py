@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 
 from ptq4dit_jax.devices import DeviceKind
-from ptq4dit_jax.engine.backends import Backend
+from ptq4dit_jax.engine.backends import IntegerBackend
 from ptq4dit_jax.engine.tpu import linear as products
 from ptq4dit_jax.networks.ops import Norm
 from ptq4dit_jax.quantizers import ActQuantizer, Encoded
@@ -18,7 +18,7 @@ from ptq4dit_jax.tpu import generations
 from ptq4dit_jax.tpu.generations import GENERATIONS, JAX_VERSIONS
 
 
-class Tpu(Backend[jax.Array]):
+class Tpu(IntegerBackend[jax.Array]):
     """Attention in floats, and norms with their codes, each in one kernel; products are XLA's."""
 
     name = "tpu"
@@ -28,6 +28,7 @@ class Tpu(Backend[jax.Array]):
     dtypes = ("bfloat16", "float32")
 
     prepare = staticmethod(products.prepare)
+    prepare_for_floats = staticmethod(products.prepare)
     unpack_ahead = staticmethod(products.unpack_ahead)
     linear_parts = staticmethod(products.linear_parts)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import jax
 
-from ptq4dit_jax.engine.backends import Backend
+from ptq4dit_jax.engine.backends import IntegerBackend
 from ptq4dit_jax.engine.xla import attend
 from ptq4dit_jax.engine.xla import encode as codes
 from ptq4dit_jax.engine.xla import linear as products
 
 
-class Xla(Backend[jax.Array]):
+class Xla(IntegerBackend[jax.Array]):
     """The reference. Its operations are defined in the modules beside this one."""
 
     name = "xla"
