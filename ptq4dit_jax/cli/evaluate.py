@@ -10,9 +10,9 @@ import typer
 
 from ptq4dit_jax import sampling
 from ptq4dit_jax.cli.derived import Given, Group, Settings, with_options
-from ptq4dit_jax.cli.options import BatchSize, Decoding, ModelArgument, Repeat, Seed, Written
+from ptq4dit_jax.cli.options import BackendName, BatchSize, Decoding, ModelArgument, Repeat, Seed, Written
 from ptq4dit_jax.diffusion import Sampling
-from ptq4dit_jax.engine import QuantizedDiT, describe
+from ptq4dit_jax.engine import QuantizedDiT, choice, describe
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation import SQNR_MEAN, SQNR_POOLED, Comparison, compare, plain, write_report
 from ptq4dit_jax.model import FloatDiT
@@ -24,7 +24,9 @@ from ptq4dit_jax.terminal import (
     megabytes,
     print_table,
     read_key,
+    runs_line,
     stages,
+    to_run,
     wanted_labels,
     working,
 )
@@ -46,13 +48,23 @@ def evaluate(
     ] = None,
     repeat: Repeat = 4,
     batch_size: BatchSize = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Type that the model computes in: float32, bfloat16 or float16.", show_default="its own", metavar="TYPE"
+        ),
+    ] = None,
+    backend: BackendName = "auto",
     seed: Seed = 0,
 ) -> None:
     """Measures a model against the float model on the same noise and writes a report with pictures."""
     key = read_key(seed)
     written.claim(context, out, "report.json")
     how = Sampling.of(**given)
+    choice.checked(backend)
     reference, other = load_model(against), load_model(model)
+    own = other.dtype.name if isinstance(other, QuantizedDiT) else "auto"
+    other = to_run(other, own if dtype is None else dtype, backend)
     if not isinstance(reference, FloatDiT):
         raise Ptq4ditError(f"--against must be a float model; {against} is quantized.")
     decoder = decoding.load()
@@ -62,7 +74,8 @@ def evaluate(
     if decoder is not None:
         decoder.check_channels(reference.config.in_channels)
     resolved = how.resolve(reference.schedule, reference.config)
-    console.print(f"Comparing {model} with {against} on {devices_line()}: {len(wanted)} images, {resolved}")
+    runs = runs_line(other)
+    console.print(f"Comparing {model} with {against} on {devices_line()}, {runs}: {len(wanted)} images, {resolved}")
     with stages() as report:
         comparison = compare(
             reference,
@@ -85,7 +98,8 @@ def evaluate(
             comparison,
             title=f"{name} against {Path(against).resolve().name}",
             describe_rows=rows,
-            settings={"model": model, "against": against, "seed": seed} | ({} if decoder is None else {"vae": decoding.vae}),
+            settings={"model": model, "against": against, "runs": runs, "seed": seed}
+            | ({} if decoder is None else {"vae": decoding.vae}),
             reconstruction=made.get("reconstruction"),
             rounding=made.get("rounding"),
             balancing=made.get("balancing"),

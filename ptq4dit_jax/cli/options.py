@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ptq4dit_jax.engine import choice
+from ptq4dit_jax.engine.backends import Arithmetic
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.terminal import claim_target, load_vae, write_json
 from ptq4dit_jax.vae import VAEConfig, VAEDecoder
@@ -26,6 +27,14 @@ Repeat = Annotated[int, typer.Option(help="Samples of each label; of a model wit
 BatchSize = Annotated[
     int | None,
     typer.Option(help="Images per compiled call.", show_default="up to 256 per device, fewer if memory is short"),
+]
+_ELSE = [
+    f"{backend.name} multiplies {backend.arithmetic.value}, derived from the stored integers and not equal to them"
+    for backend in choice.BACKENDS
+    if backend.arithmetic is not Arithmetic.INT8
+]
+BackendName = Annotated[
+    str, typer.Option("--backend", help=f"What runs quantized layers: {', '.join(choice.names())}. {'; '.join(_ELSE)}.")
 ]
 
 
@@ -80,4 +89,4 @@ class Computing:
             metavar="TYPE",
         ),
     ] = "auto"
-    backend: Annotated[str, typer.Option(help=f"What runs integer products: {', '.join(choice.names())}.")] = "auto"
+    backend: BackendName = "auto"

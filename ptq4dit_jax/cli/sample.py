@@ -115,7 +115,8 @@ def sample(
     seconds = time.perf_counter() - started
     console.print(f"{len(wanted)} images in {seconds:.1f} s, compilation included")
     console.print(f"Images: {where}")
-    written.figures({"images": len(wanted), "seconds": seconds, **resolved.to_dict(), "seed": seed, "out": str(out)})
+    run = {"seconds": seconds, "runs": runs_line(loaded), **resolved.to_dict(), "seed": seed, "out": str(out)}
+    written.figures({"images": len(wanted), **run})
 
 
 def _written_by_first(write: Callable[[], Path], images: Callable[[], Iterator[np.ndarray]]) -> Path:

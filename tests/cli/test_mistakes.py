@@ -142,6 +142,7 @@ SAMPLE = {
     "--seed -1": ("--seed", "not -1"),
     "--backend cutlass": ("'cutlass'", "auto, xla, tpu, hopper"),
     "--backend hopper": ("hopper runs quantized models", "auto or xla"),
+    "--backend fp8": ("fp8 runs quantized models", "auto or xla"),
     "--backend tpu": ("tpu runs quantized models", "auto or xla"),
     "--backend mosaic_gpu": ("hopper runs quantized models", "auto or xla"),
     "--seed 4294967296": ("--seed", "4294967295"),
@@ -212,6 +213,10 @@ def test_unusable_vaes(refused):
         ("Q --against D --sampler euler", ("'euler'",)),
         ("Q --against D --cfg-channels none", ("'none'",)),
         ("Q --against D --steps 0", ("'0'",)),
+        ("Q --against D --backend cutlass", ("'cutlass'", "fp8")),
+        ("Q --against D --backend tpu", ("tpu needs a TPU", "auto or xla")),
+        ("Q --against D --backend fp8 --dtype float8", ("'float8'", "bfloat16")),
+        ("D --against D --backend fp8", ("fp8 runs quantized models", "auto or xla")),
         ("Q --against D --seed -1", ("--seed",)),
     ],
 )
