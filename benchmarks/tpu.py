@@ -9,7 +9,13 @@ what the compiler estimates, and for the program its peak memory, its collective
 ``benchmarks/hlo_schedule.py`` says how bytes and cycles are counted. An estimate compares two programs for one chip; it is no
 time. On GPUs and CPUs there is none.
 
-Writes benchmarks/results/tpu.json after every row, and the table in docs/tpu.md. A run of the same commit, compiler and
+Writes benchmarks/results/tpu.json after every row, and the table in docs/tpu.md. Models that multiply e4m3 are compiled where
+they are asked for, and go into docs/fp8.md:
+
+    python -m benchmarks.tpu --generations tpu7x --chips 1 --images 1 64 --models bf16 w8a8 w8a8-e4m3 w4a8-e4m3 \\
+      --out benchmarks/results/tpu_e4m3.json
+
+ A run of the same commit, compiler and
 settings continues: it compiles the rows that are missing. ``--run`` writes tpu_run.json and the page's other table.
 """
 
@@ -38,8 +44,12 @@ from ptq4dit_jax.networks.dit import DiTConfig
 
 PAGE = common.ROOT / "docs" / "tpu.md"
 RESULTS, RUNS = common.RESULTS / "tpu.json", common.RESULTS / "tpu_run.json"
+#: The same with models that multiply e4m3, and the page that shows them.
+RESULTS_E4M3, PAGE_E4M3 = common.RESULTS / "tpu_e4m3.json", common.ROOT / "docs" / "fp8.md"
 NEVER_RUN = "compiled, never run"
-MODELS = {"bf16": "bfloat16", "w8a8": "W8A8", "w4a8": "W4A8"}
+MODELS = {"bf16": "bfloat16", "w8a8": "W8A8", "w4a8": "W4A8", "w8a8-e4m3": "W8A8 as e4m3", "w4a8-e4m3": "W4A8 as e4m3"}
+#: Those that no backend but ``fp8`` runs; only where they are asked for.
+_E4M3 = "-e4m3"
 #: Cycles a second with which an estimate becomes milliseconds: the published peak over what the matrix units do in a cycle. Of
 #: Ironwood neither is public enough, so its estimates stay in cycles.
 CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
@@ -54,6 +64,8 @@ def abstract(name: str, network: DiTConfig) -> FloatDiT | QuantizedDiT:
     """Returns one of :data:`MODELS` with shapes as leaves, computing in bfloat16 between integer products."""
     if name == "bf16":
         return aot.float_model(network, "bfloat16")
+    if name.endswith(_E4M3):
+        return abstract(name.removesuffix(_E4M3), network).replace(backend="fp8")
     return aot.quantized_model(network, ptq.QuantConfig.of(weight_bits=int(name[1])), "bfloat16")
 
 
@@ -112,7 +124,9 @@ def measured(name: str, network: DiTConfig, images: int, steps: int, repeats: in
     """Returns the row of times of whole chains on this process's devices; ``images`` are guided, on each device."""
     devices = jax.devices()
     mesh = sharding.data_mesh(devices) if len(devices) > 1 else None
-    model, _ = sampling.load(name, network)
+    model, _ = sampling.load(name.removesuffix(_E4M3), network)
+    if name.endswith(_E4M3):
+        model = model.replace(backend="fp8")
     count = images * len(devices)
     labels, times = np.arange(count) % network.num_classes, []
     for _ in range(1 + repeats):
@@ -266,7 +280,8 @@ def main() -> None:
     parser.add_argument("--model", default="DiT-XL/2", help="a published size")
     parser.add_argument("--input-size", type=int, default=32, help="side of the latent; 32 is 256 px, 64 is 512 px")
     parser.add_argument("--depth", type=int, help="blocks, for a quick look; by default all of the model's")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    integers = [name for name in MODELS if not name.endswith(_E4M3)]
+    parser.add_argument("--models", nargs="+", default=integers, choices=MODELS)
     parser.add_argument("--images", type=int, nargs="+", default=[1, 8, 64], help="on each device, guided: two rows an image")
     parser.add_argument("--generations", nargs="+", default=list(aot.TOPOLOGIES), choices=aot.TOPOLOGIES)
     parser.add_argument("--chips", type=int, nargs="+", default=[1, 16, 64], choices=[1, 16, 64])
@@ -290,6 +305,8 @@ def main() -> None:
         common.put_table(PAGE, "tpu.py", text)
     elif arguments.out == RUNS:
         common.put_table(PAGE, "tpu.py, run", text)
+    elif arguments.out == RESULTS_E4M3:
+        common.put_table(PAGE_E4M3, "tpu.py, e4m3", text)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from benchmarks import aot, tpu
+from ptq4dit_jax.networks.dit import DiTConfig
 
 #: Three steps of a chain: one product of 4 x 8 by 8 x 8 codes, all in HBM, and a copy before.
 PROGRAM = """\
@@ -60,6 +61,17 @@ def row(generation: str, model: str, **facts: Any) -> dict[str, Any]:
 def document() -> dict[str, Any]:
     header = {"date": "2026-11-30", "commit": "abc1234", "jax": "0.10.2", "hardware": tpu.NEVER_RUN, "libtpu": "0.0.42.1"}
     return {**header, "model": "DiT-XL/2", "input_size": 32, "depth": None, "steps": 50, "rows": {}}
+
+
+def test_e4m3_is_compiled_where_it_is_asked_for() -> None:
+    network = DiTConfig.preset("DiT-S/8", depth=1)
+    assert {name: getattr(tpu.abstract(name, network), "backend", None) for name in tpu.MODELS} == {
+        "bf16": None,
+        "w8a8": "auto",
+        "w4a8": "auto",
+        "w8a8-e4m3": "fp8",
+        "w4a8-e4m3": "fp8",
+    }
 
 
 def test_figures_are_of_one_step_and_leave_out_what_comes_before() -> None:
