@@ -67,7 +67,7 @@ class Float8Weight(struct.PyTreeNode):
         """Derives the weight from codes; one that is derived already stays."""
         if isinstance(weight, Float8Weight):
             return weight
-        codes = weight.codes()
+        codes = weight.codes(fusible=False)
         return cls(codes.astype(E4M3), weight.scale, weight.sums(), weight.bits)
 
     @property

@@ -23,8 +23,8 @@ AnyKey: TypeAlias = Key[Array, ""] | UInt32[Array, " words"]
 INTEGER = jax.lax.Precision.DEFAULT
 #: For float32 products that are a reference or determine codes: float32 on every device.
 EXACT = jax.lax.Precision.HIGHEST
-#: For products of e4m3. They are exact, but with less than this XLA lets Hopper's tensor cores drop low bits of the sums ("fast
-#: accumulation"). On TPUs it makes no difference.
+#: For products of e4m3. They are exact, but with less than this XLA lets Hopper's tensor cores keep a sum in an accumulator of
+#: fewer bits ("fast accumulation") instead of adding it to float32 from time to time. On TPUs it makes no difference.
 FLOAT8 = jax.lax.Precision.HIGHEST
 #: For float32 products that only gather statistics: TF32 on GPUs that have it, three bfloat16 passes on a TPU. In float32,
 #: calibration of DiT-XL/2 takes twice as long on an H200.

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from operation_contracts import DYNAMIC, STATIC, Case, attended, close, drawn_weight, gelu, modulated
+from operation_contracts import DYNAMIC, ROUNDING, STATIC, Case, attended, drawn_weight, gelu, modulated
 
+from ptq4dit_jax.devices import default_kind
 from ptq4dit_jax.engine.dispatch import AnyBackend
 from ptq4dit_jax.float8 import Float8Weight, ScaledFloat8
 from ptq4dit_jax.networks.ops import Norm, NormKind
@@ -28,6 +30,33 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return np.clip(x, -LARGEST, LARGEST).astype(np.float32).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Sums of products in float64, with the sums of their magnitudes."""
+
+    of: np.ndarray
+    magnitude: np.ndarray
+
+    @property
+    def off(self) -> np.ndarray:
+        """What they may be off by before they are rounded: tensor cores of GPUs add within a tile with some 13 bits."""
+        return self.magnitude * (2.0**-9 if default_kind().platform == "gpu" else 0)
+
+    def check(self, want: np.ndarray, dtype: jax.typing.DTypeLike, got: Any, factor: np.ndarray | float = 1.0) -> None:
+        """``got`` is ``want`` but for one rounding to the type at the end, and what the sums times ``factor`` are off by."""
+        relative, absolute = ROUNDING[jnp.dtype(dtype).name]
+        assert got.dtype == dtype
+        assert np.all(
+            np.abs(np.asarray(got, np.float64) - want) <= relative * np.abs(want) + absolute + self.off * np.abs(factor)
+        )
+
+
+def products(floats: np.ndarray, weight: np.ndarray) -> Sums:
+    """Of inputs (..., K) and a weight (..., N, K)."""
+    multiply = lambda a, b: np.einsum("...k,nk->...n" if b.ndim == 2 else "lbk,lnk->lbn", a, b)
+    return Sums(multiply(floats, weight), multiply(np.abs(floats), np.abs(weight)))
+
+
 def scale_of(act: ActQuantizer, y: np.ndarray) -> np.ndarray:
     """The scale that brings a range's farther end, or a row's largest magnitude, to 448."""
     if act.dynamic:
@@ -37,11 +66,12 @@ def scale_of(act: ActQuantizer, y: np.ndarray) -> np.ndarray:
     return step * max(map(abs, ends)) / LARGEST
 
 
-def values_of(y: np.ndarray, act: ActQuantizer, got: ScaledFloat8) -> None:
+def values_of(y: np.ndarray, act: ActQuantizer, got: ScaledFloat8, off: np.ndarray | float = 0.0) -> None:
     """``got`` holds values ``y`` in float64, times the balancing factor, in the range of ``act``: rounded to the nearest, or to
-    a neighbour next to a tie."""
+    a neighbour next to a tie. ``off``: what ``y`` may be off by."""
     assert isinstance(got, ScaledFloat8)
-    y = y * (1 if act.balance is None else np.asarray(act.balance, np.float64))
+    balance = 1 if act.balance is None else np.asarray(act.balance, np.float64)
+    y = y * balance
     scale = scale_of(act, y)
     np.testing.assert_allclose(np.asarray(got.scale, np.float64), scale, rtol=1e-5)
     if act.dynamic:
@@ -50,7 +80,7 @@ def values_of(y: np.ndarray, act: ActQuantizer, got: ScaledFloat8) -> None:
         step, zero_point = act.static_range
         np.testing.assert_allclose(np.asarray(got.shift, np.float64), np.float64(step) * int(zero_point), rtol=1e-6)
     scaled = y / scale
-    near = 2e-5 * np.abs(scaled) + 1e-4  # sums of float32, as in a norm
+    near = 2e-5 * np.abs(scaled) + 1e-4 + off * balance / scale  # the first two: sums of float32, as in a norm
     values = np.asarray(got.values).astype(np.float64)
     assert got.values.dtype == ml_dtypes.float8_e4m3fn
     assert np.all(rounded(scaled - near) <= values)
@@ -113,23 +143,25 @@ def _products(name: str, shape: tuple[int, ...], N: int, bits: int) -> Iterator[
     for label, weight, stands_for, sums in _weights(name, N, shape[-1], bits, rng):
         for per_row, shifted in ((False, True), (True, False)):
             x, floats, shift = _operand(shape, per_row, shifted, rng)
-            want = floats @ np.swapaxes(stands_for, -1, -2) + (bias + shift * sums)
+            sums_of = products(floats, stands_for)
+            want = sums_of.of + (bias + shift * sums)
             args = x, weight, jnp.asarray(bias)
             kind = f"{label}-{'rows' if per_row else 'tensor'}{'-shifted' if shifted else ''}"
             dtype = jnp.bfloat16 if per_row else jnp.float32
-            check = lambda got, _, want=want, dtype=dtype: close(want, dtype, got)
+            check = lambda got, _, want=want, dtype=dtype, of=sums_of: of.check(want, dtype, got)
             yield Case(f"linear-{kind}", "linear", args, {"dtype": dtype}, check)
             if len(shape) == 2 or label.endswith("derived") or bits != 8:
                 continue
-            in_parts = lambda got, _, want=want: close(want, jnp.float32, jnp.concatenate(got, -1))
+            in_parts = lambda got, _, want=want, of=sums_of: of.check(want, jnp.float32, jnp.concatenate(got, -1))
             yield Case(f"linear_parts-{kind}", "linear_parts", args, {"dtype": jnp.float32, "parts": 3}, in_parts)
             sizes: tuple[tuple[int, ...], ...] = (*shape[:2], N), (shape[0], N)
             residual, gate = (jnp.asarray(rng.standard_normal(size), jnp.float32) for size in sizes)
             sum_ = np.asarray(residual, np.float64) + np.asarray(gate, np.float64)[:, None] * want
-            gated = lambda got, _, sum_=sum_: close(sum_, jnp.float32, got)
+            by_gate = partial(sums_of.check, sum_, jnp.float32, factor=np.asarray(gate, np.float64)[:, None])
+            gated = lambda got, _, check=by_gate: check(got)
             yield Case(f"linear_residual-{kind}", "linear_residual", (*args, gate, residual), {}, gated)
             act = dataclasses.replace(STATIC, balance=jnp.asarray(rng.uniform(0.5, 2, N), jnp.float32))
-            activated = lambda got, _, want=want, act=act: values_of(gelu(want), act, got)
+            activated = lambda got, _, want=want, act=act, of=sums_of: values_of(gelu(want), act, got, 1.2 * of.off)
             yield Case(f"linear_gelu-{kind}", "linear_gelu", (*args, act), {}, activated)
 
         def the_same(got: Any, _: AnyBackend, stands_for: np.ndarray = stands_for, sums: np.ndarray = sums) -> None:
@@ -154,8 +186,9 @@ def _stacks(L: int, B: int, K: int, N: int) -> Iterator[Case]:
     floats = (np.asarray(x.values).astype(np.float64) + rest) * scale.astype(np.float64)[:, None, None]
     for bits in (8, 4):
         for label, weight, stands_for, sums in _weights(f"w{bits}", N, K, bits, rng, (L,)):
-            want = np.einsum("lbk,lnk->lbn", floats, stands_for) + (bias + shift[:, None] * sums)[:, None]
-            each = lambda got, _, want=want: close(want, jnp.float32, jnp.concatenate(got, -1))
+            sums_of = products(floats, stands_for)
+            want = sums_of.of + (bias + shift[:, None] * sums)[:, None]
+            each = lambda got, _, want=want, of=sums_of: of.check(want, jnp.float32, jnp.concatenate(got, -1))
             args = fed, weight, jnp.asarray(bias)
             yield Case(f"linear_each-{label}", "linear_each", args, {"dtype": jnp.float32, "parts": 2}, each)
 

@@ -22,7 +22,7 @@ from ptq4dit_jax.quantizers import ActQuantizer, Encoded, QTensor
 STATIC = ActQuantizer(scale=jnp.float32(0.03), zero_point=jnp.int32(-20))
 DYNAMIC = ActQuantizer(None, None, dynamic=True)
 #: Half an ulp of each type that operations give, relative to the value, and what sums of float32 are off by near zero.
-_ROUNDING = {"bfloat16": (2**-8 * 1.01, 1e-5), "float32": (2e-6, 2e-6)}
+ROUNDING = {"bfloat16": (2**-8 * 1.01, 1e-5), "float32": (2e-6, 2e-6)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Case:
 
 def close(want: np.ndarray, dtype: DTypeLike, got: Any) -> None:
     """Equal to values in float64 but for one rounding to the type, at the end."""
-    rtol, atol = _ROUNDING[jnp.dtype(dtype).name]
+    rtol, atol = ROUNDING[jnp.dtype(dtype).name]
     assert got.dtype == dtype
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=rtol, atol=atol)
 

@@ -132,6 +132,18 @@ def test_layers_multiply_e4m3_where_that_is_asked_for(e4m3_on_ironwood: Compiled
     assert "f64" not in module.kinds
 
 
+def test_e4m3_is_derived_before_the_loop_over_steps(e4m3_on_ironwood: Compiled) -> None:
+    """Packed weights, which nothing else has in bytes without a sign, are read before it."""
+    ran = hlo_schedule.operations(e4m3_on_ironwood.module)
+    loop = hlo_schedule.longest_loop(ran)
+    kinds = lambda inside: {
+        array.kind for operation in ran if (operation.loops[:1] == (loop,)) is inside for array in operation.instruction.results
+    }
+    assert "u8" in kinds(False)
+    assert "f8e4m3fn" in kinds(True)
+    assert "u8" not in kinds(True)
+
+
 def test_a_float32_model_is_float32(float32: Compiled) -> None:
     module, config = float32.module, network(1)
     assert {product.types for product in module.products} == {"f32 = f32 x f32 (highest)"}

@@ -38,7 +38,8 @@ class Fp8(Backend[jax.Array, ScaledFloat8, Weight]):
         generation = GENERATIONS.get(device.model)
         if generation is None or generation.float8_rate <= generation.integer_rate:
             return ""
-        return f"it multiplies e4m3 {generation.float8_rate} times as fast, which the backend fp8 does instead of the integers"
+        faster = f"it multiplies e4m3 {generation.float8_rate} times as fast as bfloat16"
+        return f"{faster}; the backend {self.name} does so in place of the integers, for another result"
 
     def prepare(self, weights: Mapping[str, Weight]) -> Mapping[str, Weight]:
         return products.prepare(weights)

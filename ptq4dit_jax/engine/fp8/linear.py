@@ -19,17 +19,26 @@ from ptq4dit_jax.quantizers import ActQuantizer
 
 
 def prepare(weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """See :meth:`~ptq4dit_jax.engine.backends.Backend.prepare`. Values of more than 4 bits are rounded."""
+    """See :meth:`~ptq4dit_jax.engine.backends.Backend.prepare`. Values of more than 4 bits are rounded.
+
+    Behind a barrier, or the compiler for TPUs derives them anew in every step of the chain.
+    """
+    return jax.lax.optimization_barrier(_derived(weights))
+
+
+def _derived(weights: Mapping[str, Weight]) -> dict[str, Weight]:
     return {name: Float8Weight.of(weight) for name, weight in weights.items()}
 
 
 def unpack_ahead(weights: Mapping[str, Weight], after: jax.Array) -> dict[str, Weight]:
     """See :meth:`~ptq4dit_jax.engine.backends.Backend.unpack_ahead`. Derives what has not been prepared."""
-    return prepare(weights)
+    return _derived(weights)
 
 
 def _sums(x: ScaledFloat8, values: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Multiplies (..., K) by values (N, K), to (..., N) in ``dtype``."""
+    """Multiplies (..., K) by values (N, K), to (..., N) in ``dtype``: float32, or float64, for which there are no units."""
+    if jnp.dtype(dtype) == jnp.float64:
+        x, values = jax.tree.map(lambda leaf: leaf.astype(dtype), (x, values))
     dims = (((x.values.ndim - 1,), (1,)), ((), ()))
     multiply = partial(product, dims=dims, precision=FLOAT8, dtype=dtype)
     if x.rest is None:
