@@ -136,13 +136,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--table-only", action="store_true", help="only rewrite the tables from the stored results")
     arguments = parser.parse_args()
-    document: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    out = arguments.out.resolve()
+    document: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
     if not arguments.table_only:
         run(arguments, document)
     for name, part in document.items():
         text = (table_of_times if name == "times" else table_of_quality)(part)
         print(f"\n{name}\n\n{text}")
-        if arguments.out == RESULTS:
+        if out == RESULTS:
             common.put_table(PAGE, f"fp8.py, {name}", text)
 
 

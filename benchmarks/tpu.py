@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument("--table-only", action="store_true", help="only rewrite the tables from the stored results")
     arguments = parser.parse_args()
     _check_positive(arguments)
-    arguments.out = arguments.out or (RUNS if arguments.run else RESULTS)
+    arguments.out = (arguments.out or (RUNS if arguments.run else RESULTS)).resolve()
     if arguments.table_only and not arguments.out.exists():
         raise SystemExit(f"Error: there are no results in {arguments.out}; leave out --table-only to make them.")
     if not arguments.table_only:
