@@ -21,11 +21,12 @@ from ptq4dit_jax.exported_file import load_sampler, save_sampler
 from ptq4dit_jax.guidance import Guidance, predict
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import PRESETS, DiTConfig
+from ptq4dit_jax.outputs import save_samples
 from ptq4dit_jax.policy import Policy
 from ptq4dit_jax.program_cache import cache_programs
 from ptq4dit_jax.quantization import Balanced, Observed, Ranged, balance, choose_ranges, observe, pack, quantize
 from ptq4dit_jax.reconstruction import reconstruct, round_closed_form
-from ptq4dit_jax.sampling import sample, to_uint8
+from ptq4dit_jax.sampling import sample, sample_batches, to_uint8
 from ptq4dit_jax.schedules import FlowSchedule, NoiseSchedule
 from ptq4dit_jax.sharding import data_mesh
 from ptq4dit_jax.vae import VAEConfig, VAEDecoder
@@ -77,9 +78,11 @@ __all__ = [
     "reference",
     "round_closed_form",
     "sample",
+    "sample_batches",
     "sample_trajectories",
     "save",
     "save_sampler",
+    "save_samples",
     "stored_rows",
     "to_uint8",
     "write_report",

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from jaxtyping import Float32
 from numpy.typing import DTypeLike
 
+from ptq4dit_jax import processes
+from ptq4dit_jax.checkpoints.addresses import address_of
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation.grids import grid_size, image_grid
-from ptq4dit_jax.sampling import to_uint8
+from ptq4dit_jax.sampling import Labels, Progress, to_uint8
+from ptq4dit_jax.staging import place, publish, staging
 
 #: The most pixels of a picture; Pillow and many viewers treat a larger one as an attack.
 MAX_PIXELS = 2**26
@@ -29,13 +36,24 @@ def stream_npz(
       dtype: its type.
       parts: its consecutive parts along the first axis.
       others: arrays that are complete already; they follow.
+
+    Raises:
+      Ptq4ditError: the parts together do not have that shape.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
             header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
+            written = 0
             for part in parts:
+                if part.shape[1:] != shape[1:]:
+                    raise Ptq4ditError(f"All samples of a file must have the shape {shape[1:]}, not {part.shape[1:]}.")
+                written += len(part)
                 member.write(np.ascontiguousarray(part, dtype).data.cast("B"))
+            if written != shape[0]:
+                raise Ptq4ditError(
+                    f"The file is for {shape[0]:,} samples, and {written:,} came; pass as many labels as samples."
+                )
         for other, array in others.items():
             with archive.open(f"{other}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
@@ -45,7 +63,8 @@ def write_samples(file: BinaryIO, batches: Iterable[np.ndarray], count: int, lab
     """Writes ``count`` samples (B, H, W, C) float32, batch by batch, as an .npz: images as ``arr_0`` (N, H, W, C) uint8, as
     ADM's evaluation takes them, or ``latents`` float32 if C is neither 1 nor 3; then ``labels`` (N,), if there are any."""
     parts = iter(batches)
-    first = next(parts)
+    if (first := next(parts, None)) is None:
+        raise Ptq4ditError(f"The file is for {count:,} samples, and none came; sample them anew.")
     shape, others = (count, *first.shape[1:]), {} if labels is None else {"labels": labels}
 
     def all_parts() -> Iterator[np.ndarray]:
@@ -56,6 +75,80 @@ def write_samples(file: BinaryIO, batches: Iterable[np.ndarray], count: int, lab
         stream_npz(file, "arr_0", shape, np.uint8, map(to_uint8, all_parts()), **others)
     else:
         stream_npz(file, "latents", shape, np.float32, all_parts(), **others)
+
+
+def save_samples(
+    path: str | os.PathLike[str],
+    batches: Iterable[tuple[int, Float32[np.ndarray, "B H W C"]]],
+    labels: Labels,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Writes samples to an .npz while they are made, whole or not at all, in the memory of one batch.
+
+    In a run of several processes, all of them call this. Process 0 writes; the others make their share of the samples.
+
+    Args:
+      path: a file, whose name ends in .npz.
+      batches: of :func:`ptq4dit_jax.sample_batches`: the index of a batch's first sample, and the batch (B, H, W, C) float32.
+      labels: as they were passed there: (N,) integers, or the number N of samples of a model without classes.
+      overwrite: replace a file that exists.
+      progress: called with (samples done, samples in all) after each batch.
+
+    Returns:
+      The absolute path of the file. It holds images as ``arr_0`` (N, H, W, C) uint8, as ADM's evaluation takes them, or
+      ``latents`` float32 if C is neither 1 nor 3, and the ``labels`` (N,) int32, if there are any.
+
+    Raises:
+      Ptq4ditError: the file exists and must not be replaced, or cannot be written; there are not N samples; or a batch cannot
+        be made.
+    """
+    named = np.asarray(labels)
+    if named.ndim > 1 or named.dtype.kind not in "iu":
+        raise Ptq4ditError(f"Labels must be integers, or the number of samples, not {labels!r}.")
+    total = int(named) if named.ndim == 0 else len(named)
+    if (address := address_of(path)) is not None:
+        raise Ptq4ditError(f"{address} is an address, where nothing is written; write to this machine and copy it there.")
+    if Path(path).suffix != ".npz":
+        raise Ptq4ditError(f"Samples are written to a file whose name ends in .npz, not to {os.fspath(path)!r}.")
+    processes.on_first(lambda: _check_replaceable(place(path), overwrite))
+
+    def images() -> Iterator[np.ndarray]:
+        done = 0
+        for _, batch in batches:
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+            yield batch
+
+    def write(made: Iterable[np.ndarray]) -> Path:
+        target = place(path)
+        with staging(target) as staged:
+            with staged.open("wb") as file:
+                write_samples(file, made, total, None if named.ndim == 0 else named.astype(np.int32))
+            _check_replaceable(target, overwrite)
+            publish(staged, target)
+        return target
+
+    return written_by_first(write, images())
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    if target.exists():
+        if not overwrite:
+            raise Ptq4ditError(f"The file {target} exists; choose another path, or ask for it to be overwritten.")
+        if not target.is_file():
+            raise Ptq4ditError(f"What is at {target} is no file, so it is not replaced; choose another path.")
+
+
+def written_by_first(write: Callable[[Iterable[np.ndarray]], Path], batches: Iterable[np.ndarray]) -> Path:
+    """Has process 0 write batches, of which the other processes make their share. Returns the path in all of them."""
+    if processes.is_first():
+        where = write(batches)  # if it fails, this process ends, and the others with it, since they wait for its share
+    else:
+        deque(batches, maxlen=0)
+    return Path(processes.on_first(lambda: str(where)))
 
 
 def check_picture(count: int, height: int, width: int, columns: int | None) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
 
-from ptq4dit_jax import processes, sampling
+from ptq4dit_jax import sampling
 from ptq4dit_jax.checkpoints import Model
 from ptq4dit_jax.cli.derived import Given, Group, Settings, with_options
 from ptq4dit_jax.cli.options import BatchSize, Computing, Decoding, ModelArgument, Repeat, Seed, Written
@@ -19,7 +18,7 @@ from ptq4dit_jax.diffusion import Sampling, chosen_sampling
 from ptq4dit_jax.engine import choice
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.exported_file import load_sampler
-from ptq4dit_jax.outputs import check_picture, write_picture, write_samples
+from ptq4dit_jax.outputs import check_picture, write_picture, write_samples, written_by_first
 from ptq4dit_jax.terminal import (
     all_devices_mesh,
     console,
@@ -106,26 +105,17 @@ def sample(
                 report("sample", start + len(batch), len(wanted))
                 yield batch
 
-        write = (
-            (lambda file: write_picture(file, images(), columns))
-            if out.suffix == ".png"
-            else (lambda file: write_samples(file, images(), len(wanted), named))
-        )
-        where = _written_by_first(lambda: write_file(out, write, overwrite=written.overwrite), images)
+        def write(made: Iterable[np.ndarray]) -> Path:
+            as_picture = lambda file: write_picture(file, made, columns)
+            as_arrays = lambda file: write_samples(file, made, len(wanted), named)
+            return write_file(out, as_picture if out.suffix == ".png" else as_arrays, overwrite=written.overwrite)
+
+        where = written_by_first(write, images())
     seconds = time.perf_counter() - started
     console.print(f"{len(wanted)} images in {seconds:.1f} s, compilation included")
     console.print(f"Images: {where}")
     run = {"seconds": seconds, "runs": runs_line(loaded), **resolved.to_dict(), "seed": seed, "out": str(out)}
     written.figures({"images": len(wanted), **run})
-
-
-def _written_by_first(write: Callable[[], Path], images: Callable[[], Iterator[np.ndarray]]) -> Path:
-    """Has process 0 write the images; the others make their share of them."""
-    if processes.is_first():
-        where = write()  # if it fails, this process ends, and the others with it, since they wait for its share
-    else:
-        deque(images(), maxlen=0)
-    return Path(processes.on_first(lambda: str(where)))
 
 
 def _check_pictures(name: str, model: Model, out: Path, decoding: Decoding) -> None:

@@ -79,12 +79,23 @@ def quantized(stages: list[str], state: Path | None = None, dies: bool = False) 
     return ptq.quantize(MODEL, config, key=KEY, mesh=MESH, state=state, keep_poor=True, progress=report)
 
 
+def streamed() -> dict[str, np.ndarray]:
+    """Writes the float model's samples to a file while they are made; returns what is in it."""
+    sampling = ptq.Sampling.of(steps=3, sampler="ddpm")
+    batches = ptq.sample_batches(MODEL, LABELS, key=KEY, sampling=sampling, mesh=MESH, batch_size=8)
+    with np.load(ptq.save_samples(writable("streamed.npz"), batches, LABELS)) as file:
+        return dict(file)
+
+
 def values() -> dict[str, np.ndarray]:
-    """Samples, a reconstructed model, statistics of rows, a layer in closed form, a comparison, saving, loading, refusals."""
+    """Samples, a file of them, a learned model, statistics of rows, a layer in closed form, a comparison, saving,
+    refusals."""
     found = {"float": ptq.sample(MODEL, LABELS, key=KEY, steps=3, sampler="ddpm", mesh=MESH, batch_size=8)}
     program = ptq.export_sampler(MODEL, 8, sampler="ddpm", steps=3, devices=MESH.size)
     ptq.save_sampler(program, writable("program"))
     found["float by a program"] = ptq.sample(MODEL, LABELS, key=KEY, mesh=MESH, program=ptq.load_sampler(FOLDER / "program"))
+    found |= of("streamed", streamed())
+    found["refused/streamed"] = refusal(streamed)
     model = quantized([])
     found |= of("quantized", named(model))
     found["provenance"] = np.array(json.dumps(model.provenance.facts))

@@ -135,7 +135,7 @@ def test_both_processes_have_the_same_values(two: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["float", "quantized/", "integers", "extremes/", "rounded/", "comparison", "loaded/", "of loaded"]
+    "part", ["float", "streamed/", "quantized/", "integers", "extremes/", "rounded/", "comparison", "loaded/", "of loaded"]
 )
 def test_they_are_those_of_a_single_process(part: str, two: Any, one: Any) -> None:
     """Samples, codes, all scales and biases, statistics of single rows, and figures: the same bytes."""
@@ -161,8 +161,16 @@ def test_what_is_saved_once_is_loaded_by_both(two: Any, folder: Path) -> None:
     assert sorted(entry.name for entry in (folder / "model").iterdir()) == ["arrays", "config.json"]
 
 
+def test_samples_that_process_0_writes_are_those_of_all(two: Any) -> None:
+    for found in two:
+        expected = np.clip(127.5 * found["float"] + 128, 0, 255).astype(np.uint8)
+        np.testing.assert_array_equal(found["streamed/arr_0"], expected)
+        np.testing.assert_array_equal(found["streamed/labels"], np.arange(11) % 5)
+
+
 def test_a_refusal_by_process_0_is_one_of_all(two: Any) -> None:
     for found in two:
+        assert str(found["refused/streamed"]).endswith("exists; choose another path, or ask for it to be overwritten.")
         assert str(found["refused/there"]).endswith("exists already; choose another path, or ask for it to be overwritten.")
         assert str(found["refused/label"]).startswith("Label 99 is out of range")
 
