@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import nbformat
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SECONDS_PER_CELL = 600
+#: What differs between two runs or machines: seconds, and hashes of arrays, in which the last bit of every scale counts.
+VARYING = re.compile(r"[\d.]+ s\b|\b[0-9a-f]{16}\b")
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -36,13 +40,39 @@ def assert_shows_figures(notebook: Any) -> None:
     assert all(np.ptp(figure[..., :3]) > 0 for figure in shown), "a figure is blank"
 
 
+def printed(notebook: Any) -> str:
+    """What the cells print, without what varies."""
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs if output.output_type == "stream"]
+    return " ".join(VARYING.sub("*", "".join(output.text for output in outputs)).split())
+
+
+def assert_agree(stored: str, run: str) -> None:
+    """The same words, and numbers within one percent; what is nearly zero is zero."""
+    assert NUMBER.sub("#", stored) == NUMBER.sub("#", run)
+    numbers = [np.array(NUMBER.findall(text), float) for text in (stored, run)]
+    assert numbers[0].size, "nothing that was measured is printed"
+    np.testing.assert_allclose(numbers[1], numbers[0], rtol=0.01, atol=1e-6)
+
+
 def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+def test_what_was_printed_is_compared():
+    def of(*texts: str) -> str:
+        streams = [nbformat.v4.new_output("stream", name="stdout", text=text) for text in texts]
+        return printed(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=streams)]))
+
+    stored = of("W4A8 33.9 dB, 0123456789abcdef, 12.1 s\n", "change 2e-07\n")
+    assert_agree(stored, of("W4A8 33.8 dB, fedcba9876543210,  9.5 s\nchange 1e-07\n"))
+    for other in ("W4A8 33.5 dB, *, * change 2e-07", "W4A6 33.9 dB, *, * change 2e-07", "W4A8 33.9 %, *, * change 2e-07"):
+        with pytest.raises(AssertionError):
+            assert_agree(stored, other)
+
+
 @pytest.mark.slow
 @each_notebook
-def test_runs_without_error_and_shows_figures(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_runs_without_error_and_gives_what_is_stored(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # A kernel of this interpreter, whatever kernels and settings the user has.
     write_kernel_spec(tmp_path / "kernels" / "python3")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
@@ -51,6 +81,7 @@ def test_runs_without_error_and_shows_figures(path: Path, tmp_path: Path, monkey
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # the eight virtual devices are this process's alone
 
     notebook = nbformat.read(path, as_version=4)
+    stored = printed(notebook)
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
     client = NotebookClient(
@@ -59,6 +90,8 @@ def test_runs_without_error_and_shows_figures(path: Path, tmp_path: Path, monkey
     client.execute()  # raises what the first failing cell raised
     assert all(cell.execution_count for cell in code_cells(notebook))
     assert_shows_figures(notebook)
+    if jax.default_backend() == "cpu":  # where the outputs were stored; on GPUs other layers are integers
+        assert_agree(stored, printed(notebook))
 
 
 @each_notebook
