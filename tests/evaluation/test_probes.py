@@ -87,7 +87,7 @@ def test_layer_sqnr_finds_the_layer_that_is_wrong(model, batch):
 
 
 def test_layer_sqnr_observes_the_twin_of_a_quantized_model(model, batch, monkeypatch):
-    monkeypatch.setattr(probes, "reference", lambda quantized: quantized.twin)
+    monkeypatch.setattr(probes, "imitation", lambda quantized: quantized.twin)
     wrong = _scaled(model, "fc2", 1.1, block=0)
     got, expected = (probes.layer_sqnr(model, other, *batch) for other in (Quantized(wrong), wrong))
     jax.tree.map(np.testing.assert_array_equal, got, expected)
