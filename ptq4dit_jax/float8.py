@@ -68,7 +68,7 @@ class Float8Weight(struct.PyTreeNode):
         if isinstance(weight, Float8Weight):
             return weight
         codes = weight.codes(fusible=False)
-        return cls(codes.astype(E4M3), weight.scale, weight.sums(), weight.bits)
+        return cls(_rounded(codes), weight.scale, weight.sums(), weight.bits)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,6 +90,11 @@ Operand: TypeAlias = Encoded | ScaledFloat8
 Weight: TypeAlias = QTensor | Float8Weight
 
 
+def _rounded(x: jax.Array) -> jax.Array:
+    """Rounds to e4m3 behind a barrier. XLA for GPUs would leave out a conversion that is converted back."""
+    return jax.lax.optimization_barrier(x.astype(E4M3))
+
+
 def encode(x: jax.Array, act: ActQuantizer) -> ScaledFloat8:
     """Returns ``balance * x`` in e4m3, in the quantizer's range: (..., K).
 
@@ -108,8 +113,8 @@ def encode(x: jax.Array, act: ActQuantizer) -> ScaledFloat8:
         low, high = act_code_range(act.bits)
         scale, shift = step * (jnp.maximum(zero_point - low, high - zero_point) * _TO_LARGEST), step * zero_point
     scaled = jnp.clip(undifferentiable(x * reciprocal(scale)), -LARGEST, LARGEST)
-    values = scaled.astype(E4M3)
-    rest = (scaled - values.astype(scaled.dtype)).astype(E4M3) if x.ndim == 2 else None
+    values = _rounded(scaled)
+    rest = _rounded(scaled - values.astype(scaled.dtype)) if x.ndim == 2 else None
     return ScaledFloat8(values, scale, shift, rest)
 
 
