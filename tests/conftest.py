@@ -24,8 +24,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+import gc
 import json
 import re
+import resource
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -89,15 +91,19 @@ def compilations() -> Counter[str]:
 
 
 @pytest.fixture(autouse=True)
-def few_memory_maps(compilations: Counter[str]) -> Iterator[None]:
-    """Forgets compiled programs once there are many: each holds memory maps, and Linux kills a process at 65,530 of them."""
+def few_compiled_programs(compilations: Counter[str]) -> Iterator[None]:
+    """Forgets compiled programs once there are many: each holds memory, and memory maps, at 65,530 of which Linux kills a
+    process. Two workers and a process that a test starts must fit into 24 GiB."""
     yield
     if compilations["/jax/core/compile/backend_compile_duration"] < 50:
         return  # counting takes longer than most tests
     compilations.clear()
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 45_000:
+    maps, held = Path("/proc/self/maps"), Path("/proc/self/statm")
+    if not maps.exists():
+        return
+    if maps.read_bytes().count(b"\n") > 45_000 or int(held.read_text().split()[1]) * resource.getpagesize() > 4 * 2**30:
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -1,12 +1,30 @@
-"""The environment in which XLA compiles fast for CPUs. JAX reads it when it starts, so this module does not import JAX."""
+"""The environment in which XLA compiles fast for CPUs. JAX reads it when it starts, so it is imported later here."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
+from collections.abc import Iterator
 
 #: The older emitter of fusions, with little splitting of programs, takes half the time to compile. JAX 0.11 no longer has it.
 _OLDER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=2"
+
+
+@contextlib.contextmanager
+def as_users_compile() -> Iterator[None]:
+    """Has programs that are lowered and compiled by hand compiled by the emitter that users have, for comparisons of bits."""
+    import jax
+
+    compiled = jax.stages.Lowered.compile
+    newer: dict[str, str | bool] | None = (
+        {"xla_cpu_use_fusion_emitters": True} if _OLDER in os.environ.get("XLA_FLAGS", "") else None
+    )
+    jax.stages.Lowered.compile = lambda lowered: compiled(lowered, newer)  # type: ignore[assignment, method-assign, misc]
+    try:
+        yield
+    finally:
+        jax.stages.Lowered.compile = compiled  # type: ignore[method-assign]
 
 
 def environment(devices: int | None = None) -> dict[str, str]:

@@ -15,14 +15,13 @@ from ptq4dit_jax import checkpoints
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.chain import Batch, Program, Shared, sample_batch
 from ptq4dit_jax.diffusion import Sampling
-from ptq4dit_jax.engine import QLinear, QuantizedDiT, choice
+from ptq4dit_jax.engine import QLinear, QuantizedDiT, choice, hopper, xla
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.networks.dit import DiTConfig, init_params
 from ptq4dit_jax.quantizers import ActQuantizer
 
 #: The integer operations by the reference, and by the kernels for Hopper with the reference behind them.
-XLA = choice.resolve("xla", "bfloat16").dispatch
-HOPPER = choice.resolve("hopper", "bfloat16").dispatch
+XLA, HOPPER = choice.Choice(xla.BACKEND).dispatch, choice.Choice(hopper.BACKEND).dispatch
 #: Settings that compile fastest, where a test is about other things.
 PLAIN: dict[str, Any] = {"balance": "csb+ssc", "rounding": "nearest"}
 

@@ -126,6 +126,7 @@ ONE_SIDED = {
         "quantizers": "the integer model's are in layers and sites",
         "observe": "what is calibrated is the float model",
         "layer": "the integer model's layers are linears",
+        "fused": "the integer model's attention is its backend's",
     },
     ptq.QuantizedDiT: {
         "linears": "the float model's layers are params",

@@ -180,7 +180,7 @@ def test_mistakes_in_sample(options, refused, monkeypatch):
         ("--devices 2", ("multiple of its number of devices, 2", "not 1")),
         ("--batch-size 0", ("not 0",)),
         ("--sampler euler", ("'euler'",)),
-        ("--backend hopper", ("hopper runs integer products", "auto or xla")),
+        ("--backend hopper", ("hopper runs quantized models", "auto or xla")),
         ("--dtype int8", ("int8",)),
         (f"--vae {VAE}", ("latents of 4 channels, not of 1",)),
     ],
