@@ -173,7 +173,7 @@ def test_the_table_and_the_line_say_what_is_multiplied(golden: QuantizedDiT) -> 
     assert not any(row.integer or row.words()["integer"] for row in rows.values())
     assert {rows[f"blocks.{product}"].runs for product in ("q @ k", "probs @ v")} == {"float32"}
     line = terminal.runs_line(golden)
-    assert line.startswith("in float32, e4m3 x e4m3 -> float32 by fp8 (")
+    assert line.startswith("in float32, e4m3 x e4m3 -> float32 by fp8")
     assert "no units for e4m3" in line
     assert "e4m3" not in terminal.runs_line(golden.replace(backend="auto"))
 

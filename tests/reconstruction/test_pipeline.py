@@ -269,7 +269,7 @@ model = t.tiny_model()
 def report(stage, done, total, note=""):
     if stage == "reconstruct block 1" and done >= 100:
         os.kill(os.getpid(), signal.SIGKILL)
-with pytest.MonkeyPatch.context() as monkeypatch:
+with pytest.MonkeyPatch.context() as monkeypatch, t.fast_compilation.as_users_compile():
     t.saved_often(monkeypatch)
     t.quantize(model, t.rows_of(model, 0), t.STARTS[sys.argv.pop(1)], state=sys.argv[1], progress=report)
 """
