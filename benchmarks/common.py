@@ -6,6 +6,7 @@ import argparse
 import datetime
 import json
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ def continued(document: dict[str, Any], path: Path, keys: tuple[str, ...]) -> tu
     stored = json.loads(path.read_text())
     different = [key for key in keys if stored.get(key) != document[key]]
     return (document if different else stored), different
+
+
+def with_interval(figure: Mapping[str, float]) -> str:
+    """A mean and the ends of its interval, as they are stored, for a table."""
+    return f"{figure['mean']:.1f} ({figure['low']:.1f} to {figure['high']:.1f})"
 
 
 def refuse_unlike(documents: list[dict[str, Any]], keys: tuple[str, ...]) -> None:

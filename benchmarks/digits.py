@@ -85,8 +85,7 @@ def markdown(document: dict[str, Any]) -> str:
     for row in document["table"]:
         figures = "| | | | "
         if "psnr_db" in row:
-            p = row["psnr_db"]
-            psnr = f"{p['mean']:.1f} ({p['low']:.1f} to {p['high']:.1f})"
+            psnr = common.with_interval(row["psnr_db"])
             figures = f"| {row['sqnr_mean_db']:.1f} | {row['sqnr_pooled_db']:.1f} | {psnr} | {row['ssim']['mean']:.4f} "
         lines.append(f"| {row['model']} | {row['bytes'] / 1e6:.2f} {figures}| {row['recognized']:.1%} |")
     return "\n".join(lines)

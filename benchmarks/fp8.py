@@ -99,10 +99,10 @@ def table_of_quality(part: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, row in part["table"].items():
-        psnr, what = row["psnr_db"], "bfloat16, for comparison" if name == NOISE_FLOOR else name
+        what = "bfloat16, for comparison" if name == NOISE_FLOOR else name
         lines.append(
             f"| {what} | {row['sqnr_mean_db']:.1f} | {row['sqnr_pooled_db']:.1f} "
-            f"| {psnr['mean']:.1f} ({psnr['low']:.1f} to {psnr['high']:.1f}) | {row['ssim']:.4f} |"
+            f"| {common.with_interval(row['psnr_db'])} | {row['ssim']:.4f} |"
         )
     return "\n".join(lines)
 

@@ -83,13 +83,14 @@ def measure(engine: str, config: DiTConfig, guided: list[int], steps: int, repea
         yield {**entry, "sampling_bytes": _bytes(programs[0]) if len(programs) == 1 else None, **facts}
 
 
-def timed(model: Any, guided: int, steps: int, repeats: int) -> tuple[dict[str, Any], list[Any]]:
-    """One entry: the times of whole chains, the first of which compiles; and the compiled chains that this made."""
+def timed(model: Any, guided: int, steps: int, repeats: int, **more: Any) -> tuple[dict[str, Any], list[Any]]:
+    """One entry: the times of whole chains, the first of which compiles; and the compiled chains that this made. The sampler
+    takes ``more`` arguments."""
     labels = np.arange(guided) % model.config.num_classes
     others, times = _samplers(), []
     for _ in range(1 + repeats):
         started = time.perf_counter()
-        ptq.sample(model, labels, key=jax.random.key(2), steps=steps, cfg_scale=1.5)
+        ptq.sample(model, labels, key=jax.random.key(2), steps=steps, cfg_scale=1.5, **more)
         times.append(time.perf_counter() - started)
     made = [program for program in _samplers() if program not in others]
     return {"guided": guided, "first_s": times[0], "seconds": times[1:]}, made

@@ -2,8 +2,8 @@
 
     JAX_PLATFORMS=cpu python -m benchmarks.startup --hardware "2 CPU cores"
 
-Every command is a process of its own that samples one image. On a machine that others use too, seconds of wall time vary, and
-those of CPU time say what was computed. Of ``--repeat`` runs, the one of least CPU time counts. Writes
+Every command is a process of its own that samples one image. Where others use the machine too, wall time varies, so CPU
+time is measured as well. Of ``--repeat`` runs, the one with the least CPU time counts. Writes
 benchmarks/results/startup.json and the table in docs/programs.md.
 """
 
@@ -129,18 +129,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ptq.save(ptq.FloatDiT.init(TINY, key=jax.random.key(0)), folder / "tiny")
-        fast = (
-            "--weight-bits",
-            "4",
-            "--rounding",
-            "nearest",
-            "--balance",
-            "csb+ssc",
-            "--calib-steps",
-            "2",
-            "--calib-rows",
-            "4",
-        )
+        fast = "--weight-bits 4 --rounding nearest --balance csb+ssc --calib-steps 2 --calib-rows 4".split()
         run(folder / "quantizing", "quantize", DIGITS, *fast, *SAMPLING, "--out", folder / "digits-w4a8")
         models = {
             "a float DiT of width 32": folder / "tiny",

@@ -9,14 +9,12 @@ what the compiler estimates, and for the program its peak memory, its collective
 ``benchmarks/hlo_schedule.py`` says how bytes and cycles are counted. An estimate compares two programs for one chip; it is no
 time. On GPUs and CPUs there is none.
 
-Writes benchmarks/results/tpu.json after every row, and the table in docs/tpu.md. Models that multiply e4m3 are compiled where
-they are asked for, and go into docs/fp8.md:
+Writes benchmarks/results/tpu.json after every row, and the table in docs/tpu.md. A run of the same commit, compiler and
+settings continues: it compiles the rows that are missing. ``--run`` writes tpu_run.json and the page's other table. Models that
+multiply e4m3 are compiled where they are asked for, and go into docs/fp8.md:
 
     python -m benchmarks.tpu --generations tpu7x --chips 1 --images 1 64 --models bf16 w8a8 w8a8-e4m3 w4a8-e4m3 \\
       --out benchmarks/results/tpu_e4m3.json
-
- A run of the same commit, compiler and
-settings continues: it compiles the rows that are missing. ``--run`` writes tpu_run.json and the page's other table.
 """
 
 from __future__ import annotations
@@ -27,11 +25,11 @@ import json
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 import ptq4dit_jax as ptq
 from benchmarks import aot, common, hlo, hlo_schedule, sampling
@@ -60,13 +58,18 @@ _FIXED = ("commit", "jax", "libtpu", "model", "input_size", "depth", "steps")
 _FIXED_RUN = ("commit", "jax", "hardware", "devices", "model", "input_size", "depth", "steps", "repeats")
 
 
+def by_backend(name: str, load: Callable[[str], Any]) -> Any:
+    """Returns one of :data:`MODELS`, which ``load`` makes by the name of its integers, run by the backend that it is for."""
+    made = load(name.removesuffix(_E4M3))
+    return made.replace(backend="fp8") if name.endswith(_E4M3) else made
+
+
 def abstract(name: str, network: DiTConfig) -> FloatDiT | QuantizedDiT:
     """Returns one of :data:`MODELS` with shapes as leaves, computing in bfloat16 between integer products."""
     if name == "bf16":
         return aot.float_model(network, "bfloat16")
-    if name.endswith(_E4M3):
-        return abstract(name.removesuffix(_E4M3), network).replace(backend="fp8")
-    return aot.quantized_model(network, ptq.QuantConfig.of(weight_bits=int(name[1])), "bfloat16")
+    settings = ptq.QuantConfig.of(weight_bits=int(name[1]))
+    return by_backend(name, lambda _: aot.quantized_model(network, settings, "bfloat16"))
 
 
 def compiled(generation: str, chips: int, name: str, network: DiTConfig, images: int, steps: int) -> dict[str, Any]:
@@ -124,18 +127,12 @@ def measured(name: str, network: DiTConfig, images: int, steps: int, repeats: in
     """Returns the row of times of whole chains on this process's devices; ``images`` are guided, on each device."""
     devices = jax.devices()
     mesh = sharding.data_mesh(devices) if len(devices) > 1 else None
-    model, _ = sampling.load(name.removesuffix(_E4M3), network)
-    if name.endswith(_E4M3):
-        model = model.replace(backend="fp8")
-    count = images * len(devices)
-    labels, times = np.arange(count) % network.num_classes, []
-    for _ in range(1 + repeats):
-        started = time.perf_counter()
-        ptq.sample(model, labels, key=jax.random.key(2), steps=steps, cfg_scale=1.5, batch_size=count, mesh=mesh)
-        times.append(time.perf_counter() - started)
-    chain = statistics.median(times[1:])
+    model, count = by_backend(name, lambda name: sampling.load(name, network)[0]), images * len(devices)
+    times, _ = sampling.timed(model, count, steps, repeats, batch_size=count, mesh=mesh)
+    chain = statistics.median(times["seconds"])
     row = {"model": name, "images": images, "devices": len(devices), "status": f"run on {devices[0].device_kind}"}
-    return {**row, "first_s": times[0], "seconds": times[1:], "step_s": chain / steps, "image_s": chain / count}
+    seconds = {key: times[key] for key in ("first_s", "seconds")}
+    return {**row, **seconds, "step_s": chain / steps, "image_s": chain / count}
 
 
 def table(document: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.exported import ExportedSampler
 from ptq4dit_jax.forms import ArrayForm, Form
 from ptq4dit_jax.settings import flat
-from ptq4dit_jax.staging import check_replaceable, place, publish, staging
+from ptq4dit_jax.staging import check_replaceable, place, write_whole
 
 VERSION = 1
 _MAGIC = b"PTQ4DIT SAMPLER\n"
@@ -54,11 +54,7 @@ def save_sampler(sampler: ExportedSampler, path: str | os.PathLike[str], *, over
 
     def write() -> str:
         target = place(path)
-        with staging(target) as staged:
-            staged.write_bytes(content)
-            check_replaceable(target, overwrite)
-            publish(staged, target)
-        return str(target)
+        return str(write_whole(target, lambda file: file.write(content), lambda: check_replaceable(target, overwrite)))
 
     return Path(processes.on_first(write))
 

@@ -14,11 +14,11 @@ from jaxtyping import Float32
 from numpy.typing import DTypeLike
 
 from ptq4dit_jax import processes
-from ptq4dit_jax.checkpoints.addresses import address_of
+from ptq4dit_jax.checkpoints.addresses import refuse_address
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.evaluation.grids import grid_size, image_grid
 from ptq4dit_jax.sampling import Labels, Progress, to_uint8
-from ptq4dit_jax.staging import place, publish, staging
+from ptq4dit_jax.staging import check_replaceable, place, write_whole
 
 #: The most pixels of a picture; Pillow and many viewers treat a larger one as an attack.
 MAX_PIXELS = 2**26
@@ -108,11 +108,10 @@ def save_samples(
     if named.ndim > 1 or named.dtype.kind not in "iu":
         raise Ptq4ditError(f"Labels must be integers, or the number of samples, not {labels!r}.")
     total = int(named) if named.ndim == 0 else len(named)
-    if (address := address_of(path)) is not None:
-        raise Ptq4ditError(f"{address} is an address, where nothing is written; write to this machine and copy it there.")
+    refuse_address(path)
     if Path(path).suffix != ".npz":
         raise Ptq4ditError(f"Samples are written to a file whose name ends in .npz, not to {os.fspath(path)!r}.")
-    processes.on_first(lambda: _check_replaceable(place(path), overwrite))
+    processes.on_first(lambda: check_replaceable(place(path), overwrite))
 
     def images() -> Iterator[np.ndarray]:
         done = 0
@@ -124,22 +123,10 @@ def save_samples(
 
     def write(made: Iterable[np.ndarray]) -> Path:
         target = place(path)
-        with staging(target) as staged:
-            with staged.open("wb") as file:
-                write_samples(file, made, total, None if named.ndim == 0 else named.astype(np.int32))
-            _check_replaceable(target, overwrite)
-            publish(staged, target)
-        return target
+        content = lambda file: write_samples(file, made, total, None if named.ndim == 0 else named.astype(np.int32))
+        return write_whole(target, content, lambda: check_replaceable(target, overwrite))
 
     return written_by_first(write, images())
-
-
-def _check_replaceable(target: Path, overwrite: bool) -> None:
-    if target.exists():
-        if not overwrite:
-            raise Ptq4ditError(f"The file {target} exists; choose another path, or ask for it to be overwritten.")
-        if not target.is_file():
-            raise Ptq4ditError(f"What is at {target} is no file, so it is not replaced; choose another path.")
 
 
 def written_by_first(write: Callable[[Iterable[np.ndarray]], Path], batches: Iterable[np.ndarray]) -> Path:

@@ -17,8 +17,9 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import filelock
 
@@ -146,12 +147,24 @@ def _parents(target: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def write_whole(target: Path, write: Callable[[BinaryIO], object], check: Callable[[], None]) -> Path:
+    """Writes a file beside its place and moves it there when it is complete and ``check`` still allows it; returns its path."""
+    with staging(target) as staged:
+        with staged.open("wb") as file:
+            write(file)
+        check()
+        publish(staged, target)
+    return target
+
+
 def check_replaceable(target: Path, overwrite: bool) -> None:
-    """Raises if there is a folder where a file is to be written or, without ``overwrite``, anything."""
+    """Raises if there is a folder or a device where a file is to be written or, without ``overwrite``, anything."""
     if target.is_dir():
         raise Ptq4ditError(f"The path {target} is a folder, which a file cannot replace; choose another path.")
     if target.exists() and not overwrite:
         raise Ptq4ditError(f"The path {target} exists already; choose another path, or ask for it to be overwritten.")
+    if target.exists() and not target.is_file():
+        raise Ptq4ditError(f"The path {target} is a device or the like, which a file does not replace; choose another path.")
 
 
 def publish(staged: Path, target: Path) -> None:

@@ -32,7 +32,7 @@ from rich.text import Text
 from ptq4dit_jax import checkpoints, memory, processes, sampling, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.checkpoints import foreign, store
-from ptq4dit_jax.checkpoints.addresses import address_of, copy_command
+from ptq4dit_jax.checkpoints.addresses import address_of, copy_command, refuse_address
 from ptq4dit_jax.devices import default, default_kind, in_use
 from ptq4dit_jax.edges import edge, quoted, shown, whole_number
 from ptq4dit_jax.engine import QuantizedDiT, choice
@@ -42,7 +42,7 @@ from ptq4dit_jax.model import FloatDiT, has_nonfinite
 from ptq4dit_jax.networks.dit import LARGEST, DiTConfig
 from ptq4dit_jax.npz_file import read_npz
 from ptq4dit_jax.progress import StageProgress
-from ptq4dit_jax.staging import claim, place, publish, staging
+from ptq4dit_jax.staging import claim, place, write_whole
 from ptq4dit_jax.unfinished import expect
 from ptq4dit_jax.vae import VAEDecoder
 
@@ -322,8 +322,7 @@ def check_target(path: Path | None, overwrite: bool, folder_with: str | None = N
     """
     if path is None:
         return
-    if (address := address_of(path)) is not None:
-        raise Ptq4ditError(f"{address} is an address, where nothing is written; write to this machine and copy it there.")
+    refuse_address(path)
     if path.name in ("", ".."):  # what is made beside an output, then renamed, needs its name
         raise Ptq4ditError(f"The output {path} has no name of its own; pass the name of a file or folder to make.")
     target = place(path)
@@ -370,12 +369,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], *, overwrite: bo
       Ptq4ditError: it cannot be written, or when it is complete there is a file (without ``overwrite``) or a folder.
     """
     target = path.expanduser().absolute()
-    with staging(target) as staged:
-        with staged.open("wb") as file:
-            write(file)
-        check_target(target, overwrite)
-        publish(staged, target)
-    return target
+    return write_whole(target, write, lambda: check_target(target, overwrite))
 
 
 def write_json(path: Path | None, figures: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """What the operations of a backend must give whose products are of e4m3: NumPy in float64, and ml_dtypes' rounding.
 
-Cases are as in :mod:`operation_contracts`, but for the operands, which are derived here anew from codes and scales.
+Cases are those of :mod:`operation_contracts`. Only their operands differ: they are derived here from codes and scales.
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def test_where_samples_are_not_saved_none_are_made(tmp_path, raises_sentence) ->
         ("gs://bucket/a.npz", False, "gs://bucket/a.npz is an address"),
         (tmp_path / "a.png", False, "ends in .npz"),
         (tmp_path / "a.npz", False, "a.npz exists"),
-        (tmp_path / "b.npz", True, "b.npz is no file"),
+        (tmp_path / "b.npz", True, "b.npz is a folder, which a file cannot replace"),
     ):
         with raises_sentence(said):
             ptq.save_samples(name, made(), 1, overwrite=overwrite)

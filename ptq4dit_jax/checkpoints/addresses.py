@@ -50,6 +50,12 @@ def address_of(path: str | os.PathLike[str]) -> str | None:
     return address
 
 
+def refuse_address(path: str | os.PathLike[str]) -> None:
+    """Raises if an output is to be written at an address."""
+    if (address := address_of(path)) is not None:
+        raise Ptq4ditError(f"{address} is an address, where nothing is written; write to this machine and copy it there.")
+
+
 def local_path(path: str | os.PathLike[str]) -> Path:
     """Returns the path with ``~`` expanded. Links are kept, because download caches link to files whose neighbours matter. An
     address keeps its form."""

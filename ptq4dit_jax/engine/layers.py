@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-import einops
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -16,7 +15,7 @@ from ptq4dit_jax.engine.stacks import Leaf, map_in_chunks, materialize
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.float8 import Operand, Weight
 from ptq4dit_jax.networks.ops import Norm
-from ptq4dit_jax.networks.parts import float_attention, modulate, normalize
+from ptq4dit_jax.networks.parts import float_attention, in_heads, modulate, normalize
 from ptq4dit_jax.numerics import along_last, product_precision
 from ptq4dit_jax.quantizers import ActQuantizer, QTensor
 
@@ -136,8 +135,7 @@ def attention(
     """Computes softmax attention between the linears, (B, T, D); without ``sites``, as a float model does."""
     if sites:
         return dispatch.attention(q_BTD, k_BTD, v_BTD, num_heads, sites)
-    q, k, v = (einops.rearrange(x, "b t (a d) -> b t a d", a=num_heads) for x in (q_BTD, k_BTD, v_BTD))
-    return einops.rearrange(float_attention(q, k, v), "b t a d -> b t (a d)")
+    return in_heads(float_attention, q_BTD, k_BTD, v_BTD, num_heads)
 
 
 def in_unit_steps(qkv: QLinear, proj: QLinear) -> tuple[QLinear, QLinear]:

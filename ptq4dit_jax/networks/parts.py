@@ -111,6 +111,18 @@ def softmax(logits: jax.Array) -> jax.Array:
     return (exp * (1 / exp.sum(-1, keepdims=True))).astype(logits.dtype)
 
 
+def in_heads(
+    attention: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    q_BTD: jax.Array,
+    k_BTD: jax.Array,
+    v_BTD: jax.Array,
+    heads: int,
+) -> jax.Array:
+    """Applies attention of arrays (B, T, A, d) to arrays (B, T, D)."""
+    q, k, v = (einops.rearrange(x, "b t (a d) -> b t a d", a=heads) for x in (q_BTD, k_BTD, v_BTD))
+    return einops.rearrange(attention(q, k, v), "b t a d -> b t (a d)")
+
+
 def can_fuse_attention(dtype: DTypeLike, head_width: int) -> bool:
     """Returns whether :func:`fused_attention` runs on the default device: cuDNN's, for 16-bit types on GPUs since Ampere."""
     fitting = jnp.dtype(dtype).itemsize == 2 and head_width % 8 == 0 and head_width <= 128

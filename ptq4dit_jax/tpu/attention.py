@@ -9,14 +9,13 @@ from __future__ import annotations
 from functools import partial
 from typing import NamedTuple
 
-import einops
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from ptq4dit_jax.networks.parts import float_attention
+from ptq4dit_jax.networks.parts import float_attention, in_heads
 from ptq4dit_jax.numerics import product_precision
 from ptq4dit_jax.tpu.blocks import LANES, Ref, of_rows, row_blocks, scalar, store_codes
 from ptq4dit_jax.tpu.generations import too_large, vector_memory
@@ -101,10 +100,7 @@ def _differentiable(q_BTD: jax.Array, k_BTD: jax.Array, v_BTD: jax.Array, heads:
 
 @_differentiable.defjvp
 def _tangent(heads: int, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    def plain(*parts: jax.Array) -> jax.Array:
-        q, k, v = (einops.rearrange(part, "b t (a d) -> b t a d", a=heads) for part in parts)
-        return einops.rearrange(float_attention(q, k, v), "b t a d -> b t (a d)")
-
+    plain = partial(in_heads, float_attention, heads=heads)
     return _differentiable(*primals, heads), jax.jvp(plain, primals, tangents)[1]
 
 

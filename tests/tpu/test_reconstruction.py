@@ -19,9 +19,8 @@ from ptq4dit_jax.engine import QuantizedDiT
 from ptq4dit_jax.engine.quantized_dit import site_quantizers
 from ptq4dit_jax.model import FloatDiT
 from ptq4dit_jax.reconstruction import optimize
-from ptq4dit_jax.reconstruction.learning import _compiled
+from ptq4dit_jax.reconstruction.learning import LearningWalk, _compiled
 from ptq4dit_jax.reconstruction.optimize import Learning, Rows, Task, Variables
-from ptq4dit_jax.reconstruction.rounding import RoundedKernel
 from ptq4dit_jax.reconstruction.units import Unit
 
 pytestmark = tpu_helpers.MARKS
@@ -31,16 +30,10 @@ SETTINGS = Reconstruction(iterations=100, batch_size=BATCH)
 
 
 def unit_of(unit: Unit, folded: FloatDiT, quantized: QuantizedDiT) -> tuple[Task, Variables]:
-    """What is fixed and what is learned in a block, with shapes as leaves."""
-    kernels, biases, rounding = {}, {}, {}
-    for layer, name in unit.layers.items():
-        tree = unit.of_depth(folded.layer(name))
-        kernels[layer], rounding[layer] = RoundedKernel.of(tree["kernel"], unit.of_depth(quantized.linears[name].stored))
-        biases[layer] = tree["bias"]
-    quantizers = site_quantizers(quantized)
-    acts: dict[str, Any] = {site: unit.of_depth(quantizers[name]) for site, name in unit.sites.items() if name in quantizers}
-    log_scale = {site: jnp.zeros_like(act.scale) for site, act in acts.items() if not act.dynamic}
-    return Task(kernels, biases, acts, {}), Variables(rounding, log_scale)
+    """What is fixed and what is learned in a block; the rows of a walk are not needed for that."""
+    walk = object.__new__(LearningWalk)
+    walk.folded, walk.quantized, walk.acts = folded, quantized, site_quantizers(quantized)
+    return walk.task(unit)
 
 
 @pytest.fixture(scope="module")

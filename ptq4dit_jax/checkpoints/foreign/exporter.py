@@ -24,7 +24,7 @@ from ptq4dit_jax.networks.dit import DiTConfig, position_embedding
 from ptq4dit_jax.networks.spec import flatten_sites
 from ptq4dit_jax.quantizers import ActQuantizer, ChannelScale
 from ptq4dit_jax.schedules import FlowSchedule
-from ptq4dit_jax.staging import check_replaceable, publish, staging
+from ptq4dit_jax.staging import check_replaceable, write_whole
 
 #: The layout that a network is written in.
 _LAYOUTS: dict[type[DiTConfig], Layout] = {layout.network: layout for layout in (META, LIGHTNING)}
@@ -98,12 +98,8 @@ def export_meta(model: FloatDiT | QuantizedDiT, path: str | os.PathLike[str], *,
             shape = ours.shape if i is None else ours.shape[1:]
             tensors[name] = make
             shapes[name] = (entry.parts[0][1].theirs(np.broadcast_to(np.zeros((), dtype), shape), config).shape, dtype)
-    with staging(target) as staged:
-        with staged.open("wb") as file:
-            write_safetensors(file.write, tensors, shapes)
-        check_replaceable(target, overwrite)
-        publish(staged, target)
-    return target
+    write = lambda file: write_safetensors(file.write, tensors, shapes)
+    return write_whole(target, write, lambda: check_replaceable(target, overwrite))
 
 
 def _plain_params(model: FloatDiT | QuantizedDiT) -> dict[str, jax.Array]:

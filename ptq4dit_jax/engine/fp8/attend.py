@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 
-import einops
 import jax
 
 from ptq4dit_jax.devices import default_kind
 from ptq4dit_jax.engine import hopper, tpu
 from ptq4dit_jax.engine.backends import NotCovered
 from ptq4dit_jax.engine.dispatch import Dispatch
-from ptq4dit_jax.networks.parts import float_attention
+from ptq4dit_jax.networks.parts import float_attention, in_heads
 from ptq4dit_jax.quantizers import ActQuantizer
 
 
@@ -23,5 +22,4 @@ def attention(
     kernels = Dispatch(tuple(each for each in (hopper.BACKEND, tpu.BACKEND) if not each.why_not(device, dtype)))
     with contextlib.suppress(NotCovered):
         return kernels.attention(q_BTD, k_BTD, v_BTD, num_heads, sites)
-    q, k, v = (einops.rearrange(x, "b t (a d) -> b t a d", a=num_heads) for x in (q_BTD, k_BTD, v_BTD))
-    return einops.rearrange(float_attention(q, k, v), "b t a d -> b t (a d)")
+    return in_heads(float_attention, q_BTD, k_BTD, v_BTD, num_heads)

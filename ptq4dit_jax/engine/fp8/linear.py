@@ -11,8 +11,7 @@ from jax.typing import DTypeLike
 
 from ptq4dit_jax import float8
 from ptq4dit_jax.devices import default_kind
-from ptq4dit_jax.engine.stacks import map_in_chunks
-from ptq4dit_jax.engine.xla.linear import add_gated, product
+from ptq4dit_jax.engine.xla.linear import add_gated, by_parts, of_stack, product
 from ptq4dit_jax.float8 import Float8Weight, ScaledFloat8, Weight
 from ptq4dit_jax.numerics import FLOAT8, along_last, at_least_float32
 from ptq4dit_jax.quantizers import ActQuantizer
@@ -70,21 +69,13 @@ def linear_parts(x: ScaledFloat8, weight: Weight, bias: jax.Array, dtype: DTypeL
     TPUs has it."""
     if default_kind().platform != "tpu":
         return jnp.split(linear(x, weight, bias, dtype), parts, axis=-1)
-    weight = Float8Weight.of(weight)
-    width = weight.shape[-2] // parts
-    cuts = [slice(start, start + width) for start in range(0, parts * width, width)]
-    return [linear(x, weight.rows(cut), bias[..., cut], dtype) for cut in cuts]
+    return by_parts(partial(linear, dtype=dtype), x, Float8Weight.of(weight), bias, parts)
 
 
 def linear_each(x: ScaledFloat8, weight: Weight, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
     """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear_each`."""
-
-    def one(layer: tuple[ScaledFloat8, Weight, jax.Array]) -> jax.Array:
-        values, stored, offset = layer
-        return linear(values, stored, offset, dtype)
-
-    layers, derived = (x, weight, bias), isinstance(weight, Float8Weight)
-    return jnp.split(jax.vmap(one)(layers) if derived else map_in_chunks(one, layers), parts, axis=-1)
+    derived = isinstance(weight, Float8Weight)
+    return of_stack(partial(linear, dtype=dtype), (x, weight, bias), parts, in_chunks=not derived)
 
 
 def linear_gelu(x: ScaledFloat8, weight: Weight, bias: jax.Array, act: ActQuantizer) -> ScaledFloat8:

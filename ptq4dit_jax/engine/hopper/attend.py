@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import einops
 import jax
 
 from ptq4dit_jax.engine.backends import require
@@ -35,5 +34,4 @@ def attention(
     d = q_BTD.shape[-1] // num_heads
     fused = parts.can_fuse_attention(q_BTD.dtype, d)
     require(fused, f"cuDNN has no attention for {q_BTD.dtype} and heads of width {d} on this device")
-    q, k, v = (einops.rearrange(x, "b t (a d) -> b t a d", a=num_heads) for x in (q_BTD, k_BTD, v_BTD))
-    return einops.rearrange(parts.fused_attention(q, k, v), "b t a d -> b t (a d)")
+    return parts.in_heads(parts.fused_attention, q_BTD, k_BTD, v_BTD, num_heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 from jax.typing import DTypeLike
@@ -31,7 +32,4 @@ def linear_parts(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike,
     """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear_parts`. One product per part: a kernel takes no part of an array,
     so parts of one product would be copied."""
     require(not weight.packed, "the weight is packed")
-    width = weight.shape[-2] // parts
-
-    cuts = [slice(start, start + width) for start in range(0, parts * width, width)]
-    return [products.linear(x, weight.rows(cut), bias[..., cut], dtype) for cut in cuts]
+    return products.by_parts(partial(products.linear, dtype=dtype), x, weight, bias, parts)

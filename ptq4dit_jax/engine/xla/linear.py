@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ptq4dit_jax.devices import default_kind
+from ptq4dit_jax.engine.backends import OperandT, WeightT
 from ptq4dit_jax.engine.stacks import map_in_chunks
+from ptq4dit_jax.float8 import Weight
 from ptq4dit_jax.numerics import INTEGER, along_last, at_least_float32
 from ptq4dit_jax.quantizers import INT4_OFFSET, ActQuantizer, Encoded, QTensor
 
@@ -81,13 +84,29 @@ def linear_parts(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike,
 
 def linear_each(x: Encoded, weight: QTensor, bias: jax.Array, dtype: DTypeLike, parts: int) -> list[jax.Array]:
     """See :meth:`~ptq4dit_jax.engine.backends.Backend.linear_each`."""
+    return of_stack(partial(linear, dtype=dtype), (x, weight, bias), parts, in_chunks=weight.packed)
 
-    def one(layer: tuple[Encoded, QTensor, jax.Array]) -> jax.Array:
-        values, codes, offset = layer
-        return linear(values, codes, offset, dtype)
 
-    layers = x, weight, bias
-    return jnp.split(map_in_chunks(one, layers) if weight.packed else jax.vmap(one)(layers), parts, axis=-1)
+def of_stack(
+    linear: Callable[[OperandT, WeightT, jax.Array], jax.Array],
+    layers: tuple[OperandT, WeightT, jax.Array],
+    parts: int,
+    *,
+    in_chunks: bool,
+) -> list[jax.Array]:
+    """Applies ``linear`` to each layer of a stack: ``parts`` arrays (L, ..., N / parts). A few layers at a time if
+    ``in_chunks``, for weights that are unpacked here."""
+    one = lambda layer: linear(*layer)
+    return jnp.split(map_in_chunks(one, layers) if in_chunks else jax.vmap(one)(layers), parts, axis=-1)
+
+
+def by_parts(
+    linear: Callable[[OperandT, Any, jax.Array], jax.Array], x: OperandT, weight: Weight, bias: jax.Array, parts: int
+) -> list[jax.Array]:
+    """Applies ``linear`` to equal parts of the output channels, each a product of its own; the weight must not be packed."""
+    width = weight.shape[-2] // parts
+    cuts = [slice(start, start + width) for start in range(0, parts * width, width)]
+    return [linear(x, weight.rows(cut), bias[..., cut]) for cut in cuts]
 
 
 def linear_gelu(x: Encoded, weight: QTensor, bias: jax.Array, act: ActQuantizer) -> Encoded:
