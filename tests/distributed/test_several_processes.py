@@ -170,7 +170,7 @@ def test_samples_that_process_0_writes_are_those_of_all(two: Any) -> None:
 
 def test_a_refusal_by_process_0_is_one_of_all(two: Any) -> None:
     for found in two:
-        assert str(found["refused/streamed"]).endswith("exists; choose another path, or ask for it to be overwritten.")
+        assert str(found["refused/streamed"]).endswith("exists already; choose another path, or ask for it to be overwritten.")
         assert str(found["refused/there"]).endswith("exists already; choose another path, or ask for it to be overwritten.")
         assert str(found["refused/label"]).startswith("Label 99 is out of range")
 
