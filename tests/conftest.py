@@ -24,14 +24,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-import dataclasses
+import ctypes
 import gc
 import json
 import re
 import resource
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import annotation_checks
@@ -78,44 +79,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -seconds.get(item.path, 0))
 
 
-@dataclasses.dataclass
-class Compiled:
-    """How many programs were compiled since their memory was last looked at, and from how many bytes on they are forgotten."""
-
-    programs: int = 0
-    most_bytes: int = 6 * 2**30
-
-
 @pytest.fixture(scope="session")
-def compiled() -> Compiled:
-    seen = Compiled()
+def compilations() -> Counter[str]:
+    """Durations that JAX has reported, by name."""
+    seen = Counter[str]()
 
     def noted(event: str, duration_secs: float, **_: str | int | float) -> None:
-        seen.programs += event == "/jax/core/compile/backend_compile_duration"
+        seen.update([event])
 
     jax.monitoring.register_event_duration_secs_listener(noted)
     return seen
 
 
+@pytest.fixture(scope="session")
+def looked_at() -> list[int]:
+    """How many programs had been compiled whenever their memory was looked at."""
+    return [0]
+
+
 @pytest.fixture(autouse=True)
-def few_compiled_programs(compiled: Compiled) -> Iterator[None]:
+def few_compiled_programs(compilations: Counter[str], looked_at: list[int]) -> Iterator[None]:
     """Forgets compiled programs once there are many: each holds memory, and memory maps, at 65,530 of which Linux kills a
     process. Two workers and a process that a test starts must fit into 24 GiB."""
     yield
-    if compiled.programs < 50:
+    programs = compilations["/jax/core/compile/backend_compile_duration"]
+    if programs < looked_at[-1] + 50:
         return  # looking takes longer than most tests
-    compiled.programs = 0
-    maps = Path("/proc/self/maps")
-    if maps.exists() and (maps.read_bytes().count(b"\n") > 45_000 or _bytes_held() > compiled.most_bytes):
+    looked_at.append(programs)
+    maps, held = Path("/proc/self/maps"), Path("/proc/self/statm")
+    if not maps.exists():
+        return
+    if maps.read_bytes().count(b"\n") > 45_000 or int(held.read_text().split()[1]) * resource.getpagesize() > 3 * 2**30:
         jax.clear_caches()
         gc.collect()
-        # Not all memory comes back. To forget again at once would have everything compiled again and again.
-        compiled.most_bytes = max(compiled.most_bytes, _bytes_held() + 2 * 2**30)
-
-
-def _bytes_held() -> int:
-    """Bytes of memory that this process holds, on Linux."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        with suppress(OSError, AttributeError):  # glibc keeps two thirds of what was freed until it is told not to
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture
