@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from ptq4dit_jax import sharding
+from ptq4dit_jax import placement, sharding
 from ptq4dit_jax.chain import Batch, Program, Shared, sample_batch
 from ptq4dit_jax.checkpoints.quantized_dit import skeleton_of
 from ptq4dit_jax.config import QuantConfig
@@ -98,36 +98,46 @@ def placed(tree: Any, where: Sharding) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where a program's arguments lie: whole on every device, or by rows over ``mesh`` (None: there is one device)."""
+    """Where a program's arguments lie: whole on every device, or by rows over ``mesh`` (None: there is one device). Models are
+    cut over its axis ``model``, if it has one."""
 
     mesh: Mesh | None
     whole: Sharding
     rows: Sharding
 
     @classmethod
-    def on(cls, devices: list[Any]) -> Places:
-        """Returns the places on these devices."""
+    def on(cls, devices: list[Any], model: int = 1) -> Places:
+        """Returns the places on these devices, of which so many hold a model between them."""
         if len(devices) == 1:
             alone = SingleDeviceSharding(devices[0])
             return cls(None, alone, alone)
-        mesh = sharding.data_mesh(devices)
+        mesh = sharding.data_mesh(devices, model=model)
         return cls(mesh, NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data")))
+
+    def of_model(self, model: FloatDiT | QuantizedDiT) -> Any:
+        """Returns a model with the shape of each array, placed."""
+        if sharding.model_size(self.mesh) == 1:
+            return placed(model, self.whole)
+        assert self.mesh is not None
+        model, mesh = model.partitionable(), self.mesh
+        cut = lambda leaf, spec: placed(leaf, NamedSharding(mesh, spec))
+        return jax.tree.map(cut, model, placement.specs(model, sharding.model_size(mesh)))
 
 
 def arguments(
-    model: FloatDiT | QuantizedDiT, devices: list[Any], images: int, sampling: Sampling
+    model: FloatDiT | QuantizedDiT, devices: list[Any], images: int, sampling: Sampling, share: int = 1
 ) -> tuple[tuple[Shared, Batch[Any]], Program]:
     """Returns what :func:`ptq4dit_jax.sample` gives :func:`ptq4dit_jax.chain.sample_batch` for ``images`` on each device, with
-    shapes as leaves."""
-    resolved, places = sampling.resolve(model.schedule, model.config), Places.on(devices)
+    shapes as leaves. The model is held by ``share`` devices between them, which then share the images of all of these too."""
+    resolved, places = sampling.resolve(model.schedule, model.config), Places.on(devices, share)
     numbers = jax.ShapeDtypeStruct((images * len(devices),), jnp.int32, sharding=places.rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    shared = placed(Shared(model, resolved.tables(), key), places.whole)
+    shared = Shared(places.of_model(model), *placed((resolved.tables(), key), places.whole))
     return (shared, Batch[Any](numbers, numbers)), Program.of(resolved, model.config, mesh=places.mesh)
 
 
-def sampler(model: FloatDiT | QuantizedDiT, devices: list[Any], images: int, sampling: Sampling) -> Any:
-    """Lowers the chain for ``images`` samples on each device."""
-    given, program = arguments(model, devices, images, sampling)
+def sampler(model: FloatDiT | QuantizedDiT, devices: list[Any], images: int, sampling: Sampling, share: int = 1) -> Any:
+    """Lowers the chain for ``images`` samples on each device; ``share`` is as in :func:`arguments`."""
+    given, program = arguments(model, devices, images, sampling, share)
     with described(DeviceKind.of(devices[0])):
         return sample_batch.lower(*given, program=program)

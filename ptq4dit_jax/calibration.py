@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, Int32, Integer, Num
 
-from ptq4dit_jax import sharding
+from ptq4dit_jax import placement, sharding
 from ptq4dit_jax.calibration_rows import ImageLayout, flat_rows, order_by_steps, whole_numbers
 from ptq4dit_jax.config.sections import Calibration, calibration_steps
 from ptq4dit_jax.errors import Ptq4ditError
@@ -342,14 +342,14 @@ def _of_micro_batches(
     row_batch: int | None,
     mesh: Mesh | None,
 ) -> Iterator[_Seen]:
-    """Yields ``program(shared, rows)`` of each micro-batch, in order, on the first device."""
+    """Yields ``program(shared, rows)`` of each micro-batch, in order, at the first place."""
     cuts = micro_batches(data.num_rows)
     shared, home = sharding.own(shared), sharding.home(mesh)
-    placed = {device: jax.device_put(shared, device) for device in sharding.own_devices_of(mesh, len(cuts))}
-    run = lambda item, device: program(placed[device], jax.device_put(data.rows(cuts[item]), device))
+    at = {place: placement.put(shared, place) for place in sharding.own_places_of(mesh, len(cuts))}
+    run = lambda item, place: program(at[place], sharding.put(data.rows(cuts[item]), place))
     like = lambda item: jax.eval_shape(program, shared, data.rows(cuts[item]))
     for seen in sharding.deal_out(run, len(cuts), mesh, like=like, ahead=_ahead(row_batch)):
-        yield jax.device_put(seen, home)
+        yield sharding.put(seen, home)
 
 
 # Each is one program on one device, on whole arrays: the same bits whatever made them.

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.tree_util import PyTreeDef
 from jaxtyping import Array, Float32, Int, Int32
 
-from ptq4dit_jax import memory, sharding
+from ptq4dit_jax import memory, placement, sharding
 from ptq4dit_jax.diffusion import ResolvedSampling, denoise, sample_keys, sample_noise
 from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.guidance import GuidedChannels, Predictor, predict
@@ -99,7 +99,7 @@ def sample_batch(shared: Shared, batch: Batch[jax.Array], *, program: Program) -
 
     With a mesh, every device runs the program of a single device on its share of the batch (``shard_map``). The partitioner
     would fuse the same chain differently. It would then round differently in the last bit, and a quantizer turns that into
-    another code.
+    another code. Over an axis ``model`` it does partition the program of a share.
     """
     chain = partial(_chain, program=program)
     if program.mesh is not None:
@@ -109,6 +109,7 @@ def sample_batch(shared: Shared, batch: Batch[jax.Array], *, program: Program) -
             mesh=program.mesh,
             in_specs=(whole, Batch(indices=rows, labels=rows, noise=rows, step_noise=rows_of_steps)),
             out_specs=(rows, rows_of_steps),
+            axis_names={"data"},
             check_vma=False,
         )
     return chain(shared, batch)
@@ -117,7 +118,7 @@ def sample_batch(shared: Shared, batch: Batch[jax.Array], *, program: Program) -
 def _chain(shared: Shared, batch: Batch[jax.Array], *, program: Program) -> tuple[jax.Array, jax.Array]:
     """Runs :func:`sample_batch` on one device."""
     model, shape = shared.model, shared.model.config.image_shape
-    if isinstance(model, ModelFace):
+    if isinstance(model, ModelFace) and sharding.model_size(program.mesh) == 1:
         model = model.prepared()
     keys_B = sample_keys(shared.key, batch.indices)
     x_T = sample_noise(keys_B, 0, shape) if batch.noise is None else batch.noise
@@ -207,7 +208,7 @@ class Request:
         if wanted is None and self.total <= parts:  # there is nothing to choose, and a single image must not wait
             return parts
         placed = jax.tree.leaves((self.model, self.decoder))
-        resident = sum(leaf.nbytes for leaf in placed)
+        resident = sum(map(sharding.bytes_per_device, placed))
 
         def needed(batch: int) -> int:
             arguments, program = self.call(np.minimum(np.arange(batch), self.total - 1))
@@ -336,20 +337,20 @@ class Request:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the same for a request without a mesh, with batches dealt out to ``mesh``: see :func:`sharding.deal_out`."""
         cuts = self._cut(batch)
-        placed = {
-            device: dataclasses.replace(
-                self,
-                model=jax.device_put(self.model, device),
-                key=jax.device_put(self.key, device),
-                decoder=jax.device_put(self.decoder, device),
-            )
-            for device in sharding.own_devices_of(mesh, len(cuts))
-        }
-        begin = lambda item, device: placed[device].begin(cuts[item])
+        at = {place: self._at(place) for place in sharding.own_places_of(mesh, len(cuts))}
+        begin = lambda item, place: at[place].begin(cuts[item])
         like = lambda item: jax.eval_shape(lambda: self.begin(cuts[item]))
         dealt = sharding.deal_out(begin, len(cuts), mesh, like=like, ahead=ahead)
         outputs = (jax.device_get(ready(output)) for output in dealt)
         return self._collected(self._checked(batch, outputs), progress)
+
+    def _at(self, place: sharding.Place) -> Request:
+        """Returns the same request with everything at one place."""
+        if not isinstance(place, Mesh):
+            model, key, decoder = sharding.put((self.model, self.key, self.decoder), place)
+            return dataclasses.replace(self, model=model, key=key, decoder=decoder)
+        model, tables, key, decoder = placement.placed(place, (self.model, self.tables, self.key, self.decoder))
+        return dataclasses.replace(self, model=model, tables=tables, key=key, decoder=decoder, mesh=place)
 
     def _collected(
         self, batches: Iterable[tuple[int, np.ndarray, np.ndarray]], progress: Progress | None

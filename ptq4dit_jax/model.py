@@ -41,6 +41,14 @@ class ModelFace:
         """Returns the same model in the form that this device reads fastest, for a program that applies it many times."""
         return self
 
+    def partitionable(self) -> Self:
+        """Returns the same model in a form whose program XLA can partition; it is not :meth:`prepared`.
+
+        Raises:
+          Ptq4ditError: the model names a backend of kernels, which XLA cannot partition.
+        """
+        return self
+
     def resolved(self) -> Self:
         """Returns the same model with the choices made that it leaves to the device."""
         return self

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Float, Float32, UInt8
 
-from ptq4dit_jax import sharding
+from ptq4dit_jax import placement, sharding
 from ptq4dit_jax.chain import Progress as Progress
 from ptq4dit_jax.chain import Request
 from ptq4dit_jax.diffusion import ResolvedSampling, Sampling, chosen_sampling
@@ -252,7 +252,7 @@ def _prepare(
         decoder.check_channels(config.in_channels)
     sharding.data_size(mesh)  # raises on a mesh that cannot be used
 
-    model, decoder = sharding.replicate(mesh, (model, decoder))
+    model, decoder = placement.placed(mesh, (model, decoder))
     small = tables, threefry(sharding.own(key))
     # Without a mesh, the call itself transfers small arrays to its device, all at once. Placed one by one, a dozen arrays took
     # 1.5 ms of every call on an H200, about as long as a step of DiT-XL/2 for one image.

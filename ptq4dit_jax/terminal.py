@@ -160,10 +160,11 @@ def calibration_line(data: CalibrationData, given: int) -> str:
     return line + (f"; {left} of {given} rows left out, to make steps of equal size" if left else "")
 
 
-def all_devices_mesh() -> jax.sharding.Mesh | None:
-    """Returns a mesh over all devices, or over those that ``jax_default_device`` names; None if that is one device."""
+def all_devices_mesh(model: int = 1) -> jax.sharding.Mesh | None:
+    """Returns a mesh over all devices, or over those that ``jax_default_device`` names; None if that is one device. So many
+    devices as ``model`` says hold a model between them."""
     devices = in_use()
-    return sharding.data_mesh(devices) if len(devices) > 1 else None
+    return sharding.data_mesh(devices, model=model) if len(devices) > 1 or model != 1 else None
 
 
 def megabytes(count: int) -> str:
@@ -191,9 +192,13 @@ def load_vae(path: str, scale: float | None) -> VAEDecoder:
     return vae
 
 
-def load_model(name: str) -> checkpoints.Model:
+def load_model(name: str, *, shared_by: int = 1) -> checkpoints.Model:
     """Loads a model folder, a foreign checkpoint, or what is at the address of either; or makes ``random:PRESET[@SIZE]``, a
-    published size with random weights, for trying things out."""
+    published size with random weights, for trying things out. A model that several devices are to share is left on the host,
+    because it need not fit into one of them."""
+    if shared_by > 1:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return load_model(name)
     if not name.startswith("random:"):
         with copied(name) as where, working(f"Reading {name}"):
             model, notes = checkpoints.load_noted(where)

@@ -50,9 +50,9 @@ def network(depth: int | None = None) -> DiTConfig:
     return DiTConfig.preset("DiT-XL/2", **({} if depth is None else {"depth": depth}))
 
 
-def sampler(model: Any, generation: str, chips: int, images: int = IMAGES) -> Compiled:
-    """The chain of 50 steps for ``images`` on each device."""
-    return compiled(aot.sampler(model, aot.devices(generation, chips), images, Sampling(steps=50)))
+def sampler(model: Any, generation: str, chips: int, images: int = IMAGES, share: int = 1) -> Compiled:
+    """The chain of 50 steps for ``images`` on each device; ``share`` devices hold the model between them."""
+    return compiled(aot.sampler(model, aot.devices(generation, chips), images, Sampling(steps=50), share))
 
 
 #: Sizes of a product's operands, in order, and of its result.
@@ -87,3 +87,9 @@ def attention_products(module: hlo.Module, config: DiTConfig, rows: int) -> list
     logits = rows * config.num_heads * config.num_tokens**2
     inputs = rows * config.num_tokens * config.hidden_size
     return products_of(module, {((inputs, inputs), logits), (_in_order(logits, inputs), inputs)})
+
+
+def exchanged(module: hlo.Module, collective: str) -> list[hlo.Array]:
+    """What comes out of a kind of collective, all of the program's text."""
+    found = (each for each in module.instructions if each.opcode.removesuffix("-start") == collective)
+    return [array for instruction in found for array in instruction.results]

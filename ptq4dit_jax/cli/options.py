@@ -28,6 +28,12 @@ BatchSize = Annotated[
     int | None,
     typer.Option(help="Images per compiled call.", show_default="up to 256 per device, fewer if memory is short"),
 ]
+ModelDevices = Annotated[
+    int,
+    typer.Option(
+        help="How many devices hold the model between them, if it is too large for one; quantized layers then run on xla."
+    ),
+]
 _ELSE = [
     f"{backend.name} multiplies {backend.arithmetic.value}, derived from the stored integers and not equal to them"
     for backend in choice.BACKENDS

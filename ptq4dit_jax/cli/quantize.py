@@ -15,7 +15,7 @@ import typer
 from ptq4dit_jax import checkpoints, processes, quantization
 from ptq4dit_jax.calibration import CalibrationData, stored_rows
 from ptq4dit_jax.cli.derived import Given, Group, Settings, with_options
-from ptq4dit_jax.cli.options import ModelArgument, Seed, Written
+from ptq4dit_jax.cli.options import ModelArgument, ModelDevices, Seed, Written
 from ptq4dit_jax.config import Calibration, QuantConfig, Reconstruction
 from ptq4dit_jax.engine import QuantizedDiT, describe
 from ptq4dit_jax.errors import Ptq4ditError
@@ -135,6 +135,7 @@ def quantize(
     stored: Annotated[Stored, Group()],
     conduct: Annotated[Conduct, Group()],
     written: Annotated[Written, Group()],
+    model_devices: ModelDevices = 1,
     seed: Seed = 0,
 ) -> None:
     """Quantizes a float model after training: calibrate, balance and fold, choose ranges, pack, save."""
@@ -142,12 +143,12 @@ def quantize(
     config = preset.config(given)
     if conduct.fresh and config.learning is None:
         raise Ptq4ditError("--fresh starts a reconstruction over, and nothing is learned here; leave it out.")
-    key = read_key(seed)
+    key, mesh = read_key(seed), all_devices_mesh(model_devices)
     written.claim(context, out, "config.json")
     state = None if config.learning is None else journal_beside(out)
     if state is not None:
         processes.on_first(partial(_claim_journal, context, state, conduct.fresh))
-    dit = load_model(model)
+    dit = load_model(model, shared_by=model_devices)
     if not isinstance(dit, FloatDiT):
         raise Ptq4ditError(f"{model} is quantized already; quantize the float model that it came from.")
     rows, on_rows = stored.read(dit)
@@ -167,7 +168,7 @@ def quantize(
             config,
             key=key,
             calibration=rows,
-            mesh=all_devices_mesh(),
+            mesh=mesh,
             state=state,
             progress=report,
             **dataclasses.asdict(conduct),

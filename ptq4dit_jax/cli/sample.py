@@ -13,7 +13,7 @@ import typer
 from ptq4dit_jax import sampling
 from ptq4dit_jax.checkpoints import Model
 from ptq4dit_jax.cli.derived import Given, Group, Settings, with_options
-from ptq4dit_jax.cli.options import BatchSize, Computing, Decoding, ModelArgument, Repeat, Seed, Written
+from ptq4dit_jax.cli.options import BatchSize, Computing, Decoding, ModelArgument, ModelDevices, Repeat, Seed, Written
 from ptq4dit_jax.diffusion import Sampling, chosen_sampling
 from ptq4dit_jax.engine import choice
 from ptq4dit_jax.errors import Ptq4ditError
@@ -49,6 +49,7 @@ def sample(
     ] = None,
     repeat: Repeat = 1,
     batch_size: BatchSize = None,
+    model_devices: ModelDevices = 1,
     noise: Annotated[
         Path | None,
         typer.Option(help="An npz with noise (N, H, W, C) and, if wanted, step_noise (S, N, H, W, C).", metavar="FILE"),
@@ -66,14 +67,14 @@ def sample(
     """Samples images from a float or quantized model, the whole chain in one compiled program."""
     if out.suffix not in (".png", ".npz"):
         raise Ptq4ditError(f"--out must end in .png or .npz, not {out.name!r}.")
-    key = read_key(seed)
+    key, mesh = read_key(seed), all_devices_mesh(model_devices)
     written.claim(context, out)
     # Checked before anything is loaded.
     parse_labels("0" if labels is None else labels, repeat)
     choice.checked(computing.backend)
     exported = None if program is None else load_sampler(program)
     how = chosen_sampling(None, given, Sampling() if exported is None else exported.sampling)
-    loaded = to_run(load_model(model), computing.dtype, computing.backend)
+    loaded = to_run(load_model(model, shared_by=model_devices), computing.dtype, computing.backend)
     wanted = wanted_labels(labels, "0", repeat, loaded.config)
     _check_pictures(model, loaded, out, decoding)
     resolved = how.resolve(loaded.schedule, loaded.config)
@@ -95,7 +96,7 @@ def sample(
             sampling=how,
             batch_size=batch_size,
             decoder=decoder,
-            mesh=all_devices_mesh(),
+            mesh=mesh,
             program=exported,
             **arrays,
         )

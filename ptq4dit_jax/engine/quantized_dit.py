@@ -17,6 +17,7 @@ from ptq4dit_jax.engine import choice
 from ptq4dit_jax.engine.backends import Arithmetic
 from ptq4dit_jax.engine.layers import QLinear
 from ptq4dit_jax.engine.ops import IntegerOps
+from ptq4dit_jax.errors import Ptq4ditError
 from ptq4dit_jax.float8 import Weight
 from ptq4dit_jax.model import FloatDiT, ModelFace, step_group
 from ptq4dit_jax.networks.dit import DiTConfig
@@ -86,6 +87,14 @@ class QuantizedDiT(ModelFace, struct.PyTreeNode):
         floats = {name: layer.stored for name, layer in self.linears.items() if not layer.integer}
         weights = {**dispatch.prepare(quantized), **dispatch.prepare_for_floats(floats)}
         return self.replace(linears={name: layer.replace(weight=weights[name]) for name, layer in self.linears.items()})
+
+    def partitionable(self) -> QuantizedDiT:
+        if self.backend not in ("auto", "xla"):
+            raise Ptq4ditError(
+                f"Kernels of the backend {self.backend!r} run on one device each, so devices cannot share a model that uses "
+                "them; take the backend xla or auto, or a mesh without an axis 'model' (--model-devices 1)."
+            )
+        return self.replace(backend="xla")
 
     def resolved(self) -> QuantizedDiT:
         return self.replace(backend=self.backend_choice.name)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ptq4dit_jax import processes, sharding
+from ptq4dit_jax import placement, processes, sharding
 from ptq4dit_jax.calibration import CalibrationData, sample_trajectories
 from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.engine import Provenance, QuantizedDiT
@@ -83,7 +83,7 @@ def quantize(
     if bad := has_nonfinite(model.params):
         raise Ptq4ditError(f"The weights hold NaN or infinity in {', '.join(bad[:3])}; a model must be finite to be quantized.")
     if config.learning is not None:
-        check_mesh(config.learning, mesh)
+        check_mesh(config.learning, sharding.without_model(mesh))
     source_sha256 = in_background(lambda: source_hash(model.params))
     with open_journal(config, model, source_sha256, key, calibration, state, fresh, mesh) as journal:
         if journal is not None:
@@ -106,7 +106,7 @@ def _quantized(
     """Runs the stages of :func:`quantize`, with arguments checked and the journal open."""
     # On one device, like all that is computed from it. Several devices run one program each (:func:`sharding.deal_out`); the
     # rest is a program of one.
-    model = jax.device_put(model.astype(jnp.float32), sharding.home(mesh))
+    model = placement.put(model.astype(jnp.float32), sharding.home(mesh))
     model = dataclasses.replace(model, precision=CALIBRATION)
     tell = lambda stage: lambda done, total: report(stage, done, total)
     source = "given" if calibration is not None else f"sampled, key {jax.random.key_data(key).tolist()}"
@@ -166,7 +166,7 @@ def _quantized(
         note(f"{quality}" if not quality.is_poor else f"SQNR {quality.sqnr_mean_db:.1f} dB")
     _check_quality(quality, model.schedule.objective, keep_poor, None if journal is None else journal.folder)
     facts["quality"] = quality.to_dict()
-    quantized = sharding.replicate(mesh, quantized)
+    quantized = placement.placed(mesh, quantized)
     facts = processes.on_first(lambda: facts) if sharding.spans_processes(mesh) else facts
     return dataclasses.replace(quantized, provenance=Provenance(facts))
 

@@ -134,7 +134,7 @@ def round_closed_form(
       The model with new weights and biases; and for each unit its name, its mean squared errors before and after, and each
       layer's error relative to rounding to the nearest.
     """
-    walk = ClosedFormWalk(folded, quantized, calibration, mesh, rows_on)
+    walk = ClosedFormWalk(folded, quantized, calibration, sharding.without_model(mesh), rows_on)
     progress("plan rounding", 1, 1, str(walk.plan))
     done, facts = [], []
     for unit in units(folded.config):
@@ -147,7 +147,7 @@ def round_closed_form(
         walk.advance(unit, outputs, rows.target)
         done.append((unit, rounded if kept else nearest))
         facts.append(_facts(unit, before, after, kept, layers))
-    return assemble(sharding.own(quantized), jax.device_put(done, sharding.home(mesh))), facts
+    return assemble(sharding.own(quantized), sharding.put(done, sharding.home(mesh))), facts
 
 
 def _facts(unit: Unit, before: jax.Array, after: jax.Array, kept: bool, layers: Mapping[str, RoundedWeight]) -> dict[str, Any]:

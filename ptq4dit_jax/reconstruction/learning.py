@@ -135,7 +135,7 @@ class LearningWalk(Walk):
         for layer, name in unit.layers.items():
             tree = self.params(unit, layer)
             if start is None:
-                weight = unit.of_depth(self.quantized.linears[name].stored)
+                weight = self.part(unit, self.quantized.linears[name].stored)
                 kernels[layer], rounding[layer] = _rounded_kernel(tree["kernel"], weight)
                 biases[layer] = tree["bias"]
             else:

@@ -53,10 +53,10 @@ class UnitInputs:
         inputs, exact = walk.inputs(unit)
         rows = _Seen(inputs=inputs, float_inputs=exact, group=walk.group, share=walk.share)
         self._lanes = _lanes(rows, walk.chunks)
-        devices = len(sharding.devices_of(walk.mesh))
+        devices = len(sharding.places_of(walk.mesh))
         self._lane = partial(_lane, devices=devices, each=walk.chunks // devices)
         fixed = (walk.act_quantizers(unit), *walk.float_unit(unit))
-        self._fixed = {device: jax.device_put(fixed, device) for device in sharding.own_devices_of(walk.mesh)}
+        self._fixed = {device: jax.device_put(fixed, device) for device in sharding.own_places_of(walk.mesh)}
 
     def moments(self, layer: str, rounded: RoundedUnit) -> InputMoments[jax.Array]:
         """Returns the moments of a layer's input over all rows, with the unit as ``rounded``: arrays on the first device."""

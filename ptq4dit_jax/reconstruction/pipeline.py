@@ -92,6 +92,7 @@ def reconstruct(
     Raises:
       Ptq4ditError: the batch cannot be spread over the mesh, or a unit's error is NaN or infinite.
     """
+    mesh = sharding.without_model(mesh)  # a unit fits into one device
     key, walk = threefry(key), LearningWalk(folded, quantized, calibration, settings, mesh)
     progress("plan reconstruction", 1, 1, str(walk.plan))
     done, facts = [], []

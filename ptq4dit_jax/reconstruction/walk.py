@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from ptq4dit_jax.reconstruction.units import Unit
 
 #: On the device, or on the host with ``plan.on_host``.
 HeldRows: TypeAlias = jax.Array | np.ndarray
+_Tree = TypeVar("_Tree")
 #: The least error of a unit: where rounding to the nearest reproduces it, nothing must be divided by 0.
 TINY = 1e-30
 
@@ -104,7 +105,7 @@ class Walk(abc.ABC):
     def _plan(self, size: int, rows_on: RowsOn) -> MemoryPlan:
         config = self.config
         hidden = self.batch_size * config.num_tokens * config.hidden_size * jnp.dtype(self.dtype).itemsize
-        models = sum(leaf.nbytes for leaf in jax.tree.leaves((self.folded.params, self.quantized)))
+        models = sum(map(sharding.bytes_per_device, jax.tree.leaves((self.folded.params, self.quantized))))
         limit = sharding.least(self.mesh, memory.device_limit())
         rows = 4 * size * hidden // sharding.data_size(self.mesh)  # float and quantized state, and the next of each
         on_host = rows_on == "host"
@@ -118,29 +119,34 @@ class Walk(abc.ABC):
     def _step_bytes(self, size: int, on_host: bool) -> int:
         """Returns the bytes that work on a block needs on a device besides models and rows; a stratum holds ``size`` rows."""
 
+    def part(self, unit: Unit, tree: _Tree) -> _Tree:
+        """Returns what a tree of stacks holds for a unit, whole, even if devices share the model."""
+        return sharding.put(unit.of_depth(tree), sharding.home(self.mesh))
+
     def tables(self, unit: Unit) -> dict[str, Any]:
         """Returns the parameters of a unit that are looked up or added, and the gains of its norms."""
         params = self.folded.params
-        gains = {gain.place.name: unit.of_depth(gain.place.of(params)) for gain in unit.kind.gains}
-        return {name: params[name] for name in unit.tables if name in params} | gains
+        gains = {gain.place.name: self.part(unit, gain.place.of(params)) for gain in unit.kind.gains}
+        tables = {name: params[name] for name in unit.tables if name in params}
+        return sharding.put(tables, sharding.home(self.mesh)) | gains
 
     def params(self, unit: Unit, layer: str) -> Any:
         """Returns the float kernel (K, N) and bias (N,) of a layer of a unit."""
-        return unit.of_depth(self.folded.layer(unit.layers[layer]))
+        return self.part(unit, self.folded.layer(unit.layers[layer]))
 
     def float_unit(self, unit: Unit) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the float parameters of a unit, and what folding left at its sites."""
         params = {layer: self.params(unit, layer) for layer in unit.layers} | self.tables(unit)
         balanced = {site: name for site, name in unit.sites.items() if name in self.balances}
-        return params, {site: unit.of_depth(self.balances[name]) for site, name in balanced.items()}
+        return params, {site: self.part(unit, self.balances[name]) for site, name in balanced.items()}
 
     def act_quantizers(self, unit: Unit) -> dict[str, Any]:
         """Returns the activation quantizers of a unit, by site; leaves are tables over groups of steps (G,)."""
-        return {site: unit.of_depth(self.acts[name]) for site, name in unit.sites.items() if name in self.acts}
+        return {site: self.part(unit, self.acts[name]) for site, name in unit.sites.items() if name in self.acts}
 
     def nearest(self, unit: Unit) -> RoundedUnit:
         """Returns a unit as range search rounded it."""
-        weights = {layer: unit.of_depth(self.quantized.linears[name].stored) for layer, name in unit.layers.items()}
+        weights = {layer: self.part(unit, self.quantized.linears[name].stored) for layer, name in unit.layers.items()}
         biases = {layer: self.params(unit, layer)["bias"] for layer in unit.layers}
         return RoundedUnit(weights, biases, {})
 

@@ -22,7 +22,7 @@ from ptq4dit_jax.exported_file import save_sampler
 def one_device():
     """All commands on one device, as compiling for the suite's eight virtual ones takes long; one test undoes it."""
     with pytest.MonkeyPatch.context() as changed:
-        patch(changed, "all_devices_mesh", lambda: None)
+        patch(changed, "all_devices_mesh", lambda model=1: None)
         yield changed
 
 
@@ -31,7 +31,7 @@ def w4(tmp_path_factory):
     """The digits model quantized by the program: its folder and the figures."""
     folder = tmp_path_factory.mktemp("w4")
     with pytest.MonkeyPatch.context() as changed:
-        patch(changed, "all_devices_mesh", lambda: None)
+        patch(changed, "all_devices_mesh", lambda model=1: None)
         run("quantize", DIGITS, "--out", folder / "model", *CALIBRATE, "--json", folder / "figures.json")
     return SimpleNamespace(folder=folder / "model", figures=figures(folder / "figures.json"))
 

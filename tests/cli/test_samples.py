@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli_helpers import figures, listing, run
+from cli_helpers import figures, listing, patch, run
 
 import ptq4dit_jax as ptq
-from ptq4dit_jax import checkpoints, cli
+from ptq4dit_jax import checkpoints, cli, terminal
 from ptq4dit_jax.checkpoints import store
 
 ONE_STEP = ptq.FlowSchedule(data_time=0, steps=1, guided=True)
@@ -115,3 +115,17 @@ def test_a_guided_flow_is_kept_and_told(models, capsys):
     assert "velocity, data at t = 0, 1 step, guided by training" in capsys.readouterr().out
     assert ptq.FlowSchedule() != ptq.FlowSchedule(guided=True)
     assert jnp.float16 == helpers.load_float(models / "half").param_dtype
+
+
+@pytest.mark.slow
+def test_a_model_that_devices_hold_between_them(models, here, mesh8, capsys, monkeypatch):
+    """As in Python, and refused where there are not as many devices."""
+    patch(monkeypatch, "all_devices_mesh", terminal.all_devices_mesh)
+    run("quantize", models / "one", "--out", "q", "--calib-rows", "4", "--model-devices", "2", "--rounding", "nearest")
+    run("sample", "q", "--labels", "0-2", "--out", "a.npz", "--model-devices", "2")
+    expected = ptq.sample(ptq.load("q"), np.array([0, 1, 2]), key=jax.random.key(0), mesh=ptq.data_mesh(model=2))
+    np.testing.assert_array_equal(np.load("a.npz")["arr_0"], ptq.to_uint8(expected))
+    capsys.readouterr()
+    assert cli.main(["sample", "q", "--out", "b.npz", "--model-devices", "3"]) == 1
+    assert "A model on 3 devices needs a multiple of them, not 8" in " ".join(capsys.readouterr().err.split())
+    assert not (here / "b.npz").exists()

@@ -31,6 +31,8 @@ if COUNT > 1:
     jax.distributed.initialize(f"127.0.0.1:{PORT}", COUNT, INDEX, heartbeat_timeout_seconds=20)
 
 MESH, KEY = ptq.data_mesh(), jax.random.key(1)
+#: Two devices of one process hold each model.
+CUT = ptq.data_mesh(model=2)
 MODEL = helpers.tiny_model(depth=1)
 LABELS = np.arange(11) % 5
 #: 44 rows are 11 micro-batches, more than devices.
@@ -113,6 +115,8 @@ def values() -> dict[str, np.ndarray]:
     found |= of("rounded", named(rounded))
     comparison = compare(MODEL, {"integers": model}, labels=LABELS, key=KEY, sampling=ptq.Sampling(steps=3), mesh=MESH)
     found["comparison"] = np.array(json.dumps(comparison.to_json()["models"]))
+    found["integers/cut"] = ptq.sample(model, LABELS, key=KEY, steps=3, mesh=CUT)
+    found |= of("cut", named(ptq.quantize(MODEL, ptq.QuantConfig.of(**SETTINGS, rounding="nearest"), key=KEY, mesh=CUT)))
     ptq.save(model, writable("model"))
     ptq.save(MODEL, writable("float"))
     loaded = ptq.load(FOLDER / "model")
@@ -121,6 +125,8 @@ def values() -> dict[str, np.ndarray]:
     found["refused/there"] = refusal(lambda: ptq.save(model, writable("model")))
     found["refused/label"] = refusal(lambda: ptq.sample(model, [99], key=KEY, mesh=MESH))
     if COUNT > 1:
+        across = ptq.data_mesh(model=jax.device_count())
+        found["refused/across"] = refusal(lambda: ptq.sample(model, LABELS, key=KEY, mesh=across))
         found["least"] = np.array([processes.least(5 + INDEX), processes.least(None if INDEX else 7)])
         found["unknown"] = np.array(processes.least(None) is None)
         ours = np.array([-0.0, np.nan, 1e-42], np.float32), np.array(True), np.array([-3], np.int8), np.zeros((0, 2))

@@ -135,7 +135,8 @@ def test_both_processes_have_the_same_values(two: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["float", "streamed/", "quantized/", "integers", "extremes/", "rounded/", "comparison", "loaded/", "of loaded"]
+    "part",
+    ["float", "streamed/", "quantized/", "integers", "cut/", "extremes/", "rounded/", "comparison", "loaded/", "of loaded"],
 )
 def test_they_are_those_of_a_single_process(part: str, two: Any, one: Any) -> None:
     """Samples, codes, all scales and biases, statistics of single rows, and figures: the same bytes."""
@@ -172,6 +173,7 @@ def test_a_refusal_by_process_0_is_one_of_all(two: Any) -> None:
     for found in two:
         assert str(found["refused/streamed"]).endswith("exists already; choose another path, or ask for it to be overwritten.")
         assert str(found["refused/there"]).endswith("exists already; choose another path, or ask for it to be overwritten.")
+        assert "must belong to one process, so a mesh's axis 'model' cannot have size 8 with 4" in str(found["refused/across"])
         assert str(found["refused/label"]).startswith("Label 99 is out of range")
 
 

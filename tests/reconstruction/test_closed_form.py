@@ -113,7 +113,7 @@ def test_parts_hold_each_row_once_on_the_device_that_sums_it(devices, mesh8):
     np.testing.assert_array_equal(np.concatenate([lane.group for lane in lanes.values()], axis=1), x)
     for item in range(parts):
         lane = lanes[moments._lane(item, devices, parts // devices)].group
-        assert jnp.asarray(lane).devices() == {sharding.devices_of(mesh)[item % devices] or jax.devices()[0]}
+        assert jnp.asarray(lane).devices() == {sharding.places_of(mesh)[item % devices] or jax.devices()[0]}
 
 
 @pytest.mark.slow

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 import tpu_helpers
-from jax.sharding import SingleDeviceSharding
 from tpu_helpers import Compiled, attention_products, compiled, network, products_of, sizes_of
 
 from benchmarks import aot
 from ptq4dit_jax.calibration import HISTOGRAM_BINS, MICRO_BATCH, CalibrationData, extremes_of_rows, histograms_of_rows
 from ptq4dit_jax.config import QuantConfig
 from ptq4dit_jax.devices import DeviceKind, described
+from ptq4dit_jax.networks.dit import DiTConfig
 from ptq4dit_jax.numerics import CALIBRATION
 from ptq4dit_jax.quantization.choices import integer_sites
 
@@ -24,17 +25,19 @@ pytestmark = tpu_helpers.MARKS
 STEPS, GROUPS = 25, 5
 
 
-def lowered(program: Any, *arguments: Any, **static: Any) -> tuple[Any, Any]:
-    """The program for one chip of sixteen, as calibration deals it out, and the shapes of its results."""
-    device = aot.devices("v5e", 16)[5]
-    model = dataclasses.replace(aot.float_model(network(1), "float32"), precision=CALIBRATION)
+def lowered(program: Any, *arguments: Any, config: DiTConfig | None = None, share: int = 1, **static: Any) -> tuple[Any, Any]:
+    """The program for one chip of sixteen (or for ``share`` of them that hold the model between them), as calibration deals it
+    out, and the shapes of its results."""
+    device, *others = aot.devices("v5e", 16)[4 : 4 + share]
+    model = dataclasses.replace(aot.float_model(config or network(1), "float32"), precision=CALIBRATION)
+    places = aot.Places.on([device, *others], share)
     shape = jax.ShapeDtypeStruct
     rows = CalibrationData(
         x=shape((STEPS, MICRO_BATCH, *model.config.image_shape), jnp.float32),  # type: ignore[arg-type]
         t=shape((STEPS,), jnp.int32),  # type: ignore[arg-type]
         y=shape((STEPS, MICRO_BATCH), jnp.int32),  # type: ignore[arg-type]
     )
-    placed = aot.placed((model, rows, *arguments), SingleDeviceSharding(device))
+    placed = places.of_model(model), *aot.placed((rows, *arguments), places.whole)
     with described(DeviceKind.of(device)):
         return program.lower(*placed, **static), jax.eval_shape(lambda *args: program(*args, **static), *placed)
 
@@ -85,3 +88,35 @@ def test_statistics_are_small(extremes: tuple[Compiled, Any], histograms: tuple[
     for counted in histograms[1].values():
         assert counted.counts.shape[-1] == HISTOGRAM_BINS
         assert counted.counts.size <= GROUPS * config.depth * HISTOGRAM_BINS
+
+
+@pytest.fixture(scope="module")
+def xl_at_512() -> tuple[DiTConfig, dict[int, Compiled]]:
+    """Statistics of all 28 blocks over 1,024 tokens, by one chip and by four that hold the model between them."""
+    config = DiTConfig.preset("DiT-XL/2", input_size=64)
+    sites = tuple(config.site_features)
+    return config, {share: compiled(lowered(extremes_of_rows, config=config, share=share, sites=sites)[0]) for share in (1, 4)}
+
+
+def test_xl_at_512_pixels_fits_into_a_chip_of_16_gigabytes(xl_at_512: tuple[DiTConfig, dict[int, Compiled]]) -> None:
+    config, programs = xl_at_512
+    assert 4 * config.num_parameters <= programs[1].argument_bytes < programs[1].peak_bytes < 16e9
+
+
+def test_four_chips_hold_a_quarter_of_the_weights_each(xl_at_512: tuple[DiTConfig, dict[int, Compiled]]) -> None:
+    """No weight is gathered; a float sum of four parts each goes around behind proj and fc2."""
+    config, programs = xl_at_512
+    cut = programs[4]
+    weights = sum(math.prod((linear.N, linear.K, *linear.place.lead)) for linear in config.spec.linears.values())
+    assert cut.argument_bytes < 4 * (weights / 4 + (config.num_parameters - weights)) + 100e6
+    assert cut.peak_bytes < programs[1].peak_bytes
+    gathered = [array for array in tpu_helpers.exchanged(cut.module, "all-gather") if array.size in weights_of(config)]
+    assert not gathered
+    assert len(tpu_helpers.exchanged(cut.module, "all-reduce")) >= 2
+
+
+def weights_of(config: DiTConfig) -> set[int]:
+    """The sizes of whole weights, in one block and in all."""
+    return {
+        size for linear in config.spec.linears.values() for size in (linear.N * linear.K, linear.N * linear.K * config.depth)
+    }

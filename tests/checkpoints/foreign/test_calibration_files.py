@@ -103,7 +103,7 @@ def test_the_line_says_what_was_made_of_the_rows() -> None:
 
 @pytest.mark.slow
 def test_the_command_calibrates_on_the_authors_file_as_on_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    patch(monkeypatch, "all_devices_mesh", lambda: None)
+    patch(monkeypatch, "all_devices_mesh", lambda model=1: None)
     monkeypatch.chdir(tmp_path)
     ptq.save(tiny_model(), "m")
     arrays = authors()

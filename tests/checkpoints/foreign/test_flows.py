@@ -252,7 +252,7 @@ def test_a_sit_goes_out_as_it_came(tmp_path, raises_sentence):
 @pytest.mark.slow
 def test_from_a_foreign_file_to_a_report(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("ptq4dit_jax.cli.sample.all_devices_mesh", lambda: None)
+    monkeypatch.setattr("ptq4dit_jax.cli.sample.all_devices_mesh", lambda model=1: None)
     source, folder, small = write_shortcut(tmp_path / "x"), tmp_path / "dit", tmp_path / "w8a8"
 
     def run(*arguments):
