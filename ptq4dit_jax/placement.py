@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from ptq4dit_jax import sharding
 from ptq4dit_jax.model import ModelFace
+from ptq4dit_jax.quantizers import PACKED_ROWS
 
 _Tree = TypeVar("_Tree")
 
@@ -47,8 +48,6 @@ _AXES = {
     Cut.CONTRACTION: {"kernel": 2, "weight.values": 1, "act.balance": 1},
     Cut.WHOLE: {},
 }
-#: Rows of a packed weight are packed in blocks of this many; a part must hold whole blocks.
-_PACKED_ROWS = 64
 
 
 def placed(mesh: Mesh | None, tree: _Tree, rules: Rules = RULES) -> _Tree:
@@ -115,7 +114,7 @@ def _chosen(fields: Mapping[str, jax.Array], size: int, wanted: Cut) -> Cut:
     elif "weight.values" in fields:
         values = fields["weight.values"]
         K, N = values.shape[-1], fields["weight.scale"].shape[-1]
-        parts = size * (_PACKED_ROWS if values.dtype == jnp.uint8 else 1)
+        parts = size * (PACKED_ROWS if values.dtype == jnp.uint8 else 1)
     else:
         return Cut.WHOLE
     divides = {Cut.OUTPUT: N % parts == 0, Cut.CONTRACTION: K % size == 0}
