@@ -181,7 +181,12 @@ def agreed(mesh: Mesh | None, tree: _Tree) -> _Tree:
     """
     if not spans_processes(mesh):
         return tree
-    place = lambda leaf, value: jax.device_put(value, leaf.sharding) if isinstance(leaf, jax.Array) else value
+
+    def place(leaf: Any, value: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return value
+        return jax.device_put(value, leaf.sharding if leaf.committed else None)  # what no device owns can join any other
+
     return jax.tree.map(place, tree, processes.shared(tree))
 
 
