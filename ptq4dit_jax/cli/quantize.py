@@ -143,8 +143,9 @@ def quantize(
     config = preset.config(given)
     if conduct.fresh and config.learning is None:
         raise Ptq4ditError("--fresh starts a reconstruction over, and nothing is learned here; leave it out.")
-    key, mesh = read_key(seed), all_devices_mesh(model_devices)
+    key = read_key(seed)
     written.claim(context, out, "config.json")
+    mesh = all_devices_mesh(model_devices)
     state = None if config.learning is None else journal_beside(out)
     if state is not None:
         processes.on_first(partial(_claim_journal, context, state, conduct.fresh))

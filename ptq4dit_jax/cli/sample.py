@@ -67,8 +67,9 @@ def sample(
     """Samples images from a float or quantized model, the whole chain in one compiled program."""
     if out.suffix not in (".png", ".npz"):
         raise Ptq4ditError(f"--out must end in .png or .npz, not {out.name!r}.")
-    key, mesh = read_key(seed), all_devices_mesh(model_devices)
+    key = read_key(seed)
     written.claim(context, out)
+    mesh = all_devices_mesh(model_devices)
     # Checked before anything is loaded.
     parse_labels("0" if labels is None else labels, repeat)
     choice.checked(computing.backend)

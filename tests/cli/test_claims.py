@@ -54,7 +54,7 @@ def test_a_second_process_is_told_before_any_work(command, holds, here, capsys, 
     name = next(a for a in arguments if a.startswith("out"))
     other = holds(name)
     before = listing(here)
-    patch(monkeypatch, "load_model", lambda *_: pytest.fail("work began"))
+    patch(monkeypatch, "load_model", lambda *_, **__: pytest.fail("work began"))
     for more in ([], ["--json", name] if command != "info" else [], ["--overwrite"] if command != "info" else []):
         assert cli.main([*arguments, *more]) == 1
         assert "Another run is writing" in capsys.readouterr().err
@@ -68,7 +68,7 @@ def test_a_second_process_is_told_before_any_work(command, holds, here, capsys, 
 
 def test_a_journal_that_another_process_holds_is_refused_before_any_work(holds, here, capsys, monkeypatch):
     holds(".out.reconstruction")
-    patch(monkeypatch, "load_model", lambda *_: pytest.fail("work began"))
+    patch(monkeypatch, "load_model", lambda *_, **__: pytest.fail("work began"))
     assert cli.main(["quantize", DIGITS, "--out", "out", "--reconstruct"]) == 1
     assert ".out.reconstruction" in capsys.readouterr().err
     long = "x" * 225  # fits, but its journal's name does not
