@@ -1,6 +1,6 @@
 """What the compiler for TPUs makes of DiT-XL/2's sampler, on a machine without a TPU; with --run, times on a machine with one.
 
-    python -m benchmarks.tpu                                                  # all rows, two hours or more on two cores
+    python -m benchmarks.tpu                                                  # all 108 rows, an hour on two cores
     python -m benchmarks.tpu --generations v5e --chips 1 --images 8 --models w8a8 --depth 2 --out quick.json
     python -m benchmarks.tpu --run --hardware "one TPU v5e"                   # needs the TPU
 
