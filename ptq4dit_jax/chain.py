@@ -346,11 +346,11 @@ class Request:
 
     def _at(self, place: sharding.Place) -> Request:
         """Returns the same request with everything at one place."""
+        model, key, decoder = placement.put((self.model, self.key, self.decoder), place)
+        moved = dataclasses.replace(self, model=model, key=key, decoder=decoder)
         if not isinstance(place, Mesh):
-            model, key, decoder = sharding.put((self.model, self.key, self.decoder), place)
-            return dataclasses.replace(self, model=model, key=key, decoder=decoder)
-        model, tables, key, decoder = placement.placed(place, (self.model, self.tables, self.key, self.decoder))
-        return dataclasses.replace(self, model=model, tables=tables, key=key, decoder=decoder, mesh=place)
+            return moved
+        return dataclasses.replace(moved, tables=sharding.put(self.tables, place), mesh=place)
 
     def _collected(
         self, batches: Iterable[tuple[int, np.ndarray, np.ndarray]], progress: Progress | None

@@ -106,6 +106,11 @@ def default() -> jax.Device:
     return next(device for device in in_use() if device.process_index == jax.process_index())
 
 
+def host() -> jax.Device:
+    """Returns the CPU of this process."""
+    return jax.local_devices(backend="cpu")[0]
+
+
 def default_kind() -> DeviceKind:
     """Returns the kind of device that programs are traced for: that of :func:`default`, or the :func:`described` one."""
     return cast(DeviceKind | None, _DESCRIBED.value) or DeviceKind.of(default())

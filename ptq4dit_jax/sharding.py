@@ -105,18 +105,22 @@ def replicate(mesh: Mesh | None, tree: _Tree) -> _Tree | jax.Array:
     return jax.tree.map(lambda leaf: _everywhere(leaf, whole), tree)
 
 
-def spread(mesh: Mesh, leaf: _Tree, spec: PartitionSpec) -> _Tree:
-    """Lays out an array over the devices of a mesh, whose processes each have it."""
+def spread(mesh: Mesh, tree: _Tree, spec: PartitionSpec) -> _Tree:
+    """Lays out every leaf over the devices of a mesh, whose processes each have it."""
     if spec == PartitionSpec():
-        return replicate(mesh, leaf)
+        return replicate(mesh, tree)
     parts = NamedSharding(mesh, spec)
     if not spans_processes(mesh):
-        return jax.device_put(own(leaf), parts)
-    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(parts, leaf.ndim):
-        return leaf
-    host = np.asarray(own(leaf))
-    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
-    return cast(_Tree, jax.make_array_from_callback(host.shape, parts, lambda index: host[index]))
+        return jax.device_put(own(tree), parts)
+
+    def cut(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(parts, leaf.ndim):
+            return leaf
+        host = np.asarray(own(leaf))
+        host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
+        return jax.make_array_from_callback(host.shape, parts, lambda index: host[index])
+
+    return jax.tree.map(cut, tree)
 
 
 def _everywhere(leaf: Any, whole: NamedSharding) -> jax.Array:
@@ -137,8 +141,7 @@ def shard(mesh: Mesh | None, tree: _Tree, axis: int = 0) -> _Tree | jax.Array:
     """Shards axis ``axis`` of every leaf over ``data``. Without a mesh, leaves go to the default device."""
     if mesh is None:
         return jax.device_put(own(tree), None)
-    spec = PartitionSpec(*[None] * axis, "data")
-    return jax.tree.map(lambda leaf: spread(mesh, leaf, spec), tree)
+    return spread(mesh, tree, PartitionSpec(*[None] * axis, "data"))
 
 
 def bytes_per_device(array: jax.Array | np.ndarray) -> int:

@@ -33,7 +33,7 @@ from ptq4dit_jax import checkpoints, memory, processes, sampling, sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.checkpoints import foreign, store
 from ptq4dit_jax.checkpoints.addresses import address_of, copy_command, refuse_address
-from ptq4dit_jax.devices import default, default_kind, in_use
+from ptq4dit_jax.devices import default, default_kind, host, in_use
 from ptq4dit_jax.edges import edge, quoted, shown, whole_number
 from ptq4dit_jax.engine import QuantizedDiT, choice
 from ptq4dit_jax.engine.backends import Arithmetic
@@ -197,7 +197,7 @@ def load_model(name: str, *, shared_by: int = 1) -> checkpoints.Model:
     published size with random weights, for trying things out. A model that several devices are to share is left on the host,
     because it need not fit into one of them."""
     if shared_by > 1:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        with jax.default_device(host()):
             return load_model(name)
     if not name.startswith("random:"):
         with copied(name) as where, working(f"Reading {name}"):

@@ -89,6 +89,13 @@ def attention_products(module: hlo.Module, config: DiTConfig, rows: int) -> list
     return products_of(module, {((inputs, inputs), logits), (_in_order(logits, inputs), inputs)})
 
 
+def weights_of(config: DiTConfig) -> set[int]:
+    """The sizes of whole weights, in one block and in all."""
+    return {
+        size for linear in config.spec.linears.values() for size in (linear.N * linear.K, linear.N * linear.K * config.depth)
+    }
+
+
 def exchanged(module: hlo.Module, collective: str) -> list[hlo.Array]:
     """What comes out of a kind of collective, all of the program's text."""
     found = (each for each in module.instructions if each.opcode.removesuffix("-start") == collective)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ptq4dit_jax import sharding
 from ptq4dit_jax.calibration import CalibrationData
 from ptq4dit_jax.config import RowsOn
-from ptq4dit_jax.devices import default_kind
+from ptq4dit_jax.devices import default_kind, host
 from ptq4dit_jax.engine import QuantizedDiT
 from ptq4dit_jax.gptq import InputMoments, RoundedWeight, round_weight
 from ptq4dit_jax.model import FloatDiT
@@ -97,7 +97,7 @@ def round_unit(
 def _rounded(kernel: jax.Array, nearest: QTensor, moments: InputMoments, *, search: RangeSearch, follow: bool) -> RoundedWeight:
     """Runs :func:`round_weight` where its arguments are, or on the host for a TPU, which has no float64."""
     [home] = kernel.devices()
-    place = jax.local_devices(backend="cpu")[0] if home.platform == "tpu" else home
+    place = host() if home.platform == "tpu" else home
     arguments = jax.device_put((kernel, nearest, moments), place)
     return jax.device_put(round_weight(*arguments, search=search, follow=follow), home)
 

@@ -127,8 +127,7 @@ class Walk(abc.ABC):
         """Returns the parameters of a unit that are looked up or added, and the gains of its norms."""
         params = self.folded.params
         gains = {gain.place.name: self.part(unit, gain.place.of(params)) for gain in unit.kind.gains}
-        tables = {name: params[name] for name in unit.tables if name in params}
-        return sharding.put(tables, sharding.home(self.mesh)) | gains
+        return {name: self.part(unit, params[name]) for name in unit.tables if name in params} | gains
 
     def params(self, unit: Unit, layer: str) -> Any:
         """Returns the float kernel (K, N) and bias (N,) of a layer of a unit."""

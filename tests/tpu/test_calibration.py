@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tpu_helpers
-from tpu_helpers import Compiled, attention_products, compiled, network, products_of, sizes_of
+from tpu_helpers import Compiled, attention_products, compiled, exchanged, network, products_of, sizes_of, weights_of
 
 from benchmarks import aot
 from ptq4dit_jax.calibration import HISTOGRAM_BINS, MICRO_BATCH, CalibrationData, extremes_of_rows, histograms_of_rows
@@ -110,13 +110,6 @@ def test_four_chips_hold_a_quarter_of_the_weights_each(xl_at_512: tuple[DiTConfi
     weights = sum(math.prod((linear.N, linear.K, *linear.place.lead)) for linear in config.spec.linears.values())
     assert cut.argument_bytes < 4 * (weights / 4 + (config.num_parameters - weights)) + 100e6
     assert cut.peak_bytes < programs[1].peak_bytes
-    gathered = [array for array in tpu_helpers.exchanged(cut.module, "all-gather") if array.size in weights_of(config)]
+    gathered = [array for array in exchanged(cut.module, "all-gather") if array.size in weights_of(config)]
     assert not gathered
-    assert len(tpu_helpers.exchanged(cut.module, "all-reduce")) >= 2
-
-
-def weights_of(config: DiTConfig) -> set[int]:
-    """The sizes of whole weights, in one block and in all."""
-    return {
-        size for linear in config.spec.linears.values() for size in (linear.N * linear.K, linear.N * linear.K * config.depth)
-    }
+    assert len(exchanged(cut.module, "all-reduce")) >= 2
